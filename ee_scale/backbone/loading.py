@@ -1,0 +1,165 @@
+"""Read a Hugging Face folder: config, and slices of its safetensors. No rank reads more than its own part."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
+
+from ee_scale.backbone.families import family_of
+from ee_scale.errors import UserError
+
+INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
+
+
+def find_model(path: str) -> Path:
+    """A local folder, or a hub name ('org/name') that is downloaded once. Raises `UserError` if there is neither."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        raise UserError(f"model.path={path}: no such folder")
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model.path={path}: no such folder, and not to be had from the hub ({reason})") from error
+
+
+def load_config(folder: Path) -> Any:
+    """The transformers config of a supported architecture. Raises `UserError`."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model.path={folder}: no config.json in it")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(f"model.path={folder}: config.json: {str(error).strip().splitlines()[0]}") from error
+    family_of(config)
+    return config
+
+
+class TensorFolder:
+    """The tensors of a folder of safetensors, single or indexed, by name."""
+
+    def __init__(self, folder: Path):
+        """Raises `UserError` if files are missing or broken."""
+        self.folder = folder
+        self.files: dict[str, Path] = {}
+        self._open: dict[Path, Any] = {}
+        for path in weight_files(folder):
+            for name in self._handle(path).keys():  # noqa: SIM118 (a safetensors handle, not a dict)
+                self.files[name] = path
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.files
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a whole tensor."""
+        return tuple(self._slice(name).get_shape())
+
+    def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """A tensor, or its part [start, stop) along `dim`; only that part is read from disk."""
+        part = self._slice(name)
+        if dim is None:
+            return part[:]
+        return part[(slice(None),) * dim + (slice(start, stop),)]
+
+    def _slice(self, name: str) -> Any:
+        if name not in self.files:
+            raise UserError(f"{self.folder}: no tensor '{name}' in its safetensors")
+        return self._handle(self.files[name]).get_slice(name)
+
+    def _handle(self, path: Path) -> Any:
+        if path not in self._open:
+            try:
+                self._open[path] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path}: not a whole safetensors file ({error})") from error
+        return self._open[path]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors of a model folder. Raises `UserError` naming what is missing."""
+    if (folder / SINGLE_NAME).is_file():
+        return [folder / SINGLE_NAME]
+    if not (folder / INDEX_NAME).is_file():
+        raise UserError(f"model.path={folder}: neither {SINGLE_NAME} nor {INDEX_NAME} in it")
+    names = sorted(set(json.loads((folder / INDEX_NAME).read_text())["weight_map"].values()))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"model.path={folder}: {INDEX_NAME} names {missing[0]}, which is not there")
+    return [folder / name for name in names]
+
+
+def fingerprint(folder: Path) -> str:
+    """A digest that tells one model from another without reading all of it.
+
+    SHA-256 over each weight file's header, its size, and 64 blocks of 64 KiB spread over it.
+    """
+    digest = hashlib.sha256()
+    for path in weight_files(folder):
+        for block in _sample(path):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sample(path: Path, blocks: int = 64, block_size: int = 1 << 16) -> Iterator[bytes]:
+    size = path.stat().st_size
+    yield size.to_bytes(8, "little")
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+        yield file.read(header)
+        for i in range(blocks):
+            file.seek(8 + header + (size - 8 - header) * i // blocks)
+            yield file.read(block_size)
+
+
+@dataclass(frozen=True)
+class LoadTask:
+    """One tensor of this rank: where it goes, what it is called in the folder, and how it is cut.
+
+    Attributes:
+        dim: dimension cut over the tensor group; None: whole on every rank.
+        size: size of the whole tensor along `dim` in the file (smaller than tp x the slice for a padded vocabulary).
+    """
+
+    target: torch.Tensor
+    source: str
+    dim: int | None = None
+    size: int = 0
+
+
+def load_tensors(tasks: list[LoadTask], tensors: TensorFolder, tp_rank: int, tp: int) -> None:
+    """Fill each target with its slice; rows past the vocabulary become zero.
+
+    Raises `UserError` naming the tensor and both shapes.
+    """
+    for task in tasks:
+        expected = list(task.target.shape)
+        if task.dim is not None:
+            expected[task.dim] = task.size
+        if tensors.shape(task.source) != tuple(expected):
+            raise UserError(
+                f"{tensors.folder}: '{task.source}' has shape {list(tensors.shape(task.source))}, "
+                f"but the config asks for {expected}"
+            )
+        with torch.no_grad():
+            if task.dim is None:
+                task.target.copy_(tensors.read(task.source))
+            else:
+                _copy_slice(task, tensors, tp_rank)
+
+
+def _copy_slice(task: LoadTask, tensors: TensorFolder, tp_rank: int) -> None:
+    step = task.target.shape[task.dim]
+    start, stop = min(tp_rank * step, task.size), min((tp_rank + 1) * step, task.size)
+    if stop - start < step:
+        task.target.zero_()
+    task.target.narrow(task.dim, 0, stop - start).copy_(tensors.read(task.source, task.dim, start, stop))

@@ -1,0 +1,169 @@
+"""Tensor axis: swap a Hugging Face module's projections for Megatron-Core's, by transformers' own plan.
+
+Sizes are those of one rank afterwards; parameter names stay Hugging Face's. Each parameter says how it is cut through
+Megatron's attributes `tensor_model_parallel` and `partition_dim`, which loading, clipping and saving read.
+"""
+
+from collections.abc import Mapping
+from math import ceil
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import ModelParallelConfig
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+from torch import nn
+
+from ee_scale.backbone.families import ModelShape
+from ee_scale.errors import UserError
+
+COLUMN, ROW, GRAD_SUM = "colwise", "rowwise", "replicated_with_grad_allreduce"
+
+
+class ColumnLinear(ColumnParallelLinear):
+    """[..., in] -> [..., out/tp]."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)[0]
+
+
+class RowLinear(RowParallelLinear):
+    """[..., in/tp] -> [..., out], summed over the tensor group."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)[0]
+
+
+class VocabEmbedding(VocabParallelEmbedding):
+    """[B, S] ids -> [B, S, D]; each rank holds V/tp rows. `scale` multiplies the output (Gemma)."""
+
+    scale: float | None = None
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        embeddings = super().forward(ids)
+        return embeddings if self.scale is None else embeddings * torch.tensor(self.scale, dtype=embeddings.dtype)
+
+
+def padded_vocab(vocab_size: int, tp: int) -> int:
+    """Rows of the cut vocabulary matrices: the next multiple of tp. The padding never reaches a loss or a file."""
+    return ceil(vocab_size / tp) * tp
+
+
+def check_tensor_parallel(tp: int, shape: ModelShape, plan: Mapping[str, str], model_type: str) -> None:
+    """Refuse what cannot be cut, by name and number. Raises `UserError`."""
+    if tp == 1:
+        return
+    sizes = {
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "intermediate_size": shape.intermediate_size,
+    }
+    for name, size in sizes.items():
+        if size % tp:
+            raise UserError(f"parallel.tp={tp} does not divide {name}={size} of the model")
+    if not plan:
+        raise UserError(f"parallel.tp={tp}: transformers has no tensor-parallel plan for '{model_type}'; use tp=1")
+    for name, style in plan.items():
+        if style not in (COLUMN, ROW, GRAD_SUM):
+            raise UserError(
+                f"parallel.tp={tp}: '{model_type}' asks for '{style}' on {name}, which is not supported; use tp=1"
+            )
+
+
+def layer_plan(plan: Mapping[str, str]) -> dict[str, str]:
+    """transformers' plan ('layers.*.mlp.up_proj': 'colwise') by the name inside a decoder layer ('mlp.up_proj')."""
+    return {name.removeprefix("layers.*."): style for name, style in plan.items()}
+
+
+def swap_projections(module: nn.Module, plan: Mapping[str, str], prefix: str, group: Any, dtype: torch.dtype) -> None:
+    """Swap the projections of `module` in place; the new weights are empty, on the current default device.
+
+    `plan` is by the name inside a decoder layer; `prefix` is the place of `module` there ('mlp.' for an MLP alone).
+    """
+    for name, child in list(module.named_modules()):
+        style = plan.get(prefix + name)
+        if style in (COLUMN, ROW):
+            make = column_linear if style == COLUMN else row_linear
+            module.set_submodule(name, make(child.in_features, child.out_features, child.bias is not None, group, dtype))
+
+
+def sum_partial_gradients(module: nn.Module, plan: Mapping[str, str], prefix: str, group: Any) -> None:
+    """Sum over the group the gradients of parameters whose copies each see a part of the heads (Qwen3 q/k norms)."""
+
+    def all_reduce(gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient, group=group)
+        return gradient
+
+    for name, child in module.named_modules():
+        if plan.get(prefix + name) == GRAD_SUM and group.size() > 1:
+            for parameter in child.parameters():
+                parameter.register_hook(all_reduce)
+
+
+def materialise(module: nn.Module, device: torch.device) -> None:
+    """Give the parameters that are still on the meta device (norms) empty memory on `device`."""
+    for child in module.modules():
+        for name, parameter in child.named_parameters(recurse=False):
+            if parameter.is_meta:
+                empty = torch.empty_like(parameter, device=device)
+                child.register_parameter(name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+
+
+def column_linear(in_features: int, out_features: int, bias: bool, group: Any, dtype: torch.dtype) -> ColumnLinear:
+    """A linear layer whose outputs are cut over the group."""
+    layer = ColumnLinear(
+        in_features, out_features, bias=bias, config=_config(group, dtype), init_method=_no_init, tp_group=group
+    )
+    set_tensor_model_parallel_attributes(layer.weight, True, 0, 1)
+    return layer
+
+
+def row_linear(in_features: int, out_features: int, bias: bool, group: Any, dtype: torch.dtype) -> RowLinear:
+    """A linear layer whose inputs are cut over the group; the bias is whole on every rank."""
+    layer = RowLinear(
+        in_features,
+        out_features,
+        bias=bias,
+        config=_config(group, dtype),
+        init_method=_no_init,
+        input_is_parallel=True,
+        skip_bias_add=False,
+        tp_group=group,
+    )
+    set_tensor_model_parallel_attributes(layer.weight, True, 1, 1)
+    return layer
+
+
+def vocab_embedding(vocab_size: int, hidden_size: int, scale: float | None, group: Any, dtype: torch.dtype) -> nn.Module:
+    """An embedding whose rows are cut over the group, padded to a multiple of tp."""
+    rows = padded_vocab(vocab_size, group.size())
+    embedding = VocabEmbedding(
+        rows, hidden_size, init_method=_no_init, config=_config(group, dtype), tp_group=group
+    )
+    embedding.scale = scale
+    set_tensor_model_parallel_attributes(embedding.weight, True, 0, 1)
+    return embedding
+
+
+def cut_dim(parameter: torch.Tensor) -> int | None:
+    """The dimension along which a parameter is cut over the tensor group, or None if it is whole."""
+    return parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
+
+
+def _config(group: Any, dtype: torch.dtype) -> ModelParallelConfig:
+    return ModelParallelConfig(
+        tensor_model_parallel_size=group.size(),
+        params_dtype=dtype,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+    )
+
+
+def _no_init(_: torch.Tensor) -> None:
+    """Weights come from files."""

@@ -1,0 +1,140 @@
+"""This rank's frozen part of a Hugging Face model: build on the meta device, cut, swap, load slices."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from ee_scale.backbone.families import family_of, shape_of
+from ee_scale.backbone.loading import LoadTask, TensorFolder, load_tensors
+from ee_scale.backbone.parallel import (
+    check_tensor_parallel,
+    column_linear,
+    cut_dim,
+    layer_plan,
+    materialise,
+    padded_vocab,
+    swap_projections,
+    vocab_embedding,
+)
+from ee_scale.backbone.stages import StagePlan
+from ee_scale.grid import Grid
+
+
+def tensor_plan(config: Any, tp: int) -> dict[str, str]:
+    """The tensor-parallel plan inside a decoder layer, checked against the sizes. Raises `UserError`."""
+    plan = config.base_model_tp_plan or {}
+    check_tensor_parallel(tp, shape_of(config), plan, config.model_type)
+    return layer_plan(plan)
+
+
+def meta_model(config: Any, dtype: torch.dtype, attn_implementation: str | None = None) -> nn.Module:
+    """The whole model without memory, as transformers builds it."""
+    extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, **extra).eval()
+
+
+class BackboneStage(nn.Module):
+    """The layers of one pipeline stage, frozen, cut over the tensor group.
+
+    [B, S] ids on the first stage, [B, S, D] hidden states on the others -> [B, S, D]; with `final_norm` the last
+    stage's output is the normed state that the lm_head reads.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: StagePlan,
+        grid: Grid,
+        dtype: torch.dtype,
+        *,
+        final_norm: bool = False,
+        lm_head: bool = False,
+    ):
+        """`model` comes from `meta_model` and is used up. `lm_head` keeps a frozen output matrix on this stage."""
+        super().__init__()
+        self.model_config = model.config
+        self.family = family_of(model.config)
+        self.layer_indices = plan.layers(grid.stage)
+        self.base = self._cut(model, final_norm and grid.stage == plan.launched - 1)
+        self._swap(grid, dtype, with_lm_head=lm_head)
+        self.requires_grad_(False)
+
+    def _cut(self, model: nn.Module, final_norm: bool) -> nn.Module:
+        base = model.base_model
+        config = copy.deepcopy(base.config)
+        config.num_hidden_layers = len(self.layer_indices)
+        if getattr(config, "layer_types", None) is not None:
+            config.layer_types = [config.layer_types[i] for i in self.layer_indices]
+        base.config = config
+        base.layers = nn.ModuleList(base.layers[i] for i in self.layer_indices)
+        if not final_norm:
+            base.norm = nn.Identity()
+        return base
+
+    def _swap(self, grid: Grid, dtype: torch.dtype, with_lm_head: bool) -> None:
+        config, group = self.model_config, grid.tp_group
+        plan = tensor_plan(config, group.size())
+        scale = getattr(self.base.embed_tokens, "scalar_embed_scale", None) if self.family.embedding_scale else None
+        with torch.device(grid.device):
+            for layer in self.base.layers:
+                swap_projections(layer, plan, "", group, dtype)
+            self.base.rotary_emb = type(self.base.rotary_emb)(config=config)
+            self.base.embed_tokens = None
+            if grid.stage == 0:
+                self.base.embed_tokens = vocab_embedding(config.vocab_size, config.hidden_size, scale, group, dtype)
+            self.lm_head = None
+            if with_lm_head:
+                rows = padded_vocab(config.vocab_size, group.size())
+                self.lm_head = column_linear(config.hidden_size, rows, False, group, dtype)
+                if config.tie_word_embeddings and self.base.embed_tokens is not None:
+                    self.lm_head.weight = self.base.embed_tokens.weight
+        materialise(self.base, grid.device)
+
+    def load(self, tensors: TensorFolder, grid: Grid) -> None:
+        """Read this rank's slices. Raises `UserError` for missing tensors and wrong shapes."""
+        tasks = [
+            load_task(parameter, self.source_name(name, tensors), self.model_config.vocab_size, grid.layout.tp)
+            for name, parameter in self.named_parameters()
+        ]
+        load_tensors(tasks, tensors, grid.tp_rank, grid.layout.tp)
+
+    def source_name(self, name: str, tensors: TensorFolder) -> str:
+        """Hugging Face name of a parameter of this module ('base.layers.0.x' on stage 1 -> 'model.layers.6.x')."""
+        if name == "lm_head.weight":
+            return output_matrix_name(tensors)
+        parts = name.split(".")
+        if parts[1] == "layers":
+            parts[2] = str(self.layer_indices[int(parts[2])])
+        return ".".join(["model", *parts[1:]])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        inputs = {"inputs_embeds": x} if x.is_floating_point() else {"input_ids": x}
+        return self.base(**inputs, use_cache=False).last_hidden_state
+
+
+def output_matrix_name(tensors: TensorFolder) -> str:
+    """Where the output matrix lies: its own tensor, or the embedding of a model that ties them."""
+    return "lm_head.weight" if "lm_head.weight" in tensors else "model.embed_tokens.weight"
+
+
+def load_task(parameter: nn.Parameter, source: str, vocab_size: int, tp: int) -> LoadTask:
+    """The task that fills a parameter; vocabulary matrices are as long as the vocabulary, whatever their padding."""
+    dim = cut_dim(parameter)
+    if dim is None:
+        return LoadTask(parameter, source)
+    is_vocab = source.endswith(("embed_tokens.weight", "lm_head.weight", "head.weight", "head.up.weight"))
+    return LoadTask(parameter, source, dim, vocab_size if is_vocab else parameter.shape[dim] * tp)
+
+
+def stage_backbone(
+    folder: Path, config: Any, plan: StagePlan, grid: Grid, dtype: torch.dtype, **kwargs: Any
+) -> BackboneStage:
+    """Build and load this rank's part in one go (no exits)."""
+    stage = BackboneStage(meta_model(config, dtype), plan, grid, dtype, **kwargs)
+    stage.load(TensorFolder(folder), grid)
+    return stage

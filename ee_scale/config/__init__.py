@@ -1,0 +1,1 @@
+"""Hydra configuration: dataclasses, composition and pure cross-field checks. No torch, no model files."""

@@ -1,0 +1,133 @@
+"""Compose a command's config from `configs/`, the schema and the command line."""
+
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ee_scale.config.schema import VERBS
+from ee_scale.errors import UserError
+
+# A person writes model=<folder>; Hydra reads model=<option of the group>. A value that is no option means the path.
+PATH_SHORTHANDS = {"model": "model.path", "data": "data.path"}
+
+
+def config_dir() -> Path:
+    """The folder of the YAML files: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+
+
+def compose_config(verb: str, overrides: Sequence[str] = ()) -> Any:
+    """The typed config of `verb`, defaults and overrides merged, unknown keys and wrong types refused.
+
+    Returns an OmegaConf `DictConfig` typed by the dataclass of the verb. Raises `UserError` in one line.
+    """
+    store = ConfigStore.instance()
+    for name, node in VERBS.items():
+        store.store(name=f"{name}_schema", node=node)
+    try:
+        arguments = [expand_shorthand(verb, text) for text in overrides]
+        with _hydra(verb):
+            config = compose(verb if has_groups(verb) else f"{verb}_schema", overrides=arguments)
+        missing = sorted(OmegaConf.missing_keys(config))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_one_line(error, verb)) from error
+    if missing:
+        shorthands = {path: short for short, path in PATH_SHORTHANDS.items()}
+        raise UserError(f"missing value: {', '.join(shorthands.get(key, key) for key in missing)} (give key=value)")
+    check_choices(config, VERBS[verb])
+    return config
+
+
+def has_groups(verb: str) -> bool:
+    """Whether the verb is built from the groups in `configs/`; the others are flat and need no YAML."""
+    return (config_dir() / f"{verb}.yaml").is_file()
+
+
+def _hydra(verb: str) -> Any:
+    # A flat verb must not see the folder: hydra would take its `model=` for the group of that name.
+    return initialize_config_dir(str(config_dir()), version_base="1.3") if has_groups(verb) else initialize(
+        None, version_base="1.3"
+    )
+
+
+def expand_shorthand(verb: str, override: str) -> str:
+    """`model=<folder>` -> `model.path="<folder>"`, for the commands whose model and data are groups."""
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise UserError(f"argument {override!r} is not of the form key=value")
+    if key in PATH_SHORTHANDS and has_groups(verb):
+        if (config_dir() / key / f"{value}.yaml").is_file():
+            return override
+        key = PATH_SHORTHANDS[key]
+    return f"{key}={_quote(value)}" if _is_plain_path(value) else f"{key}={value}"
+
+
+def check_choices(config: DictConfig, schema: type, prefix: str = "") -> None:
+    """Refuse a value outside the `choices` of its field, naming both."""
+    for field in fields(schema):
+        value = config[field.name]
+        if is_dataclass(field.default_factory):
+            check_choices(value, field.default_factory, f"{prefix}{field.name}.")
+        elif "choices" in field.metadata and value not in field.metadata["choices"]:
+            choices = ", ".join(field.metadata["choices"])
+            raise UserError(f"{prefix}{field.name}={value}: choose one of {choices}")
+
+
+def to_yaml(config: DictConfig) -> str:
+    """The resolved config, as it is stored beside a run."""
+    return OmegaConf.to_yaml(config, resolve=True)
+
+
+def known_keys(schema: type, prefix: str = "") -> list[str]:
+    """Every dotted key of a schema."""
+    keys = []
+    for field in fields(schema):
+        keys.append(prefix + field.name)
+        if is_dataclass(field.default_factory):
+            keys += known_keys(field.default_factory, f"{prefix}{field.name}.")
+    return keys
+
+
+def _is_plain_path(value: str) -> bool:
+    """Hydra's grammar gives meaning to characters that paths and prompts contain; lists and quotes stay as they are."""
+    return bool(value) and value[0] not in "[{'\"$" and not value.replace(".", "").replace("-", "").isalnum()
+
+
+def _quote(value: str) -> str:
+    return "'" + value.replace("'", "\\'") + "'"
+
+
+def _one_line(error: Exception, verb: str) -> str:
+    """Hydra's several lines, said in one with the fix."""
+    text = " ".join(line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip())
+    if isinstance(error, OverrideParseException):
+        return f"cannot read argument {error.override!r}: {text}"
+    for marker in ("Could not override '", "Key '"):
+        if marker in text:
+            key = text.split(marker, 1)[1].split("'", 1)[0].lstrip("+")
+            return _unknown_key(_full_key(text, key), verb)
+    if "Could not find '" in text:
+        group, _, option = text.split("Could not find '", 1)[1].split("'", 1)[0].rpartition("/")
+        options = text.partition(f"Available options in '{group}':")[2].partition("Config search path")[0]
+        return f"{group}={option}: no such file or folder, and no option of configs/{group} ({', '.join(options.split())})"
+    return f"{_full_key(text, '')}: {text.partition(' full_key:')[0]}".removeprefix(": ")
+
+
+def _full_key(text: str, otherwise: str) -> str:
+    return text.partition("full_key: ")[2].split(" ", 1)[0] or otherwise
+
+
+def _unknown_key(key: str, verb: str) -> str:
+    keys = known_keys(VERBS[verb])
+    near = [name for name in keys if name.rsplit(".", 1)[-1] == key] or get_close_matches(key, keys, n=3, cutoff=0.6)
+    hint = f"did you mean {', '.join(near)}?" if near else f"see ee-scale {verb} --help"
+    return f"unknown key '{key}'; {hint}"

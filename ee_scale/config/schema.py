@@ -1,0 +1,178 @@
+"""Every setting of every command, once: type, default and help line.
+
+The dataclasses are the schema that Hydra merges `configs/*.yaml` and the command line into;
+`ee-scale <verb> --help` prints the help lines.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+def setting(default: Any, text: str, **metadata: Any) -> Any:
+    """A dataclass field with a help line; lists and dicts become default factories."""
+    metadata["help"] = text
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: default.copy(), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelConfig:
+    path: str = setting(MISSING, "Hugging Face model folder, or 'tiny' for a random 4-layer model built on the spot")
+    attn_implementation: str | None = setting(
+        None, "attention kernel: eager, sdpa, flash_attention_2, ...; null takes the default of transformers"
+    )
+
+
+@dataclass
+class ExitsConfig:
+    layers: Any = setting(
+        [0.25, 0.5, 0.75],
+        "where exits sit: layer numbers [3,6,9] (an exit at k reads the hidden state after k layers), "
+        "fractions of the depth [0.25,0.5], or 'stages' for every stage boundary",
+    )
+    kind: str = setting(
+        "mlp", "what an exit trains before its head", choices=("embedding", "norm", "mlp", "layer")
+    )
+    head: str = setting(
+        "low_rank",
+        "output head: the frozen lm_head (tied), lm_head plus a low-rank update, or an own copy (full)",
+        choices=("tied", "low_rank", "full"),
+    )
+    rank: int = setting(64, "rank r of the low-rank head")
+    init: str = setting("copy", "start from the backbone's own modules, or random", choices=("copy", "random"))
+    loss_weights: Any = setting(1.0, "weight of the exits' losses: one number, or one per exit")
+    loss_weight_init: float = setting(0.0, "loss weight at step 0 of the weight warm-up")
+    loss_weight_warmup_steps: int = setting(0, "steps until the loss weights reach their value; 0: from the start")
+    loss_weight_warmup_style: str = setting("linear", "shape of the weight warm-up", choices=("linear", "cosine"))
+    confidence_weighting: bool = setting(
+        False, "weight each token's loss by the exit's own confidence (costs one more head pass)"
+    )
+    kl_weight: float = setting(
+        0.0, "weight of KL(final layer || exit); needs every stage, and stages wait for the final layer"
+    )
+    kl_temperature: float = setting(1.0, "temperature of both distributions in the KL term")
+    loss_chunk_tokens: int = setting(1024, "tokens whose logits exist at the same time")
+
+
+@dataclass
+class ParallelConfig:
+    tp: int = setting(1, "tensor-parallel size")
+    pp: int = setting(1, "pipeline stages of the whole model; stages after the deepest exit are never launched")
+    dp: int = setting(1, "data-parallel size (replicas)")
+    stages: list[int] | None = setting(None, "layers per stage, e.g. [4,4,2,2]; null balances stages by cost")
+    device: str = setting("auto", "where to run", choices=("auto", "cpu", "cuda"))
+    timeout_minutes: float = setting(30.0, "how long a rank waits for the others before it gives up")
+
+
+@dataclass
+class DataConfig:
+    path: Any = setting(
+        MISSING, "text: .txt, .jsonl, folder or Megatron prefix (without .bin/.idx), a list of those, or 'python'"
+    )
+    weights: list[float] | None = setting(None, "sampling weight of each path of a list; null: by size")
+    seq_length: int = setting(512, "tokens per training sequence")
+    text_key: str = setting("text", "field of a .jsonl line that holds the text")
+    cache_dir: str | None = setting(None, "tokenised data; null: ~/.cache/ee_scale/data")
+    seed: int = setting(1234, "order of the training sequences")
+    num_workers: int = setting(0, "loader processes per rank")
+
+
+@dataclass
+class OptimConfig:
+    lr: float = setting(1e-4, "peak learning rate")
+    min_lr: float = setting(1e-5, "learning rate at the last step")
+    betas: list[float] = setting([0.9, 0.95], "AdamW betas")
+    eps: float = setting(1e-5, "AdamW epsilon")
+    weight_decay: float = setting(0.01, "AdamW weight decay (not on norms and biases)")
+    clip_grad: float = setting(1.0, "largest gradient norm of one exit; 0: no clipping")
+    warmup_fraction: float = setting(0.01, "share of the steps that warms the learning rate up")
+    decay: str = setting(
+        "linear", "shape of the decay after warm-up", choices=("linear", "cosine", "constant", "inverse-square-root")
+    )
+
+
+@dataclass
+class TrainConfig:
+    steps: int = setting(1000, "optimizer steps")
+    micro_batch_size: int = setting(4, "sequences per rank and micro-batch")
+    global_batch_size: int = setting(16, "sequences per optimizer step, over all replicas and micro-batches")
+    precision: str = setting("auto", "auto: bf16 on GPU, fp32 on CPU", choices=("auto", "fp32", "bf16"))
+    zero: int = setting(1, "DeepSpeed ZeRO stage of the exits' optimizer state")
+    save_every: int = setting(500, "steps between checkpoints; the last step is always saved")
+    keep: int = setting(2, "checkpoints to keep")
+    resume: str = setting(
+        "auto", "continue the run found in out, or refuse a folder that has one", choices=("auto", "never")
+    )
+    seed: int = setting(1234, "random initialisation of exits")
+    verify_frozen: bool = setting(True, "check that the backbone's digest is the same before and after")
+
+
+@dataclass
+class LoggingConfig:
+    every: int = setting(10, "steps between progress lines (metrics.jsonl has every step)")
+    progress: bool = setting(True, "progress bar on a terminal")
+    level: str = setting("info", "log level", choices=("debug", "info", "warning", "error"))
+    wandb: str = setting("disabled", "Weights & Biases mode", choices=("disabled", "offline", "online"))
+    wandb_project: str = setting("ee_scale", "wandb project")
+    wandb_name: str | None = setting(None, "wandb run name; null: name of the output folder")
+
+
+@dataclass
+class TuneConfig:
+    """Train early exits on a frozen Hugging Face model."""
+
+    out: str = setting("runs/tune", "output folder of the run")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    exits: ExitsConfig = field(default_factory=ExitsConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+@dataclass
+class ExportConfig:
+    """Turn a finished run into files that transformers opens."""
+
+    src: str = setting(MISSING, "output folder of a tune run")
+    out: str = setting(MISSING, "folder to write; must not exist")
+    kind: str = setting(
+        "early_exit",
+        "one folder with base model and exits, or the exits alone (sidecar)",
+        choices=("early_exit", "sidecar"),
+    )
+    step: int | None = setting(None, "checkpoint to export; null: the last one")
+
+
+@dataclass
+class EvaluateConfig:
+    """Loss, perplexity and agreement with the final layer, per exit."""
+
+    model: str = setting(MISSING, "folder written by export (or by transformers: the final layer alone is measured)")
+    data: Any = setting(MISSING, "text: .txt, .jsonl, folder or Megatron prefix, a list of those, or 'python'")
+    out: str | None = setting(None, "folder for evaluate.json, evaluate.csv and evaluate.png; null: table only")
+    seq_length: int = setting(512, "tokens per sequence")
+    batch_size: int = setting(4, "sequences per forward pass")
+    max_tokens: int = setting(100_000, "tokens to measure on; 0: all")
+    text_key: str = setting("text", "field of a .jsonl line that holds the text")
+    cache_dir: str | None = setting(None, "tokenised data; null: ~/.cache/ee_scale/data")
+    device: str = setting("auto", "where to run", choices=("auto", "cpu", "cuda"))
+
+
+@dataclass
+class DemoConfig:
+    """The main job on a model trained on the spot: backbone, exits, table, plot and a coloured text."""
+
+    out: str = setting("runs/demo", "folder of the demo's results")
+    cache_dir: str | None = setting(None, "trained backbone and tokenised data; null: ~/.cache/ee_scale")
+    pretrain_minutes: float = setting(2.5, "time to train the backbone for, when it is not cached")
+    steps: int = setting(150, "steps of exit tuning")
+    prompt: str = setting("    def __init__(self, ", "text to continue at the end")
+    new_tokens: int = setting(96, "tokens to generate at the end")
+
+
+VERBS = {"tune": TuneConfig, "export": ExportConfig, "evaluate": EvaluateConfig, "demo": DemoConfig}

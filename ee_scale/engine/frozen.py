@@ -1,0 +1,209 @@
+"""Train exits on a frozen backbone with DeepSpeed's pipeline engine."""
+
+import contextlib
+import io
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.module import PipelineModule
+from deepspeed.runtime.pipe.schedule import ForwardPass, LoadMicroBatch, OptimizerStep
+
+from ee_scale.engine.clipping import EXIT_KEY, clip_exits
+from ee_scale.engine.schedule import FrozenSchedule, ShareFinalHidden, TrainExits
+from ee_scale.exits.losses import LossSettings, exit_backward
+from ee_scale.exits.stage import TuningStage
+from ee_scale.grid import Grid
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW of the exits; the learning rate is set from outside at every step."""
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-5
+    weight_decay: float = 0.01
+    clip_grad: float = 1.0
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What the engine needs beside the stage and the grid."""
+
+    micro_batch_size: int
+    num_micro_batches: int
+    losses: LossSettings
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    bf16: bool = False
+    flush: bool = False  # wait for all stages after every batch; only the benchmark wants that
+
+
+class StageMpu:
+    """DeepSpeed's view of the groups, with 'model parallel' meaning the tensor group alone.
+
+    With its own view (tensor x pipeline), the norm and the overflow check of every step would wait for all stages.
+    """
+
+    def __init__(self, grid: Any):
+        self._grid = grid
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._grid, name.replace("get_model_parallel", "get_slice_parallel"))
+
+
+class FrozenPipelineEngine(PipelineEngine):
+    """One stage of exit tuning. `train_step` runs a batch; no gradient ever crosses stages."""
+
+    @classmethod
+    def build(cls, stage: TuningStage, grid: Grid, settings: EngineSettings) -> "FrozenPipelineEngine":
+        """Wrap this rank's stage. All ranks call it."""
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        trains = bool(stage.exit_layers)
+        config = deepspeed_config(settings, grid, trains)
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its settings
+            # One "layer" per stage; a rank registers its own stage only.
+            pipe = PipelineModule([stage] * grid.layout.pp, topology=grid.layout.topology(), partition_method="uniform")
+            mpu = StageMpu(pipe.mpu())
+            engine = cls(
+                args=None,
+                model=pipe,
+                # A stage without exits gets no optimizer at all: DeepSpeed refuses an empty one.
+                optimizer=exit_optimizer(stage, settings.optimizer) if trains else None,
+                mpu=mpu,
+                config=config,
+                config_class=DeepSpeedConfig(config, mpu),
+            )
+        engine.prepare(stage, grid, settings)
+        return engine
+
+    def prepare(self, stage: TuningStage, grid: Grid, settings: EngineSettings) -> None:
+        """Attributes that the base class does not know."""
+        self.stage, self.process_grid, self.settings = stage, grid, settings
+        self.share_final = settings.losses.kl_weight > 0
+        self.loss_weights = dict.fromkeys(stage.exit_layers, 1.0)
+        self.grad_norms: dict[int, torch.Tensor] = {}
+        self._losses: dict[int, torch.Tensor] = {}
+        self._micro_batches: Iterator[dict[str, torch.Tensor]] = iter(())
+        self._batch: list[Any] = []
+        self._taps: list[Any] = []
+        self._final: list[Any] = []
+
+    def train_step(self, micro_batches: Iterator[dict[str, torch.Tensor]]) -> dict[int, torch.Tensor]:
+        """One optimizer step on `num_micro_batches` micro-batches (tokens, labels, loss_mask: [B, S]).
+
+        Every stage draws the same micro-batches. Returns, for each exit of this stage, fp32 [2]: cross entropy and
+        KL of this replica, averaged over the micro-batches (on the device; nothing is waited for).
+        """
+        schedule = FrozenSchedule(
+            self.micro_batches,
+            self.num_stages,
+            self.stage_id,
+            has_exits=bool(self.stage.exit_layers),
+            share_final=self.share_final,
+        )
+        buffers = schedule.num_pipe_buffers()
+        self._batch, self._taps, self._final = [None] * buffers, [None] * buffers, [None] * buffers
+        self._losses = {k: torch.zeros(2, device=self.device) for k in self.stage.exit_layers}
+        self._micro_batches = micro_batches
+        with torch.no_grad():
+            self._exec_schedule(schedule)
+        if self.settings.flush:
+            dist.barrier(self.process_grid.pp_group)
+        return self._losses
+
+    def set_lr(self, lr: float) -> None:
+        """Learning rate of the next step."""
+        for group in self.param_groups():
+            group["lr"] = lr
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Groups of the AdamW underneath; none on a stage without exits."""
+        return self.optimizer.optimizer.param_groups if self.stage.exit_layers else []
+
+    def _load(self, buffer_id: int) -> None:
+        batch = next(self._micro_batches)
+        self._batch[buffer_id] = {name: batch[name].to(self.device, non_blocking=True) for name in batch}
+        if self.is_first_stage():
+            self.pipe_buffers["inputs"][buffer_id] = self._batch[buffer_id]["tokens"]
+
+    def _forward(self, buffer_id: int) -> None:
+        hidden, self._taps[buffer_id] = self.stage(self.pipe_buffers["inputs"][buffer_id])
+        self.pipe_buffers["inputs"][buffer_id] = None
+        self.pipe_buffers["outputs"][buffer_id] = hidden
+        if self.share_final and self.is_last_stage():
+            self._final[buffer_id] = hidden.contiguous()
+
+    def _share_final(self, buffer_id: int) -> None:
+        group = self.process_grid.pp_group
+        if not self.is_last_stage():
+            self._final[buffer_id] = torch.empty_like(self.pipe_buffers["outputs"][buffer_id])
+        dist.broadcast(self._final[buffer_id], dist.get_global_rank(group, self.num_stages - 1), group=group)
+
+    def _train_exits(self, buffer_id: int) -> None:
+        taps, batch = self._taps[buffer_id], self._batch[buffer_id]
+        for k in self.stage.exit_layers:
+            with torch.enable_grad():
+                self._losses[k] += exit_backward(
+                    self.stage.exit_heads[str(k)],
+                    self.stage.exit_hidden(k, taps.pop(k)),
+                    batch["labels"],
+                    batch["loss_mask"],
+                    self.stage.backbone.lm_head,
+                    self.settings.losses,
+                    scale=self.loss_weights[k] / self.micro_batches,
+                    final_hidden=self._final[buffer_id],
+                ) / self.micro_batches
+        self._final[buffer_id] = self._batch[buffer_id] = None
+
+    def _step(self) -> None:
+        self.grad_norms = clip_exits(self.optimizer, self.settings.optimizer.clip_grad, self.mpu)
+        self._exec_optimizer_step()
+
+    _INSTRUCTION_MAP: dict[type, Callable[..., None]] = {  # noqa: RUF012 (the base class's own pattern)
+        **PipelineEngine._INSTRUCTION_MAP,
+        LoadMicroBatch: _load,
+        ForwardPass: _forward,
+        ShareFinalHidden: _share_final,
+        TrainExits: _train_exits,
+        OptimizerStep: _step,
+    }
+
+
+def exit_optimizer(stage: TuningStage, settings: OptimizerSettings) -> torch.optim.AdamW:
+    """AdamW with two groups per exit: matrices, and vectors (norms, biases) without weight decay."""
+    groups = []
+    for k in stage.exit_layers:
+        parameters = list(stage.exit_heads[str(k)].parameters())
+        for decay, members in (
+            (settings.weight_decay, [p for p in parameters if p.ndim > 1]),
+            (0.0, [p for p in parameters if p.ndim <= 1]),
+        ):
+            if members:
+                groups.append({"params": members, "weight_decay": decay, EXIT_KEY: k})
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=tuple(settings.betas), eps=settings.eps)
+
+
+def deepspeed_config(settings: EngineSettings, grid: Grid, trains: bool) -> dict[str, Any]:
+    """DeepSpeed's configuration. Gradient clipping is ours, exit by exit."""
+    bf16 = settings.bf16 and trains
+    return {
+        "train_micro_batch_size_per_gpu": settings.micro_batch_size,
+        "gradient_accumulation_steps": settings.num_micro_batches,
+        "train_batch_size": settings.micro_batch_size * settings.num_micro_batches * grid.layout.dp,
+        "zero_optimization": {
+            "stage": 1 if trains else 0,
+            "contiguous_gradients": False,  # would allocate a full bucket at every step
+            "overlap_comm": False,
+            "reduce_bucket_size": 50_000_000,
+        },
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": bf16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "steps_per_print": 10**9,
+    }

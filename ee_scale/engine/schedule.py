@@ -1,0 +1,63 @@
+"""The frozen-backbone schedule, made of DeepSpeed's own pipeline instructions and two of ours."""
+
+from collections.abc import Iterator
+
+from deepspeed.runtime.pipe.schedule import (
+    BufferOpInstruction,
+    ForwardPass,
+    LoadMicroBatch,
+    OptimizerStep,
+    PipeInstruction,
+    PipeSchedule,
+    RecvActivation,
+    ReduceGrads,
+    SendActivation,
+)
+
+
+class TrainExits(BufferOpInstruction):
+    """Forward and backward of this stage's exits on one micro-batch; gradients end inside the exits."""
+
+
+class ShareFinalHidden(BufferOpInstruction):
+    """Broadcast the last stage's normed hidden state of one micro-batch to all stages (teacher of the KL term)."""
+
+
+class FrozenSchedule(PipeSchedule):
+    """Inference pipeline + local heads: receive, forward, send, train exits; then reduce over replicas and step.
+
+    Nothing flows backwards, so a stage never waits for a later one and runs ahead into the next batch.
+    With `share_final` (KL to the final layer) all forwards come first and the exits wait for the teacher.
+    """
+
+    def __init__(self, micro_batches: int, stages: int, stage_id: int, *, has_exits: bool, share_final: bool = False):
+        super().__init__(micro_batches, stages, stage_id)
+        self.has_exits = has_exits
+        self.share_final = share_final
+
+    def steps(self) -> Iterator[list[PipeInstruction]]:
+        """Instructions of one batch."""
+        for micro_batch in range(self.micro_batches):
+            buffer = self._buffer_idx(micro_batch)
+            yield self._forward(buffer) + ([] if self.share_final else self._exits(buffer))
+        if self.share_final:
+            for buffer in range(self.micro_batches):
+                yield [ShareFinalHidden(buffer), *self._exits(buffer)]
+        if self.has_exits:
+            yield [ReduceGrads(), OptimizerStep()]
+
+    def _forward(self, buffer: int) -> list[PipeInstruction]:
+        commands: list[PipeInstruction] = [LoadMicroBatch(buffer)]
+        if not self.is_first_stage:
+            commands.append(RecvActivation(buffer))
+        commands.append(ForwardPass(buffer))
+        if not self.is_last_stage:
+            commands.append(SendActivation(buffer))
+        return commands
+
+    def _exits(self, buffer: int) -> list[PipeInstruction]:
+        return [TrainExits(buffer)] if self.has_exits else []
+
+    def num_pipe_buffers(self) -> int:
+        """One micro-batch at a time, unless the exits have to wait for the teacher."""
+        return self.micro_batches if self.share_final else 1

@@ -1,0 +1,202 @@
+"""An early exit: what it reads from the backbone, the modules it adds, and its logits.
+
+This file and `modeling_early_exit.py` are copied into every exported folder, so they import torch and
+transformers only. Tensors: B sequences, S positions, D hidden size, V vocabulary (V/tp under tensor parallelism).
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+KINDS = ("embedding", "norm", "mlp", "layer")
+HEADS = ("tied", "low_rank", "full")
+
+
+@dataclass(frozen=True)
+class ExitSpec:
+    """Everything that is needed to rebuild the exits of a model; stored in its config.json as `early_exit`.
+
+    Attributes:
+        layers: an exit at k reads the hidden state after k layers, k = 1..L.
+        kind: modules in front of the head (paper's names): none, norm, MLP + norm, decoder layer + norm.
+        head: `tied` (the frozen lm_head), `low_rank` (lm_head + up(down(x))), `full` (its own matrix).
+        rank: r of the low-rank head.
+        mlp_input_norm, mlp_output_norm, logit_softcap: see `ee_scale.backbone.families.Family`; the last is a value.
+    """
+
+    layers: tuple[int, ...]
+    kind: str = "mlp"
+    head: str = "low_rank"
+    rank: int = 64
+    mlp_input_norm: str | None = "post_attention_layernorm"
+    mlp_output_norm: str | None = None
+    logit_softcap: float | None = None
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ExitSpec":
+        """From the JSON form. Raises ValueError on an unknown kind or head, TypeError on unknown keys."""
+        spec = cls(**{**values, "layers": tuple(values["layers"])})
+        if spec.kind not in KINDS or spec.head not in HEADS:
+            raise ValueError(f"early_exit: kind={spec.kind!r} (of {KINDS}), head={spec.head!r} (of {HEADS})")
+        return spec
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {**asdict(self), "layers": list(self.layers)}
+
+
+class Tap(NamedTuple):
+    """What an exit reads.
+
+    residual [B, S, D]: the hidden state after the layer; for `mlp`, the residual stream after its attention.
+    mlp_input [B, S, D]: for `mlp`, what the layer's own MLP reads; else None.
+    """
+
+    residual: torch.Tensor
+    mlp_input: torch.Tensor | None = None
+
+
+class ExitTaps:
+    """Hooks on the backbone's layers that keep the `Tap` of each exit during a forward pass."""
+
+    def __init__(self, spec: ExitSpec, layers: dict[int, nn.Module]):
+        """`layers`: exit layer k -> the k-th decoder layer of the backbone."""
+        self.taps: dict[int, Tap] = {}
+        self.handles = [self._hook(spec, k, layer) for k, layer in layers.items()]
+
+    def _hook(self, spec: ExitSpec, k: int, layer: nn.Module) -> Any:
+        def keep(tap: Tap) -> None:
+            self.taps[k] = tap
+
+        if spec.kind != "mlp":
+            return layer.register_forward_hook(lambda m, args, out: keep(Tap(out[0] if isinstance(out, tuple) else out)))
+        if spec.mlp_input_norm is None:
+            return layer.mlp.register_forward_pre_hook(lambda m, args: keep(Tap(args[0], args[0])))
+        norm = getattr(layer, spec.mlp_input_norm)
+        return norm.register_forward_hook(lambda m, args, out: keep(Tap(args[0], out)))
+
+    def pop(self) -> dict[int, Tap]:
+        """The taps of the last forward pass; they are forgotten here, so that no activation outlives its use."""
+        taps, self.taps = self.taps, {}
+        return taps
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self.handles:
+            handle.remove()
+
+
+class LowRankHead(nn.Module):
+    """logits = lm_head(x) + up(down(x)): the frozen output matrix plus an update of rank r.
+
+    down [r, D], up [V, r]; up starts at zero, so the head starts as lm_head.
+    """
+
+    def __init__(self, hidden_size: int, vocab_size: int, rank: int):
+        super().__init__()
+        self.down = nn.Linear(hidden_size, rank, bias=False)
+        self.up = nn.Linear(rank, vocab_size, bias=False)
+
+    def forward(self, hidden: torch.Tensor, lm_head: nn.Module) -> torch.Tensor:
+        """[..., D] -> [..., V]."""
+        return lm_head(hidden) + self.up(self.down(hidden))
+
+
+class ExitHead(nn.Module):
+    """The trainable modules of one exit; which of them exist follows from `ExitSpec.kind` and `head`."""
+
+    def __init__(
+        self,
+        spec: ExitSpec,
+        hidden_size: int,
+        vocab_size: int,
+        mlp: nn.Module | None = None,
+        layer: nn.Module | None = None,
+        norm: nn.Module | None = None,
+    ):
+        super().__init__()
+        self.spec = spec
+        self.mlp, self.layer, self.norm = mlp, layer, norm
+        self.head: nn.Module | None = None
+        if spec.head == "low_rank":
+            self.head = LowRankHead(hidden_size, vocab_size, spec.rank)
+        elif spec.head == "full":
+            self.head = nn.Linear(hidden_size, vocab_size, bias=False)
+
+    def hidden(
+        self,
+        tap: Tap,
+        mlp_output_norm: nn.Module | None = None,
+        run_layer: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Tap -> [B, S, D], ready for the head.
+
+        The `mlp` exit is a sibling of the layer's own MLP, e = a + MLP(u) (EE-LLM; facts of arXiv 2402.00518), in the
+        backbone's order of operations, so that a copied MLP gives the backbone's own hidden state bit for bit.
+        `mlp_output_norm` is the backbone's frozen norm behind its MLP, where the family has one.
+        """
+        hidden = tap.residual
+        if self.mlp is not None:
+            update = self.mlp(tap.mlp_input)
+            hidden = hidden + (update if mlp_output_norm is None else mlp_output_norm(update))
+        if self.layer is not None:
+            hidden = run_layer(self.layer, hidden)
+        return hidden if self.norm is None else self.norm(hidden)
+
+    def logits(self, hidden: torch.Tensor, lm_head: nn.Module | None) -> torch.Tensor:
+        """[..., D] -> logits [..., V]; `lm_head` is the backbone's frozen output matrix (not read by `full`)."""
+        if self.head is None:
+            logits = lm_head(hidden)
+        elif isinstance(self.head, LowRankHead):
+            logits = self.head(hidden, lm_head)
+        else:
+            logits = self.head(hidden)
+        return self.capped(logits)
+
+    def capped(self, logits: torch.Tensor) -> torch.Tensor:
+        """cap x tanh(logits / cap) for models that cap their logits (Gemma-2)."""
+        cap = self.spec.logit_softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def build_exit_heads(spec: ExitSpec, layers: Sequence[nn.Module], norm: nn.Module, vocab_size: int) -> nn.ModuleDict:
+    """The exit heads of a model, keyed by layer, as copies of the backbone's modules (architecture and dtype).
+
+    mlp <- the MLP of the same layer, layer <- the last layer, norm <- the final norm.
+    """
+    hidden_size = norm.weight.shape[0]
+    heads = {}
+    for k in spec.layers:
+        heads[str(k)] = ExitHead(
+            spec,
+            hidden_size,
+            vocab_size,
+            mlp=copy.deepcopy(layers[k - 1].mlp) if spec.kind == "mlp" else None,
+            layer=copy.deepcopy(layers[-1]) if spec.kind == "layer" else None,
+            norm=None if spec.kind == "embedding" else copy.deepcopy(norm),
+        )
+    return nn.ModuleDict(heads)
+
+
+def run_single_layer(base: nn.Module, layer: nn.Module, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    """Run one decoder layer as a one-layer model, so that masks and rotary embeddings stay the model's business.
+
+    base: the Hugging Face base model (`LlamaModel`, ...); hidden [B, S, D] -> [B, S, D].
+    """
+    view = copy.copy(base)
+    view._modules = {**base._modules, "layers": nn.ModuleList([layer]), "norm": nn.Identity()}
+    view.config = copy.copy(base.config)
+    view.config.num_hidden_layers = 1
+    if getattr(base.config, "layer_types", None) is not None:
+        view.config.layer_types = [layer_type(layer)]
+    return view(inputs_embeds=hidden, use_cache=False, **kwargs).last_hidden_state
+
+
+def layer_type(layer: nn.Module) -> str:
+    """'sliding_attention' or 'full_attention', as the layer itself was built."""
+    sliding = getattr(layer.self_attn, "sliding_window", None)
+    return "full_attention" if sliding is None else "sliding_attention"

@@ -1,0 +1,206 @@
+"""One pipeline stage of exit tuning: the frozen backbone part and the exits that train on it."""
+
+import hashlib
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import nn
+
+from ee_scale.backbone.loading import LoadTask, TensorFolder, load_tensors
+from ee_scale.backbone.parallel import (
+    ROW,
+    column_linear,
+    cut_dim,
+    materialise,
+    padded_vocab,
+    sum_partial_gradients,
+    swap_projections,
+)
+from ee_scale.backbone.shard import BackboneStage, load_task, meta_model, output_matrix_name, tensor_plan
+from ee_scale.backbone.stages import StagePlan
+from ee_scale.exits.heads import ExitHead, ExitSpec, ExitTaps, Tap, build_exit_heads, run_single_layer
+from ee_scale.grid import Grid
+
+
+class TuningStage(nn.Module):
+    """Registers the exits alone: what DeepSpeed sees is what trains. The backbone is reached by `backbone`.
+
+    Parameter names are those of the exported files, `exit_heads.<layer>.<module>`.
+    """
+
+    def __init__(self, backbone: BackboneStage | None, exit_heads: nn.ModuleDict, spec: ExitSpec):
+        super().__init__()
+        self.spec = spec
+        self.exit_heads = exit_heads
+        # In a list, because a registered backbone would be broadcast, cast and counted by the engine.
+        self._backbone = [backbone]
+        first = backbone.layer_indices.start
+        layers = {int(k): backbone.base.layers[int(k) - 1 - first] for k in exit_heads}
+        self._layers = [layers]
+        self._taps = [ExitTaps(spec, layers)]
+
+    @property
+    def backbone(self) -> BackboneStage:
+        return self._backbone[0]
+
+    @property
+    def exit_layers(self) -> list[int]:
+        return [int(k) for k in self.exit_heads]
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, dict[int, Tap]]:
+        """Ids [B, S] or hidden states [B, S, D] -> (hidden states for the next stage, what each exit reads)."""
+        hidden = self.backbone(x)
+        return hidden, self._taps[0].pop()
+
+    def exit_hidden(self, k: int, tap: Tap) -> torch.Tensor:
+        """[B, S, D], ready for the head of exit k, with the graph of its modules."""
+        norm_name = self.spec.mlp_output_norm
+        output_norm = getattr(self._layers[0][k], norm_name) if norm_name else None
+        return self.exit_heads[str(k)].hidden(tap, output_norm, self._run_layer)
+
+    def _run_layer(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        return run_single_layer(self.backbone.base, layer, hidden)
+
+    def exit_logits(self, k: int, tap: Tap) -> torch.Tensor:
+        """Logits of exit k, [B, S, V/tp] (padding included)."""
+        return self.exit_heads[str(k)].logits(self.exit_hidden(k, tap), self.backbone.lm_head)
+
+    @torch.no_grad()
+    def frozen_digest(self) -> str:
+        """SHA-256 over sums of the bit patterns of every frozen tensor of this rank: changes if any bit flips."""
+        digest = hashlib.sha256()
+        for name, tensor in self.backbone.named_parameters():
+            bits = tensor.reshape(-1).view(torch.int16 if tensor.element_size() == 2 else torch.int32)
+            position = torch.arange(1, bits.numel() + 1, device=bits.device)
+            digest.update(f"{name}:{bits.sum(dtype=torch.int64)}:{(bits * position).sum()}".encode())
+        return digest.hexdigest()
+
+
+def build_stage(
+    config: Any,
+    plan: StagePlan,
+    spec: ExitSpec,
+    grid: Grid,
+    dtype: torch.dtype,
+    *,
+    attn_implementation: str | None = None,
+    teacher: bool = False,
+) -> TuningStage:
+    """Meta model -> exits copied -> stage cut -> tensor axis swapped. Weights are still empty: see `load_stage`.
+
+    `teacher` keeps the final norm on the last stage and the lm_head on every stage with exits (KL term).
+    """
+    model = meta_model(config, dtype, attn_implementation)
+    mine = plan.exits(grid.stage)
+    heads = build_exit_heads(spec, model.base_model.layers, model.base_model.norm, config.vocab_size)
+    heads = nn.ModuleDict({str(k): heads[str(k)] for k in mine})
+    needs_lm_head = bool(mine) and (spec.head != "full" or teacher)
+    backbone = BackboneStage(model, plan, grid, dtype, final_norm=teacher, lm_head=needs_lm_head)
+    tensor_axis = tensor_plan(config, grid.layout.tp)
+    for head in heads.values():
+        _shard_exit(head, tensor_axis, config, grid, dtype)
+    return TuningStage(backbone, heads, spec)
+
+
+def _shard_exit(head: ExitHead, plan: dict[str, str], config: Any, grid: Grid, dtype: torch.dtype) -> None:
+    rows = padded_vocab(config.vocab_size, grid.layout.tp)
+    bodies = [(head.mlp, "mlp."), (head.layer, "")]
+    with torch.device(grid.device):
+        for body, prefix in bodies:
+            if body is not None:
+                swap_projections(body, plan, prefix, grid.tp_group, dtype)
+        if head.spec.head == "full":
+            head.head = column_linear(config.hidden_size, rows, False, grid.tp_group, dtype)
+        elif head.spec.head == "low_rank":
+            head.head.up = column_linear(head.spec.rank, rows, False, grid.tp_group, dtype)
+    materialise(head, grid.device)
+    head.requires_grad_(True)
+    for body, prefix in bodies:
+        if body is not None:
+            sum_partial_gradients(body, plan, prefix, grid.tp_group)
+
+
+def load_stage(stage: TuningStage, tensors: TensorFolder, grid: Grid, *, init: str, seed: int) -> None:
+    """Read the backbone's slices and initialise the exits (`copy` from the backbone, or `random`)."""
+    stage.backbone.load(tensors, grid)
+    config, tp = stage.backbone.model_config, grid.layout.tp
+    tasks: list[LoadTask] = []
+    for name, parameter in stage.exit_heads.named_parameters():
+        source = copy_source(name, config.num_hidden_layers, tensors)
+        if source is None:
+            _fill(parameter, whole_low_rank(name, parameter, config.vocab_size, seed), grid)
+        elif init == "copy":
+            tasks.append(load_task(parameter, source, config.vocab_size, tp))
+        else:
+            _fill(parameter, whole_random(name, source, tensors, config, seed), grid)
+    load_tensors(tasks, tensors, grid.tp_rank, tp)
+
+
+def copy_source(name: str, num_layers: int, tensors: TensorFolder) -> str | None:
+    """Backbone tensor that an exit parameter ('3.mlp.up_proj.weight') starts from; None for low-rank factors.
+
+    head <- lm_head, norm <- final norm, mlp <- the same layer's, layer <- the last layer (EE-LLM's rules).
+    """
+    k, part, rest = name.split(".", 2)
+    if part == "norm":
+        return f"model.norm.{rest}"
+    if part == "mlp":
+        return f"model.layers.{int(k) - 1}.mlp.{rest}"
+    if part == "layer":
+        return f"model.layers.{num_layers - 1}.{rest}"
+    return output_matrix_name(tensors) if rest == "weight" else None
+
+
+def whole_low_rank(name: str, parameter: torch.Tensor, vocab_size: int, seed: int) -> torch.Tensor:
+    """Whole factor of a low-rank head: down is uniform in +-1/sqrt(D) (as `nn.Linear`), up is zero."""
+    if ".up." in name:
+        return torch.zeros(vocab_size, parameter.shape[1])
+    bound = 1 / sqrt(parameter.shape[1])
+    return torch.empty(parameter.shape).uniform_(-bound, bound, generator=_generator(name, seed))
+
+
+def whole_random(name: str, source: str, tensors: TensorFolder, config: Any, seed: int) -> torch.Tensor:
+    """Whole tensor of a randomly initialised exit (EE-LLM's rules).
+
+    Matrices N(0, std); output projections N(0, std / sqrt(2 k)) for an exit at layer k; biases zero; norms neutral.
+    """
+    shape = tensors.shape(source)
+    if len(shape) == 1:
+        neutral = 0.0 if source.endswith(".bias") or config.model_type == "gemma2" else 1.0
+        return torch.full(shape, neutral)
+    std = config.initializer_range
+    if (config.base_model_tp_plan or {}).get("layers.*." + _inside_layer(name)) == ROW:
+        std /= sqrt(2 * int(name.split(".", 1)[0]))
+    return torch.empty(shape).normal_(0.0, std, generator=_generator(name, seed))
+
+
+def _inside_layer(name: str) -> str:
+    """'3.layer.self_attn.o_proj.weight' -> 'self_attn.o_proj'; '3.mlp.down_proj.weight' -> 'mlp.down_proj'."""
+    return name.split(".", 1)[1].removeprefix("layer.").rsplit(".", 1)[0]
+
+
+def _generator(name: str, seed: int) -> torch.Generator:
+    # By name: the same numbers at every grid.
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def _fill(parameter: nn.Parameter, whole: torch.Tensor, grid: Grid) -> None:
+    with torch.no_grad():
+        parameter.copy_(local_slice(whole, parameter, grid.tp_rank))
+
+
+def local_slice(whole: torch.Tensor, parameter: torch.Tensor, tp_rank: int) -> torch.Tensor:
+    """This rank's part of a whole tensor; missing vocabulary rows are zero."""
+    dim = cut_dim(parameter)
+    if dim is None:
+        return whole
+    step = parameter.shape[dim]
+    part = whole.narrow(dim, min(tp_rank * step, whole.shape[dim]), max(0, min(step, whole.shape[dim] - tp_rank * step)))
+    if part.shape[dim] == step:
+        return part
+    padding = list(part.shape)
+    padding[dim] = step - part.shape[dim]
+    return torch.cat([part, part.new_zeros(padding)], dim=dim)

@@ -1,0 +1,64 @@
+"""Token losses and confidences on logits that are cut over the vocabulary ([N, V/tp] on each rank)."""
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+
+def mask_padding(logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Logits [..., V/tp] with the padded rows of the vocabulary at the lowest value, so that no softmax sees them."""
+    first = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
+    valid = min(max(vocab_size - first, 0), logits.shape[-1])
+    if valid == logits.shape[-1]:
+        return logits
+    padding = torch.arange(logits.shape[-1], device=logits.device) >= valid
+    return logits.masked_fill(padding, torch.finfo(logits.dtype).min)
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Next-token loss per token: logits [N, V/tp], labels [N] -> fp32 [N]. May overwrite fp32 logits (Megatron)."""
+    return vocab_parallel_cross_entropy(logits, labels)
+
+
+def log_normalizer(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(largest logit, log sum exp) over the whole vocabulary, fp32 [N] each."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    largest = logits.max(dim=-1).values
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    total = (logits - largest.unsqueeze(-1)).exp().sum(dim=-1)
+    dist.all_reduce(total, group=group)
+    return largest, largest + total.log()
+
+
+@torch.no_grad()
+def confidence(logits: torch.Tensor) -> torch.Tensor:
+    """Largest softmax probability over the whole vocabulary: [N, V/tp] -> fp32 [N]."""
+    largest, normalizer = log_normalizer(logits.float())
+    return (largest - normalizer).exp()
+
+
+class _KLDivergence(torch.autograd.Function):
+    """KL(teacher || student) per token; gradient softmax(student) - softmax(teacher)."""
+
+    @staticmethod
+    def forward(ctx, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        student, teacher = student.float(), teacher.float()
+        log_p = student - log_normalizer(student)[1].unsqueeze(-1)
+        log_q = teacher - log_normalizer(teacher)[1].unsqueeze(-1)
+        q = log_q.exp()
+        # A padded row has q = 0 and two very low, finite logarithms.
+        loss = (q * (log_q - log_p)).sum(dim=-1)
+        dist.all_reduce(loss, group=parallel_state.get_tensor_model_parallel_group())
+        ctx.save_for_backward(log_p.exp() - q)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (difference,) = ctx.saved_tensors
+        return difference * grad.unsqueeze(-1), None
+
+
+def kl_divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """T^2 KL(softmax(teacher/T) || softmax(student/T)) per token (Hinton et al. 2015): [N, V/tp] twice -> fp32 [N]."""
+    return _KLDivergence.apply(student / temperature, teacher.detach() / temperature) * temperature**2

@@ -1,0 +1,179 @@
+"""The process grid: tensor x pipeline x data, one rank order for Megatron-Core and DeepSpeed.
+
+The only file that makes process groups or reads the launcher's environment (RANK, WORLD_SIZE, LOCAL_RANK).
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from megatron.core import parallel_state
+
+from ee_scale.errors import UserError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Rank arithmetic without processes: tp is fastest, then dp, pp slowest (Megatron's default order)."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "pp", "dp"):
+            if getattr(self, name) < 1:
+                raise UserError(f"parallel.{name}={getattr(self, name)}: must be at least 1")
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    def coordinates(self, rank: int) -> tuple[int, int, int]:
+        """(pp, dp, tp) of a global rank."""
+        return rank // (self.tp * self.dp), rank // self.tp % self.dp, rank % self.tp
+
+    def rank(self, pp: int, dp: int, tp: int) -> int:
+        """Global rank of a coordinate."""
+        return (pp * self.dp + dp) * self.tp + tp
+
+    def topology(self) -> PipeModelDataParallelTopology:
+        """The same order in DeepSpeed's words."""
+        return PipeModelDataParallelTopology(num_pp=self.pp, num_mp=self.tp, num_dp=self.dp)
+
+
+@dataclass(frozen=True)
+class LaunchInfo:
+    """What a launcher (torchrun, or SLURM through it) told this process."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+
+
+def launch_info() -> LaunchInfo | None:
+    """The launcher's word, or None when this process was started by hand."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return None
+    rank = int(os.environ["RANK"])
+    return LaunchInfo(rank, int(os.environ.get("LOCAL_RANK", rank)), int(os.environ["WORLD_SIZE"]))
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """'auto', 'cpu' or 'cuda' -> the device of this process. Raises `UserError` for a missing GPU."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("parallel.device=cuda: torch sees no GPU; use parallel.device=cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {local_rank} has no GPU of its own: {torch.cuda.device_count()} GPUs on this node; "
+            "start fewer processes per node"
+        )
+    return torch.device("cuda", local_rank)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """This process in the grid, with its live groups."""
+
+    layout: Layout
+    rank: int
+    device: torch.device
+    metrics_group: Any  # gloo over all ranks: small CPU messages beside the training traffic
+
+    @property
+    def stage(self) -> int:
+        return self.layout.coordinates(self.rank)[0]
+
+    @property
+    def dp_rank(self) -> int:
+        return self.layout.coordinates(self.rank)[1]
+
+    @property
+    def tp_rank(self) -> int:
+        return self.layout.coordinates(self.rank)[2]
+
+    @property
+    def tp_group(self) -> dist.ProcessGroup:
+        return parallel_state.get_tensor_model_parallel_group()
+
+    @property
+    def dp_group(self) -> dist.ProcessGroup:
+        return parallel_state.get_data_parallel_group()
+
+    @property
+    def pp_group(self) -> dist.ProcessGroup:
+        return parallel_state.get_pipeline_model_parallel_group()
+
+    def writes_stage(self) -> bool:
+        """Whether this rank writes and reports for its stage (the others of the stage hold shards or copies)."""
+        return self.dp_rank == 0 and self.tp_rank == 0
+
+
+def join_grid(
+    layout: Layout,
+    device: torch.device,
+    timeout_minutes: float = 30.0,
+    init_method: str | None = None,
+    rank: int | None = None,
+) -> Grid:
+    """Meet the other ranks and make every group.
+
+    `init_method` and `rank` are for processes that were not started by torchrun (tests, one-process runs).
+    Raises `UserError` if the world is not tp x pp x dp.
+    """
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        alone = init_method is None and launch_info() is None
+        store = dist.HashStore() if alone else None
+        where = {"rank": 0 if alone else rank, "world_size": layout.world_size} if alone or rank is not None else {}
+        dist.init_process_group(
+            backend, init_method=init_method, store=store, timeout=timedelta(minutes=timeout_minutes), **where
+        )
+    if dist.get_world_size() != layout.world_size:
+        raise UserError(world_size_message(layout, dist.get_world_size()))
+    _join_deepspeed(device)
+    parallel_state.initialize_model_parallel(layout.tp, layout.pp)
+    grid = Grid(layout, dist.get_rank(), device, dist.new_group(backend="gloo"))
+    _assert_one_order(grid)
+    return grid
+
+
+def leave_grid() -> None:
+    """Drop Megatron's groups, so that the same processes can join another grid (tests)."""
+    parallel_state.destroy_model_parallel()
+
+
+def world_size_message(layout: Layout, world_size: int) -> str:
+    """Why a world of this size does not fit the grid."""
+    return (
+        f"{world_size} processes, but tp={layout.tp} x pp={layout.pp} (stages launched) x dp={layout.dp} "
+        f"needs {layout.world_size}"
+    )
+
+
+def _join_deepspeed(device: torch.device) -> None:
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # PipelineModule reads it
+    if device.type == "cpu":
+        # Serves inference_all_reduce only, and takes a compiler and 20 s or more on first use.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False, dist_init_required=False)
+
+
+def _assert_one_order(grid: Grid) -> None:
+    stage, dp_rank, tp_rank = grid.layout.coordinates(grid.rank)
+    megatron = (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_rank(),
+    )
+    coordinate = grid.layout.topology().get_coord(grid.rank)
+    assert megatron == (stage, dp_rank, tp_rank) == (coordinate.pipe, coordinate.data, coordinate.model)
