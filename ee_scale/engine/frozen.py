@@ -162,7 +162,7 @@ class FrozenPipelineEngine(PipelineEngine):
         self._final[buffer_id] = self._batch[buffer_id] = None
 
     def _step(self) -> None:
-        self.grad_norms = clip_exits(self.optimizer, self.settings.optimizer.clip_grad, self.mpu)
+        self.grad_norms = clip_exits(self.optimizer, self.settings.optimizer.clip_grad, self.process_grid)
         self._exec_optimizer_step()
 
     _INSTRUCTION_MAP: dict[type, Callable[..., None]] = {  # noqa: RUF012 (the base class's own pattern)
@@ -180,6 +180,9 @@ def exit_optimizer(stage: TuningStage, settings: OptimizerSettings) -> torch.opt
     groups = []
     for k in stage.exit_layers:
         parameters = list(stage.exit_heads[str(k)].parameters())
+        for parameter in parameters:
+            # DeepSpeed's own norm serves as its NaN check only; on a tensor rank > 0 it fails when nothing counts.
+            parameter.model_parallel = True
         for decay, members in (
             (settings.weight_decay, [p for p in parameters if p.ndim > 1]),
             (0.0, [p for p in parameters if p.ndim <= 1]),
@@ -203,7 +206,7 @@ def deepspeed_config(settings: EngineSettings, grid: Grid, trains: bool) -> dict
             "reduce_bucket_size": 50_000_000,
         },
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": bf16},
+        "bf16": {"enabled": bf16, "immediate_grad_update": bf16},  # chunks of logits add up in fp32
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": 10**9,
     }
