@@ -115,6 +115,12 @@ class Grid:
         """Whether this rank writes and reports for its stage (the others of the stage hold shards or copies)."""
         return self.dp_rank == 0 and self.tp_rank == 0
 
+    def from_rank_0(self, value: Any) -> Any:
+        """A small Python value of rank 0, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.metrics_group)
+        return box[0]
+
 
 def join_grid(
     layout: Layout,

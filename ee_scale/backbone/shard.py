@@ -127,8 +127,12 @@ def load_task(parameter: nn.Parameter, source: str, vocab_size: int, tp: int) ->
     dim = cut_dim(parameter)
     if dim is None:
         return LoadTask(parameter, source)
-    is_vocab = source.endswith(("embed_tokens.weight", "lm_head.weight", "head.weight", "head.up.weight"))
-    return LoadTask(parameter, source, dim, vocab_size if is_vocab else parameter.shape[dim] * tp)
+    return LoadTask(parameter, source, dim, vocab_size if is_vocabulary(source) else parameter.shape[dim] * tp)
+
+
+def is_vocabulary(name: str) -> bool:
+    """Whether a cut parameter is as long as the vocabulary (and so may be padded), by its name."""
+    return name.endswith(("embed_tokens.weight", "head.weight", "head.up.weight"))
 
 
 def stage_backbone(

@@ -87,6 +87,11 @@ def to_yaml(config: DictConfig) -> str:
     return OmegaConf.to_yaml(config, resolve=True)
 
 
+def as_dict(config: DictConfig) -> dict[str, Any]:
+    """The resolved config as plain Python."""
+    return OmegaConf.to_container(config, resolve=True)
+
+
 def known_keys(schema: type, prefix: str = "") -> list[str]:
     """Every dotted key of a schema."""
     keys = []

@@ -16,6 +16,7 @@ from deepspeed.runtime.pipe.schedule import ForwardPass, LoadMicroBatch, Optimiz
 
 from ee_scale.engine.clipping import EXIT_KEY, clip_exits
 from ee_scale.engine.schedule import FrozenSchedule, ShareFinalHidden, TrainExits
+from ee_scale.engine.state import start_moments
 from ee_scale.exits.losses import LossSettings, exit_backward
 from ee_scale.exits.stage import TuningStage
 from ee_scale.grid import Grid
@@ -87,6 +88,8 @@ class FrozenPipelineEngine(PipelineEngine):
         self.stage, self.process_grid, self.settings = stage, grid, settings
         self.share_final = settings.losses.kl_weight > 0
         self.loss_weights = dict.fromkeys(stage.exit_layers, 1.0)
+        if stage.exit_layers:
+            start_moments(self.optimizer)
         self.grad_norms: dict[int, torch.Tensor] = {}
         self._losses: dict[int, torch.Tensor] = {}
         self._micro_batches: Iterator[dict[str, torch.Tensor]] = iter(())

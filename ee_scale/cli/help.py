@@ -1,0 +1,71 @@
+"""`--help`: what each command does and every setting, from the schema's own help lines."""
+
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ee_scale.config.compose import config_dir, has_groups
+from ee_scale.config.schema import VERBS
+
+EXAMPLES = {
+    "tune": (
+        "ee-scale tune model=<HF dir> data=<.txt | .jsonl | folder> exits.layers=[3,6,9] out=runs/a",
+        "ee-scale tune +debug=cpu",
+        "torchrun --nproc-per-node 4 -m ee_scale tune model=<HF dir> data=corpus.txt parallel.tp=2 parallel.pp=2",
+    ),
+    "export": ("ee-scale export src=runs/a kind=early_exit out=my-model",),
+    "evaluate": ("ee-scale evaluate model=my-model data=heldout.txt",),
+    "demo": ("ee-scale demo",),
+}
+
+
+def overview() -> None:
+    """The commands, one line each."""
+    console = Console()
+    console.print("[bold]ee-scale[/] <command> key=value ...   early exits for frozen Hugging Face models\n")
+    table = Table.grid(padding=(0, 3))
+    for verb, schema in VERBS.items():
+        table.add_row(f"  [bold]{verb}[/]", schema.__doc__)
+    console.print(table)
+    console.print("\nee-scale <command> --help lists its settings; --cfg prints the resolved config and stops.")
+
+
+def verb_help(verb: str) -> None:
+    """Every setting of a command with its default."""
+    console, schema = Console(), VERBS[verb]
+    console.print(f"[bold]ee-scale {verb}[/]: {schema.__doc__}\n")
+    for example in EXAMPLES[verb]:
+        console.print(f"  {example}", markup=False, highlight=False)
+    if has_groups(verb):
+        console.print("\nReady-made groups (choose with group=option):")
+        for group in sorted(path for path in config_dir().iterdir() if path.is_dir()):
+            options = " ".join(sorted(path.stem for path in group.glob("*.yaml")))
+            plus = "+" if group.name == "debug" else ""
+            console.print(f"  {plus}{group.name}={options}", markup=False, highlight=False)
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for column in ("setting", "default", "meaning"):
+        table.add_column(column, overflow="fold")
+    for key, default, text in _settings(schema):
+        table.add_row(key, default, text)
+    console.print()
+    console.print(table, markup=False)
+
+
+def _settings(schema: type, prefix: str = "") -> list[tuple[str, str, str]]:
+    rows = []
+    for field in fields(schema):
+        if is_dataclass(field.default_factory):
+            rows += _settings(field.default_factory, f"{prefix}{field.name}.")
+            continue
+        text = field.metadata["help"]
+        if choices := field.metadata.get("choices"):
+            text += f" ({', '.join(choices)})"
+        rows.append((prefix + field.name, _default(field), text))
+    return rows
+
+
+def _default(field: Any) -> str:
+    value = field.default_factory() if field.default is MISSING else field.default
+    return {"???": "required", "None": "null"}.get(str(value), str(value)).replace("[", "\\[")

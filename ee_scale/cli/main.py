@@ -1,0 +1,63 @@
+"""`ee-scale <verb> key=value ...`: compose the config, then hand it to the verb's file."""
+
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from ee_scale.cli.help import overview, verb_help
+from ee_scale.config.compose import compose_config, to_yaml
+from ee_scale.config.schema import VERBS
+from ee_scale.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point. Returns the exit code: 0, or 2 for bad input (one line on stderr)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        overview()
+        return 0
+    verb, *rest = arguments
+    try:
+        if verb not in VERBS:
+            raise UserError(f"unknown command '{verb}'; choose one of {', '.join(VERBS)}")
+        if "-h" in rest or "--help" in rest:
+            verb_help(verb)
+            return 0
+        shows = _take_cfg_flag(rest)
+        config = compose_config(verb, rest)
+        if shows:
+            sys.stdout.write(to_yaml(config))
+            return 0
+        _quiet_libraries()
+        _pick_accelerator(config)
+        return importlib.import_module(f"ee_scale.cli.{verb}").run(config, rest) or 0
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"error: {error}\n")
+        return 2
+
+
+def _take_cfg_flag(arguments: list[str]) -> bool:
+    """`--cfg job` (Hydra's flag) or `--cfg`: print the resolved config and stop."""
+    if "--cfg" not in arguments:
+        return False
+    at = arguments.index("--cfg")
+    del arguments[at : at + 2 if arguments[at + 1 : at + 2] == ["job"] else at + 1]
+    return True
+
+
+def _quiet_libraries() -> None:
+    """Megatron-Core warns on import about kernels that are not needed here."""
+    warnings.filterwarnings("ignore", module="megatron")
+    warnings.filterwarnings("ignore", message=".*TypedStorage.*")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+
+
+def _pick_accelerator(config: object) -> None:
+    """DeepSpeed chooses its accelerator when it is imported; a run that asks for the CPU must say so before."""
+    device = config.parallel.device if "parallel" in config else "device" in config and config.device
+    if device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"

@@ -1,0 +1,67 @@
+"""A model and a tokenizer that need no download: for debug configs, the demo and tests."""
+
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from ee_scale.data.corpora import python_documents
+from ee_scale.data.text import cache_root, published
+from ee_scale.errors import UserError
+
+TINY = "tiny"
+END = "<|end|>"
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with one special token that ends documents (and pads)."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END], initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END, bos_token=END)
+
+
+def llama_config(tokenizer: PreTrainedTokenizerFast, *, layers: int, hidden: int, max_positions: int) -> LlamaConfig:
+    """A small Llama: heads of 32, half as many KV heads, tied embeddings."""
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=hidden * 8 // 3 // 32 * 32,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 64,
+        head_dim=32,
+        max_position_embeddings=max_positions,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def tiny_model(cache_dir: Path | str | None = None) -> Path:
+    """Folder of the random 4-layer Llama `model=tiny`, built on first use."""
+    folder = cache_root(cache_dir).parent / "models" / "tiny-v1" if cache_dir is None else Path(cache_dir) / "tiny-v1"
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"model.path={TINY}: cannot write {folder.parent} ({error.strerror})") from error
+    texts = (text for _, text in islice(python_documents(), 200))
+    tokenizer = train_tokenizer(texts, 512)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(llama_config(tokenizer, layers=4, hidden=64, max_positions=512))
+    with published(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    return folder

@@ -1,0 +1,1 @@
+"""The training loop and its recipes. Knows engines and data, not file formats."""

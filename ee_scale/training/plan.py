@@ -1,0 +1,97 @@
+"""Everything about a tune run that follows from config and model, decided once and before any process starts."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ee_scale.backbone.families import ModelShape, shape_of
+from ee_scale.backbone.shard import tensor_plan
+from ee_scale.backbone.stages import StagePlan, plan_stages
+from ee_scale.config.checks import check_batch, check_tune
+from ee_scale.errors import UserError
+from ee_scale.exits.heads import ExitSpec
+from ee_scale.exits.placement import (
+    exit_cost,
+    exit_parameters,
+    exit_spec,
+    resolve_exit_layers,
+    resolve_loss_weights,
+)
+from ee_scale.grid import Layout
+
+
+@dataclass(frozen=True)
+class TunePlan:
+    """What runs where.
+
+    Attributes:
+        layout: the processes that are launched (stages after the deepest exit are not).
+        loss_weights: final weight of each exit's loss.
+        num_micro_batches: per optimizer step and rank.
+    """
+
+    model_dir: Path
+    model_config: Any
+    shape: ModelShape
+    spec: ExitSpec
+    stages: StagePlan
+    layout: Layout
+    loss_weights: dict[int, float]
+    num_micro_batches: int
+
+
+def plan_tune(config: Any, model_dir: Path, model_config: Any) -> TunePlan:
+    """Check the config against the model and cut it into stages. Raises `UserError`."""
+    check_tune(config)
+    shape, parallel, exits = shape_of(model_config), config.parallel, config.exits
+    if config.data.seq_length > shape.max_positions:
+        raise UserError(
+            f"data.seq_length={config.data.seq_length} is above the model's max_position_embeddings="
+            f"{shape.max_positions}"
+        )
+    if parallel.pp > shape.num_layers:
+        raise UserError(f"parallel.pp={parallel.pp}: more stages than the model's {shape.num_layers} layers")
+    tensor_plan(model_config, parallel.tp)
+    layers = resolve_exit_layers(exits.layers, shape.num_layers, parallel.pp, parallel.stages)
+    spec = exit_spec(model_config, layers, exits.kind, exits.head, exits.rank)
+    stages = plan_stages(
+        shape.num_layers,
+        parallel.pp,
+        layers,
+        given=parallel.stages,
+        layer_cost=shape.layer_parameters,
+        exit_cost=exit_cost(spec, shape),
+        whole_model=exits.kl_weight > 0,
+    )
+    return TunePlan(
+        model_dir=model_dir,
+        model_config=model_config,
+        shape=shape,
+        spec=spec,
+        stages=stages,
+        layout=Layout(parallel.tp, stages.launched, parallel.dp),
+        loss_weights=resolve_loss_weights(exits.loss_weights, layers),
+        num_micro_batches=check_batch(config.train.global_batch_size, config.train.micro_batch_size, parallel.dp),
+    )
+
+
+def uses_bf16(precision: str, device: torch.device) -> bool:
+    """'auto' means bf16 on a GPU and fp32 on a CPU."""
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
+
+
+def stage_rows(plan: TunePlan) -> list[tuple[str, ...]]:
+    """The stage table: stage, layers, exits, trained parameters, and what is not launched."""
+    rows = []
+    per_exit = exit_parameters(plan.spec, plan.shape)
+    for stage in range(len(plan.stages.bounds) - 1):
+        if stage >= plan.stages.launched:
+            first, last = plan.stages.bounds[stage] + 1, plan.stages.bounds[stage + 1]
+            rows.append((str(stage), f"{first}-{last}", "", "not launched"))
+            continue
+        layers, exits = plan.stages.layers(stage), plan.stages.exits(stage)
+        names = ", ".join(map(str, exits))
+        rows.append((str(stage), f"{layers.start + 1}-{layers.stop}", names, f"{len(exits) * per_exit:,}"))
+    return rows

@@ -1,0 +1,114 @@
+"""Where a run's numbers go on rank 0: a progress line, metrics.jsonl, and Weights & Biases."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import wandb
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ee_scale.log import log
+from ee_scale.training.metrics import StepMetrics
+
+
+class Reporter(AbstractContextManager):
+    """Calls every sink with every step; closes them all at the end."""
+
+    def __init__(self, sinks: Sequence[Callable[[StepMetrics], None]]):
+        self.sinks = sinks
+
+    def __call__(self, metrics: StepMetrics) -> None:
+        for sink in self.sinks:
+            sink(metrics)
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for sink in self.sinks:
+            sink.close()
+
+
+class MetricsFile:
+    """metrics.jsonl: one object per step, appended as it comes."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def __call__(self, metrics: StepMetrics) -> None:
+        self._file.write(json.dumps(metrics.to_json()) + "\n")
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._file.close()
+
+
+class ProgressLine:
+    """A bar with the losses on a terminal; a log line every `every` steps elsewhere."""
+
+    def __init__(self, steps: int, start: int, every: int, *, enabled: bool):
+        self._steps, self._every = steps, every
+        self._bar = None
+        if enabled and sys.stderr.isatty():
+            columns = (TextColumn("tuning"), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.description}"))
+            self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
+            self._task = self._bar.add_task("", total=steps, completed=start)
+            self._bar.start()
+
+    def __call__(self, metrics: StepMetrics) -> None:
+        losses = "  ".join(f"{k}:{loss:.3f}" for k, loss in metrics.loss.items())
+        text = f"loss by exit {losses}  {metrics.tokens_per_second:,.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=metrics.step, description=text)
+        elif metrics.step % self._every == 0 or metrics.step in (1, self._steps):
+            log.info("step %d/%d  %s", metrics.step, self._steps, text)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+class WandbSink:
+    """Weights & Biases. Whatever fails there is said once and never stops the run."""
+
+    def __init__(self, out: Path, logging: Any, config: dict[str, Any], run_id: str):
+        self._run = None
+        try:
+            self._run = wandb.init(
+                project=logging.wandb_project,
+                name=logging.wandb_name or out.name,
+                mode=logging.wandb,
+                dir=str(out),
+                id=run_id,
+                resume="allow",
+                config=config,
+                settings=wandb.Settings(silent=True),
+            )
+        except Exception as error:
+            self._give_up(error)
+
+    def __call__(self, metrics: StepMetrics) -> None:
+        if self._run is None:
+            return
+        values = {f"loss/exit_{k}": loss for k, loss in metrics.loss.items()}
+        values |= {f"kl/exit_{k}": value for k, value in (metrics.kl or {}).items()}
+        values |= {name: getattr(metrics, name) for name in ("tokens", "learning_rate", "tokens_per_second")}
+        try:
+            self._run.log(values, step=metrics.step)
+        except Exception as error:
+            self._give_up(error)
+
+    def close(self) -> None:
+        """Finish the upload."""
+        try:
+            if self._run is not None:
+                self._run.finish()
+        except Exception as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._run = None
+        log.warning("wandb failed and is off for the rest of the run: %s", str(error).splitlines()[0] if str(error) else error)

@@ -1,0 +1,103 @@
+"""What the benchmarks share: a random model of a given size, the engine on it, and the same in plain torch.
+
+Imported in child processes only (see `_children.py`): DeepSpeed picks its device when it is imported.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from _children import Job
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from ee_scale.backbone.loading import TensorFolder, load_config
+from ee_scale.backbone.stages import plan_stages
+from ee_scale.engine.frozen import EngineSettings, FrozenPipelineEngine
+from ee_scale.exits.heads import ExitSpec, Tap, build_exit_heads
+from ee_scale.exits.losses import LossSettings
+from ee_scale.exits.placement import exit_spec
+from ee_scale.exits.stage import build_stage, load_stage
+from ee_scale.grid import Grid
+
+MicroBatches = list[dict[str, torch.Tensor]]
+
+
+def dtype_of(job: Job) -> torch.dtype:
+    """bf16 where it is fast."""
+    return torch.bfloat16 if job.device == "cuda" else torch.float32
+
+
+def save_model(job: Job) -> None:
+    """Write the random model of a job to its folder."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=job.vocab,
+        hidden_size=job.hidden,
+        intermediate_size=job.hidden * 11 // 4,
+        num_hidden_layers=job.layers,
+        num_attention_heads=max(1, job.hidden // 64),
+        num_key_value_heads=max(1, job.hidden // 64),
+        max_position_embeddings=job.sequence,
+        tie_word_embeddings=False,
+    )
+    AutoModelForCausalLM.from_config(config, dtype=dtype_of(job)).save_pretrained(job.folder)
+
+
+def make_batch(job: Job, device: torch.device) -> MicroBatches:
+    """Random tokens, the same on every rank."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (job.micro_batches, job.micro_batch, job.sequence + 1)
+    tokens = torch.randint(0, job.vocab, shape, generator=generator).to(device)
+    mask = torch.ones(job.micro_batch, job.sequence, device=device)
+    return [{"tokens": t[:, :-1].contiguous(), "labels": t[:, 1:].contiguous(), "loss_mask": mask} for t in tokens]
+
+
+def build_engine(job: Job, grid: Grid, kind: type[FrozenPipelineEngine] = FrozenPipelineEngine) -> Any:
+    """The engine as `ee-scale tune` builds it."""
+    config = load_config(Path(job.folder))
+    spec = exit_spec(config, job.exits, "mlp", job.head, 64)
+    plan = plan_stages(job.layers, job.stages, spec.layers)
+    stage = build_stage(config, plan, spec, grid, dtype_of(job))
+    load_stage(stage, TensorFolder(Path(job.folder)), grid, init="copy", seed=0)
+    losses = LossSettings(job.vocab, chunk_tokens=job.chunk_tokens)
+    settings = EngineSettings(job.micro_batch, job.micro_batches, losses, bf16=dtype_of(job) == torch.bfloat16)
+    return kind.build(stage, grid, settings)
+
+
+def load_reference(job: Job, device: torch.device) -> tuple[nn.Module, nn.ModuleDict]:
+    """The same model and exits in plain transformers and torch: nothing of Megatron or DeepSpeed."""
+    model = AutoModelForCausalLM.from_pretrained(job.folder, dtype=dtype_of(job)).to(device).eval()
+    spec = ExitSpec(job.exits, "mlp", job.head, 64)
+    heads = build_exit_heads(spec, model.model.layers, model.model.norm, job.vocab).to(device, dtype_of(job))
+    for head in heads.values():
+        if job.head == "low_rank":
+            nn.init.zeros_(head.head.up.weight)
+        else:
+            head.head.weight.data.copy_(model.lm_head.weight)
+    model.requires_grad_(False)
+    return model, heads.requires_grad_(True)
+
+
+def exit_loss(head: nn.Module, tap: Tap, lm_head: nn.Module, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy of one exit, all logits at once."""
+    logits = head.logits(head.hidden(tap), lm_head)
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+
+
+def seconds(work: Callable[[], Any], device: torch.device) -> float:
+    """Wall time of one call."""
+    synchronize(device)
+    start = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the GPU, if it is one."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,92 @@
+"""Run a measurement in fresh processes and bring back its result. Imports nothing heavy."""
+
+import importlib
+import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Job:
+    """One size to measure at: a random Llama, its exits and a batch."""
+
+    folder: str
+    device: str
+    layers: int
+    hidden: int
+    vocab: int
+    sequence: int
+    micro_batch: int
+    exits: tuple[int, ...]
+    head: str = "low_rank"
+    micro_batches: int = 2
+    chunk_tokens: int = 1024
+    rounds: int = 7
+    stages: int = 1
+    wait: float = 0.0  # seconds that a stage's forward pass takes instead of its own time; 0: its own time
+
+    @property
+    def tokens(self) -> int:
+        return self.micro_batches * self.micro_batch * self.sequence
+
+
+def run_child(target: str, *args: Any, **environment: str) -> Any:
+    """`module:function` in one fresh process with these environment variables."""
+    return run_children(target, [args], **environment)[0]
+
+
+def run_children(target: str, arguments: list[tuple[Any, ...]], **environment: str) -> list[Any]:
+    """The same in one process for each tuple of arguments, at once. Raises RuntimeError with a child's traceback."""
+    context = get_context("spawn")
+    with _environment(environment):
+        pairs = []
+        for args in arguments:
+            mine, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_call, args=(target, args, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            pairs.append((process, mine))
+    try:
+        return [_result(target, pipe) for _, pipe in pairs]
+    finally:
+        for process, _ in pairs:
+            process.join(timeout=10)
+            if process.is_alive():
+                process.kill()
+
+
+def _call(target: str, args: tuple[Any, ...], pipe: Connection) -> None:
+    module, function = target.split(":")
+    try:
+        pipe.send((True, getattr(importlib.import_module(module), function)(*args)))
+    except Exception:
+        pipe.send((False, traceback.format_exc()))
+
+
+def _result(target: str, pipe: Connection) -> Any:
+    try:
+        done, value = pipe.recv()
+    except EOFError:
+        raise RuntimeError(f"{target}: its process died without a word (killed for memory?)") from None
+    if not done:
+        raise RuntimeError(f"{target} failed:\n{value}")
+    return value
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,0 +1,1 @@
+"""Shared parts of the tests: processes, tiny models, the plain-autograd reference."""

@@ -1,0 +1,75 @@
+"""Tiny random models of every family, written as Hugging Face folders."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+CONFIGS = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "gemma2": Gemma2Config,
+    "olmo2": Olmo2Config,
+}
+FAMILIES = tuple(CONFIGS)
+CUT_FAMILIES = tuple(family for family in FAMILIES if family != "olmo2")  # those that can be tensor-parallel
+VOCAB = 131  # odd: tp = 2 and 4 both pad
+SLIDING_WINDOW = 8
+
+
+def tiny_config(family: str, **changes: Any) -> Any:
+    """Five layers, eight query heads over four key/value heads, head_dim that is not hidden / heads where allowed."""
+    values: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+    }
+    if family == "mistral":
+        values["sliding_window"] = SLIDING_WINDOW
+    if family == "gemma2":
+        # Caps that are low enough to bend these models' logits.
+        values |= {"sliding_window": SLIDING_WINDOW, "query_pre_attn_scalar": 16}
+        values |= {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0}
+    if family in ("qwen2", "olmo2"):
+        del values["head_dim"]
+    return CONFIGS[family](**(values | changes))
+
+
+def write_model(folder: Path, family: str, seed: int = 0, **changes: Any) -> Path:
+    """Write a random model in fp32. Every vector is random too: a neutral norm or a zero bias would hide mistakes."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(family, **changes), dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(3)
+            else:
+                nn.init.normal_(parameter, 0.0 if name.endswith(".bias") or family == "gemma2" else 1.0, 0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+def load_whole(folder: Path) -> nn.Module:
+    """transformers' own model, fp32, frozen."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)

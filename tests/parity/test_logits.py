@@ -1,0 +1,120 @@
+"""Logits of the re-housed backbone equal transformers' at every cut: TP 1, 2, 4; PP 1, 2, 4; 2 x 2."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers.models import CUT_FAMILIES, FAMILIES, SLIDING_WINDOW, VOCAB, load_whole, write_model
+from helpers.spawn import spawn
+
+from ee_scale.backbone.loading import load_config
+from ee_scale.backbone.shard import stage_backbone
+from ee_scale.backbone.stages import plan_stages
+from ee_scale.grid import Grid, Layout, join_grid, leave_grid
+
+TOLERANCE = 1e-5
+SEQUENCE = 24  # three sliding windows
+GRIDS = [(1, 1), (2, 1), (1, 2), (4, 1), (1, 4), (2, 2)]  # tp, pp; 5 layers, so PP cuts are uneven
+CASES = [
+    (family, tied, grid)
+    for family in FAMILIES
+    for tied in (False, True)
+    for grid in GRIDS
+    if grid[0] == 1 or family in CUT_FAMILIES
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders <family>-<tied>, each with `reference.pt`: ids and transformers' logits."""
+    root = tmp_path_factory.mktemp("logits")
+    for family in FAMILIES:
+        for tied in (False, True):
+            folder = write_model(root / f"{family}-{tied}", family, tie_word_embeddings=tied)
+            torch.manual_seed(1)
+            ids = torch.randint(0, VOCAB, (2, SEQUENCE))
+            with torch.no_grad():
+                logits = load_whole(folder)(ids).logits
+            torch.save((ids, logits), folder / "reference.pt")
+    return root
+
+
+@pytest.fixture(scope="module")
+def differences(models: Path) -> dict[tuple, float]:
+    """Largest absolute difference of every case; the ranks of a world run all its cases."""
+    found: dict[tuple, float] = {}
+    for world in (1, 2, 4):
+        cases = [case for case in CASES if case[2][0] * case[2][1] == world]
+        for result in spawn(run_cases, world, models, cases):
+            found |= result
+    return found
+
+
+def run_cases(rank: int, models: Path, cases: list[tuple]) -> dict[tuple, float]:
+    found = {}
+    for family, tied, (tp, pp) in cases:
+        folder = models / f"{family}-{tied}"
+        ids, expected = torch.load(folder / "reference.pt")
+        grid = join_grid(Layout(tp, pp, 1), torch.device("cpu"))
+        with torch.no_grad():
+            logits = pipeline_logits(folder, grid, ids)
+        if logits is not None:
+            # Every tensor rank gathers the same logits; the worst of them counts.
+            found[family, tied, (tp, pp)] = (logits - expected).abs().max().item()
+        leave_grid()
+    return found
+
+
+def pipeline_logits(folder: Path, grid: Grid, ids: torch.Tensor) -> torch.Tensor | None:
+    """Whole logits on the last stage, None on the others."""
+    config = load_config(folder)
+    plan = plan_stages(config.num_hidden_layers, grid.layout.pp, [1], whole_model=True)
+    last = grid.stage == grid.layout.pp - 1
+    backbone = stage_backbone(folder, config, plan, grid, torch.float32, final_norm=True, lm_head=last)
+    x = ids
+    if grid.stage > 0:
+        x = torch.empty(*ids.shape, config.hidden_size)
+        dist.recv(x, grid.layout.rank(grid.stage - 1, 0, grid.tp_rank))
+    hidden = backbone(x)
+    if not last:
+        dist.send(hidden.contiguous(), grid.layout.rank(grid.stage + 1, 0, grid.tp_rank))
+        return None
+    shard = backbone.lm_head(hidden)
+    shards = [torch.empty_like(shard) for _ in range(grid.layout.tp)]
+    dist.all_gather(shards, shard.contiguous(), group=grid.tp_group)
+    logits = torch.cat(shards, dim=-1)[..., : config.vocab_size]
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def _name(case: tuple) -> str:
+    family, tied, (tp, pp) = case
+    return f"{family}-{'tied' if tied else 'untied'}-tp{tp}-pp{pp}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=_name)
+def test_logits_equal_transformers(case: tuple, differences: dict[tuple, float]) -> None:
+    assert differences[case] <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("mistral", {"sliding_window": 64}),
+        ("gemma2", {"sliding_window": 64}),
+        ("gemma2", {"attn_logit_softcapping": None}),
+        ("gemma2", {"final_logit_softcapping": None}),
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}),
+    ],
+)
+def test_the_models_would_show_a_mistake(models: Path, family: str, change: dict) -> None:
+    """Without the sliding window, a cap or the right rotary base the logits differ by far more than the tolerance."""
+    folder = models / f"{family}-False"
+    ids, expected = torch.load(folder / "reference.pt")
+    assert ids.shape[1] > SLIDING_WINDOW
+    model = load_whole(folder)
+    changed = type(model)(type(model.config)(**{**model.config.to_dict(), **change})).eval()
+    changed.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert (changed(ids).logits - expected).abs().max() > 100 * TOLERANCE
