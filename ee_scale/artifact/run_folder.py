@@ -2,34 +2,46 @@
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from omegaconf import OmegaConf
+from uuid import uuid4
 
 from ee_scale.artifact.checkpoint import checkpoints, read_checkpoint
 from ee_scale.artifact.files import read_json, write_json, write_text
 from ee_scale.backbone.loading import fingerprint
-from ee_scale.config.compose import to_yaml
+from ee_scale.config.compose import as_dict, to_yaml
 from ee_scale.errors import UserError
 from ee_scale.training.plan import TunePlan
 
 CONFIG, IDENTITY, METRICS, CHECKPOINTS = "config.yaml", "run.json", "metrics.jsonl", "checkpoints"
 
-# What makes a run that run. Everything else (grid, steps, logging, ...) may change when it goes on.
-IDENTITY_KEYS = (
-    "exits.kind exits.head exits.rank exits.init exits.loss_weights exits.loss_weight_init "
-    "exits.loss_weight_warmup_steps exits.loss_weight_warmup_style exits.confidence_weighting exits.kl_weight "
-    "exits.kl_temperature data.path data.weights data.seq_length data.text_key data.seed optim.lr optim.min_lr "
-    "optim.betas optim.eps optim.weight_decay optim.clip_grad optim.warmup_fraction optim.decay "
-    "train.global_batch_size train.seed"
-).split()
+# What makes a run that run. Everything else (grid, steps, precision, logging, ...) may change when it goes on.
+IDENTITY_GROUPS = ("exits", "data", "optim")
+IDENTITY_KEYS = ("train.global_batch_size", "train.seed")
+MAY_CHANGE = ("exits.layers", "exits.loss_chunk_tokens", "data.cache_dir", "data.num_workers")
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """An output folder that is ready to be trained into.
+
+    Attributes:
+        identity: what run.json says.
+        checkpoint: where to continue from, or None; `state` is its state.json, or empty.
+    """
+
+    out: Path
+    identity: dict[str, Any]
+    checkpoint: Path | None
+    state: dict[str, Any]
 
 
 def run_identity(config: Any, plan: TunePlan) -> dict[str, Any]:
     """What must be equal for a run to go on: settings that shape the result, the exits and the base model."""
-    settings = {key: OmegaConf.select(config, key) for key in IDENTITY_KEYS}
-    settings = {k: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for k, v in settings.items()}
+    values = as_dict(config)
+    keys = [f"{group}.{name}" for group in IDENTITY_GROUPS for name in values[group]] + list(IDENTITY_KEYS)
+    settings = {key: values[key.split(".")[0]][key.split(".")[1]] for key in keys if key not in MAY_CHANGE}
     return {
         "base_model": str(plan.model_dir.resolve()),
         "base_fingerprint": fingerprint(plan.model_dir),
@@ -38,11 +50,10 @@ def run_identity(config: Any, plan: TunePlan) -> dict[str, Any]:
     }
 
 
-def open_run(out: Path, config: Any, plan: TunePlan) -> tuple[dict[str, Any], Path | None, dict[str, Any]]:
+def open_run(out: Path, config: Any, plan: TunePlan) -> OpenedRun:
     """Make or re-open the output folder. One process calls it, before any rank trains.
 
-    Returns (identity, checkpoint to continue from or None, its state). Raises `UserError` if the folder holds another
-    run, a damaged checkpoint, or cannot be written.
+    Raises `UserError` if the folder holds another run, a damaged checkpoint, or cannot be written.
     """
     identity = run_identity(config, plan)
     try:
@@ -54,14 +65,17 @@ def open_run(out: Path, config: Any, plan: TunePlan) -> tuple[dict[str, Any], Pa
     if (out / IDENTITY).is_file():
         if config.train.resume == "never":
             raise UserError(f"out={out}: holds a run already and train.resume=never; choose another out")
-        _check_same(out, read_json(out / IDENTITY), identity)
+        stored = read_json(out / IDENTITY)
+        _check_same(out, stored, identity)
+        identity = stored
     else:
+        identity["run_id"] = uuid4().hex[:8]
         write_json(out / IDENTITY, identity)
     write_text(out / CONFIG, to_yaml(config))
     folder = max(checkpoints(out / CHECKPOINTS).items(), default=(0, None))[1]
     state = read_checkpoint(folder) if folder else {}
     trim_metrics(out / METRICS, state.get("step", 0))
-    return identity, folder, state
+    return OpenedRun(out, identity, folder, state)
 
 
 def read_run(out: Path) -> dict[str, Any]:

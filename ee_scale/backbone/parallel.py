@@ -89,7 +89,9 @@ def swap_projections(module: nn.Module, plan: Mapping[str, str], prefix: str, gr
         style = plan.get(prefix + name)
         if style in (COLUMN, ROW):
             make = column_linear if style == COLUMN else row_linear
-            module.set_submodule(name, make(child.in_features, child.out_features, child.bias is not None, group, dtype))
+            module.set_submodule(
+                name, make(child.in_features, child.out_features, child.bias is not None, group, dtype)
+            )
 
 
 def sum_partial_gradients(module: nn.Module, plan: Mapping[str, str], prefix: str, group: Any) -> None:
@@ -140,12 +142,12 @@ def row_linear(in_features: int, out_features: int, bias: bool, group: Any, dtyp
     return layer
 
 
-def vocab_embedding(vocab_size: int, hidden_size: int, scale: float | None, group: Any, dtype: torch.dtype) -> nn.Module:
+def vocab_embedding(
+    vocab_size: int, hidden_size: int, scale: float | None, group: Any, dtype: torch.dtype
+) -> nn.Module:
     """An embedding whose rows are cut over the group, padded to a multiple of tp."""
     rows = padded_vocab(vocab_size, group.size())
-    embedding = VocabEmbedding(
-        rows, hidden_size, init_method=_no_init, config=_config(group, dtype), tp_group=group
-    )
+    embedding = VocabEmbedding(rows, hidden_size, init_method=_no_init, config=_config(group, dtype), tp_group=group)
     embedding.scale = scale
     set_tensor_model_parallel_attributes(embedding.weight, True, 0, 1)
     return embedding

@@ -1,6 +1,7 @@
 """`ee-scale <verb> key=value ...`: compose the config, then hand it to the verb's file."""
 
 import importlib
+import logging
 import os
 import sys
 import warnings
@@ -49,11 +50,11 @@ def _take_cfg_flag(arguments: list[str]) -> bool:
 
 
 def _quiet_libraries() -> None:
-    """Megatron-Core warns on import about kernels that are not needed here."""
+    """What the libraries say while they are imported and while they load, and no user can act on."""
     warnings.filterwarnings("ignore", module="megatron")
-    warnings.filterwarnings("ignore", message=".*TypedStorage.*")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 
 def _pick_accelerator(config: object) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import Dataset
-from transformers import AutoTokenizer
 
-from ee_scale.artifact.checkpoint import load_checkpoint, save_checkpoint
-from ee_scale.artifact.run_folder import CHECKPOINTS, METRICS, open_run
+from ee_scale.artifact.run_folder import CHECKPOINTS, METRICS, OpenedRun, open_run
+from ee_scale.artifact.save import load_checkpoint, save_checkpoint
 from ee_scale.backbone.loading import find_model, load_config
+from ee_scale.cli.inputs import load_tokenizer, sources
 from ee_scale.cli.launch import run_ranks
 from ee_scale.config.compose import as_dict
 from ee_scale.data.builtin import TINY, tiny_model
@@ -31,44 +31,33 @@ def run(config: Any, overrides: Sequence[str]) -> int:
     leader = launched is None or launched.rank == 0
     configure_logging(0 if leader else 1, config.logging.level)
     plan = make_plan(config)
-    out = Path(config.out).expanduser()
     if launched is not None and launched.world_size != plan.layout.world_size:
         raise UserError(world_size_message(plan.layout, launched.world_size))
     device = pick_device(config.parallel.device, launched.local_rank if launched else 0)
+    opened = None
     if leader:
         # Under torchrun the other ranks wait for rank 0 in join_grid; bad input ends the job before they train.
         prepare_data(config, plan, progress=config.logging.progress)
-        _, _, state = open_run(out, config, plan)
-        if state.get("step", 0) >= config.train.steps:
-            log.info("%s is finished: step %d of %d; raise train.steps to go on", out, state["step"], config.train.steps)
-            if launched is None:
-                return 0
+        opened = open_run(Path(config.out).expanduser(), config, plan)
         if launched is None:
             show_plan(plan)
+    if launched is None and opened.state.get("step", 0) >= config.train.steps:
+        log.info("%s is finished (step %d); raise train.steps to go on", config.out, opened.state["step"])
+        return 0
     if launched is None and plan.layout.world_size > 1:
-        return run_ranks("tune", overrides, plan.layout.world_size, device)
-    grid = join_grid(plan.layout, device, config.parallel.timeout_minutes)
-    train_rank(config, plan, grid, out)
-    return 0
+        code = run_ranks("tune", overrides, plan.layout.world_size, device)
+    else:
+        train_rank(config, plan, join_grid(plan.layout, device, config.parallel.timeout_minutes), opened)
+        code = 0
+    if launched is None and code == 0:
+        log.info("done; next: ee-scale export src=%s out=<folder>", config.out)
+    return code
 
 
 def make_plan(config: Any) -> TunePlan:
     """Find and read the model, and check the config against it. Raises `UserError`."""
     folder = tiny_model() if config.model.path == TINY else find_model(config.model.path)
     return plan_tune(config, folder, load_config(folder))
-
-
-def sources(path: Any) -> list[str]:
-    """`data.path` as a list."""
-    return [str(path)] if isinstance(path, str) else [str(item) for item in path]
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The model's tokenizer. Raises `UserError`."""
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:
-        raise UserError(f"model.path={folder}: no tokenizer in it ({str(error).splitlines()[0]})") from error
 
 
 def prepare_data(config: Any, plan: TunePlan, *, progress: bool) -> tuple[Any, list[str]]:
@@ -79,24 +68,23 @@ def prepare_data(config: Any, plan: TunePlan, *, progress: bool) -> tuple[Any, l
             f"model.path={plan.model_dir}: its tokenizer has {len(tokenizer)} tokens, but the model's vocab_size is "
             f"{plan.shape.vocab_size}; they do not belong together"
         )
-    prefixes = prepare_text(
-        names, tokenizer, plan.model_dir, config.data.cache_dir, config.data.text_key, progress
-    )
+    prefixes = prepare_text(names, tokenizer, plan.model_dir, config.data.cache_dir, config.data.text_key, progress)
     check_tokens(prefixes, plan.shape.vocab_size, config.data.seq_length, names=names)
     return tokenizer, prefixes
 
 
-def train_rank(config: Any, plan: TunePlan, grid: Grid, out: Path) -> None:
-    """One rank's whole run: data, stage, resume, loop."""
+def train_rank(config: Any, plan: TunePlan, grid: Grid, opened: OpenedRun | None) -> None:
+    """One rank's whole run: data, stage, resume, loop. `opened` is known on rank 0."""
+    opened = grid.from_rank_0(opened)
     tokenizer = load_tokenizer(plan.model_dir)
-    prefixes = prepare_text(
-        sources(config.data.path), tokenizer, plan.model_dir, config.data.cache_dir, config.data.text_key, False
-    )
+    names = sources(config.data.path)
+    prefixes = prepare_text(names, tokenizer, plan.model_dir, config.data.cache_dir, config.data.text_key, False)
     dataset = build_dataset(config, plan, tokenizer, prefixes)
     tune_run = start_run(config, plan, grid)
-    _resume(tune_run, out)
-    with Reporter(_sinks(config, tune_run, out) if grid.rank == 0 else []) as report:
-        train(tune_run, dataset, report, lambda r: _save(r, out))
+    if opened.checkpoint is not None:
+        resume(tune_run, opened)
+    with Reporter(_sinks(config, tune_run, opened) if grid.rank == 0 else []) as report:
+        train(tune_run, dataset, report, lambda finished: _save(finished, opened.out))
 
 
 def build_dataset(config: Any, plan: TunePlan, tokenizer: Any, prefixes: list[str]) -> Dataset:
@@ -114,15 +102,13 @@ def build_dataset(config: Any, plan: TunePlan, tokenizer: Any, prefixes: list[st
     )
 
 
-def _resume(tune_run: TuneRun, out: Path) -> None:
-    # Every rank opens the same folder: rank 0 prepared it, and nothing is written between.
-    _, folder, state = open_run(out, tune_run.config, tune_run.plan) if tune_run.grid.rank == 0 else (None, None, None)
-    folder, state = tune_run.grid.from_rank_0((folder, state))
-    if folder is not None:
-        load_checkpoint(folder, tune_run, state)
-        log.info("continuing from %s", folder)
-        if state["steps"] != tune_run.config.train.steps:
-            log.warning("train.steps was %d: the learning rate and the order of the data follow the new value", state["steps"])
+def resume(tune_run: TuneRun, opened: OpenedRun) -> None:
+    """Continue from the run's last checkpoint."""
+    load_checkpoint(opened.checkpoint, tune_run, opened.state)
+    log.info("continuing from %s", opened.checkpoint)
+    steps = opened.state["steps"]
+    if steps != tune_run.config.train.steps:
+        log.warning("train.steps was %d: learning rate and order of the data now follow the new value", steps)
 
 
 def _save(tune_run: TuneRun, out: Path) -> None:
@@ -130,14 +116,14 @@ def _save(tune_run: TuneRun, out: Path) -> None:
     save_checkpoint(out / CHECKPOINTS, tune_run, facts, tune_run.config.train.keep)
 
 
-def _sinks(config: Any, tune_run: TuneRun, out: Path) -> list[Any]:
+def _sinks(config: Any, tune_run: TuneRun, opened: OpenedRun) -> list[Any]:
     every = config.logging.every
     sinks: list[Any] = [
-        MetricsFile(out / METRICS),
+        MetricsFile(opened.out / METRICS),
         ProgressLine(config.train.steps, tune_run.step, every, enabled=config.logging.progress),
     ]
     if config.logging.wandb != "disabled":
-        sinks.append(WandbSink(out, config.logging, as_dict(config), out.resolve().name))
+        sinks.append(WandbSink(opened.out, config.logging, as_dict(config), opened.identity["run_id"]))
     return sinks
 
 

@@ -54,8 +54,10 @@ def has_groups(verb: str) -> bool:
 
 def _hydra(verb: str) -> Any:
     # A flat verb must not see the folder: hydra would take its `model=` for the group of that name.
-    return initialize_config_dir(str(config_dir()), version_base="1.3") if has_groups(verb) else initialize(
-        None, version_base="1.3"
+    return (
+        initialize_config_dir(str(config_dir()), version_base="1.3")
+        if has_groups(verb)
+        else initialize(None, version_base="1.3")
     )
 
 
@@ -123,7 +125,9 @@ def _one_line(error: Exception, verb: str) -> str:
     if "Could not find '" in text:
         group, _, option = text.split("Could not find '", 1)[1].split("'", 1)[0].rpartition("/")
         options = text.partition(f"Available options in '{group}':")[2].partition("Config search path")[0]
-        return f"{group}={option}: no such file or folder, and no option of configs/{group} ({', '.join(options.split())})"
+        return (
+            f"{group}={option}: no such file or folder, and no option of configs/{group} ({', '.join(options.split())})"
+        )
     return f"{_full_key(text, '')}: {text.partition(' full_key:')[0]}".removeprefix(": ")
 
 

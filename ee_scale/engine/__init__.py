@@ -1,1 +1,1 @@
-"""DeepSpeed's pipeline engine with schedules that make a frozen backbone cheap. The only place that knows its insides."""
+"""DeepSpeed's pipeline engine with schedules for a frozen backbone. The only place that knows its insides."""

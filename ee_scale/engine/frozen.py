@@ -152,16 +152,19 @@ class FrozenPipelineEngine(PipelineEngine):
         taps, batch = self._taps[buffer_id], self._batch[buffer_id]
         for k in self.stage.exit_layers:
             with torch.enable_grad():
-                self._losses[k] += exit_backward(
-                    self.stage.exit_heads[str(k)],
-                    self.stage.exit_hidden(k, taps.pop(k)),
-                    batch["labels"],
-                    batch["loss_mask"],
-                    self.stage.backbone.lm_head,
-                    self.settings.losses,
-                    scale=self.loss_weights[k] / self.micro_batches,
-                    final_hidden=self._final[buffer_id],
-                ) / self.micro_batches
+                self._losses[k] += (
+                    exit_backward(
+                        self.stage.exit_heads[str(k)],
+                        self.stage.exit_hidden(k, taps.pop(k)),
+                        batch["labels"],
+                        batch["loss_mask"],
+                        self.stage.backbone.lm_head,
+                        self.settings.losses,
+                        scale=self.loss_weights[k] / self.micro_batches,
+                        final_hidden=self._final[buffer_id],
+                    )
+                    / self.micro_batches
+                )
         self._final[buffer_id] = self._batch[buffer_id] = None
 
     def _step(self) -> None:

@@ -73,7 +73,7 @@ class ExitTaps:
             self.taps[k] = tap
 
         if spec.kind != "mlp":
-            return layer.register_forward_hook(lambda m, args, out: keep(Tap(out[0] if isinstance(out, tuple) else out)))
+            return layer.register_forward_hook(lambda m, args, out: keep(Tap(out)))
         if spec.mlp_input_norm is None:
             return layer.mlp.register_forward_pre_hook(lambda m, args: keep(Tap(args[0], args[0])))
         norm = getattr(layer, spec.mlp_input_norm)

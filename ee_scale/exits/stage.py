@@ -198,7 +198,9 @@ def local_slice(whole: torch.Tensor, parameter: torch.Tensor, tp_rank: int) -> t
     if dim is None:
         return whole
     step = parameter.shape[dim]
-    part = whole.narrow(dim, min(tp_rank * step, whole.shape[dim]), max(0, min(step, whole.shape[dim] - tp_rank * step)))
+    part = whole.narrow(
+        dim, min(tp_rank * step, whole.shape[dim]), max(0, min(step, whole.shape[dim] - tp_rank * step))
+    )
     if part.shape[dim] == step:
         return part
     padding = list(part.shape)

@@ -43,7 +43,12 @@ class MetricsStream:
     """Collects each step's losses on the device; every window is summed over all ranks in the background."""
 
     def __init__(self, grid: Grid, exit_layers: Sequence[int], tokens_per_step: int, *, with_kl: bool):
-        self.grid, self.exit_layers, self.tokens_per_step, self.with_kl = grid, list(exit_layers), tokens_per_step, with_kl
+        self.grid, self.exit_layers, self.tokens_per_step, self.with_kl = (
+            grid,
+            list(exit_layers),
+            tokens_per_step,
+            with_kl,
+        )
         self._pending: deque[_Window] = deque()
         self._steps: list[tuple[int, int, float]] = []
         self._losses: list[dict[int, torch.Tensor]] = []

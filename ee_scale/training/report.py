@@ -52,7 +52,12 @@ class ProgressLine:
         self._steps, self._every = steps, every
         self._bar = None
         if enabled and sys.stderr.isatty():
-            columns = (TextColumn("tuning"), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.description}"))
+            columns = (
+                TextColumn("tuning"),
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TextColumn("{task.description}"),
+            )
             self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
             self._task = self._bar.add_task("", total=steps, completed=start)
             self._bar.start()
@@ -111,4 +116,6 @@ class WandbSink:
 
     def _give_up(self, error: Exception) -> None:
         self._run = None
-        log.warning("wandb failed and is off for the rest of the run: %s", str(error).splitlines()[0] if str(error) else error)
+        log.warning(
+            "wandb failed and is off for the rest of the run: %s", str(error).splitlines()[0] if str(error) else error
+        )

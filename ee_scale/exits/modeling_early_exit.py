@@ -1,0 +1,151 @@
+"""A Hugging Face causal language model with early exits. Copied into exported folders: torch and transformers only.
+
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+model(input_ids).exit_logits    # {layer: [B, S, V]}
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from .heads import ExitSpec, ExitTaps, build_exit_heads, run_single_layer
+
+PREFIX = "exit_heads."
+CODE_FILES = ("heads.py", "modeling_early_exit.py")
+AUTO_MAP = {"AutoModelForCausalLM": "modeling_early_exit.EarlyExitForCausalLM"}
+
+
+@dataclass
+class EarlyExitOutput(CausalLMOutputWithPast):
+    """The base model's output, and `exit_logits`: exit layer -> logits [B, S, V] (None when not asked for)."""
+
+    exit_logits: dict[int, torch.Tensor] | None = None
+
+
+class EarlyExitMixin:
+    """Goes in front of a `...ForCausalLM` class: its logits stay exactly as they are, exits come on top."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        self.exit_spec = ExitSpec.from_dict(config.early_exit)
+        self.exit_heads = build_exit_heads(
+            self.exit_spec, self.base_model.layers, self.base_model.norm, config.vocab_size
+        )
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        output_exit_logits: bool = True,
+        **kwargs: Any,
+    ) -> EarlyExitOutput:
+        """As the base model's forward; `output_exit_logits=False` leaves the exits out (and costs nothing).
+
+        Raises ValueError if an exit with a layer of its own is asked to continue a cache.
+        """
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+            "use_cache": use_cache,
+            "logits_to_keep": logits_to_keep,
+            **kwargs,
+        }
+        if not output_exit_logits:
+            return super().forward(**inputs)
+        if self.exit_spec.kind == "layer" and past_key_values is not None and past_key_values.get_seq_length() > 0:
+            raise ValueError("exits of kind 'layer' need the whole sequence: pass no filled past_key_values")
+        layers = self.base_model.layers
+        taps = ExitTaps(self.exit_spec, {k: layers[k - 1] for k in self.exit_spec.layers})
+        try:
+            output = super().forward(**{**inputs, "return_dict": True})
+        finally:
+            taps.remove()
+        masks = {"attention_mask": attention_mask, "position_ids": position_ids}
+        exit_logits = {k: self._exit_logits(k, tap, masks, logits_to_keep) for k, tap in taps.pop().items()}
+        return EarlyExitOutput(**output, exit_logits=exit_logits)
+
+    def _exit_logits(self, k: int, tap: Any, masks: dict[str, Any], logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+        def run_layer(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+            return run_single_layer(self.base_model, layer, hidden, **masks)
+
+        norm_name, head = self.exit_spec.mlp_output_norm, self.exit_heads[str(k)]
+        output_norm = getattr(self.base_model.layers[k - 1], norm_name) if norm_name else None
+        hidden = slice_logits_to_keep(head.hidden(tap, output_norm, run_layer), logits_to_keep)
+        return head.logits(hidden, self.get_output_embeddings())
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As the base class, plus the code that `trust_remote_code=True` needs."""
+        self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **AUTO_MAP}
+        super().save_pretrained(save_directory, *args, **kwargs)
+        for name in CODE_FILES:
+            shutil.copyfile(Path(__file__).with_name(name), Path(save_directory) / name)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Plain generation reads the final layer only."""
+        return {**super().prepare_inputs_for_generation(*args, **kwargs), "output_exit_logits": False}
+
+
+def early_exit_class(config: Any) -> type:
+    """The early-exit version of the stock class for this config. Raises ValueError if transformers has none."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"transformers has no causal language model for '{config.model_type}'")
+    stock = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    # The stock name: `architectures` in a saved config then still says what the folder is without exits.
+    return type(stock.__name__, (EarlyExitMixin, stock), {"__module__": __name__})
+
+
+class EarlyExitForCausalLM:
+    """Opens an exported folder; what comes back is the stock class with exits on top."""
+
+    _auto_class: str | None = None
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModelForCausalLM") -> None:
+        """Called by transformers' AutoModel."""
+        cls._auto_class = auto_class if isinstance(auto_class, str) else auto_class.__name__
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """As `PreTrainedModel.from_pretrained`. Raises ValueError if the folder has no exits, or not exactly those
+        that its config names: a missing exit head is never filled with random numbers.
+        """
+        kwargs.pop("trust_remote_code", None)
+        kwargs.pop("adapter_kwargs", None)
+        wants_info = kwargs.pop("output_loading_info", False)
+        config = AutoConfig.from_pretrained(path) if config is None else config
+        if getattr(config, "early_exit", None) is None:
+            raise ValueError(f"{path}: its config.json has no 'early_exit'; it is not a model with exits")
+        model_class = early_exit_class(config)
+        model, info = model_class.from_pretrained(path, *args, config=config, output_loading_info=True, **kwargs)
+        check_exit_keys(path, info)
+        return (model, info) if wants_info else model
+
+
+def check_exit_keys(path: Any, info: Any) -> None:
+    """Raise ValueError if exit heads are missing from the files, or in them without being in the config."""
+    for what in ("missing", "unexpected"):
+        keys = sorted(key for key in info[f"{what}_keys"] if key.startswith(PREFIX))
+        if keys:
+            raise ValueError(
+                f"{path}: {what} exit heads: {', '.join(keys[:3])}{' ...' if len(keys) > 3 else ''} "
+                f"({len(keys)} tensors); the files and config.json's early_exit do not belong together"
+            )

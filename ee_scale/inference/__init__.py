@@ -1,0 +1,1 @@
+"""Models with exits, opened for use. Knows nothing of training."""

@@ -1,0 +1,80 @@
+"""Open a model with exits from any of the forms it takes on disk."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, logging
+
+from ee_scale.artifact.sidecar import SIDECAR_CONFIG, SIDECAR_WEIGHTS, read_sidecar
+from ee_scale.backbone.loading import fingerprint, load_config
+from ee_scale.errors import UserError
+from ee_scale.exits import modeling_early_exit as modeling
+from ee_scale.exits.heads import ExitSpec, LowRankHead
+
+
+class EarlyExitForCausalLM(modeling.EarlyExitForCausalLM):
+    """`from_pretrained(folder)` for an exported early-exit folder, or for a sidecar (the exits alone)."""
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """The model with its exits, in eval mode. A sidecar opens its base model (`base_model=` overrides where).
+
+        Raises ValueError (`UserError` for sidecars) if exits and model do not belong together.
+        """
+        base = kwargs.pop("base_model", None)
+        if not (Path(path) / SIDECAR_CONFIG).is_file():
+            return super().from_pretrained(path, *args, **kwargs)
+        facts = read_sidecar(Path(path))
+        folder = Path(base or facts["base_model"])
+        if not folder.is_dir():
+            raise UserError(f"{path}: its base model {folder} is not there; pass base_model=<folder>")
+        if fingerprint(folder) != facts["base_fingerprint"]:
+            raise UserError(f"{path}: {folder} is not the base model that these exits were trained on")
+        model = _with_new_heads(folder, ExitSpec.from_dict(facts["early_exit"]), **kwargs)
+        exits = load_file(Path(path) / SIDECAR_WEIGHTS)
+        model.exit_heads.load_state_dict({name.removeprefix(modeling.PREFIX): value for name, value in exits.items()})
+        return model
+
+
+def untrained_exits(folder: Path, spec: ExitSpec, **kwargs: Any) -> Any:
+    """A plain model with copy-initialised exits: what tuning starts from (for `mlp` and `norm`, the logit lens)."""
+    model = _with_new_heads(folder, spec, **kwargs)
+    layers, lm_head = model.base_model.layers, model.get_output_embeddings()
+    with torch.no_grad():
+        for k, head in model.exit_heads.items():
+            sources = [(head.mlp, layers[int(k) - 1].mlp), (head.layer, layers[-1]), (head.norm, model.base_model.norm)]
+            if isinstance(head.head, LowRankHead):
+                head.head.up.weight.zero_()
+            else:
+                sources.append((head.head, lm_head))
+            for target, source in sources:
+                if target is not None:
+                    target.load_state_dict(source.state_dict())
+    return model
+
+
+def open_model(path: Path, **kwargs: Any) -> Any:
+    """A model with exits, or a plain one that has none. Raises `UserError`."""
+    if (path / SIDECAR_CONFIG).is_file():
+        return EarlyExitForCausalLM.from_pretrained(path, **kwargs)
+    config = load_config(path)
+    opener = AutoModelForCausalLM if getattr(config, "early_exit", None) is None else EarlyExitForCausalLM
+    try:
+        return opener.from_pretrained(path, **kwargs)
+    except (ValueError, OSError, json.JSONDecodeError) as error:
+        raise UserError(str(error).strip().splitlines()[0]) from error
+
+
+def _with_new_heads(folder: Path, spec: ExitSpec, **kwargs: Any) -> Any:
+    """The model of a plain folder with exit heads that still have to be filled."""
+    config = AutoConfig.from_pretrained(folder)
+    config.early_exit = spec.to_dict()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # the report of missing exit heads: they are filled next
+    try:
+        return modeling.early_exit_class(config).from_pretrained(folder, config=config, **kwargs).eval()
+    finally:
+        logging.set_verbosity(verbosity)
