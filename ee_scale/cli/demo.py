@@ -28,7 +28,7 @@ from ee_scale.inference.model import EarlyExitForCausalLM
 from ee_scale.log import configure_logging
 from ee_scale.training.pretrain import pretrain
 
-LAYERS, HIDDEN, VOCAB, SEQ_LENGTH, BATCH = 12, 128, 2048, 256, 8
+LAYERS, HIDDEN, VOCAB, SEQ_LENGTH, BATCH = 12, 128, 1024, 256, 4
 EXIT_LAYERS = [3, 6, 9]
 
 
@@ -87,8 +87,8 @@ def _tune(backbone: Path, out: Path, config: Any) -> None:
         f"exits.layers=[{','.join(map(str, EXIT_LAYERS))}]",
         "parallel.pp=2",
         f"train.steps={config.steps}",
-        f"train.micro_batch_size={BATCH // 2}",
-        f"train.global_batch_size={BATCH}",
+        f"train.micro_batch_size={BATCH}",
+        f"train.global_batch_size={2 * BATCH}",
         "optim.lr=1e-3",
         f"out={out}",
     ]

@@ -1,5 +1,6 @@
 """`--help`: what each command does and every setting, from the schema's own help lines."""
 
+import sys
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
@@ -21,9 +22,14 @@ EXAMPLES = {
 }
 
 
+def _console() -> Console:
+    """As wide as the terminal; wide enough for whole lines in a pipe."""
+    return Console(width=None if sys.stdout.isatty() else 140)
+
+
 def overview() -> None:
     """The commands, one line each."""
-    console = Console()
+    console = _console()
     console.print("[bold]ee-scale[/] <command> key=value ...   early exits for frozen Hugging Face models\n")
     table = Table.grid(padding=(0, 3))
     for verb, schema in VERBS.items():
@@ -34,7 +40,7 @@ def overview() -> None:
 
 def verb_help(verb: str) -> None:
     """Every setting of a command with its default."""
-    console, schema = Console(), VERBS[verb]
+    console, schema = _console(), VERBS[verb]
     console.print(f"[bold]ee-scale {verb}[/]: {schema.__doc__}\n")
     for example in EXAMPLES[verb]:
         console.print(f"  {example}", markup=False, highlight=False)
@@ -45,8 +51,9 @@ def verb_help(verb: str) -> None:
             plus = "+" if group.name == "debug" else ""
             console.print(f"  {plus}{group.name}={options}", markup=False, highlight=False)
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for column in ("setting", "default", "meaning"):
-        table.add_column(column, overflow="fold")
+    table.add_column("setting", no_wrap=True)
+    table.add_column("default", overflow="fold")
+    table.add_column("meaning", overflow="fold")
     for key, default, text in _settings(schema):
         table.add_row(key, default, text)
     console.print()

@@ -137,6 +137,6 @@ def _full_key(text: str, otherwise: str) -> str:
 
 def _unknown_key(key: str, verb: str) -> str:
     keys = known_keys(VERBS[verb])
-    near = [name for name in keys if name.rsplit(".", 1)[-1] == key] or get_close_matches(key, keys, n=3, cutoff=0.6)
+    near = [name for name in keys if name.rsplit(".", 1)[-1] == key] or get_close_matches(key, keys, n=1, cutoff=0.6)
     hint = f"did you mean {', '.join(near)}?" if near else f"see ee-scale {verb} --help"
     return f"unknown key '{key}'; {hint}"

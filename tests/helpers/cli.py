@@ -1,0 +1,106 @@
+"""Run `ee-scale` in processes of its own: quick forks, one per rank, started the way torchrun starts them."""
+
+import multiprocessing
+import os
+import signal
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from helpers.spawn import CHILD_ENVIRONMENT, PRELOAD
+
+MODULES = [*PRELOAD, "ee_scale.cli.tune", "ee_scale.cli.export", "ee_scale.cli.evaluate"]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a command left: exit codes and output by rank."""
+
+    codes: list[int]
+    outputs: list[str]
+
+    @property
+    def code(self) -> int:
+        return self.codes[0]
+
+    @property
+    def output(self) -> str:
+        return self.outputs[0]
+
+
+def run_cli(
+    arguments: list[str],
+    folder: Path,
+    world_size: int = 1,
+    *,
+    timeout: float = 180,
+    die_at_step: int = 0,
+    die_in_save: bool = False,
+) -> Finished:
+    """Run a command with `folder` as working directory; with several ranks, each under torchrun's variables.
+
+    `die_at_step` and `die_in_save` kill rank 0 (signal 9) after that step, or when all files of a checkpoint are
+    written and only the rename is missing.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(MODULES)
+    port = _free_port()
+    ranks = [
+        context.Process(
+            target=_rank, args=(rank, world_size, port, arguments, folder, die_at_step, die_in_save), daemon=True
+        )
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(timeout)
+    codes = [process.exitcode if process.exitcode is not None else -999 for process in ranks]
+    for process in ranks:
+        process.kill()
+    return Finished(codes, [(folder / f".output_{rank}").read_text() for rank in range(world_size)])
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def _rank(
+    rank: int, world_size: int, port: int, arguments: list[str], folder: Path, die_at_step: int, die_in_save: bool
+) -> None:
+    os.environ.update(CHILD_ENVIRONMENT)
+    if world_size > 1:
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
+    os.chdir(folder)
+    descriptor = os.open(folder / f".output_{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    torch.set_num_threads(1)
+    from ee_scale.artifact import save  # imported in the fork, after its output was redirected
+    from ee_scale.cli.main import main
+    from ee_scale.training.metrics import MetricsStream
+
+    if die_at_step and rank == 0:
+        _kill_after(MetricsStream, "flush", lambda stream: stream._pending[-1].steps[-1][0] >= die_at_step)
+    if die_in_save and rank == 0:
+        save._publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    code = main(arguments)
+    os._exit(code)
+
+
+def _kill_after(owner: Any, name: str, when: Any) -> None:
+    original = getattr(owner, name)
+
+    def patched(self: Any) -> None:
+        original(self)
+        if self._pending and when(self):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(owner, name, patched)

@@ -1,0 +1,101 @@
+"""Composition, help and the checks that need no model."""
+
+from pathlib import Path
+
+import pytest
+
+from ee_scale.cli.main import main
+from ee_scale.config.checks import check_batch, check_tune
+from ee_scale.config.compose import compose_config, config_dir, known_keys, to_yaml
+from ee_scale.config.schema import VERBS
+from ee_scale.errors import UserError
+
+GIVEN = ["model=m", "data=d.txt"]
+GROUP_FILES = sorted(path for path in config_dir().rglob("*.yaml") if path.parent != config_dir())
+
+
+@pytest.mark.parametrize("path", GROUP_FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_shipped_config_composes_and_passes_the_checks(path: Path):
+    group, option = path.parent.name, path.stem
+    given = [] if group == "debug" else [item for item in GIVEN if not item.startswith(f"{group}=")]
+    if (group, option) in (("model", "hf"), ("data", "text")):
+        given.append(f"{group}.path=x")
+    override = f"+debug={option}" if group == "debug" else f"{group}={option}"
+    config = compose_config("tune", [*given, override])
+    check_tune(config)
+    assert to_yaml(config)
+
+
+@pytest.mark.parametrize("path", ["/a b/c", "a=b", "../x(1)", "C:\\x y'z", "~/m", "a,b", "org/name"])
+def test_paths_survive_hydras_grammar(path: str):
+    config = compose_config("tune", [f"model={path}", f"data={path}", f"out={path}"])
+    assert (config.model.path, config.data.path, config.out) == (path, path, path)
+
+
+def test_a_list_of_data_stays_a_list():
+    assert list(compose_config("tune", ["model=m", "data=[a.txt,b.txt]"]).data.path) == ["a.txt", "b.txt"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([*GIVEN, "exits.layer=[3]"], "unknown key 'exits.layer'; did you mean exits.layers?"),
+        ([*GIVEN, "nonsense=3"], "unknown key 'nonsense'; see ee-scale tune --help"),
+        (["model=m"], "missing value: data (give key=value)"),
+        ([*GIVEN, "parallel.tp=abc"], "parallel.tp: Value 'abc' of type 'str' could not be converted to Integer"),
+        ([*GIVEN, "exits.kind=mlpx"], "exits.kind=mlpx: choose one of embedding, norm, mlp, layer"),
+        ([*GIVEN, "exits=papers"], "exits=papers: no such file or folder, and no option of configs/exits"),
+        ([*GIVEN, "word"], "argument 'word' is not of the form key=value"),
+        ([*GIVEN, "exits.layers=[3,6"], "cannot read argument 'exits.layers=[3,6'"),
+        ([*GIVEN, "+debug=none"], "debug=none: no such file or folder, and no option of configs/debug"),
+    ],
+)
+def test_bad_overrides_are_one_line_with_exit_code_2(overrides, message, capsys):
+    assert main(["tune", *overrides]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("parallel.tp=0", "parallel.tp=0: must be at least 1"),
+        ("train.zero=2", "train.zero=2: exits train under ZeRO-1"),
+        ("optim.min_lr=1", "optim.min_lr=1.0 is above optim.lr=0.0001"),
+        ("optim.warmup_fraction=1", "optim.warmup_fraction=1.0: must be in [0, 1)"),
+        ("optim.betas=[0.9]", "optim.betas=[0.9]: two numbers in [0, 1)"),
+        ("train.micro_batch_size=3", "train.global_batch_size=16 is not a multiple of"),
+        ("exits.kl_temperature=0", "exits.kl_temperature=0.0: must be above 0"),
+    ],
+)
+def test_checks_between_fields_name_the_numbers(override, message):
+    with pytest.raises(UserError) as error:
+        check_tune(compose_config("tune", [*GIVEN, override]))
+    assert str(error.value).startswith(message)
+
+
+def test_micro_batches():
+    assert check_batch(16, 2, 4) == 2
+
+
+def test_every_setting_has_a_help_line_and_shows_it(capsys):
+    for verb, schema in VERBS.items():
+        assert main([verb, "--help"]) == 0
+        shown = "".join(capsys.readouterr().out.split())
+        for key in known_keys(schema):
+            group = schema.__dataclass_fields__.get(key)
+            if group is None or "help" in group.metadata:
+                assert key in shown, f"{verb}: {key}"
+
+
+def test_help_and_unknown_command(capsys):
+    assert main([]) == 0
+    assert "tune" in capsys.readouterr().out
+    assert main(["tunes"]) == 2
+    assert capsys.readouterr().err == "error: unknown command 'tunes'; choose one of tune, export, evaluate, demo\n"
+
+
+def test_cfg_prints_the_resolved_config(capsys):
+    assert main(["tune", *GIVEN, "parallel.tp=4", "--cfg", "job"]) == 0
+    assert "tp: 4" in capsys.readouterr().out

@@ -1,0 +1,89 @@
+"""Rules of the project itself: import order, packages, names."""
+
+import ast
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import ee_scale
+
+ROOT = Path(ee_scale.__file__).parents[1]
+SOURCES = sorted((ROOT / "ee_scale").rglob("*.py"))
+# A module imports only from packages to its left.
+ORDER = (
+    "errors log config grid backbone exits data engine training artifact inference evaluation cli __main__"
+).split()
+# The sidecar, digests and exported code are read by inference; nothing else reaches across.
+
+
+def _package(module: str) -> str:
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def _imports(path: Path) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            here = path.relative_to(ROOT).with_suffix("").parts
+            base = list(here[: len(here) - node.level]) if node.level else []
+            found.append(".".join([*base, node.module or ""]).strip("."))
+            found += [f"{found[-1]}.{alias.name}" for alias in node.names] if found[-1] == "ee_scale" else []
+    return [name for name in found if name.startswith("ee_scale.")]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_left(path: Path):
+    here = path.relative_to(ROOT / "ee_scale").parts[0].removesuffix(".py")
+    if here == "__init__":
+        assert not _imports(path)
+        return
+    for name in _imports(path):
+        assert ORDER.index(_package(name)) <= ORDER.index(here), f"{path.name} imports {name}"
+
+
+def test_no_circles_between_files():
+    graph = {}
+    for path in SOURCES:
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        graph[name] = set(_imports(path))
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " -> ".join([*trail, name])
+        if name in done or name not in graph:
+            return
+        for other in graph[name]:
+            visit(other, (*trail, name))
+        done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_exported_code_stands_alone():
+    for name in ("heads.py", "modeling_early_exit.py"):
+        roots = set()
+        for node in ast.walk(ast.parse((ROOT / "ee_scale" / "exits" / name).read_text())):
+            if isinstance(node, ast.Import):
+                roots |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                roots.add(node.module.split(".")[0])
+        assert roots <= {"copy", "collections", "dataclasses", "pathlib", "shutil", "typing", "torch", "transformers"}
+
+
+def test_every_package_is_listed_for_the_wheel():
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "ee_scale").rglob("__init__.py")}
+    assert listed == found | {"ee_scale.configs"}
+
+
+def test_nothing_is_named_like_the_builtin():
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
+            names += [node.id] if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else []
+            names += [node.arg] if isinstance(node, ast.arg) else []
+            assert "exit" not in names, path
