@@ -35,9 +35,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _pick_accelerator(config)
         return importlib.import_module(f"ee_scale.cli.{verb}").run(config, rest) or 0
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if _speaks():
             sys.stderr.write(f"error: {error}\n")
         return 2
+
+
+def _speaks() -> bool:
+    """Before the ranks meet all of them see the same error and rank 0 says it; after that each has its own."""
+    torch = sys.modules.get("torch")
+    return os.environ.get("RANK", "0") == "0" or (torch is not None and torch.distributed.is_initialized())
 
 
 def _take_cfg_flag(arguments: list[str]) -> bool:

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from ee_scale.artifact.run_folder import CHECKPOINTS, METRICS, OpenedRun, open_run
 from ee_scale.artifact.save import load_checkpoint, save_checkpoint
-from ee_scale.backbone.loading import find_model, load_config
+from ee_scale.backbone.loading import TensorFolder, find_model, load_config
 from ee_scale.cli.inputs import load_tokenizer, sources
 from ee_scale.cli.launch import run_ranks
 from ee_scale.config.compose import as_dict
@@ -57,7 +57,9 @@ def run(config: Any, overrides: Sequence[str]) -> int:
 def make_plan(config: Any) -> TunePlan:
     """Find and read the model, and check the config against it. Raises `UserError`."""
     folder = tiny_model() if config.model.path == TINY else find_model(config.model.path)
-    return plan_tune(config, folder, load_config(folder))
+    plan = plan_tune(config, folder, load_config(folder))
+    TensorFolder(folder)  # a missing or cut-off weight file is said now, not by a rank
+    return plan
 
 
 def prepare_data(config: Any, plan: TunePlan, *, progress: bool) -> tuple[Any, list[str]]:

@@ -45,7 +45,7 @@ def refused(arguments: list[str], capsys) -> str:
         ("data.seq_length=65", "data.seq_length=65 is above the model's max_position_embeddings=64"),
         ("data=nothing.txt", "data.path='nothing.txt': no such file or folder"),
         ("data=empty.txt", "data.path='empty.txt': no text in it"),
-        ("data=short.txt", "data.path='short.txt': 3 tokens, one sequence needs data.seq_length + 1 = 33"),
+        ("data=short.txt", "data.path='short.txt': 4 tokens, one sequence needs data.seq_length + 1 = 33"),
         ("train.global_batch_size=7", "train.global_batch_size=7 is not a multiple of"),
         ("out=file/run", "out=file/run: cannot write there (Not a directory)"),
         ("data.cache_dir=file/cache", "data.cache_dir='file/cache': cannot write (Not a directory)"),
@@ -116,7 +116,7 @@ def test_export_and_evaluate_refuse(given, model_dir, finished_run, tmp_path, ca
         (["export", f"src={finished_run}", "out=exists"], "out=exists: exists already"),
         (["export", f"src={finished_run}", "out=x", "step=7"], "step=7: "),
         (["evaluate", "model=nowhere", "data=a.txt"], "model=nowhere: no such folder"),
-        (["evaluate", f"model={model_dir}", "data=a.txt"], "data='a.txt': no such file or folder"),
+        (["evaluate", f"model={model_dir}", "data=a.txt", "seq_length=8"], "data='a.txt': no such file or folder"),
         (["evaluate", f"model={model_dir}", "data=a.txt", "seq_length=65"], "seq_length=65 is above"),
         (["evaluate", f"model={model_dir}", "data=a.txt", "exits=[9]"], "exits.layers: 9 is not in 1..4"),
     ):

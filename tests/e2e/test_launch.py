@@ -1,0 +1,64 @@
+"""Real processes, the way a person starts them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+
+
+def start(command: list[str], folder: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_debug_config_starts_its_own_ranks(tmp_path):
+    finished = start([sys.executable, "-m", "ee_scale", "tune", "+debug=cpu", "train.steps=4"], tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert len((tmp_path / "runs/debug_cpu/metrics.jsonl").read_text().splitlines()) == 4
+    assert "next: ee-scale export src=runs/debug_cpu" in finished.stderr
+    assert os.listdir(tmp_path) == ["runs"]
+
+
+def test_torchrun(tune_arguments, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    finished = start([*torchrun, "-m", "ee_scale", *tune_arguments, "parallel.tp=2", "out=run"], tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 8
+
+
+def test_a_failing_rank_ends_the_command(tune_arguments, tmp_path, model_dir):
+    # Bad input that only a rank can see: a tensor of the wrong shape.
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model_dir, tmp_path / "odd")
+    tensors = load_file(tmp_path / "odd" / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"][:-1].clone()
+    save_file(tensors, tmp_path / "odd" / "model.safetensors", metadata={"format": "pt"})
+    command = [sys.executable, "-m", "ee_scale", *tune_arguments, "model=odd", "parallel.pp=2", "out=run"]
+    finished = start(command, tmp_path)
+    assert finished.returncode != 0
+    assert "error: odd: 'model.layers.1.mlp.up_proj.weight' has shape" in finished.stderr
+
+
+def test_demo(tmp_path):
+    settings = ["pretrain_minutes=0.05", "steps=3", "new_tokens=8", f"cache_dir={tmp_path / 'cache'}"]
+    command = [sys.executable, "-m", "ee_scale", "demo", *settings]
+    first = start(command, tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "loss at copy-init" in first.stdout
+    assert (tmp_path / "runs/demo/exits.png").is_file()
+    assert (tmp_path / "runs/demo/model/modeling_early_exit.py").is_file()
+    second = start(command, tmp_path)
+    assert second.returncode == 0, second.stderr
+    assert "backbone from the cache" in second.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["tune", "--help"]])
+def test_help_is_quick(arguments, tmp_path):
+    code = "import sys; from ee_scale.cli.main import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    assert start([sys.executable, "-c", code, *arguments], tmp_path).returncode == 0
