@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM
 from ee_scale.artifact.export import export_early_exit
 from ee_scale.artifact.files import remove_folder
 from ee_scale.cli import evaluate, tune
+from ee_scale.cli.console import console
 from ee_scale.cli.inputs import load_tokenizer
 from ee_scale.config.compose import compose_config
 from ee_scale.data.builtin import llama_config, train_tokenizer
@@ -35,29 +36,29 @@ EXIT_LAYERS = [3, 6, 9]
 def run(config: Any, overrides: Sequence[str]) -> int:
     """Backbone (cached), copy-init exits measured, exits tuned on 2 processes, exported, measured, shown."""
     configure_logging()
-    started, console, out = time.perf_counter(), Console(), Path(config.out).expanduser()
-    backbone = demo_backbone(config, console)
+    started, terminal, out = time.perf_counter(), console(), Path(config.out).expanduser()
+    backbone = demo_backbone(config, terminal)
     before, _ = _measure(backbone, config, exits=f"[{','.join(map(str, EXIT_LAYERS))}]")
     _tune(backbone, out / "run", config)
     exported = out / "model"
     remove_folder(exported)
     export_early_exit(out / "run", exported, None)
     after, tokens = _measure(exported, config)
-    console.print(quality_table(after, f"exits of a {LAYERS}-layer model on {tokens:,} held-out tokens", before))
+    terminal.print(quality_table(after, f"exits of a {LAYERS}-layer model on {tokens:,} held-out tokens", before))
     plot_quality(out / "exits.png", after, before)
-    _show_text(exported, config, console)
-    console.print(
+    _show_text(exported, config, terminal)
+    terminal.print(
         f"\nplot {out / 'exits.png'}   model {exported}   {time.perf_counter() - started:.0f} s", highlight=False
     )
     return 0
 
 
-def demo_backbone(config: Any, console: Console) -> Path:
+def demo_backbone(config: Any, terminal: Console) -> Path:
     """Folder of a small Llama trained on Python's documentation and library; trained once, then cached."""
     cache = _cache(config)
     folder = cache / "models" / f"demo-{LAYERS}x{HIDDEN}-{config.pretrain_minutes:g}min"
     if folder.is_dir():
-        console.print(f"backbone from the cache: {folder}", highlight=False)
+        terminal.print(f"backbone from the cache: {folder}", highlight=False)
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer((text for _, text in islice(python_documents(), 300)), VOCAB)
@@ -68,7 +69,7 @@ def demo_backbone(config: Any, console: Console) -> Path:
     model = LlamaForCausalLM(llama_config(tokenizer, layers=LAYERS, hidden=HIDDEN, max_positions=2 * SEQ_LENGTH))
     data = batches(dataset, micro_batch_size=BATCH, num_micro_batches=1, dp_rank=0, dp_size=1)
     columns = (TextColumn("training a backbone"), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=console(stderr=True)) as bar:
         task = bar.add_task("", total=1.0)
         show = lambda share, loss: bar.update(task, completed=share, description=f"loss {loss:.2f}")  # noqa: E731
         pretrain(model, data, 60 * config.pretrain_minutes, show)
@@ -105,13 +106,13 @@ def _measure(model: Path, config: Any, **settings: str) -> tuple[list[ExitQualit
     return evaluate.measure(plan, opened, load_tokenizer(model, "model"), model)
 
 
-def _show_text(folder: Path, config: Any, console: Console) -> None:
+def _show_text(folder: Path, config: Any, terminal: Console) -> None:
     model, tokenizer = EarlyExitForCausalLM.from_pretrained(folder), load_tokenizer(folder)
     prompt = tokenizer(config.prompt, return_tensors="pt").input_ids
     ids, exits = first_agreeing_exits(model, prompt, config.new_tokens)
     layers = list(model.exit_spec.layers)
-    console.print(legend(exits, layers, model.config.num_hidden_layers))
-    console.print(coloured_text(tokenizer, config.prompt, ids, exits, layers))
+    terminal.print(legend(exits, layers, model.config.num_hidden_layers))
+    terminal.print(coloured_text(tokenizer, config.prompt, ids, exits, layers))
 
 
 def _cache(config: Any) -> Path:

@@ -4,10 +4,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import track
 
 from ee_scale.backbone.loading import load_config
+from ee_scale.cli.console import console
 from ee_scale.cli.inputs import load_tokenizer, sources
 from ee_scale.data.dataset import check_tokens
 from ee_scale.data.loader import num_windows, windows
@@ -28,7 +28,7 @@ def run(config: Any, overrides: Sequence[str]) -> int:
     folder = Path(model.config.name_or_path)
     tokenizer = load_tokenizer(folder, "model")
     rows, tokens = measure(config, model, tokenizer, folder)
-    Console().print(quality_table(rows, f"{config.model} on {config.data}, {tokens:,} tokens"))
+    console().print(quality_table(rows, f"{config.model} on {config.data}, {tokens:,} tokens"))
     if config.out:
         facts = {"model": str(config.model), "data": sources(config.data), "tokens": tokens}
         write_report(Path(config.out).expanduser(), rows, facts)
@@ -67,7 +67,5 @@ def measure(config: Any, model: Any, tokenizer: Any, tokenizer_dir: Path) -> tup
 
 
 def _with_progress(batches: Iterable[Any], total: int) -> Iterator[Any]:
-    console = Console(stderr=True)
-    yield from track(
-        batches, "measuring", total=total, console=console, transient=True, disable=not console.is_terminal
-    )
+    err = console(stderr=True)
+    yield from track(batches, "measuring", total=total, console=err, transient=True, disable=not err.is_terminal)

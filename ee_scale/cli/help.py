@@ -1,12 +1,11 @@
 """`--help`: what each command does and every setting, from the schema's own help lines."""
 
-import sys
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from ee_scale.cli.console import console
 from ee_scale.config.compose import config_dir, has_groups
 from ee_scale.config.schema import VERBS
 
@@ -22,42 +21,37 @@ EXAMPLES = {
 }
 
 
-def _console() -> Console:
-    """As wide as the terminal; wide enough for whole lines in a pipe."""
-    return Console(width=None if sys.stdout.isatty() else 140)
-
-
 def overview() -> None:
     """The commands, one line each."""
-    console = _console()
-    console.print("[bold]ee-scale[/] <command> key=value ...   early exits for frozen Hugging Face models\n")
+    out = console()
+    out.print("[bold]ee-scale[/] <command> key=value ...   early exits for frozen Hugging Face models\n")
     table = Table.grid(padding=(0, 3))
     for verb, schema in VERBS.items():
         table.add_row(f"  [bold]{verb}[/]", schema.__doc__)
-    console.print(table)
-    console.print("\nee-scale <command> --help lists its settings; --cfg prints the resolved config and stops.")
+    out.print(table)
+    out.print("\nee-scale <command> --help lists its settings; --cfg prints the resolved config and stops.")
 
 
 def verb_help(verb: str) -> None:
     """Every setting of a command with its default."""
-    console, schema = _console(), VERBS[verb]
-    console.print(f"[bold]ee-scale {verb}[/]: {schema.__doc__}\n")
+    out, schema = console(), VERBS[verb]
+    out.print(f"[bold]ee-scale {verb}[/]: {schema.__doc__}\n")
     for example in EXAMPLES[verb]:
-        console.print(f"  {example}", markup=False, highlight=False)
+        out.print(f"  {example}", markup=False, highlight=False)
     if has_groups(verb):
-        console.print("\nReady-made groups (choose with group=option):")
+        out.print("\nReady-made groups (choose with group=option):")
         for group in sorted(path for path in config_dir().iterdir() if path.is_dir()):
             options = " ".join(sorted(path.stem for path in group.glob("*.yaml")))
             plus = "+" if group.name == "debug" else ""
-            console.print(f"  {plus}{group.name}={options}", markup=False, highlight=False)
+            out.print(f"  {plus}{group.name}={options}", markup=False, highlight=False)
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("setting", no_wrap=True)
     table.add_column("default", overflow="fold")
     table.add_column("meaning", overflow="fold")
     for key, default, text in _settings(schema):
         table.add_row(key, default, text)
-    console.print()
-    console.print(table, markup=False)
+    out.print()
+    out.print(table, markup=False)
 
 
 def _settings(schema: type, prefix: str = "") -> list[tuple[str, str, str]]:
@@ -75,4 +69,4 @@ def _settings(schema: type, prefix: str = "") -> list[tuple[str, str, str]]:
 
 def _default(field: Any) -> str:
     value = field.default_factory() if field.default is MISSING else field.default
-    return {"???": "required", "None": "null"}.get(str(value), str(value)).replace("[", "\\[")
+    return {"???": "required", "None": "null"}.get(str(value), str(value))

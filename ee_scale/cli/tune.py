@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from torch.utils.data import Dataset
 
 from ee_scale.artifact.run_folder import CHECKPOINTS, METRICS, OpenedRun, open_run
 from ee_scale.artifact.save import load_checkpoint, save_checkpoint
 from ee_scale.backbone.loading import TensorFolder, find_model, load_config
+from ee_scale.cli.console import console
 from ee_scale.cli.inputs import load_tokenizer, sources
 from ee_scale.cli.launch import run_ranks
 from ee_scale.config.compose import as_dict
@@ -136,4 +136,4 @@ def show_plan(plan: TunePlan) -> None:
         table.add_column(column, justify="right")
     for row in stage_rows(plan):
         table.add_row(*row)
-    Console(stderr=True).print(table)
+    console(stderr=True).print(table)

@@ -9,7 +9,30 @@ from transformers import LlamaForCausalLM
 
 from ee_scale.data.builtin import llama_config, train_tokenizer
 
-WORDS = "a layer reads the hidden state of one token and an exit says what comes next if it is sure of it".split()
+WORDS = [
+    "a",
+    "layer",
+    "reads",
+    "the",
+    "hidden",
+    "state",
+    "of",
+    "one",
+    "token",
+    "and",
+    "an",
+    "exit",
+    "says",
+    "what",
+    "comes",
+    "next",
+    "if",
+    "it",
+    "is",
+    "sure",
+    "of",
+    "it",
+]
 
 
 def _text(seed: int, sentences: int) -> str:

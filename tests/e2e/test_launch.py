@@ -11,7 +11,9 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in 
 
 
 def start(command: list[str], folder: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(
+        command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 def test_debug_config_starts_its_own_ranks(tmp_path):

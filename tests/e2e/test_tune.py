@@ -5,10 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from helpers.cli import run_cli
 
 from ee_scale.artifact.checkpoint import checkpoints
 from ee_scale.artifact.files import file_digest
-from helpers.cli import run_cli
 
 
 def losses(run: Path) -> list[dict[str, float]]:
@@ -27,7 +27,10 @@ def final_digests(run: Path) -> dict[str, str]:
 def test_a_run_leaves_one_folder_with_everything(finished_run):
     names = {path.name for path in finished_run.iterdir()}
     assert names == {"config.yaml", "run.json", "metrics.jsonl", "checkpoints"}
-    assert [path.name for path in sorted((finished_run / "checkpoints").iterdir())] == ["step_00000006", "step_00000008"]
+    assert [path.name for path in sorted((finished_run / "checkpoints").iterdir())] == [
+        "step_00000006",
+        "step_00000008",
+    ]
     line = json.loads((finished_run / "metrics.jsonl").read_text().splitlines()[-1])
     assert set(line) == {"step", "tokens", "learning_rate", "loss", "tokens_per_second"}
     assert line["tokens"] == 8 * 8 * 32

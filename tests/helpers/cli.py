@@ -76,7 +76,11 @@ def _rank(
     os.environ.update(CHILD_ENVIRONMENT)
     if world_size > 1:
         os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(world_size),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
         )
     os.chdir(folder)
     descriptor = os.open(folder / f".output_{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

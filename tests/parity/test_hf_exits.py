@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.models import FAMILIES, VOCAB, write_model
+from helpers.spawn import spawn
 from transformers import AutoModelForCausalLM
 
 from ee_scale.backbone.loading import TensorFolder, load_config
@@ -13,8 +15,6 @@ from ee_scale.exits.placement import exit_spec
 from ee_scale.exits.stage import build_stage, load_stage
 from ee_scale.grid import Layout, join_grid
 from ee_scale.inference.model import untrained_exits
-from helpers.models import FAMILIES, VOCAB, write_model
-from helpers.spawn import spawn
 
 EXITS = [2, 5]
 HEADS = {"embedding": "full", "norm": "tied", "mlp": "low_rank", "layer": "full"}

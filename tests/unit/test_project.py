@@ -11,9 +11,22 @@ import ee_scale
 ROOT = Path(ee_scale.__file__).parents[1]
 SOURCES = sorted((ROOT / "ee_scale").rglob("*.py"))
 # A module imports only from packages to its left.
-ORDER = (
-    "errors log config grid backbone exits data engine training artifact inference evaluation cli __main__"
-).split()
+ORDER = [
+    "errors",
+    "log",
+    "config",
+    "grid",
+    "backbone",
+    "exits",
+    "data",
+    "engine",
+    "training",
+    "artifact",
+    "inference",
+    "evaluation",
+    "cli",
+    "__main__",
+]
 # The sidecar, digests and exported code are read by inference; nothing else reaches across.
 
 
