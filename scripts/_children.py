@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 
@@ -52,10 +52,15 @@ def run_children(target: str, arguments: list[tuple[Any, ...]], **environment: s
             theirs.close()
             pairs.append((process, mine))
     try:
-        return [_result(target, pipe) for _, pipe in pairs]
+        results: dict[Connection, Any] = {}
+        while len(results) < len(pairs):
+            # Whoever fails first ends it: the others may be waiting for that process.
+            for pipe in wait([pipe for _, pipe in pairs if pipe not in results]):
+                results[pipe] = _result(target, pipe)
+        return [results[pipe] for _, pipe in pairs]
     finally:
         for process, _ in pairs:
-            process.join(timeout=10)
+            process.join(timeout=10 if len(results) == len(pairs) else 0)
             if process.is_alive():
                 process.kill()
 

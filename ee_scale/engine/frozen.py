@@ -195,7 +195,7 @@ def exit_optimizer(stage: TuningStage, settings: OptimizerSettings) -> torch.opt
         ):
             if members:
                 groups.append({"params": members, "weight_decay": decay, EXIT_KEY: k})
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=tuple(settings.betas), eps=settings.eps)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=tuple(settings.betas), eps=settings.eps, fused=True)
 
 
 def deepspeed_config(settings: EngineSettings, grid: Grid, trains: bool) -> dict[str, Any]:
@@ -211,6 +211,7 @@ def deepspeed_config(settings: EngineSettings, grid: Grid, trains: bool) -> dict
             "overlap_comm": False,
             "reduce_bucket_size": 50_000_000,
         },
+        "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0, over all exits of the stage together
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": bf16, "immediate_grad_update": bf16},  # chunks of logits add up in fp32
         "data_types": {"grad_accum_dtype": "fp32"},

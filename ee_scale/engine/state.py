@@ -30,7 +30,7 @@ def start_moments(optimizer: Any, step: int = 0) -> None:
     for group in adam.param_groups:
         for parameter in group["params"]:
             state = adam.state[parameter]
-            state["step"] = torch.tensor(float(step))
+            state["step"] = torch.tensor(float(step), device=parameter.device)
             for name in MOMENTS:
                 state.setdefault(name, torch.zeros_like(parameter))
     optimizer._lazy_init_hp_params_optimizer_state()

@@ -1,0 +1,43 @@
+"""Every command of the README is understood: composed, or known to make."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import ee_scale
+from ee_scale.cli.main import main
+from ee_scale.config.compose import compose_config
+
+ROOT = Path(ee_scale.__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.S)
+    for line in block.splitlines()
+    if line.strip()
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command(command: str):
+    words = shlex.split(command)
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.M)
+    elif "ee_scale" in words or words[0] == "ee-scale":
+        verb, *overrides = words[words.index("ee_scale") + 1 :] if "ee_scale" in words else words[1:]
+        assert compose_config(verb, overrides)
+    elif words[0] == "python":
+        assert (ROOT / words[1]).is_file()
+    else:
+        assert words == ["pip", "install", "."]
+
+
+def test_commands_were_found():
+    assert len(COMMANDS) >= 9
+
+
+def test_the_error_that_the_readme_shows(capsys):
+    assert main(["tune", "model=nowhere", "data=x", "train.zero=3"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
