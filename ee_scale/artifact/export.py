@@ -12,13 +12,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ee_scale.artifact.checkpoint import checkpoints, read_checkpoint
-from ee_scale.artifact.files import file_digest, new_folder, write_json, write_text
+from ee_scale.artifact.files import file_digest, new_folder, write_json
 from ee_scale.artifact.run_folder import CHECKPOINTS, read_run
 from ee_scale.artifact.sidecar import SIDECAR_CONFIG, SIDECAR_WEIGHTS
 from ee_scale.backbone.loading import INDEX_NAME, SINGLE_NAME, fingerprint, weight_files
 from ee_scale.errors import UserError
 from ee_scale.exits import modeling_early_exit
 from ee_scale.exits.modeling_early_exit import AUTO_MAP, CODE_FILES
+from ee_scale.files import write_text
 
 EXITS_SHARD = "model-exit-heads.safetensors"
 

@@ -1,25 +1,16 @@
-"""Files that are either whole or absent, and digests that tell."""
+"""Files with digests that tell whether they are what was written, and folders for exports."""
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ee_scale.errors import UserError
+from ee_scale.files import published, write_text
 
 DIGEST_KEY = "sha256"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name, sync, and rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
-    temporary.replace(path)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -54,42 +45,20 @@ def check_files(folder: Path, digests: dict[str, str]) -> None:
             raise UserError(f"{folder / name}: its content does not match its digest; it was cut off or edited")
 
 
-def sync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its name when the block succeeds, and is removed when it fails.
+    """A temporary folder that becomes `folder` when the block succeeds.
 
     Raises `UserError` if `folder` exists or cannot be made.
     """
     if folder.exists():
         raise UserError(f"out={folder}: exists already; choose another folder")
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with published(folder) as temporary:
+            yield temporary
     except OSError as error:
-        raise UserError(f"out={folder}: cannot write there ({error.strerror})") from error
-    try:
-        yield temporary
-        for path in temporary.iterdir():
-            sync(path)
-        sync(temporary)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def remove_folder(folder: Path) -> None:
-    """Delete a folder of ours, if it is there."""
-    shutil.rmtree(folder, ignore_errors=True)
+        raise UserError(f"out={folder}: cannot write there ({error.strerror or error})") from error
 
 
 def _json_digest(value: dict[str, Any]) -> str:

@@ -8,10 +8,11 @@ from typing import Any
 from uuid import uuid4
 
 from ee_scale.artifact.checkpoint import checkpoints, read_checkpoint
-from ee_scale.artifact.files import read_json, write_json, write_text
+from ee_scale.artifact.files import read_json, write_json
 from ee_scale.backbone.loading import fingerprint
 from ee_scale.config.compose import as_dict, to_yaml
 from ee_scale.errors import UserError
+from ee_scale.files import write_text
 from ee_scale.training.plan import TunePlan
 
 CONFIG, IDENTITY, METRICS, CHECKPOINTS = "config.yaml", "run.json", "metrics.jsonl", "checkpoints"

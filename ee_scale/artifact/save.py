@@ -11,9 +11,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ee_scale.artifact.checkpoint import STATE, checkpoints, exits_name, optimizer_name
-from ee_scale.artifact.files import file_digest, sync, write_json
+from ee_scale.artifact.files import file_digest, write_json
 from ee_scale.engine.state import MOMENTS, restore_tensors, whole_tensors
 from ee_scale.errors import UserError
+from ee_scale.files import sync
 from ee_scale.grid import Grid
 from ee_scale.log import log
 from ee_scale.training.tune import TuneRun

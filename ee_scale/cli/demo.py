@@ -12,7 +12,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import LlamaForCausalLM
 
 from ee_scale.artifact.export import export_early_exit
-from ee_scale.artifact.files import remove_folder
 from ee_scale.cli import evaluate, tune
 from ee_scale.cli.console import console
 from ee_scale.cli.inputs import load_tokenizer
@@ -21,10 +20,11 @@ from ee_scale.data.builtin import llama_config, train_tokenizer
 from ee_scale.data.corpora import python_documents
 from ee_scale.data.dataset import build_gpt_dataset
 from ee_scale.data.loader import batches
-from ee_scale.data.text import prepare_text, published
+from ee_scale.data.text import prepare_text
 from ee_scale.evaluation.colours import coloured_text, first_agreeing_exits, legend
 from ee_scale.evaluation.per_exit import ExitQuality
 from ee_scale.evaluation.report import plot_quality, quality_table
+from ee_scale.files import published, remove_folder
 from ee_scale.inference.model import EarlyExitForCausalLM
 from ee_scale.log import configure_logging
 from ee_scale.training.pretrain import pretrain

@@ -14,7 +14,7 @@ from ee_scale.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point. Returns the exit code: 0, or 2 for bad input (one line on stderr)."""
+    """Entry point. Returns the exit code: 0, 2 for bad input (one line on stderr), 130 when interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         overview()
@@ -34,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _prepare_libraries()
         _pick_accelerator(config)
         return importlib.import_module(f"ee_scale.cli.{verb}").run(config, rest) or 0
+    except KeyboardInterrupt:
+        return 130
     except UserError as error:
         if _speaks():
             sys.stderr.write(f"error: {error}\n")

@@ -9,8 +9,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ee_scale.data.corpora import python_documents
-from ee_scale.data.text import cache_root, published
+from ee_scale.data.text import cache_root
 from ee_scale.errors import UserError
+from ee_scale.files import published
 
 TINY = "tiny"
 END = "<|end|>"

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from tokenizers import Tokenizer
 
 from ee_scale.data.corpora import Piece, Source, open_source, open_tokens, setting_name
 from ee_scale.errors import UserError
+from ee_scale.files import published
 from ee_scale.log import log
 
 FORMAT_VERSION = 1
@@ -69,36 +69,6 @@ def cache_root(cache_dir: Path | str | None, fields: str = "data") -> Path:
     except OSError as error:
         raise UserError(f"{setting_name(fields, 'cache_dir')}='{root}': cannot write ({error.strerror})") from error
     return root
-
-
-@contextmanager
-def published(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` as a whole when the block succeeds, and is removed when it fails.
-
-    Another process may publish the same folder first: then its content stays.
-    """
-    temporary = folder.parent / f".{folder.name}.{uuid4().hex}"
-    temporary.mkdir()
-    try:
-        yield temporary
-        for path in [*temporary.iterdir(), temporary]:
-            _sync(path)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-        _sync(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _cache_key(source: Source, tokenizer: Any, tokenizer_dir: Path | str, text_key: str) -> str:

@@ -12,8 +12,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from rich.table import Table
 
-from ee_scale.artifact.files import write_text
 from ee_scale.evaluation.per_exit import ExitQuality
+from ee_scale.files import write_text
 
 
 def quality_table(rows: Sequence[ExitQuality], title: str, before: Sequence[ExitQuality] | None = None) -> Table:

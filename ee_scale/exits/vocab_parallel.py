@@ -47,8 +47,8 @@ class _KLDivergence(torch.autograd.Function):
         log_p = student - log_normalizer(student)[1].unsqueeze(-1)
         log_q = teacher - log_normalizer(teacher)[1].unsqueeze(-1)
         q = log_q.exp()
-        # A padded row has q = 0 and two very low, finite logarithms.
-        loss = (q * (log_q - log_p)).sum(dim=-1)
+        # A padded row has q = 0 and two very low logarithms, infinite at a temperature below 1: 0 x inf is no number.
+        loss = torch.where(q > 0, q * (log_q - log_p), 0.0).sum(dim=-1)
         dist.all_reduce(loss, group=parallel_state.get_tensor_model_parallel_group())
         ctx.save_for_backward(log_p.exp() - q)
         return loss

@@ -14,6 +14,7 @@ SOURCES = sorted((ROOT / "ee_scale").rglob("*.py"))
 ORDER = [
     "errors",
     "log",
+    "files",
     "config",
     "grid",
     "backbone",
