@@ -137,18 +137,17 @@ def join_grid(
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    timeout = timedelta(minutes=timeout_minutes)
     if not dist.is_initialized():
         alone = init_method is None and launch_info() is None
         store = dist.HashStore() if alone else None
         where = {"rank": 0 if alone else rank, "world_size": layout.world_size} if alone or rank is not None else {}
-        dist.init_process_group(
-            backend, init_method=init_method, store=store, timeout=timedelta(minutes=timeout_minutes), **where
-        )
+        dist.init_process_group(backend, init_method=init_method, store=store, timeout=timeout, **where)
     if dist.get_world_size() != layout.world_size:
         raise UserError(world_size_message(layout, dist.get_world_size()))
     _join_deepspeed(device)
     parallel_state.initialize_model_parallel(layout.tp, layout.pp)
-    grid = Grid(layout, dist.get_rank(), device, dist.new_group(backend="gloo"))
+    grid = Grid(layout, dist.get_rank(), device, dist.new_group(backend="gloo", timeout=timeout))
     _assert_one_order(grid)
     return grid
 

@@ -39,6 +39,7 @@ def refused(arguments: list[str], capsys) -> str:
         ("exits.layers=[5]", "exits.layers: 5 is not in 1..4 (the model's layers)"),
         ("exits.layers=[0]", "exits.layers: 0 is not in 1..4 (the model's layers)"),
         ("exits.layers=[2,2]", "exits.layers=[2, 2]: layer 2 is named twice (of 4 layers)"),
+        ("exits.layers=[3,1]", "exits.layers=[3, 1]: name the exits in order of depth"),
         ("exits.layers=stages", "exits.layers=stages: parallel.pp=1 has no stage boundary"),
         ("exits.layers=deep", "exits.layers=deep: give layer numbers"),
         ("exits.loss_weights=[1]", "exits.loss_weights=[1.0]: 1 weights for 2 exits"),
