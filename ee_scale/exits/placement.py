@@ -24,9 +24,9 @@ def resolve_exit_layers(wanted: Any, num_layers: int, pp: int = 1, stages: Seque
     items = [wanted] if isinstance(wanted, int | float) else list(wanted) if not isinstance(wanted, str) else []
     if not items or any(isinstance(item, bool) or not isinstance(item, int | float) for item in items):
         raise UserError(f"exits.layers={wanted}: give layer numbers [3,6], fractions [0.25,0.5] or 'stages'")
-    if items != sorted(items):
-        raise UserError(f"exits.layers={items}: name the exits in order of depth (loss weights follow that order)")
     layers = [_layer(item, num_layers) for item in items]
+    if layers != sorted(layers):
+        raise UserError(f"exits.layers={items}: name the exits in order of depth (loss weights follow that order)")
     twice = sorted({layer for layer in layers if layers.count(layer) > 1})
     if twice:
         raise UserError(f"exits.layers={items}: layer {twice[0]} is named twice (of {num_layers} layers)")
