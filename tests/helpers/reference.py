@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from helpers.models import VOCAB, load_whole
 
-MICRO_BATCHES, BATCH, SEQUENCE = 4, 2, 12  # per optimizer step, over all replicas
+BATCH, SEQUENCE = 2, 12  # of a micro-batch
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,13 @@ class Job:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-5
     steps: int = 20
+    micro_batches: int = 2  # per step, over all replicas
 
     @property
     def name(self) -> str:
         extras = (f"kl{self.kl_temperature}" if self.kl_weight else "", "confidence" if self.confidence else "")
-        return "-".join(part for part in (self.family, self.kind, self.head, *extras) if part)
+        short = "" if self.steps == 20 else f"{self.steps}steps"
+        return "-".join(part for part in (self.family, self.kind, self.head, *extras, short) if part)
 
 
 @dataclass
@@ -57,11 +59,11 @@ class Record:
     start: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def micro_batches(step: int) -> list[dict[str, torch.Tensor]]:
+def micro_batches(step: int, count: int) -> list[dict[str, torch.Tensor]]:
     """The micro-batches of a step; their masks leave out different numbers of tokens."""
     generator = torch.Generator().manual_seed(1000 + step)
     found = []
-    for _ in range(MICRO_BATCHES):
+    for _ in range(count):
         ids = torch.randint(0, VOCAB, (BATCH, SEQUENCE + 1), generator=generator)
         mask = (torch.rand(BATCH, SEQUENCE, generator=generator) > 0.25).float()
         found.append({"tokens": ids[:, :-1], "labels": ids[:, 1:], "loss_mask": mask})
@@ -178,12 +180,12 @@ def train(folder: Path, job: Job, on_step: Callable[[int], None] = lambda step: 
     for step in range(job.steps):
         optimizer.zero_grad()
         losses = {k: [0.0, 0.0] for k in job.exit_layers}
-        for batch in micro_batches(step):
+        for batch in micro_batches(step, job.micro_batches):
             states, calls, final = backbone_states(model, batch["tokens"])
             for k, weight in zip(job.exit_layers, job.loss_weights, strict=True):
                 loss, means = exit_loss(job, exits[str(k)](states, calls, k, model), final, batch)
-                (weight * loss / MICRO_BATCHES).backward()
-                losses[k] = [total + mean / MICRO_BATCHES for total, mean in zip(losses[k], means, strict=True)]
+                (weight * loss / job.micro_batches).backward()
+                losses[k] = [total + mean / job.micro_batches for total, mean in zip(losses[k], means, strict=True)]
         if step == 0:
             record.gradients = {name: p.grad.clone() for name, p in exits.named_parameters()}
         record.losses.append(losses)

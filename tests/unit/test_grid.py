@@ -1,0 +1,68 @@
+"""Rank arithmetic, device choice and the launcher's words."""
+
+import pytest
+import torch
+
+from ee_scale.errors import UserError
+from ee_scale.grid import LaunchInfo, Layout, launch_info, pick_device, world_size_message
+
+LAYOUTS = [Layout(), Layout(2, 1, 1), Layout(2, 3, 4), Layout(1, 4, 2), Layout(4, 2, 1)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_ranks_and_coordinates_are_inverse(layout: Layout) -> None:
+    assert layout.world_size == layout.tp * layout.pp * layout.dp
+    coordinates = [layout.coordinates(rank) for rank in range(layout.world_size)]
+    assert len(set(coordinates)) == layout.world_size
+    assert [layout.rank(*coordinate) for coordinate in coordinates] == list(range(layout.world_size))
+
+
+def test_tensor_ranks_are_neighbours_and_stages_far_apart() -> None:
+    layout = Layout(tp=2, pp=3, dp=4)
+    assert layout.coordinates(1) == (0, 0, 1)
+    assert layout.coordinates(2) == (0, 1, 0)
+    assert layout.coordinates(8) == (1, 0, 0)
+    assert layout.rank(2, 3, 1) == 23
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_deepspeed_counts_the_same_way(layout: Layout) -> None:
+    topology = layout.topology()
+    for rank in range(layout.world_size):
+        coordinate = topology.get_coord(rank)
+        assert (coordinate.pipe, coordinate.data, coordinate.model) == layout.coordinates(rank)
+
+
+@pytest.mark.parametrize("name", ["tp", "pp", "dp"])
+def test_sizes_start_at_one(name: str) -> None:
+    with pytest.raises(UserError, match=f"parallel.{name}=0: must be at least 1"):
+        Layout(**{name: 0})
+
+
+def test_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert launch_info() is None
+    monkeypatch.setenv("RANK", "5")
+    assert launch_info() is None
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert launch_info() == LaunchInfo(5, 5, 8)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert launch_info() == LaunchInfo(5, 1, 8)
+
+
+def test_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto", 3) == pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(UserError, match=r"parallel\.device=cuda: torch sees no GPU"):
+        pick_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("auto", 1) == torch.device("cuda", 1)
+    assert pick_device("cpu", 1) == torch.device("cpu")
+    with pytest.raises(UserError, match="local rank 2 has no GPU of its own: 2 GPUs on this node"):
+        pick_device("auto", 2)
+
+
+def test_world_size_message() -> None:
+    assert world_size_message(Layout(2, 3, 1), 4) == "4 processes, but tp=2 x pp=3 (stages launched) x dp=1 needs 6"
