@@ -28,7 +28,7 @@ from ee_scale.exits.stage import copy_source, local_slice, whole_low_rank, whole
 @pytest.mark.parametrize(
     ("wanted", "layers"),
     [
-        ([9, 3, 6], [3, 6, 9]),
+        ([3, 6, 9], [3, 6, 9]),
         (4, [4]),
         (0.5, [6]),
         ([0.25, 0.5, 1.0], [3, 6, 12]),
@@ -56,6 +56,8 @@ def test_exits_at_stage_boundaries() -> None:
         ([-1], "-1 is not in 1..12"),
         ([1.5], "1.5 is not in 1..12"),
         ([3, 0.25], "layer 3 is named twice"),
+        ([9, 3], "name the exits in order of depth"),
+        ([0.9, 6], "name the exits in order of depth"),
         ([], "give layer numbers"),
         ("all", "exits.layers=all: give layer numbers"),
         ([True], "give layer numbers"),
