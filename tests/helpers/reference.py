@@ -197,9 +197,9 @@ def train(folder: Path, job: Job, on_step: Callable[[int], None] = lambda step: 
 
 
 def clip(exit_head: nn.Module, max_norm: float) -> float:
-    """Scale an exit's gradient by min(1, max / (norm + 1e-6)); returns the norm before."""
+    """Scale an exit's gradient by min(1, max / (norm + 1e-6)), unless max is 0; returns the norm before."""
     norm = torch.cat([p.grad.flatten() for p in exit_head.parameters()]).norm()
-    factor = min(1.0, max_norm / (norm.item() + 1e-6))
+    factor = min(1.0, max_norm / (norm.item() + 1e-6)) if max_norm else 1.0
     for parameter in exit_head.parameters():
         parameter.grad.mul_(factor)
     return norm.item()

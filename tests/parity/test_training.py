@@ -19,10 +19,11 @@ JOBS = {
     job.name: job
     for job in (
         Job("llama", "embedding", "low_rank", clip_grad=0.2),
-        Job("llama", "embedding", "full", clip_grad=0.5),
+        Job("llama", "embedding", "full", clip_grad=0.0),
         Job("llama", "norm", "tied", confidence=True, clip_grad=0.05),
         Job("qwen2", "norm", "low_rank", kl_weight=0.5, loss_weights=(0.3, 1.0, 2.0), clip_grad=0.3),
-        Job("mistral", "norm", "full", clip_grad=1.0),  # exits below 1 whose common norm is above: DeepSpeed's default
+        # Each exit is clipped to 1, their common norm is above 1: DeepSpeed's own clipping (default 1) would show.
+        Job("mistral", "norm", "full", clip_grad=1.0),
         Job("llama", "mlp", "tied", clip_grad=0.5),
         Job("gemma2", "mlp", "low_rank", tied=True, kl_weight=0.7, kl_temperature=2.0, confidence=True, clip_grad=0.5),
         Job("qwen2", "mlp", "full", tied=True, loss_weights=(0.25, 0.5, 1.0), clip_grad=0.5),
@@ -162,4 +163,5 @@ def test_the_reference_trains_and_clips(root: Path, name: str) -> None:
     record = reference(root, name)
     assert all(gradient.norm() > 0 for gradient in record.gradients.values())
     assert all(relative_error(record.start[n], record.parameters[n]) > 100 * TOLERANCE for n in record.parameters)
-    assert any(norm > JOBS[name].clip_grad for norms in record.norms for norm in norms.values())
+    most = JOBS[name].clip_grad
+    assert any(norm > most > 0 for norms in record.norms for norm in norms.values()) or most == 0
