@@ -51,7 +51,7 @@ def run_cases(rank: int, root: Path, cases: list[tuple]) -> dict[tuple, dict]:
             engine = build_engine(root / job.family, job, grid, bf16=bf16)
             result["losses", bf16] = []
             for _ in range(STEPS):  # the same tokens every time, so that the loss has to fall
-                losses = torch.stack(list(engine.train_step(my_micro_batches(0, job, grid)).values()))[:, 0]
+                losses = torch.stack(list(engine.train_step(my_micro_batches(0, job, grid)).values()))[:, 0].contiguous()
                 dist.all_reduce(losses, group=grid.dp_group)
                 result["losses", bf16].append(losses / grid.layout.dp)
             result["optimizer", bf16] = type(engine.optimizer).__name__
