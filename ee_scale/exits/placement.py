@@ -36,7 +36,7 @@ def resolve_exit_layers(wanted: Any, num_layers: int, pp: int = 1, stages: Seque
 def _layer(item: int | float, num_layers: int) -> int:
     if isinstance(item, float) and 0 < item <= 1:
         return max(1, round(item * num_layers))
-    if item != int(item) or not 1 <= item <= num_layers:
+    if not float(item).is_integer() or not 1 <= item <= num_layers:
         raise UserError(f"exits.layers: {item} is not in 1..{num_layers} (the model's layers)")
     return int(item)
 

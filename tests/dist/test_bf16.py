@@ -51,7 +51,9 @@ def run_cases(rank: int, root: Path, cases: list[tuple]) -> dict[tuple, dict]:
             engine = build_engine(root / job.family, job, grid, bf16=bf16)
             result["losses", bf16] = []
             for _ in range(STEPS):  # the same tokens every time, so that the loss has to fall
-                losses = torch.stack(list(engine.train_step(my_micro_batches(0, job, grid)).values()))[:, 0].contiguous()
+                losses = torch.stack(list(engine.train_step(my_micro_batches(0, job, grid)).values()))[
+                    :, 0
+                ].contiguous()
                 dist.all_reduce(losses, group=grid.dp_group)
                 result["losses", bf16].append(losses / grid.layout.dp)
             result["optimizer", bf16] = type(engine.optimizer).__name__
@@ -73,3 +75,12 @@ def test_bf16_stays_beside_fp32(case: tuple, found: dict[tuple, dict]) -> None:
     torch.testing.assert_close(bf16, fp32, rtol=1e-2, atol=0)
     # The fall itself agrees too: an optimizer that loses small updates would stop early.
     torch.testing.assert_close(bf16[0] - bf16[-1], fp32[0] - fp32[-1], rtol=0.1, atol=0.01)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case[0] != (1, 1, 1)], ids=str)
+def test_the_grid_does_not_change_the_losses(case: tuple, found: dict[tuple, dict]) -> None:
+    """bf16 rounds differently when sums are cut, so it is held to its own precision; fp32 to its own."""
+    alone = found[(1, 1, 1), case[1]]
+    for bf16, tolerance in ((False, 1e-5), (True, 5e-3)):
+        losses, expected = (torch.stack(result["losses", bf16]) for result in (found[case], alone))
+        torch.testing.assert_close(losses, expected, rtol=tolerance, atol=0)

@@ -55,6 +55,8 @@ def test_exits_at_stage_boundaries() -> None:
         ([0], "0 is not in 1..12"),
         ([-1], "-1 is not in 1..12"),
         ([1.5], "1.5 is not in 1..12"),
+        ([float("inf")], "inf is not in 1..12"),
+        ([float("nan")], "nan is not in 1..12"),
         ([3, 0.25], "layer 3 is named twice"),
         ([9, 3], "name the exits in order of depth"),
         ([0.9, 6], "name the exits in order of depth"),
