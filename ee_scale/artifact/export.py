@@ -104,7 +104,8 @@ def _copy_base(base: Path, folder: Path, copied: Callable[[int], None]) -> dict[
 def _write_index(folder: Path, weight_map: dict[str, str]) -> None:
     size = 0
     for name in set(weight_map.values()):
-        header = int.from_bytes((folder / name).open("rb").read(8), "little")
+        with (folder / name).open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
         size += (folder / name).stat().st_size - 8 - header
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
     write_text(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")

@@ -38,7 +38,7 @@ def evaluate_exits(model: Any, windows: Iterable[torch.Tensor]) -> tuple[list[Ex
     Raises `UserError` if there is nothing to measure.
     """
     device = next(model.parameters()).device
-    layers = [*getattr(model, "exit_spec", None).layers] if hasattr(model, "exit_spec") else []
+    layers = list(model.exit_spec.layers) if hasattr(model, "exit_spec") else []
     losses, agreed, tokens = dict.fromkeys([*layers, 0], 0.0), dict.fromkeys(layers, 0), 0
     for window in windows:
         inputs, labels = window[:, :-1].to(device), window[:, 1:].to(device)

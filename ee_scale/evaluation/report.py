@@ -6,10 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from rich.table import Table
 
 from ee_scale.evaluation.per_exit import ExitQuality
@@ -44,7 +41,8 @@ def write_report(folder: Path, rows: Sequence[ExitQuality], facts: dict[str, obj
 
 def plot_quality(path: Path, rows: Sequence[ExitQuality], before: Sequence[ExitQuality] | None = None) -> None:
     """Loss and agreement over the depth of the exit."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for series, label, style in ((before, "copy-init", "o--"), (rows, "after tuning" if before else None, "o-")):
         if series:
             layers = [row.layer for row in series]
@@ -58,4 +56,3 @@ def plot_quality(path: Path, rows: Sequence[ExitQuality], before: Sequence[ExitQ
         if before:
             axis.legend()
     figure.savefig(path, dpi=130)
-    plt.close(figure)

@@ -28,7 +28,6 @@ ORDER = [
     "cli",
     "__main__",
 ]
-# The sidecar, digests and exported code are read by inference; nothing else reaches across.
 
 
 def _package(module: str) -> str:
