@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +40,23 @@ def save_checkpoint(root: Path, run: TuneRun, facts: dict[str, Any], keep: int) 
 def load_checkpoint(folder: Path, run: TuneRun, state: dict[str, Any]) -> None:
     """Put a checkpoint into a run, at whatever grid. The files were checked before (`read_checkpoint`)."""
     run.step = state["step"]
-    for k in run.stage.exit_layers:
-        with (
-            safe_open(folder / exits_name(k), framework="pt") as parameters,
-            safe_open(folder / optimizer_name(k), framework="pt") as moments,
-        ):
+    if not run.stage.exit_layers:
+        return
+    with ExitStack() as stack:
+        files = {
+            k: [
+                stack.enter_context(safe_open(folder / name(k), framework="pt"))
+                for name in (exits_name, optimizer_name)
+            ]
+            for k in run.stage.exit_layers
+        }
 
-            def read(name: str, key: str, parameters: Any = parameters, moments: Any = moments) -> torch.Tensor:
-                return parameters.get_tensor(name) if key == "param" else moments.get_tensor(f"{name}.{key}")
+        def read(name: str, key: str) -> torch.Tensor:
+            parameters, moments = files[int(name.split(".")[1])]
+            return parameters.get_tensor(name) if key == "param" else moments.get_tensor(f"{name}.{key}")
 
-            restore_tensors(_parameters(run, k), read, run.engine.optimizer, run.step, run.grid)
+        parameters = [pair for k in run.stage.exit_layers for pair in _parameters(run, k)]
+        restore_tensors(parameters, read, run.engine.optimizer, run.step, run.grid)
 
 
 def _parameters(run: TuneRun, k: int) -> list[tuple[str, torch.nn.Parameter]]:
@@ -62,7 +70,7 @@ def _write_stage(folder: Path, run: TuneRun) -> dict[str, str]:
     failure: Exception | None = None
     for k in run.stage.exit_layers:
         parameters, moments = {}, {}
-        for name, tensors in whole_tensors(iter(_parameters(run, k)), run.plan.shape.vocab_size, run.grid):
+        for name, tensors in whole_tensors(_parameters(run, k), run.plan.shape.vocab_size, run.grid):
             if run.grid.writes_stage():
                 parameters[name] = tensors["param"].contiguous()
                 moments |= {f"{name}.{moment}": tensors[moment].contiguous() for moment in MOMENTS}

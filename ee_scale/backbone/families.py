@@ -16,12 +16,14 @@ class Family:
         mlp_output_norm: norm between the MLP and the residual addition, or None.
         logit_softcap: config attribute that caps the final logits, or None.
         embedding_scale: attribute of the embedding that multiplies its output, or None.
+        neutral_norm: weight of a norm that only normalises (Gemma multiplies by 1 + weight).
     """
 
     mlp_input_norm: str | None = "post_attention_layernorm"
     mlp_output_norm: str | None = None
     logit_softcap: str | None = None
     embedding_scale: str | None = None
+    neutral_norm: float = 1.0
 
 
 FAMILIES = {
@@ -33,7 +35,8 @@ FAMILIES = {
         mlp_input_norm="pre_feedforward_layernorm",
         mlp_output_norm="post_feedforward_layernorm",
         logit_softcap="final_logit_softcapping",
-        embedding_scale="embed_scale",
+        embedding_scale="scalar_embed_scale",
+        neutral_norm=0.0,
     ),
     "olmo2": Family(mlp_input_norm=None, mlp_output_norm="post_feedforward_layernorm"),
 }

@@ -1,7 +1,6 @@
 """This rank's frozen part of a Hugging Face model: build on the meta device, cut, swap, load slices."""
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,7 +78,7 @@ class BackboneStage(nn.Module):
     def _swap(self, grid: Grid, dtype: torch.dtype, with_lm_head: bool) -> None:
         config, group = self.model_config, grid.tp_group
         plan = tensor_plan(config, group.size())
-        scale = getattr(self.base.embed_tokens, "scalar_embed_scale", None) if self.family.embedding_scale else None
+        scale = getattr(self.base.embed_tokens, self.family.embedding_scale) if self.family.embedding_scale else None
         with torch.device(grid.device):
             for layer in self.base.layers:
                 swap_projections(layer, plan, "", group, dtype)
@@ -133,12 +132,3 @@ def load_task(parameter: nn.Parameter, source: str, vocab_size: int, tp: int) ->
 def is_vocabulary(name: str) -> bool:
     """Whether a cut parameter is as long as the vocabulary (and so may be padded), by its name."""
     return name.endswith(("embed_tokens.weight", "head.weight", "head.up.weight"))
-
-
-def stage_backbone(
-    folder: Path, config: Any, plan: StagePlan, grid: Grid, dtype: torch.dtype, **kwargs: Any
-) -> BackboneStage:
-    """Build and load this rank's part in one go (no exits)."""
-    stage = BackboneStage(meta_model(config, dtype), plan, grid, dtype, **kwargs)
-    stage.load(TensorFolder(folder), grid)
-    return stage

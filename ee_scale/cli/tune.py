@@ -62,8 +62,8 @@ def make_plan(config: Any) -> TunePlan:
     return plan
 
 
-def prepare_data(config: Any, plan: TunePlan, *, progress: bool) -> tuple[Any, list[str]]:
-    """Tokenise what is not cached and check it against the model. Returns (tokenizer, Megatron prefixes)."""
+def prepare_data(config: Any, plan: TunePlan, *, progress: bool) -> None:
+    """Tokenise what is not cached and check it against the model. Raises `UserError`."""
     tokenizer, names = load_tokenizer(plan.model_dir), sources(config.data.path)
     if len(tokenizer) > plan.shape.vocab_size:
         raise UserError(
@@ -72,7 +72,6 @@ def prepare_data(config: Any, plan: TunePlan, *, progress: bool) -> tuple[Any, l
         )
     prefixes = prepare_text(names, tokenizer, plan.model_dir, config.data.cache_dir, config.data.text_key, progress)
     check_tokens(prefixes, plan.shape.vocab_size, config.data.seq_length, names=names)
-    return tokenizer, prefixes
 
 
 def train_rank(config: Any, plan: TunePlan, grid: Grid, opened: OpenedRun | None) -> None:

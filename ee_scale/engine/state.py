@@ -1,6 +1,6 @@
 """The exits' trained state as whole fp32 tensors, whatever the grid: out of DeepSpeed's partitions and back."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ def start_moments(optimizer: Any, step: int = 0) -> None:
 
 
 def whole_tensors(
-    parameters: Iterator[tuple[str, nn.Parameter]], vocab_size: int, grid: Grid
+    parameters: Iterable[tuple[str, nn.Parameter]], vocab_size: int, grid: Grid
 ) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     """For each parameter its name and {'param', 'exp_avg', 'exp_avg_sq'}: whole, fp32, on the CPU.
 
@@ -50,13 +50,13 @@ def whole_tensors(
 
 
 def restore_tensors(
-    parameters: Iterator[tuple[str, nn.Parameter]],
+    parameters: Iterable[tuple[str, nn.Parameter]],
     read: Callable[[str, str], torch.Tensor],
     optimizer: Any,
     step: int,
     grid: Grid,
 ) -> None:
-    """Fill parameters and moments from `read(name, 'param' | 'exp_avg' | 'exp_avg_sq')`, whole tensors."""
+    """Fill all parameters of a stage and their moments from `read(name, 'param' | 'exp_avg' | 'exp_avg_sq')`, whole."""
     start_moments(optimizer, step)
     for name, parameter in parameters:
         for key in ("param", *MOMENTS):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ee_scale.backbone.families import family_of
 from ee_scale.backbone.loading import LoadTask, TensorFolder, load_tensors
 from ee_scale.backbone.parallel import (
     ROW,
@@ -21,6 +22,8 @@ from ee_scale.backbone.shard import BackboneStage, load_task, meta_model, output
 from ee_scale.backbone.stages import StagePlan
 from ee_scale.exits.heads import ExitHead, ExitSpec, ExitTaps, Tap, build_exit_heads, run_single_layer
 from ee_scale.grid import Grid
+
+DIGEST_PIECE = 1 << 22  # elements
 
 
 class TuningStage(nn.Module):
@@ -70,11 +73,16 @@ class TuningStage(nn.Module):
     @torch.no_grad()
     def frozen_digest(self) -> str:
         """SHA-256 over sums of the bit patterns of every frozen tensor of this rank: changes if any bit flips."""
-        digest = hashlib.sha256()
+        digest, position = hashlib.sha256(), None
         for name, tensor in self.backbone.named_parameters():
             bits = tensor.reshape(-1).view(torch.int16 if tensor.element_size() == 2 else torch.int32)
-            position = torch.arange(1, bits.numel() + 1, device=bits.device)
-            digest.update(f"{name}:{bits.sum(dtype=torch.int64)}:{(bits * position).sum()}".encode())
+            digest.update(name.encode())
+            # In pieces: the positions and products are int64, several times the size of the weights.
+            for piece in bits.split(DIGEST_PIECE):
+                if position is None:
+                    position = torch.arange(1, DIGEST_PIECE + 1, device=bits.device)
+                weighted = (piece * position[: piece.numel()]).sum()
+                digest.update(f":{piece.sum(dtype=torch.int64)}:{weighted}".encode())
         return digest.hexdigest()
 
 
@@ -168,8 +176,7 @@ def whole_random(name: str, source: str, tensors: TensorFolder, config: Any, see
     """
     shape = tensors.shape(source)
     if len(shape) == 1:
-        neutral = 0.0 if source.endswith(".bias") or config.model_type == "gemma2" else 1.0
-        return torch.full(shape, neutral)
+        return torch.full(shape, 0.0 if source.endswith(".bias") else family_of(config).neutral_norm)
     std = config.initializer_range
     if (config.base_model_tp_plan or {}).get("layers.*." + _inside_layer(name)) == ROW:
         std /= sqrt(2 * int(name.split(".", 1)[0]))

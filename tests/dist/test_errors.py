@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
 
 from ee_scale.backbone.loading import load_config
-from ee_scale.backbone.shard import stage_backbone, tensor_plan
+from ee_scale.backbone.shard import tensor_plan
+from helpers.tuning import stage_backbone
 from ee_scale.backbone.stages import plan_stages
 from ee_scale.errors import UserError
 from ee_scale.grid import Layout, join_grid

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from ee_scale.backbone.loading import load_config
-from ee_scale.backbone.shard import stage_backbone
+from helpers.tuning import stage_backbone
 from ee_scale.backbone.stages import plan_stages
 from ee_scale.grid import Layout, join_grid
 

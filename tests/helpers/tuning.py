@@ -10,6 +10,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
 from ee_scale.backbone.loading import TensorFolder, load_config
 from ee_scale.backbone.parallel import cut_dim
+from ee_scale.backbone.shard import BackboneStage, meta_model
 from ee_scale.backbone.stages import StagePlan, plan_stages
 from ee_scale.engine import frozen
 from ee_scale.engine.frozen import EngineSettings, FrozenPipelineEngine, OptimizerSettings
@@ -130,3 +131,12 @@ def join_shards(parts: list[Shards], whole: dict[str, torch.Tensor]) -> dict[str
             assert not tensor.narrow(dim, size, tensor.shape[dim] - size).any(), f"padding of {name} is not zero"
             joined[name] = tensor.narrow(dim, 0, size)
     return joined
+
+
+def stage_backbone(
+    folder: Path, config: Any, plan: StagePlan, grid: Grid, dtype: torch.dtype, **kwargs: Any
+) -> BackboneStage:
+    """Build and load this rank's part in one go (no exits)."""
+    stage = BackboneStage(meta_model(config, dtype), plan, grid, dtype, **kwargs)
+    stage.load(TensorFolder(folder), grid)
+    return stage

@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from helpers.models import CUT_FAMILIES, FAMILIES, SLIDING_WINDOW, VOCAB, load_whole, write_model
 from helpers.spawn import spawn
+from helpers.tuning import stage_backbone
 
 from ee_scale.backbone.loading import load_config
-from ee_scale.backbone.shard import stage_backbone
 from ee_scale.backbone.stages import plan_stages
 from ee_scale.grid import Grid, Layout, join_grid, leave_grid
 
