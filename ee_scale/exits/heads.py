@@ -170,13 +170,16 @@ def build_exit_heads(spec: ExitSpec, layers: Sequence[nn.Module], norm: nn.Modul
     """
     hidden_size = norm.weight.shape[0]
     heads = {}
-    for k in spec.layers:
+    for index, k in enumerate(spec.layers):
+        layer = copy.deepcopy(layers[-1]) if spec.kind == "layer" else None
+        if layer is not None:
+            layer.self_attn.layer_idx = len(layers) + index  # its place in a cache, behind the model's own layers
         heads[str(k)] = ExitHead(
             spec,
             hidden_size,
             vocab_size,
             mlp=copy.deepcopy(layers[k - 1].mlp) if spec.kind == "mlp" else None,
-            layer=copy.deepcopy(layers[-1]) if spec.kind == "layer" else None,
+            layer=layer,
             norm=None if spec.kind == "embedding" else copy.deepcopy(norm),
         )
     return nn.ModuleDict(heads)

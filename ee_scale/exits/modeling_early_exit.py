@@ -16,10 +16,25 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from .decode import ExitDecoding, take_options, take_stop_strings
 from .heads import ExitSpec, ExitTaps, build_exit_heads, run_single_layer
 
 PREFIX = "exit_heads."
-CODE_FILES = ("heads.py", "modeling_early_exit.py")
+CODE_FILES = (
+    "decision_log.py",
+    "decode.py",
+    "drafting.py",
+    "early_exits.py",
+    "heads.py",
+    "layer_runner.py",
+    "loop.py",
+    "modeling_early_exit.py",
+    "policies.py",
+    "position_cache.py",
+    "sequences.py",
+    "speculate.py",
+    "trail.py",
+)
 AUTO_MAP = {"AutoModelForCausalLM": "modeling_early_exit.EarlyExitForCausalLM"}
 
 
@@ -98,6 +113,33 @@ class EarlyExitMixin:
         super().save_pretrained(save_directory, *args, **kwargs)
         for name in CODE_FILES:
             shutil.copyfile(Path(__file__).with_name(name), Path(save_directory) / name)
+
+    def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """As transformers' `generate`; with `exit_policy` tokens may leave at an exit, or be drafted by one.
+
+        exit_policy: 'threshold' (max probability), 'entropy' (nats), 'margin' (p1 - p2), 'patience', 'fixed' (see
+            `policies`), 'lossless' (see `speculate`); None or 'off': plain generation, the exits are not used.
+        exit_threshold: a number, one per exit, one list per row, or {layer: value}; None: as calibrated.
+        exit_min_layer: no exit before this layer. exit_patience: exits in a row that must agree.
+        exit_layer: the exit of 'fixed', or the drafting exit of 'lossless' (None: chosen by measured cost).
+        exit_max_pending: tokens whose deeper keys and values may wait to be computed.
+        exit_draft_length: 'lossless': drafts per pass, None: decided draft by draft.
+        exit_shortlist: 'lossless': draft among this many tokens (as calibrated), or among these token ids.
+        exit_log: path or `DecisionLog`; exit_requests, exit_tags: a name and a tag per row, for the log;
+            exit_audit: share of early tokens that are compared with the full model when its layers catch up.
+
+        With `return_dict_in_generate=True` the output is an `EarlyExitGenerateOutput`. With 'lossless' and sampling,
+        a seed gives the same text every time only if `exit_layer` and `exit_draft_length` are fixed too.
+        Raises ValueError, in one line, for options that do not fit the model or one another.
+        """
+        options = take_options(kwargs, kwargs.get("generation_config"), self.generation_config)
+        if options.get("exit_policy", "off") == "off":
+            return super().generate(inputs, **kwargs)
+        if kwargs.get("custom_generate") is not None or kwargs.get("assistant_model") is not None:
+            raise ValueError("exit_policy: leave custom_generate and assistant_model out")
+        take_stop_strings(kwargs)
+        decoding = ExitDecoding(options, kwargs.get("streamer"))
+        return super().generate(inputs, custom_generate=decoding, **kwargs)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Plain generation reads the final layer only."""

@@ -1,0 +1,197 @@
+"""`generate` with exits: options, checks and the result. Copied into exported folders."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from .early_exits import EarlyExits
+from .layer_runner import LayerRunner
+from .policies import CALIBRATION_KEY, ExitPolicy, resolve_policy
+from .position_cache import fill_dynamic_cache
+from .sequences import Sequences
+from .speculate import Speculation
+from .trail import Trail
+
+OPTIONS = {
+    "exit_policy": "name",
+    "exit_threshold": "threshold",
+    "exit_patience": "patience",
+    "exit_layer": "layer",
+    "exit_min_layer": "min_layer",
+    "exit_max_pending": "max_pending",
+    "exit_draft_length": "draft_length",
+    "exit_shortlist": "shortlist",
+}
+LOG_OPTIONS = ("exit_log", "exit_tags", "exit_requests", "exit_audit")
+
+
+@dataclass
+class EarlyExitGenerateOutput(GenerateDecoderOnlyOutput):
+    """transformers' output, and where the tokens came from.
+
+    Attributes:
+        exit_layers: int64 [B, new]: the exit that gave each token, the number of layers for the final layer, 0 behind
+            the end of a row. `lossless`: the drafting exit where its draft was accepted.
+        exit_confidences: fp32 [B, new]: the policy's score at the deepest exit that was looked at, NaN if none was.
+        exit_stats: numbers of this call: layer_calls (per layer), layer_positions, exit_checks, passes, seconds, ...
+    """
+
+    exit_layers: torch.LongTensor | None = None
+    exit_confidences: torch.FloatTensor | None = None
+    exit_stats: dict[str, Any] | None = None
+
+
+class ExitDecoding:
+    """The callable that `generate(custom_generate=...)` runs; one object per call, nothing stays on the model."""
+
+    def __init__(self, options: dict[str, Any], streamer: Any = None):
+        """options: the `exit_*` arguments of `generate`."""
+        self.options, self.streamer = options, streamer
+
+    def __call__(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> EarlyExitGenerateOutput | torch.Tensor:
+        """Called by transformers with everything prepared. Raises ValueError in one line."""
+        # Not parameters: transformers hands those that a loop names over before it has prepared them.
+        attention_mask, past_key_values = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
+        started = time.perf_counter()
+        check_request(generation_config, model_kwargs, past_key_values)
+        pads = count_padding(input_ids, attention_mask, model.config.max_position_embeddings)
+        policy = self._policy(model, generation_config, len(input_ids))
+        lossless = policy.name == "lossless"
+        input_ids = input_ids.to(model.device)
+        room = policy.max_draft + 1 if lossless else 0
+        sequences = Sequences(
+            input_ids, logits_processor, stopping_criteria, generation_config, self.streamer, draft_room=room
+        )
+        wants_cache = isinstance(past_key_values, DynamicCache) and bool(
+            generation_config.return_dict_in_generate or getattr(past_key_values, "_is_user_defined", False)
+        )
+        # Room for the usual answer; a longer one makes the cache grow.
+        capacity = input_ids.shape[1] + min(sequences.max_length - input_ids.shape[1], 512)
+        capacity += max(room, policy.max_pending + 1)
+        runner = LayerRunner(model, policy.layers, len(input_ids), capacity)
+        trail = Trail(self.options, policy, len(input_ids), model)
+        loop = (Speculation if lossless else EarlyExits)(runner, sequences, policy, pads, trail, wants_cache)
+        try:
+            loop.run(generation_config.prefill_chunk_size)
+        finally:
+            runner.close()
+            trail.write(sequences)
+        ids = sequences.finish()
+        if wants_cache:
+            fill_dynamic_cache(past_key_values, model.config, loop.retired, pads)
+        if not generation_config.return_dict_in_generate:
+            return ids
+        stats = {
+            "seconds": time.perf_counter() - started,
+            "layer_calls": runner.layer_calls(),
+            "layer_positions": runner.layer_positions(),
+            "exit_checks": {k: runner.checks[k] for k in policy.layers},
+            **loop.stats(),
+        }
+        return EarlyExitGenerateOutput(
+            sequences=ids,
+            scores=sequences.gathered(sequences.scores, float("-inf")),
+            logits=sequences.gathered(sequences.logits, 0.0),
+            past_key_values=past_key_values if wants_cache else None,
+            exit_layers=sequences.per_token(sequences.layers, torch.long),
+            exit_confidences=sequences.per_token(sequences.confidences, torch.float32),
+            exit_stats=stats,
+        )
+
+    def _policy(self, model: Any, generation_config: Any, batch_size: int) -> ExitPolicy:
+        tags = self.options.get("exit_tags")
+        if tags is not None and len(tags) != batch_size:
+            raise ValueError(f"exit_tags: {len(tags)} tags for {batch_size} rows in the batch")
+        return resolve_policy(
+            spec_layers=model.exit_spec.layers,
+            calibration=getattr(generation_config, CALIBRATION_KEY, None),
+            tags=tags,
+            batch_size=batch_size,
+            vocab_size=model.config.vocab_size,
+            **{OPTIONS[key]: value for key, value in self.options.items() if key in OPTIONS},
+        )
+
+
+def take_options(kwargs: dict[str, Any], *configs: Any) -> dict[str, Any]:
+    """Take the `exit_*` arguments out of generate's; those not given come from the generation configs, first first."""
+    options = {}
+    for key in (*OPTIONS, *LOG_OPTIONS):
+        sources = [kwargs.pop(key, None), *(getattr(config, key, None) for config in configs)]
+        value = next((value for value in sources if value is not None), None)
+        if value is not None:
+            options[key] = value
+    if options and "exit_policy" not in options:
+        raise ValueError(f"{next(iter(options))} is given but no exit_policy")
+    return options
+
+
+def take_stop_strings(kwargs: dict[str, Any]) -> None:
+    """transformers hands no tokenizer on to a custom loop, so the criterion for `stop_strings` is made here."""
+    strings, tokenizer = kwargs.pop("stop_strings", None), kwargs.pop("tokenizer", None)
+    if strings is None:
+        return
+    if tokenizer is None:
+        raise ValueError(f"stop_strings={strings!r}: pass the tokenizer too")
+    criteria = kwargs.get("stopping_criteria") or []
+    kwargs["stopping_criteria"] = StoppingCriteriaList([*criteria, StopStringCriteria(tokenizer, strings)])
+
+
+def check_request(config: Any, model_kwargs: dict[str, Any], cache: Any) -> None:
+    """Raise ValueError for what `generate` can do without exits only."""
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise ValueError(
+            f"exit_policy: exits decode greedily or by sampling, not by {mode.value} (leave exit_policy out)"
+        )
+    for option in ("output_attentions", "output_hidden_states"):
+        if getattr(config, option):
+            raise ValueError(f"exit_policy: {option}=True needs every layer of every token (leave exit_policy out)")
+    if config.guidance_scale not in (None, 1):
+        raise ValueError(
+            f"exit_policy: guidance_scale={config.guidance_scale} runs a second model (leave exit_policy out)"
+        )
+    if cache is not None and type(cache) is not DynamicCache:
+        raise ValueError(
+            f"exit_policy: exits keep their own cache and hand back a DynamicCache, not a {type(cache).__name__} "
+            "(leave cache_implementation out)"
+        )
+    if model_kwargs.get("inputs_embeds") is not None:
+        raise ValueError("exit_policy: give input_ids, not inputs_embeds")
+
+
+def count_padding(input_ids: torch.Tensor, mask: torch.Tensor | None, context: int) -> list[int]:
+    """Padding columns in front of each row. Raises ValueError for empty and too long prompts, and holes in the mask."""
+    length = input_ids.shape[1]
+    if length == 0:
+        raise ValueError("the prompt is empty: there is no token to start from")
+    if mask is None:
+        pads = [0] * len(input_ids)
+    else:
+        if mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask has {mask.shape[1]} columns, input_ids {length}: pass the whole text, also with a "
+                "filled cache"
+            )
+        pads = [length - count for count in mask.bool().sum(1).tolist()]
+        for row, pad in enumerate(pads):
+            if pad == length:
+                raise ValueError(f"the prompt of row {row} is empty: there is no token to start from")
+            if not bool(mask[row, pad:].all()):
+                raise ValueError(f"attention_mask: row {row} is not padded on the left (tokenizer.padding_side='left')")
+    longest = length - min(pads)
+    if longest > context:
+        raise ValueError(f"the prompt has {longest} tokens, the model's context {context}")
+    return pads

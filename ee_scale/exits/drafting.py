@@ -1,0 +1,116 @@
+"""How far to draft, and from which exit: expected tokens per second from measured costs. Copied into exported folders.
+
+Cost of a cycle with exit k and g drafts (Algorithm A of `speculate`), in seconds:
+    (g + 1) k layer + g check + (L - k) layer (1 + slope g) + tail
+with expected tokens (1 - a^(g+1)) / (1 - a) at acceptance a (Leviathan et al., arXiv 2211.17192; choosing the exit by
+this ratio follows DEL, arXiv 2504.05598, with seconds in place of layer counts).
+"""
+
+from collections.abc import Sequence
+
+BINS = 10
+PRIOR = (3.0, 1.0)  # accepted, rejected: counts that every exit starts from, and decays back to
+DECAY = 0.97
+SWITCH = 1.03  # another exit must promise this much more before it takes over
+MEAN = 0.1  # weight of the newest measurement
+
+
+class Drafting:
+    """Decides the exit and length of each draft, from what earlier drafts of this call cost and how they fared."""
+
+    def __init__(self, layers: Sequence[int], num_layers: int, max_draft: int, length: int | None = None):
+        """`length` fixes the number of drafts (0: none); else it is decided draft by draft."""
+        self.layers, self.num_layers = tuple(layers), num_layers
+        self.max_draft, self.length = max_draft, length
+        self.counts = {k: [0.0, 0.0] for k in layers}
+        self.bins = {k: [[0.0, 0.0] for _ in range(BINS)] for k in layers}
+        # In units of one layer until the first measurement: a check costs about two layers.
+        self.layer, self.check, self.tail, self.slope = 1.0, 2.0, 2.0, 0.05
+        self.measured = False
+        self.rate = 0.0  # tokens per second of the call so far
+        self.current = max(layers, key=self.promise)
+
+    def acceptance(self, k: int) -> float:
+        """Probability that a draft of exit k is accepted."""
+        good, bad = (prior + count for prior, count in zip(PRIOR, self.counts[k], strict=True))
+        return good / (good + bad)
+
+    def calibrated(self, k: int, confidence: float) -> float:
+        """The same for a draft of this confidence: shares seen in its bin, drawn to the exit's mean where few."""
+        good, seen = self.bins[k][_bin(confidence)]
+        return (good + 2 * (confidence + self.acceptance(k)) / 2) / (seen + 2)
+
+    def cycle_cost(self, k: int, drafts: int) -> float:
+        """Seconds of a cycle."""
+        late = (self.num_layers - k) * self.layer * (1 + self.slope * drafts)
+        return (drafts + 1) * k * self.layer + drafts * self.check + late + self.tail
+
+    def promise(self, k: int) -> float:
+        """Best expected tokens per second with exit k at a fixed length."""
+        a, best = min(self.acceptance(k), 0.999), 0.0
+        for drafts in range(self.max_draft + 1):
+            best = max(best, (1 - a ** (drafts + 1)) / (1 - a) / self.cycle_cost(k, drafts))
+        return best
+
+    def start(self) -> int:
+        """The exit of the next cycle."""
+        best = max(self.layers, key=self.promise)
+        if self.promise(best) > SWITCH * self.promise(self.current):
+            self.current = best
+        return self.current
+
+    def goes_on(self, drafted: int, chances: Sequence[float]) -> bool:
+        """Whether one more draft pays. chances: for each row, that all its drafts so far are accepted.
+
+        It does as long as the expected extra tokens per extra second exceed the present rate.
+        """
+        if drafted >= self.max_draft:
+            return False
+        if self.length is not None:
+            return drafted < self.length
+        k = self.current
+        extra = k * self.layer + self.check + self.slope * (self.num_layers - k) * self.layer
+        rate = self.rate if self.measured else self.promise(k) * len(chances)
+        return sum(chances) * self.acceptance(k) > rate * extra
+
+    def fared(self, k: int, confidences: Sequence[float], accepted: int) -> None:
+        """One row's drafts: the first `accepted` were right, the one after them wrong, the rest says nothing."""
+        for index, confidence in enumerate(confidences[: accepted + 1]):
+            good = float(index < accepted)
+            self.counts[k][0] += good
+            self.counts[k][1] += 1 - good
+            cell = self.bins[k][_bin(confidence)]
+            cell[0] += good
+            cell[1] += 1
+
+    def cycle_done(self, tokens: int, seconds: float) -> None:
+        """All rows together; old experience fades."""
+        self.rate = tokens / seconds if not self.measured else (1 - MEAN) * self.rate + MEAN * tokens / seconds
+        for k in self.layers:
+            self.counts[k] = [DECAY * count for count in self.counts[k]]
+            for cell in self.bins[k]:
+                cell[0] *= DECAY
+                cell[1] *= DECAY
+
+    def took(self, k: int, drafts: int, early: float, checks: float, late: float, tail: float) -> None:
+        """Seconds of one cycle: its early layers, its exit heads, its deep layers, everything else."""
+        layer = early / ((drafts + 1) * k)
+        if not self.measured:
+            self.layer, self.tail, self.check = layer, tail, 2 * layer
+            self.measured = True
+        self.layer = _mix(self.layer, layer)
+        self.tail = _mix(self.tail, tail)
+        if drafts:
+            self.check = _mix(self.check, checks / drafts)
+            if k < self.num_layers:
+                rows = late / ((self.num_layers - k) * self.layer)
+                self.slope = _mix(self.slope, max(0.0, (rows - 1) / drafts))
+
+
+def _bin(confidence: float) -> int:
+    return min(BINS - 1, max(0, int(confidence * BINS)))
+
+
+def _mix(old: float, new: float) -> float:
+    """Running mean; one measurement that was interrupted by something else counts for little."""
+    return old + MEAN * (min(new, 3 * old) - old)
