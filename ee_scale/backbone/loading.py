@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,12 +48,12 @@ def load_config(folder: Path) -> Any:
 class TensorFolder:
     """The tensors of a folder of safetensors, single or indexed, by name."""
 
-    def __init__(self, folder: Path):
-        """Raises `UserError` if files are missing or broken."""
+    def __init__(self, folder: Path, files: Sequence[Path] | None = None):
+        """`files`: those to read; None: the weights of a model. Raises `UserError` if files are missing or broken."""
         self.folder = folder
         self.files: dict[str, Path] = {}
         self._open: dict[Path, Any] = {}
-        for path in weight_files(folder):
+        for path in weight_files(folder) if files is None else files:
             for name in self._handle(path).keys():  # noqa: SIM118 (a safetensors handle, not a dict)
                 self.files[name] = path
 

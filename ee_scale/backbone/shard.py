@@ -71,6 +71,8 @@ class BackboneStage(nn.Module):
             config.layer_types = [config.layer_types[i] for i in self.layer_indices]
         base.config = config
         base.layers = nn.ModuleList(base.layers[i] for i in self.layer_indices)
+        for place, layer in enumerate(base.layers):
+            layer.self_attn.layer_idx = place  # its place in this stage's cache
         if not final_norm:
             base.norm = nn.Identity()
         return base
@@ -111,9 +113,10 @@ class BackboneStage(nn.Module):
             parts[2] = str(self.layer_indices[int(parts[2])])
         return ".".join(["model", *parts[1:]])
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cache: Any = None) -> torch.Tensor:
+        """`cache` (a transformers `Cache` for this stage's layers) is read and extended; x then continues it."""
         inputs = {"inputs_embeds": x} if x.is_floating_point() else {"input_ids": x}
-        return self.base(**inputs, use_cache=False).last_hidden_state
+        return self.base(**inputs, past_key_values=cache, use_cache=cache is not None).last_hidden_state
 
 
 def output_matrix_name(tensors: TensorFolder) -> str:

@@ -16,7 +16,22 @@ EXAMPLES = {
         "torchrun --nproc-per-node 4 -m ee_scale tune model=<HF dir> data=corpus.txt parallel.tp=2 parallel.pp=2",
     ),
     "export": ("ee-scale export src=runs/a kind=early_exit out=my-model",),
-    "evaluate": ("ee-scale evaluate model=my-model data=heldout.txt",),
+    "evaluate": (
+        "ee-scale evaluate model=my-model data=heldout.txt",
+        "ee-scale evaluate model=my-model data=heldout.jsonl tag_key=task sweep=true out=report",
+    ),
+    "calibrate": ("ee-scale calibrate model=my-model data=heldout.txt agreement=0.98 confidence=0.95",),
+    "probe": ("ee-scale probe model=<HF dir>", "ee-scale probe model=my-model data=heldout.txt out=probe"),
+    "report": (
+        "ee-scale report log=decisions.jsonl every=day",
+        "ee-scale report log='logs/*.jsonl' tag=sql out=report",
+    ),
+    "generate": (
+        'ee-scale generate model=my-model policy=lossless prompt="def main():"',
+        'ee-scale generate model=my-model policy=threshold threshold=0.8 prompt="def main():" --show-exits',
+        "ee-scale generate model=my-model policy=threshold prompts=prompts.jsonl out=answers.jsonl batch_size=8",
+        "ee-scale generate model=my-model policy=threshold parallel.pp=2 prompt=- < prompt.txt",
+    ),
     "demo": ("ee-scale demo",),
 }
 

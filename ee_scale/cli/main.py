@@ -69,6 +69,6 @@ def _prepare_libraries() -> None:
 
 def _pick_accelerator(config: object) -> None:
     """DeepSpeed chooses its accelerator when it is imported; a run that asks for the CPU must say so before."""
-    device = config.parallel.device if "parallel" in config else "device" in config and config.device
+    device = config.device if "device" in config else "parallel" in config and config.parallel.device
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"

@@ -1,5 +1,6 @@
 """Compose a command's config from `configs/`, the schema and the command line."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
@@ -8,6 +9,7 @@ from typing import Any
 
 from hydra import compose, initialize, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -17,6 +19,7 @@ from ee_scale.errors import UserError
 
 # A person writes model=<folder>; Hydra reads model=<option of the group>. A value that is no option means the path.
 PATH_SHORTHANDS = {"model": "model.path", "data": "data.path"}
+TEXTS = ("prompt",)  # settings whose value is text, whatever Hydra's grammar would make of it
 
 
 def config_dir() -> Path:
@@ -62,10 +65,18 @@ def _hydra(verb: str) -> Any:
 
 
 def expand_shorthand(verb: str, override: str) -> str:
-    """`model=<folder>` -> `model.path="<folder>"`, for the commands whose model and data are groups."""
+    """`model=<folder>` -> `model.path="<folder>"`, for the commands whose model and data are groups.
+
+    `--show-exits` -> `show_exits=true`.
+    """
+    if override.startswith("--"):
+        name, equals, value = override[2:].partition("=")
+        override = f"{name.replace('-', '_')}={value if equals else 'true'}"
     key, equals, value = override.partition("=")
     if not equals:
         raise UserError(f"argument {override!r} is not of the form key=value")
+    if key in TEXTS:
+        return f"{key}={value if _is_list(override) else _quote_text(value)}"
     if key in PATH_SHORTHANDS and has_groups(verb):
         if (config_dir() / key / f"{value}.yaml").is_file():
             return override
@@ -111,6 +122,21 @@ def _is_plain_path(value: str) -> bool:
 
 def _quote(value: str) -> str:
     return "'" + value.replace("'", "\\'") + "'"
+
+
+def _quote_text(value: str) -> str:
+    """Any text as a quoted value: Hydra reads backslashes in front of a quote, OmegaConf those in front of `${`."""
+    value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", value)) + "'"
+
+
+def _is_list(override: str) -> bool:
+    """Whether the value is a list of texts; '[INST] hi [/INST]' is none."""
+    try:
+        items = OverridesParser.create().parse_override(override).value()
+    except HydraException:
+        return False
+    return isinstance(items, list) and all(isinstance(item, str) for item in items)
 
 
 def _one_line(error: Exception, verb: str) -> str:

@@ -148,7 +148,7 @@ class ExportConfig:
 
 @dataclass
 class EvaluateConfig:
-    """Loss, perplexity and agreement with the final layer, per exit."""
+    """Loss, perplexity and agreement with the final layer, per exit; with sweep=true, quality against speed."""
 
     model: str = setting(MISSING, "folder written by export (or by transformers: the final layer alone is measured)")
     data: Any = setting(MISSING, "text: .txt, .jsonl, folder or Megatron prefix, a list of those, or 'python'")
@@ -163,6 +163,129 @@ class EvaluateConfig:
     text_key: str = setting("text", "field of a .jsonl line that holds the text")
     cache_dir: str | None = setting(None, "tokenised data; null: ~/.cache/ee_scale/data")
     device: str = setting("auto", "where to run", choices=("auto", "cpu", "cuda"))
+    tag_key: str | None = setting(
+        None, "field of a .jsonl line that names the group of the text (task, customer): figures per group as well"
+    )
+    sweep: bool = setting(False, "try 21 limits, the lossless mode and the calibrated limits: quality against speed")
+    policy: str = setting("threshold", "what the sweep's limits apply to", choices=("threshold", "entropy", "margin"))
+    prompts: int = setting(8, "prompts of the sweep's timed decoding, a multiple of 8; 0: no timing")
+    prompt_tokens: int = setting(64, "tokens of each prompt")
+    new_tokens: int = setting(32, "tokens that continue each prompt")
+    rounds: int = setting(8, "timed batches of each size (1 and 8): all points in turn, then the next batch")
+
+
+@dataclass
+class CalibrateConfig:
+    """Limits for leaving early that hold a bound on held-out text with a known confidence, stored with the model."""
+
+    model: str = setting(MISSING, "folder written by export, of either kind; its generation_config.json is updated")
+    data: Any = setting(MISSING, "held-out text: .txt, .jsonl, folder or Megatron prefix, a list of those, or 'python'")
+    agreement: float | None = setting(
+        None, "share of tokens that must stay the whole model's choice; null: 0.98, unless loss_increase is given"
+    )
+    loss_increase: float | None = setting(None, "instead: how much the mean loss may grow, nats per token")
+    confidence: float = setting(0.95, "chance, over the choice of the text, that the bound holds")
+    policy: str = setting("threshold", "what the limits apply to", choices=("threshold", "entropy", "margin"))
+    unit: str = setting(
+        "window",
+        "what counts as drawn independently: windows (every token weighs the same), or only whole documents "
+        "(every document weighs the same; needs many)",
+        choices=("window", "document"),
+    )
+    tag_key: str | None = setting(
+        None, "field of a .jsonl line that names the group of the text (task, customer): limits per group as well"
+    )
+    out: str | None = setting(None, "folder for calibrate.json, a copy of what is stored; null: none")
+    seq_length: int = setting(128, "tokens per window; more and shorter windows show more")
+    batch_size: int = setting(16, "windows per forward pass")
+    max_tokens: int = setting(200_000, "tokens to calibrate on, chosen at random; 0: all")
+    seed: int = setting(0, "which windows choose the limits and which test them")
+    text_key: str = setting("text", "field of a .jsonl line that holds the text")
+    cache_dir: str | None = setting(None, "tokenised data; null: ~/.cache/ee_scale/data")
+    device: str = setting("auto", "where to run", choices=("auto", "cpu", "cuda"))
+
+
+@dataclass
+class ProbeConfig:
+    """Is early exit worth it for this model on this machine? Measures costs and how readable the layers are."""
+
+    model: str = setting(MISSING, "model folder of a supported architecture, with exits or without (the logit lens)")
+    data: Any = setting(
+        "python:valid", "text to read and to take prompts from: .txt, .jsonl, folder, Megatron prefix, list or 'python'"
+    )
+    layers: Any = setting(None, "exits to try on a model without any; null: up to 11, spread over the depth")
+    kind: str = setting("mlp", "kind of those exits, which their cost depends on", choices=("norm", "mlp"))
+    context: int = setting(256, "tokens in the cache while costs are measured")
+    max_tokens: int = setting(8192, "tokens of text to read")
+    prompts: int = setting(16, "prompts that the model continues, greedily and at `temperature`")
+    prompt_tokens: int = setting(64, "tokens of each prompt")
+    new_tokens: int = setting(64, "tokens of each continuation")
+    temperature: float = setting(0.8, "temperature of sampled text and of the acceptance measured on it")
+    agreement: float = setting(0.98, "share of all tokens that must stay the whole model's when exits are taken")
+    seconds: float = setting(6.0, "time to spend on timing the parts")
+    seed: int = setting(0, "sampled text")
+    out: str | None = setting(None, "folder for probe.json and probe.png; null: table only")
+    text_key: str = setting("text", "field of a .jsonl line that holds the text")
+    cache_dir: str | None = setting(None, "tokenised data; null: ~/.cache/ee_scale/data")
+    device: str = setting("auto", "where to run", choices=("auto", "cpu", "cuda"))
+
+
+@dataclass
+class ReportConfig:
+    """Decision logs of generate(exit_log=...): depth and agreement over time and per tag."""
+
+    log: Any = setting(MISSING, "log file, pattern, or a list of those")
+    tag: str | None = setting(None, "only tokens with this tag ('-': those without)")
+    every: Any = setting("hour", "length of a time bucket: hour, day, minute, or a number of minutes")
+    agreement: float = setting(0.98, "share of tokens that should be the whole model's: warn where it is lower")
+    confidence: float = setting(0.95, "of the intervals, and of the whole report's warnings together")
+    out: str | None = setting(None, "folder for report.json, report.csv and report.png; null: tables only")
+
+
+@dataclass
+class DecodeParallelConfig:
+    tp: int = setting(1, "tensor-parallel size")
+    pp: int = setting(1, "pipeline stages; an exit frees the first stage while later ones fill their caches")
+    dp: int = setting(1, "replicas: decoding has none; start one command per replica")
+    stages: list[int] | None = setting(None, "layers per stage, e.g. [6,6]; null balances stages by cost")
+    timeout_minutes: float = setting(30.0, "how long a rank waits for the others before it gives up")
+
+
+@dataclass
+class GenerateConfig:
+    """Continue prompts with a model; tokens may leave at exits, or be drafted by one."""
+
+    model: str = setting(MISSING, "folder written by export, of either kind, or a model without exits (policy=off)")
+    prompt: Any = setting(None, "text to continue, a list of texts, or '-' to read it from standard input")
+    prompts: str | None = setting(None, "file of prompts: .txt, one per line, or .jsonl with a field 'prompt'")
+    out: str | None = setting(None, ".jsonl to write, a line per prompt; null: one prompt streams, several are printed")
+    chat: bool = setting(False, "put the prompt into the tokenizer's chat template, as a user's message")
+    max_new_tokens: int = setting(128, "tokens to add at most; an end mark ends a text earlier")
+    temperature: float = setting(0.0, "0: the most likely token; above: sample at this temperature")
+    top_k: int | None = setting(None, "sample among the k most likely tokens; null: as the model's generation config")
+    top_p: float | None = setting(None, "sample among the most likely tokens of this total probability; null: as above")
+    seed: int = setting(0, "random numbers of sampling")
+    batch_size: int = setting(8, "prompts that are continued together")
+    policy: str = setting(
+        "off",
+        "when a token leaves at an exit: never, by a limit on its score, after agreeing exits, always at one; "
+        "lossless: exits draft and the model verifies, same output",
+        choices=("off", "threshold", "entropy", "margin", "patience", "fixed", "lossless"),
+    )
+    threshold: Any = setting(None, "limit of the policy's score: a number, or one per exit; null: as calibrated")
+    layer: int | None = setting(None, "the exit of fixed; the drafting exit of lossless (null: by measured cost)")
+    min_layer: int | None = setting(None, "no token leaves before this layer")
+    patience: int | None = setting(None, "exits in a row that must agree; null: 2")
+    max_pending: int | None = setting(None, "tokens whose deeper layers may wait to be computed; null: 8")
+    draft_length: int | None = setting(None, "lossless: tokens per draft; null: by measured cost")
+    shortlist: Any = setting(None, "lossless: draft among the N most frequent tokens (as calibrated), or token ids")
+    show_exits: bool = setting(False, "colour each token by the layer it came from")
+    log: str | None = setting(None, "decision log to append to (.jsonl), for `ee-scale report`")
+    tag: Any = setting(None, "tag of the prompts (task, customer), or a list with one per prompt")
+    audit: float | None = setting(None, "share of early tokens that are compared with the full model, in the log")
+    parallel: DecodeParallelConfig = field(default_factory=DecodeParallelConfig)
+    device: str = setting("auto", "where to run", choices=("auto", "cpu", "cuda"))
+    dtype: str = setting("auto", "number type; auto: as stored", choices=("auto", "fp32", "bf16", "fp16"))
 
 
 @dataclass
@@ -177,4 +300,13 @@ class DemoConfig:
     new_tokens: int = setting(96, "tokens to generate at the end")
 
 
-VERBS = {"tune": TuneConfig, "export": ExportConfig, "evaluate": EvaluateConfig, "demo": DemoConfig}
+VERBS = {
+    "tune": TuneConfig,
+    "export": ExportConfig,
+    "evaluate": EvaluateConfig,
+    "calibrate": CalibrateConfig,
+    "probe": ProbeConfig,
+    "report": ReportConfig,
+    "generate": GenerateConfig,
+    "demo": DemoConfig,
+}

@@ -1,8 +1,11 @@
-"""A generated text in which each token has the colour of the first exit that would have said the same."""
+"""A generated text in which each token has the colour of the layer that it came from."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from rich.color import ColorSystem
+from rich.style import Style
 from rich.text import Text
 
 COLOURS = ("green", "cyan", "blue", "magenta", "red", "bright_yellow", "bright_cyan", "bright_magenta")
@@ -26,17 +29,78 @@ def coloured_text(tokenizer: Any, prompt: str, ids: list[int], exits: list[int |
     """The prompt in bold, then the tokens; white ones needed the whole model."""
     text = Text(prompt, style="bold")
     for token, k in zip(ids, exits, strict=True):
-        text.append(tokenizer.decode([token]), style="white" if k is None else _colour(layers, k))
+        text.append(tokenizer.decode([token]), style=_colour(layers, k))
     return text
 
 
-def legend(exits: list[int | None], layers: list[int], num_layers: int) -> Text:
-    """Colours, layers, and how many tokens each exit could have produced."""
-    text = Text("first exit with the final layer's token: ")
+def legend(
+    exits: Sequence[int | None],
+    layers: Sequence[int],
+    num_layers: int,
+    title: str = "first exit with the final layer's token",
+) -> Text:
+    """Colours, layers, how many tokens each gave, and their mean depth; None is the final layer."""
+    text = Text(f"{title}: ")
     for k in layers:
         text.append(f"layer {k}: {exits.count(k)}  ", style=_colour(layers, k))
-    return text.append(f"all {num_layers} layers: {exits.count(None)}", style="white")
+    text.append(f"all {num_layers} layers: {exits.count(None)}", style=_colour(layers, None))
+    if exits:
+        text.append(f"  mean depth {sum(k or num_layers for k in exits) / len(exits):.1f}", style="default")
+    return text
 
 
-def _colour(layers: list[int], k: int) -> str:
-    return COLOURS[layers.index(k) % len(COLOURS)]
+def paint(text: str, layers: Sequence[int], k: int | None) -> str:
+    """The text in the colour of a layer, as a terminal reads it; no character of the text is changed."""
+    return Style.parse(_colour(layers, k)).render(text, color_system=ColorSystem.STANDARD)
+
+
+class PieceStreamer:
+    """A streamer for `generate` that hands on text as soon as it is whole, with the layer that it came from.
+
+    The pieces together are the decoded text: what is kept back is a character whose bytes have not all come.
+    """
+
+    def __init__(self, tokenizer: Any, write: Callable[[str, int | None], None]):
+        """`write(piece, layer)`; the layer is None where generation does not tell (`put_exits`)."""
+        self.tokenizer, self.write = tokenizer, write
+        self.ids: list[int] = []
+        self.start = self.shown = 0  # tokens that are context, and tokens whose text was handed on
+        self.layers: list[int | None] = []
+        self.in_prompt = True
+
+    def put_exits(self, token_ids: Sequence[int], layers: Sequence[int]) -> None:
+        """Where the tokens of the next `put` come from."""
+        self.layers = list(layers)
+
+    def put(self, value: torch.Tensor) -> None:
+        """First the prompt, then new tokens: [N] or [1, N]. Raises ValueError for a batch."""
+        if value.ndim > 1 and len(value) > 1:
+            raise ValueError("streaming needs a batch of one row")
+        if self.in_prompt:
+            self.in_prompt = False
+            return
+        tokens = value.flatten().tolist()
+        for token, layer in zip(tokens, self.layers or [None] * len(tokens), strict=True):
+            self.ids.append(token)
+            self._show(layer, last=False)
+        self.layers = []
+
+    def end(self) -> None:
+        """Hand on what was kept back."""
+        self._show(None, last=True)
+        self.ids, self.start, self.shown, self.in_prompt = [], 0, 0, True
+
+    def _show(self, layer: int | None, *, last: bool) -> None:
+        # Some tokenizers drop the space in front of the first token, so a piece is decoded behind the one before it.
+        before = self._decode(self.ids[self.start : self.shown])
+        text = self._decode(self.ids[self.start :])
+        if len(text) > len(before) and (last or not text.endswith("\ufffd")):
+            self.write(text[len(before) :], layer)
+            self.start, self.shown = self.shown, len(self.ids)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _colour(layers: Sequence[int], k: int | None) -> str:
+    return "white" if k is None or k not in layers else COLOURS[list(layers).index(k) % len(COLOURS)]

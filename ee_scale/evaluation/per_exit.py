@@ -1,14 +1,11 @@
-"""Loss, perplexity and agreement with the final layer, for every exit."""
+"""Loss, perplexity and agreement with the final layer, for every exit, overall and per group."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import exp
 from typing import Any
 
-import torch
-from torch.nn.functional import cross_entropy
-
-from ee_scale.errors import UserError
+from ee_scale.evaluation.records import Records
 
 
 @dataclass(frozen=True)
@@ -31,32 +28,47 @@ class ExitQuality:
         return asdict(self)
 
 
-@torch.no_grad()
-def evaluate_exits(model: Any, windows: Iterable[torch.Tensor]) -> tuple[list[ExitQuality], int]:
-    """Measure a model on windows of tokens [B, S+1]: exits in order of depth, the final layer last; tokens measured.
+@dataclass(frozen=True)
+class Gap:
+    """The two groups that differ most in a figure: `low` has the value `low_value`, `high` has `high_value`."""
 
-    Raises `UserError` if there is nothing to measure.
-    """
-    device = next(model.parameters()).device
-    layers = list(model.exit_spec.layers) if hasattr(model, "exit_spec") else []
-    losses, agreed, tokens = dict.fromkeys([*layers, 0], 0.0), dict.fromkeys(layers, 0), 0
-    for window in windows:
-        inputs, labels = window[:, :-1].to(device), window[:, 1:].to(device)
-        output = model(inputs, use_cache=False)
-        final = output.logits.argmax(-1)
-        losses[0] += _sum_loss(output.logits, labels)
-        for k in layers:
-            losses[k] += _sum_loss(output.exit_logits[k], labels)
-            agreed[k] += int((output.exit_logits[k].argmax(-1) == final).sum())
-        tokens += labels.numel()
-    if tokens == 0:
-        raise UserError("data: no tokens to measure on")
-    rows = [_quality(k, False, losses[k] / tokens, agreed[k] / tokens) for k in layers]
-    return [*rows, _quality(model.config.num_hidden_layers, True, losses[0] / tokens, 1.0)], tokens
+    low: str
+    low_value: float
+    high: str
+    high_value: float
+
+    @property
+    def size(self) -> float:
+        """The difference."""
+        return self.high_value - self.low_value
 
 
-def _sum_loss(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    return float(cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum"))
+def exit_qualities(records: Records) -> list[ExitQuality]:
+    """Exits in order of depth, the final layer last."""
+    losses, agreements = records.losses.double().mean(-1), records.matches.double().mean(-1)
+    rows = [_quality(k, False, float(losses[i]), float(agreements[i])) for i, k in enumerate(records.layers)]
+    return [*rows, _quality(records.num_layers, True, float(records.final_losses.double().mean()), 1.0)]
+
+
+def largest_gap(values: Mapping[str, float]) -> Gap | None:
+    """The groups with the smallest and the largest value; None if there are fewer than two groups."""
+    if len(values) < 2:
+        return None
+    low, high = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
+    return Gap(low, values[low], high, values[high])
+
+
+def agreement_gap(by_tag: Mapping[str, list[ExitQuality]]) -> tuple[int, Gap] | None:
+    """(exit layer, gap) of the exit whose agreement with the final layer differs most between groups."""
+    names = list(by_tag)
+    if not names:
+        return None
+    gaps = []
+    for index, row in enumerate(by_tag[names[0]]):
+        gap = None if row.final else largest_gap({name: by_tag[name][index].agreement for name in names})
+        if gap is not None:
+            gaps.append((row.layer, gap))
+    return max(gaps, key=lambda item: item[1].size, default=None)
 
 
 def _quality(layer: int, final: bool, loss: float, agreement: float) -> ExitQuality:

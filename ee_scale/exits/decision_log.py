@@ -56,17 +56,18 @@ class DecisionLog:
         request: str | int,
         position: int,
         layer: int,
-        confidence: float,
+        confidence: float | None,
         tag: str | None = None,
         agrees: bool | None = None,
     ) -> None:
         """One token.
 
-        layer: where it came from (num_layers: the final layer). agrees: whether the full model says the same token,
+        layer: where it came from (num_layers: the final layer). confidence: None where no exit was looked at; so is
+        what JSON cannot hold (NaN, infinity). agrees: whether the full model says the same token,
         where that is known. Raises ValueError after `close`.
         """
         now = time.time()
-        score = f"{confidence:.6g}" if isfinite(confidence) else "null"
+        score = "null" if confidence is None or not isfinite(confidence) else f"{confidence:.6g}"
         line = (
             f'{{"time": {now:.3f}, "request": {request if type(request) is int else self._text(request)}, '
             f'"position": {position}, "layer": {layer}, "confidence": {score}, '

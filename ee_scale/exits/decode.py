@@ -81,8 +81,8 @@ class ExitDecoding:
         # Room for the usual answer; a longer one makes the cache grow.
         capacity = input_ids.shape[1] + min(sequences.max_length - input_ids.shape[1], 512)
         capacity += max(room, policy.max_pending + 1)
-        runner = LayerRunner(model, policy.layers, len(input_ids), capacity)
         trail = Trail(self.options, policy, len(input_ids), model)
+        runner = LayerRunner(model, policy.layers, len(input_ids), capacity)
         loop = (Speculation if lossless else EarlyExits)(runner, sequences, policy, pads, trail, wants_cache)
         try:
             loop.run(generation_config.prefill_chunk_size)

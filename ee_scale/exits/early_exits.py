@@ -59,7 +59,7 @@ class EarlyExits(DecodeLoop):
         self.next = [position + 1 for position in self.next]
         runner.clip(self.next)
         self.tokens = torch.tensor(tokens, device=runner.device)
-        self.commit_one(self.rows, tokens, layers, seen)
+        self.sequences.append_to_all(self.rows, tokens, layers, seen)
 
     def _bring(self, part: int, slots: list[int], hidden: torch.Tensor, block: Block) -> tuple[torch.Tensor, Block]:
         """Hidden states that the next layers read: the newest token of each slot and those that wait at this exit."""

@@ -61,7 +61,7 @@ class DecodeLoop:
                     states[row] = hidden[row, position - start]
         logits = runner.final_logits(states)
         tokens = self.choose(logits, self.rows)
-        self.commit_one(self.rows, tokens.tolist(), [runner.num_layers] * len(ids), [nan] * len(ids))
+        sequences.append_to_all(self.rows, tokens.tolist(), [runner.num_layers] * len(ids), [nan] * len(ids))
         self.tokens = tokens
         self.started()
         self.drop_finished()
@@ -74,11 +74,6 @@ class DecodeLoop:
             for index, row in enumerate(rows):
                 sequences.keep_scores(row, sequences.lengths[row], scores[index], logits[index])
         return sequences.pick(scores)
-
-    def commit_one(self, rows: list[int], tokens: list[int], layers: list[int], scores: list[float]) -> None:
-        """One new token for each of these rows."""
-        for row, token, layer, value in zip(rows, tokens, layers, scores, strict=True):
-            self.sequences.append(row, [token], [layer], [value])
 
     def drop_finished(self) -> None:
         """Rows that are done give their place up."""

@@ -116,30 +116,40 @@ class Sequences:
     def keeps_scores(self) -> bool:
         return self.scores is not None or self.logits is not None
 
-    def append(self, row: int, tokens: list[int], layers: list[int], confidences: list[float]) -> int:
-        """Add tokens until one ends the text; returns how many were added."""
-        count = 0
-        for token, layer, confidence in zip(tokens, layers, confidences, strict=True):
-            column = self.lengths[row]
-            self.ids[row, column] = token
-            self.layers[row].append(layer)
-            self.confidences[row].append(confidence)
-            self.lengths[row] = column + 1
-            count += 1
-            if token in self.eos or self.lengths[row] >= self.max_length:
-                self.done[row] = True
-            if self.criteria and bool(self.criteria(self.ids[row : row + 1, : column + 1], None)[0]):
-                self.done[row] = True
-            if self.done[row]:
+    def append_to_all(self, rows: list[int], tokens: list[int], layers: list[int], confidences: list[float]) -> None:
+        """One token for each of these rows, which are equally long: criteria then see the batch, as in transformers."""
+        for row, token, layer, confidence in zip(rows, tokens, layers, confidences, strict=True):
+            self.append(row, [token], [layer], [confidence], check=False)
+        if self.criteria:
+            ended = self.criteria(self.ids[:, : self.lengths[rows[0]]], None).tolist()
+            for row in rows:
+                self.done[row] = self.done[row] or ended[row]
+
+    def append(
+        self, row: int, tokens: list[int], layers: list[int], confidences: list[float], check: bool = True
+    ) -> int:
+        """Add tokens until one ends the text; returns how many were added. Criteria see this row alone."""
+        first = self.lengths[row]
+        count = len(tokens)
+        for index, token in enumerate(tokens):
+            if token in self.eos or first + index + 1 >= self.max_length:
+                self.done[row], count = True, index + 1
                 break
+        self.ids[row, first : first + count] = torch.tensor(tokens[:count], device=self.ids.device)
+        for index in range(count) if check and self.criteria else ():
+            if bool(self.criteria(self.ids[row : row + 1, : first + index + 1], None)[0]):
+                self.done[row], count = True, index + 1
+                break
+        self.lengths[row] = first + count
+        self.layers[row] += layers[:count]
+        self.confidences[row] += confidences[:count]
         if self.draft_room:
             # What was on trial behind the text must not be taken for text.
-            self.ids[row, self.lengths[row] :] = self.pad
-        if self.streamer is not None and row == 0 and count:
-            column = self.lengths[row] - count
+            self.ids[row, first + count :] = self.pad
+        if self.streamer is not None and row == 0:
             if hasattr(self.streamer, "put_exits"):
                 self.streamer.put_exits(tokens[:count], layers[:count])
-            self.streamer.put(self.ids[row, column : column + count].cpu())
+            self.streamer.put(self.ids[row, first : first + count].cpu())
         return count
 
     def finish(self) -> torch.Tensor:

@@ -33,7 +33,7 @@ class Speculation(DecodeLoop):
         if policy.shortlist is not None:
             self.ids = torch.tensor(policy.shortlist, device=runner.device)
             self.short = {k: ShortHead(runner.model, k, self.ids) for k in policy.layers}
-        self.drafted = self.accepted = 0
+        self.drafted = self.accepted = self.slot_cycles = 0
         self.used = dict.fromkeys(policy.layers, 0)
 
     def step(self) -> None:
@@ -55,9 +55,9 @@ class Speculation(DecodeLoop):
             tokens, scores, probabilities = self._draft(k, hidden, block, drafts)
             drafts.append(tokens)
             q.append(probabilities)
-            values = scores.tolist() if drafting.length is None else [nan] * len(starts)
+            values = [nan] * len(starts) if scores is None else scores.tolist()
             confidences.append(values)
-            if drafting.length is None:
+            if scores is not None:
                 chances = [c * drafting.calibrated(k, value) for c, value in zip(chances, values, strict=True)]
             more = len(drafts) < most and drafting.goes_on(len(drafts), chances)
             clock.lap("check")
@@ -74,14 +74,15 @@ class Speculation(DecodeLoop):
 
     def _draft(
         self, k: int, hidden: torch.Tensor, block: Block, drafts: list[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Next draft of each row: (tokens [R], confidences [R], the distribution they were drawn from [R, V] or None).
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Next draft of each row: (tokens [R], confidences [R], the distribution they were drawn from [R, V]).
 
-        None means a certain draw: the exit's most likely token.
+        No confidences where the draft's length is fixed; no distribution where the most likely token is taken.
         """
         sequences = self.sequences
         logits = self.runner.exit_logits(k, hidden, block, None, self.short.get(k))
-        scores, best = score("threshold", logits)
+        adaptive = self.drafting.length is None
+        scores, best = score("threshold", logits) if adaptive else (None, logits.argmax(-1))
         if not sequences.do_sample and not sequences.processors:
             return (best if self.ids is None else self.ids[best]), scores, None
         if self.ids is not None:
@@ -151,6 +152,7 @@ class Speculation(DecodeLoop):
             self.next[slot] += count
             self.drafted += len(drafts)
             self.accepted += min(m, count)
+            self.slot_cycles += 1
             total += count
         runner.clip(self.next)
         self.tokens = torch.tensor(after, device=runner.device)
@@ -179,6 +181,7 @@ class Speculation(DecodeLoop):
             "drafted": self.drafted,
             "accepted": self.accepted,
             "cycles": self.passes,
+            "slot_cycles": self.slot_cycles,
             "cycles_by_exit": self.used,
             "acceptance": self.accepted / self.drafted if self.drafted else 0.0,
         }

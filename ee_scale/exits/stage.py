@@ -1,6 +1,7 @@
 """One pipeline stage of exit tuning: the frozen backbone part and the exits that train on it."""
 
 import hashlib
+from collections.abc import Callable
 from math import sqrt
 from typing import Any
 
@@ -57,14 +58,23 @@ class TuningStage(nn.Module):
         hidden = self.backbone(x)
         return hidden, self._taps[0].pop()
 
-    def exit_hidden(self, k: int, tap: Tap) -> torch.Tensor:
-        """[B, S, D], ready for the head of exit k, with the graph of its modules."""
+    def on_exit(self, call: Callable[[int, Tap], None]) -> None:
+        """Call `call(k, tap)` as soon as layer k has run, while later layers of the stage still wait."""
+        for k, layer in self._layers[0].items():
+            layer.register_forward_hook(lambda module, args, output, k=k: call(k, self._taps[0].taps.pop(k)))
+
+    def exit_hidden(self, k: int, tap: Tap, cache: Any = None) -> torch.Tensor:
+        """[B, S, D], ready for the head of exit k, with the graph of its modules.
+
+        `cache`: keys and values of an exit's own layer (`kind=layer`) that the tap continues.
+        """
         norm_name = self.spec.mlp_output_norm
         output_norm = getattr(self._layers[0][k], norm_name) if norm_name else None
-        return self.exit_heads[str(k)].hidden(tap, output_norm, self._run_layer)
 
-    def _run_layer(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        return run_single_layer(self.backbone.base, layer, hidden)
+        def run_layer(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+            return run_single_layer(self.backbone.base, layer, hidden, past_key_values=cache)
+
+        return self.exit_heads[str(k)].hidden(tap, output_norm, run_layer)
 
     def exit_logits(self, k: int, tap: Tap) -> torch.Tensor:
         """Logits of exit k, [B, S, V/tp] (padding included)."""
@@ -95,17 +105,20 @@ def build_stage(
     *,
     attn_implementation: str | None = None,
     teacher: bool = False,
+    decoding: bool = False,
 ) -> TuningStage:
     """Meta model -> exits copied -> stage cut -> tensor axis swapped. Weights are still empty: see `load_stage`.
 
-    `teacher` keeps the final norm on the last stage and the lm_head on every stage with exits (KL term).
+    `teacher` keeps the final norm on the last stage and the lm_head on every stage with exits (KL term);
+    `decoding` keeps both on the last stage, for the model's own logits.
     """
     model = meta_model(config, dtype, attn_implementation)
     mine = plan.exits(grid.stage)
     heads = build_exit_heads(spec, model.base_model.layers, model.base_model.norm, config.vocab_size)
     heads = nn.ModuleDict({str(k): heads[str(k)] for k in mine})
-    needs_lm_head = bool(mine) and (spec.head != "full" or teacher)
-    backbone = BackboneStage(model, plan, grid, dtype, final_norm=teacher, lm_head=needs_lm_head)
+    is_last = grid.stage == plan.launched - 1
+    needs_lm_head = (bool(mine) and (spec.head != "full" or teacher)) or (decoding and is_last)
+    backbone = BackboneStage(model, plan, grid, dtype, final_norm=teacher or decoding, lm_head=needs_lm_head)
     tensor_axis = tensor_plan(config, grid.layout.tp)
     for head in heads.values():
         _shard_exit(head, tensor_axis, config, grid, dtype)
@@ -124,6 +137,8 @@ def _shard_exit(head: ExitHead, plan: dict[str, str], config: Any, grid: Grid, d
         elif head.spec.head == "low_rank":
             head.head.up = column_linear(head.spec.rank, rows, False, grid.tp_group, dtype)
     materialise(head, grid.device)
+    if head.layer is not None:
+        head.layer.self_attn.layer_idx = 0  # the one layer of its own cache
     head.requires_grad_(True)
     for body, prefix in bodies:
         if body is not None:
@@ -144,6 +159,16 @@ def load_stage(stage: TuningStage, tensors: TensorFolder, grid: Grid, *, init: s
         else:
             _fill(parameter, whole_random(name, source, tensors, config, seed), grid)
     load_tensors(tasks, tensors, grid.tp_rank, tp)
+
+
+def load_trained_stage(stage: TuningStage, tensors: TensorFolder, exits: TensorFolder, grid: Grid) -> None:
+    """Read the backbone's slices and those of trained exits (`exit_heads.*`). Raises `UserError`."""
+    stage.backbone.load(tensors, grid)
+    tasks = [
+        load_task(parameter, f"exit_heads.{name}", stage.backbone.model_config.vocab_size, grid.layout.tp)
+        for name, parameter in stage.exit_heads.named_parameters()
+    ]
+    load_tensors(tasks, exits, grid.tp_rank, grid.layout.tp)
 
 
 def copy_source(name: str, num_layers: int, tensors: TensorFolder) -> str | None:

@@ -8,11 +8,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, logging
 
+from ee_scale.artifact.calibration import read_calibration
 from ee_scale.artifact.sidecar import SIDECAR_CONFIG, SIDECAR_WEIGHTS, read_sidecar
 from ee_scale.backbone.loading import fingerprint, load_config
 from ee_scale.errors import UserError
 from ee_scale.exits import modeling_early_exit as modeling
 from ee_scale.exits.heads import ExitSpec, LowRankHead
+from ee_scale.exits.policies import CALIBRATION_KEY
 
 
 class EarlyExitForCausalLM(modeling.EarlyExitForCausalLM):
@@ -36,6 +38,8 @@ class EarlyExitForCausalLM(modeling.EarlyExitForCausalLM):
         model = _with_new_heads(folder, ExitSpec.from_dict(facts["early_exit"]), **kwargs)
         exits = load_file(Path(path) / SIDECAR_WEIGHTS)
         model.exit_heads.load_state_dict({name.removeprefix(modeling.PREFIX): value for name, value in exits.items()})
+        if (calibration := read_calibration(Path(path))) is not None:
+            setattr(model.generation_config, CALIBRATION_KEY, calibration)
         return model
 
 

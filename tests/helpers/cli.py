@@ -12,7 +12,7 @@ import torch
 
 from helpers.spawn import CHILD_ENVIRONMENT, PRELOAD
 
-MODULES = [*PRELOAD, "ee_scale.cli.tune", "ee_scale.cli.export", "ee_scale.cli.evaluate"]
+MODULES = [*PRELOAD, "ee_scale.cli.tune", "ee_scale.cli.export", "ee_scale.cli.evaluate", "ee_scale.cli.generate"]
 
 
 @dataclass(frozen=True)

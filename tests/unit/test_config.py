@@ -93,7 +93,7 @@ def test_help_and_unknown_command(capsys):
     assert main([]) == 0
     assert "tune" in capsys.readouterr().out
     assert main(["tunes"]) == 2
-    assert capsys.readouterr().err == "error: unknown command 'tunes'; choose one of tune, export, evaluate, demo\n"
+    assert capsys.readouterr().err == f"error: unknown command 'tunes'; choose one of {', '.join(VERBS)}\n"
 
 
 def test_cfg_prints_the_resolved_config(capsys):

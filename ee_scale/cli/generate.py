@@ -1,0 +1,105 @@
+"""`ee-scale generate`: continue prompts on one device, or on a grid of stages and tensor ranks."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ee_scale.cli.console import console
+from ee_scale.cli.generate_job import Job, check_config, check_model, check_prompts
+from ee_scale.cli.generate_run import Answers, decode_here, decode_on_grid
+from ee_scale.cli.inputs import load_tokenizer
+from ee_scale.cli.launch import run_ranks
+from ee_scale.errors import UserError
+from ee_scale.evaluation.colours import PieceStreamer, legend, paint
+from ee_scale.files import write_text
+from ee_scale.grid import Layout, launch_info, pick_device, world_size_message
+from ee_scale.log import configure_logging
+
+
+def run(config: Any, overrides: Sequence[str]) -> int:
+    """Continue the prompts in this process, or in ranks that it starts; under torchrun this process is one of them."""
+    launched, layout = launch_info(), Layout(config.parallel.tp, config.parallel.pp, config.parallel.dp)
+    leader = launched is None or launched.rank == 0
+    configure_logging(0 if leader else 1)
+    check_config(config)
+    if launched is not None and launched.world_size != layout.world_size:
+        raise UserError(world_size_message(layout, launched.world_size))
+    parts = check_model(config)
+    device = pick_device(config.device, launched.local_rank if launched else 0)
+    if launched is None and layout.world_size > 1:
+        tokenizer = load_tokenizer(parts.base, "model")
+        if config.prompt != "-":  # that one is for rank 0 to read
+            check_prompts(config, parts, tokenizer)
+        return run_ranks("generate", overrides, layout.world_size, device)
+    job = check_prompts(config, parts, load_tokenizer(parts.base, "model")) if leader else None
+    streamer = open_stream(job) if leader and job.streams else None
+    if layout.world_size == 1:
+        answers = decode_here(job, device, streamer)
+    else:
+        answers = decode_on_grid(config, parts, job, layout, device, streamer)
+    if leader:
+        finish(job, answers)
+    return 0
+
+
+def finish(job: Job, answers: Answers) -> None:
+    """Write what was not streamed, then one line of numbers to stderr."""
+    if not job.streams:
+        lines = []
+        for text, tokens, layers in zip(job.texts, answers.tokens, answers.layers, strict=True):
+            line = {"prompt": text, "text": _decode(job.tokenizer, tokens), "tokens": len(tokens)}
+            if job.config.policy != "off":
+                line["exit_layers"] = layers
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        if job.config.out is None:
+            sys.stdout.write("".join(lines))
+        else:
+            write_text(Path(job.config.out).expanduser(), "".join(lines))
+    flat, err = [k for layers in answers.layers for k in layers], console(stderr=True)
+    if job.config.show_exits:
+        shown = [None if k == job.num_layers else k for k in flat]
+        err.print(legend(shown, job.exit_layers, job.num_layers, "layer of each token"))
+    depth = ""
+    if job.config.policy not in ("off", "lossless"):  # in lossless mode every layer has seen every token
+        depth = f", mean depth {sum(flat) / len(flat):.1f} of {job.num_layers}"
+    err.print(
+        f"{len(flat)} tokens in {answers.seconds:.2f} s: {len(flat) / answers.seconds:.1f} tokens/s{depth}"
+        + _policy_words(job, flat, answers.stats),
+        highlight=False,
+    )
+
+
+def _policy_words(job: Job, layers: list[int], stats: dict[str, float]) -> str:
+    if "drafted" in stats:
+        return f", {stats['accepted']} of {stats['drafted']} drafts accepted"
+    if job.config.policy == "off":
+        return ""
+    words = f", {sum(k < job.num_layers for k in layers) / len(layers):.0%} of the tokens left early"
+    if "audited" in stats:
+        words += f", {stats['agreed']} of {stats['audited']} audited ones agree with the whole model"
+    return words
+
+
+class Stream(PieceStreamer):
+    """Text to stdout as it comes, and a new line at the end."""
+
+    def end(self) -> None:
+        super().end()
+        self.write("\n", None)
+
+
+def open_stream(job: Job) -> Stream:
+    """The streamer of a job's one answer; on a terminal with `show_exits`, in colours."""
+    coloured = job.config.show_exits and console().is_terminal
+
+    def write(piece: str, layer: int | None) -> None:
+        sys.stdout.write(paint(piece, job.exit_layers, layer) if coloured else piece)
+        sys.stdout.flush()
+
+    return Stream(job.tokenizer, write)
+
+
+def _decode(tokenizer: Any, tokens: list[int]) -> str:
+    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -1,0 +1,118 @@
+"""Run a checked `generate` command: on one device, or as one rank of a grid."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ee_scale.cli.generate_job import Job, plain_words, policy_options
+from ee_scale.exits.decision_log import DecisionLog
+from ee_scale.grid import Grid, Layout, join_grid
+from ee_scale.inference.model import open_model
+from ee_scale.inference.pipeline import PipelineDecoder
+from ee_scale.inference.pipeline_model import ModelParts, load_decoding_stage, plan_decoding
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Answers:
+    """What was generated, prompt by prompt: token ids, the layer of each, and numbers of the whole run."""
+
+    tokens: list[list[int]] = field(default_factory=list)
+    layers: list[list[int]] = field(default_factory=list)
+    seconds: float = 0.0
+    stats: dict[str, float] = field(default_factory=dict)
+
+    def add(self, tokens: Sequence[list[int]], layers: Sequence[list[int]], stats: dict[str, Any]) -> None:
+        """The answers of a batch."""
+        self.tokens += tokens
+        self.layers += layers
+        for name in ("drafted", "accepted", "audited", "agreed"):
+            if name in stats:
+                self.stats[name] = self.stats.get(name, 0) + stats[name]
+
+
+def decode_here(job: Job, device: torch.device, streamer: Any = None) -> Answers:
+    """All batches in this process, through the model's own `generate`."""
+    config, answers = job.config, Answers()
+    model = open_model(job.parts.folder, dtype=DTYPES.get(config.dtype, "auto")).to(device).eval()
+    options = policy_options(config)
+    settings = {**job.sampling(), "return_dict_in_generate": True, "streamer": streamer}
+    log = DecisionLog(Path(config.log).expanduser()) if config.log else None
+    if job.parts.spec is not None:
+        settings |= {"exit_policy": config.policy, **{f"exit_{name}": value for name, value in options.items()}}
+    torch.manual_seed(config.seed)
+    ends = _ends(model.generation_config)
+    pad = next((t for t in (job.tokenizer.pad_token_id, *sorted(ends)) if t is not None), 0)
+    start = time.perf_counter()
+    for prompts, tags in job.batches():
+        width = max(map(len, prompts))
+        ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        extra = {"exit_log": log, "exit_tags": tags, "exit_audit": config.audit}
+        extra = {name: value for name, value in extra.items() if value is not None}
+        with plain_words():
+            output = model.generate(ids, attention_mask=mask, pad_token_id=pad, **settings, **extra)
+        tokens = [_until_end(row[width:].tolist(), ends) for row in output.sequences]
+        layers = getattr(output, "exit_layers", None)
+        layers = [[job.num_layers] * len(row) for row in tokens] if layers is None else layers.tolist()
+        layers = [own[: len(row)] for own, row in zip(layers, tokens, strict=True)]
+        answers.add(tokens, layers, getattr(output, "exit_stats", None) or {})
+    answers.seconds = time.perf_counter() - start
+    if log is not None:
+        log.close()
+    return answers
+
+
+def decode_on_grid(
+    config: Any, parts: ModelParts, job: Job | None, layout: Layout, device: torch.device, streamer: Any = None
+) -> Answers:
+    """All batches, as one rank of the grid; rank 0 has the job and gets the answers."""
+    grid = join_grid(layout, device, config.parallel.timeout_minutes)
+    prompts, tags = grid.from_rank_0((job.prompts, job.tags) if job else None)
+    job = job or Job(config, parts, None, [], prompts, tags, streams=False)
+    decoder = _decoder(job, grid)
+    log = DecisionLog(Path(config.log).expanduser()) if config.log and grid.rank == 0 else None
+    answers, start = Answers(), time.perf_counter()
+    for number, (rows, tags) in enumerate(job.batches()):
+        policy = job.policy(tags, len(rows))
+        seed = config.seed + number * config.batch_size
+        decoded = decoder.generate(rows, policy, seed=seed, streamer=streamer, **job.sampling())
+        if decoded is None:
+            continue
+        answers.add(decoded.tokens, decoded.exit_layers, {})
+        if log is not None:
+            log.describe(job.num_layers, policy.layers, policy.name)
+            for row, layers in enumerate(decoded.exit_layers):
+                for index, layer in enumerate(layers):
+                    score = decoded.exit_confidences[row][index]
+                    request = number * config.batch_size + row
+                    log.add(request, index, layer, score, tags[row] if tags else None)
+    answers.seconds = time.perf_counter() - start
+    if log is not None:
+        log.close()
+    return answers
+
+
+def _decoder(job: Job, grid: Grid) -> PipelineDecoder:
+    config, parts, parallel = job.config, job.parts, job.config.parallel
+    # All exits that some prompt may take.
+    layers = {k for rows, tags in job.batches() for k in job.policy(tags, len(rows)).layers}
+    plan = plan_decoding(parts, parallel.tp, parallel.pp, sorted(layers), parallel.stages)
+    dtype = DTYPES.get(config.dtype) or getattr(parts.config, "dtype", None) or torch.float32
+    stage = load_decoding_stage(parts, plan, grid, dtype)
+    return PipelineDecoder(stage, plan, grid, parts.generation_config())
+
+
+def _ends(generation_config: Any) -> set[int]:
+    ends = generation_config.eos_token_id
+    return set() if ends is None else set(ends) if isinstance(ends, list) else {ends}
+
+
+def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
+    """The tokens with the end mark, without the padding behind it."""
+    return tokens[: next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))]

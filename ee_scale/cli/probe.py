@@ -1,0 +1,149 @@
+"""`ee-scale probe`: is early exit worth it for this model on this machine, before or after training."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, Progress, TextColumn
+
+from ee_scale.artifact.sidecar import SIDECAR_CONFIG
+from ee_scale.backbone.loading import load_config
+from ee_scale.cli.console import console
+from ee_scale.cli.inputs import load_tokenizer, sources
+from ee_scale.data.dataset import check_tokens
+from ee_scale.data.loader import windows
+from ee_scale.data.text import prepare_text
+from ee_scale.errors import UserError
+from ee_scale.evaluation.probe import Reading, given_text, own_text, read_exits, repeated_share
+from ee_scale.evaluation.probe_report import cost_lines, outlook, outlook_table, verdict, write_probe
+from ee_scale.evaluation.timing import measure_parts
+from ee_scale.exits.placement import exit_spec, resolve_exit_layers
+from ee_scale.grid import pick_device
+from ee_scale.inference.model import open_model, untrained_exits
+from ee_scale.log import configure_logging
+
+MOST_EXITS = 11
+
+
+def run(config: Any, overrides: Sequence[str]) -> int:
+    """Read text, let the model write, time the parts; print the table and the verdict, write files with `out`."""
+    configure_logging()
+    _check(config)
+    path = Path(config.model).expanduser()
+    model, untrained = _open(config, path)
+    folder = Path(model.config.name_or_path)
+    batches = _text(config, model, load_tokenizer(folder, "model"), folder)
+    err = console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task("reading text", total=1.0)
+        readings, repeated = _read(config, model, batches, lambda what, share: _show(bar, task, what, share))
+        timed = lambda share: _show(bar, task, "timing the parts", share)  # noqa: E731
+        parts = measure_parts(model, config.context, config.seconds, advance=timed)
+    rows = outlook(parts, readings)
+    sentences = verdict(rows, parts, untrained, repeated, config.agreement)
+    out = console()
+    kind = "untrained exits" if untrained else "its exits"
+    out.print(outlook_table(rows, f"{config.model}, {kind}, {parts.costs.num_layers} layers, batch 1"))
+    for line in [*cost_lines(parts), "", *sentences]:
+        out.print(line, markup=False, highlight=False)
+    if config.out:
+        facts = {
+            "model": str(config.model),
+            "data": sources(config.data),
+            "untrained": untrained,
+            "temperature": config.temperature,
+            "agreement_wanted": config.agreement,
+            "repeated_share": repeated,
+            "threads": torch.get_num_threads(),
+            "verdict": sentences,
+        }
+        write_probe(Path(config.out).expanduser(), rows, parts, facts)
+    return 0
+
+
+def _check(config: Any) -> None:
+    for name in ("context", "max_tokens", "prompts", "prompt_tokens", "new_tokens"):
+        if config[name] < 1:
+            raise UserError(f"{name}={config[name]}: must be at least 1")
+    for name in ("temperature", "seconds"):
+        if not 0 < config[name] < float("inf"):
+            raise UserError(f"{name}={config[name]}: must be above 0")
+    if not 0 < config.agreement <= 1:
+        raise UserError(f"agreement={config.agreement}: must be above 0 and at most 1")
+
+
+def _open(config: Any, path: Path) -> tuple[Any, bool]:
+    """The model with its exits, or with untrained ones. Raises `UserError`, before weights are read where it can."""
+    if not path.is_dir():
+        raise UserError(f"model={config.model}: no such folder")
+    sidecar = (path / SIDECAR_CONFIG).is_file()
+    model_config = None if sidecar else load_config(path)
+    if model_config is not None:
+        _check_lengths(config, model_config)
+    device = pick_device(config.device)
+    if sidecar or getattr(model_config, "early_exit", None) is not None:
+        if config.layers is not None:
+            raise UserError(f"layers={config.layers}: {path} has exits already; leave layers out")
+        model = open_model(path).to(device).eval()
+        _check_lengths(config, model.config)
+        return model, False
+    count = model_config.num_hidden_layers
+    if count < 2:
+        raise UserError(f"model={config.model}: {count} layer leaves no room for an exit")
+    spread = sorted({max(1, round(count * i / (MOST_EXITS + 1))) for i in range(1, MOST_EXITS + 1)} - {count})
+    layers = spread if config.layers is None else resolve_exit_layers(config.layers, count)
+    if layers[-1] == count:
+        raise UserError(f"layers={config.layers}: {count} is the final layer; exits lie before it")
+    head = "low_rank" if config.kind == "mlp" else "tied"
+    return untrained_exits(path, exit_spec(model_config, layers, config.kind, head, 64)).to(device), True
+
+
+def _check_lengths(config: Any, model_config: Any) -> None:
+    most = model_config.max_position_embeddings
+    for name, length in (
+        ("context", config.context + 16),
+        ("prompt_tokens + new_tokens", config.prompt_tokens + config.new_tokens),
+    ):
+        if length > most:
+            raise UserError(f"{name}: {length} positions are needed, the model has max_position_embeddings={most}")
+
+
+def _text(config: Any, model: Any, tokenizer: Any, folder: Path) -> list[torch.Tensor]:
+    """Windows [B, S+1] of the data; each is longer than a prompt. Raises `UserError`."""
+    names = sources(config.data)
+    prefixes = prepare_text(names, tokenizer, folder, config.cache_dir, config.text_key, True, fields="")
+    check_tokens(prefixes, model.config.vocab_size, 1, names=names, fields="")
+    length = min(config.prompt_tokens + config.new_tokens, model.config.max_position_embeddings)
+    found = list(windows(prefixes, length, 4, max(config.max_tokens, length * config.prompts)))
+    if found[0].shape[1] <= config.prompt_tokens:
+        raise UserError(f"prompt_tokens={config.prompt_tokens}: the data has only {found[0].shape[1]} tokens")
+    return found
+
+
+def _read(
+    config: Any, model: Any, batches: list[torch.Tensor], show: Callable[[str, float], None]
+) -> tuple[dict[str, list[Reading]], float]:
+    """Readings on the text, on greedy and on sampled text; how much of the greedy text repeats itself."""
+    read = lambda passages: read_exits(model, passages, config.temperature, config.agreement)  # noqa: E731
+    readings = {"text": read(_passing(given_text(batches), len(batches), lambda s: show("reading text", s)))}
+    prompts = torch.cat(batches)[: config.prompts, : config.prompt_tokens]
+    repeated = 0.0
+    for name, temperature in (("greedy", None), ("sampled", config.temperature)):
+        show(f"the model writes ({name})", 0.3)
+        passage = own_text(model, prompts, config.new_tokens, temperature, config.seed)
+        readings[name] = read([passage])
+        if temperature is None:
+            repeated = repeated_share(passage)
+    return readings, repeated
+
+
+def _passing(items: Any, total: int, advance: Callable[[float], None]) -> Any:
+    for index, item in enumerate(items):
+        advance(index / total)
+        yield item
+
+
+def _show(bar: Progress, task: Any, what: str, share: float) -> None:
+    bar.update(task, description=what, completed=share)

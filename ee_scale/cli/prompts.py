@@ -1,0 +1,81 @@
+"""The prompts of `ee-scale generate`: read, put into a template, turned into ids, checked against the model."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ee_scale.errors import UserError
+
+
+def read_prompts(config: Any) -> list[str]:
+    """The texts of `prompt` or `prompts`. Raises `UserError` if there is none, both are given, or one is empty."""
+    if (config.prompt is None) == (config.prompts is None):
+        raise UserError("give either prompt=<text> (or prompt=- for standard input) or prompts=<file>")
+    if config.prompts is not None:
+        texts = _read_file(Path(config.prompts).expanduser(), config.prompts)
+    elif isinstance(config.prompt, str):
+        texts = [sys.stdin.read() if config.prompt == "-" else config.prompt]
+    else:
+        texts = list(config.prompt)
+    if not texts:
+        raise UserError(
+            f"prompts={config.prompts}: no prompt in it" if config.prompts else "prompt=[]: no prompt in it"
+        )
+    for number, text in enumerate(texts, 1):
+        if not text:
+            raise UserError(f"{_name(config, number, len(texts))}: empty; give at least one character")
+    return texts
+
+
+def encode_prompts(texts: list[str], tokenizer: Any, model_config: Any, config: Any) -> list[list[int]]:
+    """Token ids of each prompt. Raises `UserError` for one that does not fit the context or the vocabulary."""
+    if config.chat and not getattr(tokenizer, "chat_template", None):
+        raise UserError(f"chat=true: the tokenizer of {config.model} has no chat template; use chat=false")
+    context, rows = model_config.max_position_embeddings, []
+    for number, text in enumerate(texts, 1):
+        if config.chat:
+            message = [{"role": "user", "content": text}]
+            ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
+        else:
+            ids = tokenizer(text, verbose=False)["input_ids"]
+        name = _name(config, number, len(texts))
+        if not ids:
+            raise UserError(f"{name}: the tokenizer makes no token of it")
+        if len(ids) >= context:
+            raise UserError(f"{name}: {len(ids)} tokens, but the model's context has {context}; shorten it")
+        if len(ids) + config.max_new_tokens > context:
+            raise UserError(
+                f"max_new_tokens={config.max_new_tokens}: with the {len(ids)} tokens of {name} above the model's "
+                f"context of {context}; at most {context - len(ids)} fit"
+            )
+        if max(ids) >= model_config.vocab_size:
+            raise UserError(f"{name}: token {max(ids)} is not in the model's vocabulary of {model_config.vocab_size}")
+        rows.append(list(ids))
+    return rows
+
+
+def _read_file(path: Path, given: str) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompts={given}: cannot read it ({getattr(error, 'strerror', None) or error})") from error
+    if path.suffix != ".jsonl":
+        return [line for line in lines if line]
+    return [_field(line, number, given) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _field(line: str, number: int, given: str) -> str:
+    try:
+        value = json.loads(line)["prompt"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"prompts={given}: line {number} is no JSON object with a field 'prompt'") from error
+    if not isinstance(value, str):
+        raise UserError(f"prompts={given}: line {number}: 'prompt' is not a text but {type(value).__name__}")
+    return value
+
+
+def _name(config: Any, number: int, count: int) -> str:
+    """How an error calls a prompt."""
+    name = "prompt" if config.prompts is None else f"prompts={config.prompts}"
+    return name if count == 1 and config.prompts is None else f"{name}: prompt {number}"

@@ -1,0 +1,217 @@
+"""Decoding with a model that is cut over pipeline stages and tensor ranks.
+
+Every token runs through every layer, so that all caches hold what they hold without exits. But the answer leaves early:
+the exit that decides tells the first stage at once, and that stage starts the row's next token while later stages still
+fill their caches with this one. The rows of a batch are separate streams that fill the pipe together.
+"""
+
+import copy
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import DynamicCache, GenerationConfig
+
+from ee_scale.backbone.stages import StagePlan
+from ee_scale.errors import UserError
+from ee_scale.exits.heads import Tap, layer_type
+from ee_scale.exits.policies import Decisions, ExitPolicy
+from ee_scale.exits.stage import TuningStage
+from ee_scale.grid import Grid
+from ee_scale.inference.pipeline_messages import Decision, Line, Token
+from ee_scale.inference.pipeline_rows import Row, RowMaker
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """New tokens of each row (with the end mark, if it came), the layer each came from, and its score.
+
+    The score is the policy's at the deepest exit that was asked, NaN if none was.
+    """
+
+    tokens: list[list[int]]
+    exit_layers: list[list[int]]
+    exit_confidences: list[list[float]]
+
+
+def check_pipeline(tp: int, pp: int, policy_name: str | None, dp: int = 1) -> None:
+    """Refuse what several devices cannot decode. Raises `UserError`."""
+    if dp != 1:
+        raise UserError(f"parallel.dp={dp}: decoding has no replicas; use dp=1 and start one command per replica")
+    if policy_name == "lossless" and tp * pp > 1:
+        raise UserError(
+            f"policy=lossless drafts and verifies on one device, but parallel.tp={tp} x parallel.pp={pp}; "
+            "use tp=1 pp=1, or policy=threshold"
+        )
+
+
+class PipelineDecoder:
+    """This rank's part in decoding. All ranks make one and call `generate` with the same arguments."""
+
+    def __init__(self, stage: TuningStage, plan: StagePlan, grid: Grid, generation_config: GenerationConfig):
+        """`stage` comes from `load_decoding_stage` on the same `plan`."""
+        check_pipeline(grid.layout.tp, grid.layout.pp, None, grid.layout.dp)
+        self.stage, self.plan, self.grid = stage, plan, grid
+        self.config = stage.backbone.model_config
+        self.is_last = grid.stage == plan.launched - 1
+        dtype = next(stage.backbone.parameters()).dtype
+        self.line = Line(grid, self.config.hidden_size, self.config.vocab_size, dtype)
+        cap = stage.backbone.family.logit_softcap
+        self.logit_cap = getattr(self.config, cap) if cap else None
+        self.make_rows = RowMaker(self.config, generation_config, grid.device)
+        stage.on_exit(self._at_exit)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        policy: ExitPolicy,
+        *,
+        seed: int = 0,
+        streamer: Any = None,
+        **settings: Any,
+    ) -> Decoded | None:
+        """Continue each prompt (token ids, any lengths). Returns the texts on the ranks of the first stage, else None.
+
+        settings: those of transformers' `generate` (`max_new_tokens`, `do_sample`, `temperature`, ...), over the
+        model's own generation config. Row r draws from a generator of seed + r. `streamer` gets the tokens of a single
+        prompt, on rank 0. Raises `UserError` for an empty prompt or what several devices cannot do.
+        """
+        check_pipeline(self.grid.layout.tp, self.grid.layout.pp, policy.name)
+        if streamer is not None and len(prompts) > 1:
+            raise UserError(f"streaming needs a single prompt, not {len(prompts)}")
+        rows, settings = self.make_rows(prompts, seed, settings)
+        self.policy = policy
+        self.decisions = Decisions(policy, len(rows), self.grid.device)
+        self.caches: dict[int, DynamicCache] = {}
+        self.exit_caches: dict[tuple[int, int], DynamicCache] = {}
+        # Without them an answer is one small message.
+        self.wants_logits = settings.do_sample or any(row.processors for row in rows)
+        self.line.open(len(rows), policy.max_pending)
+        if self.grid.stage == 0:
+            self._lead(rows, settings, streamer if self.grid.rank == 0 else None)
+        else:
+            self._follow()
+        if not self.is_last:
+            self.line.pass_on(None, None)
+        self.line.close()
+        self.caches, self.exit_caches = {}, {}
+        if self.grid.stage == 0:
+            return Decoded([row.tokens for row in rows], [row.layers for row in rows], [row.scores for row in rows])
+        return None
+
+    def _lead(self, rows: list[Row], settings: GenerationConfig, streamer: Any) -> None:
+        """The first stage: one token of each row is in flight, and the oldest is waited for."""
+        if streamer is not None:
+            streamer.put(rows[0].ids.cpu())
+        flight = deque(self._launch(number, row.ids, prefill=True) for number, row in enumerate(rows))
+        while flight:
+            token, decision = flight.popleft()
+            row = rows[token.row]
+            new = row.take(decision or self._await(token), settings)
+            if streamer is not None:
+                if hasattr(streamer, "put_exits"):
+                    streamer.put_exits(row.tokens[-1:], row.layers[-1:])
+                streamer.put(row.ids[0, -1:].cpu())
+            if new is not None:
+                flight.append(self._launch(token.row, new, prefill=False))
+        if streamer is not None:
+            streamer.end()
+
+    def _launch(self, row: int, ids: torch.Tensor, *, prefill: bool) -> tuple[Token, Decision | None]:
+        """Run this stage on ids [1, S] and send them on; returns the decision, if it was made here."""
+        token = Token(row, ids.shape[1], prefill)
+        return token, self._run(token, ids)
+
+    def _await(self, token: Token) -> Decision:
+        """The decision about the oldest token in flight: later stages are heard in their order."""
+        for stage in range(1, self.plan.launched):
+            if self._speaks(stage, token):
+                decision = self.line.hear(stage, self.wants_logits)
+                if decision.layer:
+                    return decision
+        raise AssertionError("the last stage always decides")
+
+    def _follow(self) -> None:
+        """Any other stage: what comes from the stage before, until the batch ends."""
+        while (message := self.line.receive()) is not None:
+            self._run(*message)
+
+    def _run(self, token: Token, x: torch.Tensor) -> Decision | None:
+        """This stage's layers on ids [1, S] or hidden states [1, S, D]; the exits are asked on the way.
+
+        Sends answer and hidden states on; returns the decision, if it was made here.
+        """
+        open_before = not token.decided
+        self.now, self.decision = token, None
+        if self.policy.name == "patience":
+            self.decisions.last[token.row], self.decisions.agreed[token.row] = token.last, token.agreed
+        if token.row not in self.caches:
+            self.caches[token.row] = DynamicCache(config=self.stage.backbone.base.config)
+        hidden = self.stage.backbone(x, self.caches[token.row])
+        if self.is_last and not token.decided:
+            logits = self._final_logits(hidden)
+            self._decide(self.config.num_hidden_layers, int(logits.argmax(-1)), logits)
+        if self.policy.name == "patience":
+            token.last, token.agreed = int(self.decisions.last[token.row]), int(self.decisions.agreed[token.row])
+        if open_before and not token.decided and self.grid.stage > 0 and self._speaks(self.grid.stage, token):
+            self.line.answer(Decision(), self.wants_logits)
+        if not self.is_last:
+            self.line.pass_on(token, hidden)
+        return self.decision
+
+    def _at_exit(self, k: int, tap: Tap) -> None:
+        """Layer k of this stage has run on the current token."""
+        token = self.now
+        if k not in self.policy.layers:
+            return
+        silent = token.prefill or token.decided
+        if self.stage.spec.kind == "layer":
+            hidden = self.stage.exit_hidden(k, tap, self._exit_cache(k, token.row))  # its cache needs every token
+        elif not silent:
+            hidden = self.stage.exit_hidden(k, tap)
+        if silent:
+            return
+        logits = self._whole(self.stage.exit_heads[str(k)].logits(hidden[:, -1], self.stage.backbone.lm_head))
+        asked = self.decisions.ask(k, logits, torch.tensor([token.row], device=logits.device))
+        leave, token.score, best = torch.cat([value.double() for value in asked]).tolist()  # one wait for the device
+        if leave:
+            self._decide(k, int(best), logits)
+
+    def _decide(self, layer: int, best: int, logits: torch.Tensor) -> None:
+        """Answer with a layer's most likely token and logits [1, V]: at once, later layers still have to run."""
+        kept = logits if self.wants_logits else None
+        self.now.decided, self.decision = True, Decision(best, layer, self.now.score, kept)
+        if self.grid.stage > 0:
+            self.line.answer(self.decision, self.wants_logits)
+
+    def _speaks(self, stage: int, token: Token) -> bool:
+        """Whether a stage says anything about a token that arrives undecided."""
+        has_exits = not token.prefill and any(k in self.policy.layers for k in self.plan.exits(stage))
+        return has_exits or stage == self.plan.launched - 1
+
+    def _final_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Normed states [1, S, D] -> the model's own logits [1, V] at the last position."""
+        logits = self._whole(self.stage.backbone.lm_head(hidden[:, -1]))
+        return logits if self.logit_cap is None else torch.tanh(logits / self.logit_cap) * self.logit_cap
+
+    def _whole(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits [1, V/tp] -> [1, V], the same bits on every tensor rank."""
+        if self.grid.layout.tp > 1:
+            parts = [torch.empty_like(logits) for _ in range(self.grid.layout.tp)]
+            dist.all_gather(parts, logits.contiguous(), group=self.grid.tp_group)
+            logits = torch.cat(parts, dim=-1)
+        return logits[:, : self.config.vocab_size]
+
+    def _exit_cache(self, k: int, row: int) -> DynamicCache:
+        """Keys and values of the own layer of exit k."""
+        if (k, row) not in self.exit_caches:
+            config = copy.copy(self.stage.backbone.base.config)
+            config.num_hidden_layers = 1
+            if getattr(config, "layer_types", None) is not None:
+                config.layer_types = [layer_type(self.stage.exit_heads[str(k)].layer)]
+            self.exit_caches[k, row] = DynamicCache(config=config)
+        return self.exit_caches[k, row]

@@ -1,0 +1,96 @@
+"""This rank's part of a model with exits, for decoding: from an exported folder, a sidecar, or a plain model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from ee_scale.artifact.calibration import GENERATION_CONFIG, read_calibration
+from ee_scale.artifact.sidecar import SIDECAR_CONFIG, SIDECAR_WEIGHTS, read_sidecar
+from ee_scale.backbone.families import shape_of
+from ee_scale.backbone.loading import TensorFolder, fingerprint, load_config
+from ee_scale.backbone.shard import tensor_plan
+from ee_scale.backbone.stages import StagePlan, plan_stages
+from ee_scale.errors import UserError
+from ee_scale.exits.heads import ExitSpec
+from ee_scale.exits.placement import exit_parameters
+from ee_scale.exits.stage import TuningStage, build_stage, load_trained_stage
+from ee_scale.grid import Grid
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """Where a model lies on disk.
+
+    Attributes:
+        folder: what was asked for; a calibration lies here.
+        base: config, generation config, tokenizer and weights of the backbone.
+        spec: its exits; None for a plain model.
+        exit_files: the files of the exits; None: among those of `base`.
+    """
+
+    folder: Path
+    base: Path
+    config: Any
+    spec: ExitSpec | None
+    exit_files: tuple[Path, ...] | None = None
+
+    def generation_config(self) -> GenerationConfig:
+        """That of the base model; a sidecar's own file holds a calibration alone."""
+        if (self.base / GENERATION_CONFIG).is_file():
+            return GenerationConfig.from_pretrained(self.base)
+        return GenerationConfig.from_model_config(self.config)
+
+    def calibration(self) -> dict[str, Any] | None:
+        """Limits that `ee-scale calibrate` stored beside the exits."""
+        return read_calibration(self.folder)
+
+
+def find_parts(folder: Path) -> ModelParts:
+    """The parts of a model folder. Raises `UserError`."""
+    if (folder / SIDECAR_CONFIG).is_file():
+        facts = read_sidecar(folder)
+        base = Path(facts["base_model"])
+        if not base.is_dir():
+            raise UserError(f"{folder}: its base model {base} is not there")
+        if fingerprint(base) != facts["base_fingerprint"]:
+            raise UserError(f"{folder}: {base} is not the base model that these exits were trained on")
+        spec = ExitSpec.from_dict(facts["early_exit"])
+        return ModelParts(folder, base, load_config(base), spec, (folder / SIDECAR_WEIGHTS,))
+    config = load_config(folder)
+    early_exit = getattr(config, "early_exit", None)
+    return ModelParts(folder, folder, config, None if early_exit is None else ExitSpec.from_dict(early_exit))
+
+
+def plan_decoding(
+    parts: ModelParts, tp: int, pp: int, exit_layers: Sequence[int], stages: Sequence[int] | None = None
+) -> StagePlan:
+    """Cut the whole model into `pp` stages, balanced by the weights that a token reads. Raises `UserError`."""
+    shape = shape_of(parts.config)
+    tensor_plan(parts.config, tp)
+    head = shape.vocab_size * shape.hidden_size
+    cost = head + (exit_parameters(parts.spec, shape) if parts.spec else 0)
+    return plan_stages(
+        shape.num_layers,
+        pp,
+        exit_layers,
+        given=stages,
+        layer_cost=shape.layer_parameters,
+        exit_cost=cost,
+        whole_model=True,
+    )
+
+
+def load_decoding_stage(
+    parts: ModelParts, plan: StagePlan, grid: Grid, dtype: torch.dtype, attn_implementation: str | None = None
+) -> TuningStage:
+    """Build this rank's part and read its slices; of the exits, those of `plan`. Raises `UserError`."""
+    spec = replace(parts.spec or ExitSpec(()), layers=plan.exit_layers)
+    stage = build_stage(parts.config, plan, spec, grid, dtype, attn_implementation=attn_implementation, decoding=True)
+    tensors = TensorFolder(parts.base)
+    exits = tensors if parts.exit_files is None else TensorFolder(parts.folder, parts.exit_files)
+    load_trained_stage(stage, tensors, exits, grid)
+    return stage.eval().requires_grad_(False)

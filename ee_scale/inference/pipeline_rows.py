@@ -1,0 +1,76 @@
+"""The texts of a batch in pipeline decoding: settings, processors, sampling, and when a text ends."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList
+
+from ee_scale.backbone.shard import meta_model
+from ee_scale.errors import UserError
+from ee_scale.inference.pipeline_messages import Decision
+
+
+@dataclass
+class Row:
+    """One text.
+
+    Attributes:
+        ids: int64 [1, S], the prompt and what came so far.
+        processors: transformers' logits processors for this row.
+        generator: random numbers of this row alone: its text does not depend on the other rows.
+        tokens, layers, scores: the new tokens (with the end mark), the layer each came from, and its score.
+    """
+
+    ids: torch.Tensor
+    processors: LogitsProcessorList
+    generator: torch.Generator
+    tokens: list[int] = field(default_factory=list)
+    layers: list[int] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+
+    def take(self, decision: Decision, settings: GenerationConfig) -> torch.Tensor | None:
+        """Choose and keep the new token; returns it as [1, 1], or None when the text is finished."""
+        new = torch.tensor([[decision.token]], device=self.ids.device)
+        if decision.logits is not None:
+            scores = self.processors(self.ids, decision.logits.float())
+            new = scores.argmax(-1, keepdim=True)
+            if settings.do_sample:
+                new = torch.multinomial(scores.softmax(-1), 1, generator=self.generator)
+        self.ids = torch.cat([self.ids, new], dim=1)
+        self.tokens.append(int(new))
+        self.layers.append(decision.layer)
+        self.scores.append(decision.score)
+        ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+        return None if self.tokens[-1] in ends or len(self.tokens) >= settings.max_new_tokens else new
+
+
+class RowMaker:
+    """Reads the settings of `generate` as transformers does, with its own code on a model without memory."""
+
+    def __init__(self, model_config: Any, generation_config: GenerationConfig, device: torch.device):
+        self.owner = meta_model(model_config, torch.float32)
+        self.owner.generation_config = generation_config
+        self.device = device
+
+    def __call__(
+        self, prompts: Sequence[Sequence[int]], seed: int, changes: dict[str, Any]
+    ) -> tuple[list[Row], GenerationConfig]:
+        """The rows of a batch, and their settings. Raises `UserError` for what several devices cannot do."""
+        settings, unknown = self.owner._prepare_generation_config(None, **{"max_new_tokens": 20, **changes})
+        if unknown:
+            raise UserError(f"pipeline decoding does not know {', '.join(unknown)}")
+        if (settings.num_beams or 1) > 1:
+            raise UserError(f"num_beams={settings.num_beams}: pipeline decoding has no beam search; use 1")
+        if any(len(prompt) == 0 for prompt in prompts):
+            raise UserError("empty prompt: give at least one token")
+        tensors = copy.deepcopy(settings)
+        self.owner._prepare_special_tokens(tensors, True, device=self.device)
+        rows = []
+        for number, prompt in enumerate(prompts):
+            ids = torch.tensor([list(prompt)], device=self.device)
+            processors = self.owner._get_logits_processor(tensors, ids.shape[1], device=self.device)
+            rows.append(Row(ids, processors, torch.Generator(self.device).manual_seed(seed + number)))
+        return rows, settings

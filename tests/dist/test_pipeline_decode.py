@@ -1,0 +1,273 @@
+"""Decoding over stages and tensor ranks says what a slow single process without any cache says, token by token."""
+
+from dataclasses import dataclass, field
+from math import nan
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers.models import VOCAB, load_whole, write_model
+from helpers.spawn import spawn
+from torch.nn import functional
+
+from ee_scale.errors import UserError
+from ee_scale.exits.placement import exit_spec
+from ee_scale.exits.policies import resolve_policy
+from ee_scale.grid import Layout, join_grid, leave_grid
+from ee_scale.inference.model import EarlyExitForCausalLM, untrained_exits
+from ee_scale.inference.pipeline import Decoded, PipelineDecoder, check_pipeline
+from ee_scale.inference.pipeline_model import find_parts, load_decoding_stage, plan_decoding
+
+LAYERS = 5
+EXITS = (1, 2, 4)
+NEW = 12  # more than the sliding window of 8
+MODELS = {  # family -> kind, head
+    "llama": ("mlp", "low_rank"),
+    "qwen3": ("norm", "tied"),
+    "mistral": ("layer", "full"),
+    "gemma2": ("mlp", "full"),
+}
+GRIDS = {2: (Layout(pp=2), Layout(tp=2)), 4: (Layout(pp=4), Layout(tp=2, pp=2))}
+SAMPLING = {"do_sample": True, "temperature": 0.9, "top_k": 20}
+SEED = 7
+HEAD_SCALE, EMBEDDING_SCALE = 12, 20  # exits of random models are never sure and never agree otherwise
+
+
+@dataclass(frozen=True)
+class Case:
+    """One batch: the policy's arguments and the settings of `generate` (None: see `settings`)."""
+
+    family: str
+    policy: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+CASES = {
+    "off": Case("llama", "off"),
+    "threshold": Case("llama", "threshold", {"threshold": [0.8, 0.7, 0.4]}),
+    "threshold-by-row": Case("llama", "threshold", {"threshold": [[0.0] * 3, [0.7] * 3, [2.0, 2.0, 0.5]]}),
+    "entropy": Case("llama", "entropy", {"threshold": 0.8}),
+    "margin": Case("llama", "margin", {"threshold": 0.5}),
+    "patience": Case("llama", "patience", {"patience": 2}),
+    "fixed": Case("llama", "fixed", {"layer": 2}),
+    "eos": Case("llama", "threshold", {"threshold": [0.8, 0.7, 0.4]}, {"eos_token_id": None}),
+    "processors": Case("llama", "threshold", {"threshold": [0.8, 0.7, 0.4]}, {"suppress_tokens": None}),
+    "sampling": Case("llama", "off", settings=SAMPLING),
+    "qwen3": Case("qwen3", "threshold", {"threshold": 0.6}),
+    "mistral": Case("mistral", "threshold", {"threshold": 0.7}),
+    "mistral-off": Case("mistral", "off"),
+    "gemma2": Case("gemma2", "threshold", {"threshold": 0.032}),
+    "gemma2-off": Case("gemma2", "off"),
+}
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(3, VOCAB, (length,), generator=generator).tolist() for length in (9, 1, 4)]
+
+
+def settings(case: str, folder: Path) -> dict[str, Any]:
+    """The settings of a case; end marks and suppressed tokens are such that the rows would have said them."""
+    given = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": -1, **CASES[case].settings}
+    if case == "eos":
+        given["eos_token_id"] = torch.load(folder / "said.pt")[1][NEW // 2]
+    if case == "processors":
+        given["suppress_tokens"] = torch.load(folder / "said.pt")[0][2:5]
+    return given
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models with exits that are not copies, as exported folders."""
+    root = tmp_path_factory.mktemp("models")
+    for family, (kind, head) in MODELS.items():
+        base = write_model(root / "base" / family, family, seed=3)
+        whole = load_whole(base)
+        with torch.no_grad():
+            whole.lm_head.weight.mul_(HEAD_SCALE)
+            whole.model.embed_tokens.weight.mul_(EMBEDDING_SCALE)
+        whole.save_pretrained(base)
+        spec = exit_spec(whole.config, EXITS, kind, head, rank=4)
+        model = untrained_exits(base, spec)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.exit_heads.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        model.save_pretrained(root / family)
+    torch.save(reference(root, "threshold").tokens, root / "said.pt")
+    return root
+
+
+@torch.no_grad()
+def reference(root: Path, case: str) -> Decoded:
+    """No cache and no batch: all logits of the whole text again for every token."""
+    work, rows = CASES[case], []
+    model = EarlyExitForCausalLM.from_pretrained(root / work.family)
+    given = settings(case, root)
+    suppressed = given.get("suppress_tokens", [])
+    for row, prompt in enumerate(prompts()):
+        tokens, layers, scores = [], [], []
+        while len(tokens) < NEW and given["eos_token_id"] not in tokens:
+            output = model(torch.tensor([prompt + tokens]), use_cache=False)
+            logits = {k: values[0, -1] for k, values in output.exit_logits.items()} | {LAYERS: output.logits[0, -1]}
+            k, value = chosen_layer(work, row, logits) if tokens else (LAYERS, nan)  # a prompt never exits
+            tokens.append(int(logits[k].index_fill(0, torch.tensor(suppressed).long(), -torch.inf).argmax()))
+            layers.append(k)
+            scores.append(value)
+        rows.append((tokens, layers, scores))
+    return Decoded(*(list(column) for column in zip(*rows, strict=True)))
+
+
+def measure(policy: str, logits: torch.Tensor) -> float:
+    p = functional.softmax(logits, -1)
+    top = p.sort(descending=True).values
+    return {"margin": top[0] - top[1], "entropy": -(p * p.log()).sum()}.get(policy, top[0]).item()
+
+
+def chosen_layer(case: Case, row: int, logits: dict[int, torch.Tensor]) -> tuple[int, float]:
+    """The rule, exit by exit: (layer, value at the deepest exit that was looked at)."""
+    said, value = [], nan
+    for place, k in enumerate(EXITS):
+        if case.policy == "off" or (case.policy == "fixed" and k != case.arguments["layer"]):
+            continue
+        said.append(int(logits[k].argmax()))
+        value = measure(case.policy, logits[k])
+        if case.policy == "fixed":
+            leaves = True
+        elif case.policy == "patience":
+            leaves = len(said) >= 2 and said[-1] == said[-2]
+        else:
+            limits = case.arguments["threshold"]
+            limits = limits[row] if isinstance(limits, list) and isinstance(limits[0], list) else limits
+            limit = limits[place] if isinstance(limits, list) else limits
+            assert abs(value - limit) > 1e-4, "the case is too close to call for another order of additions"
+            leaves = value <= limit if case.policy == "entropy" else value >= limit
+        if leaves:
+            return k, value
+    return LAYERS, value
+
+
+def decode_cases(rank: int, world_size: int, folder: Path) -> dict[tuple[Layout, str], Any]:
+    """Every case on every grid of this size."""
+    found = {}
+    for layout in GRIDS[world_size]:
+        grid = join_grid(layout, torch.device("cpu"))
+        for family in MODELS:
+            parts = find_parts(folder / family)
+            plan = plan_decoding(parts, layout.tp, layout.pp, EXITS)
+            stage = load_decoding_stage(parts, plan, grid, torch.float32)
+            decoder = PipelineDecoder(stage, plan, grid, parts.generation_config())
+            for name, case in CASES.items():
+                if case.family == family:
+                    policy = resolve_policy(case.policy, EXITS, batch_size=3, **case.arguments)
+                    found[layout, name] = decoder.generate(prompts(), policy, seed=SEED, **settings(name, folder))
+        if layout == Layout(pp=2):
+            found["overlap"] = {layer: overlap(grid, folder, layer) for layer in (1, 4)}
+        leave_grid()
+    return found
+
+
+def overlap(grid: Any, folder: Path, layer: int) -> list[int]:
+    """The last stage enters its last layer with a token only when the first stage has begun the next one.
+
+    If the first stage waited for the last one, both would wait for ever. Returns the tokens.
+    """
+    parts = find_parts(folder / "llama")
+    plan = plan_decoding(parts, 1, 2, EXITS, stages=[2, 3])
+    stage = load_decoding_stage(parts, plan, grid, torch.float32)
+    decoder = PipelineDecoder(stage, plan, grid, parts.generation_config())
+    calls, sent = [], []
+
+    def begun(*_: Any) -> None:
+        if len(calls) >= 2:
+            sent.append(dist.isend(torch.tensor([len(calls)]), 1, group=grid.metrics_group, tag=99))
+        calls.append(None)
+
+    def wait_for_next(*_: Any) -> None:
+        if 1 <= len(calls) <= NEW - 2:
+            number = torch.empty(1, dtype=torch.long)
+            dist.recv(number, 0, group=grid.metrics_group, tag=99)
+            assert number.item() == len(calls) + 1
+        calls.append(None)
+
+    if grid.stage == 0:
+        stage.backbone.base.layers[0].register_forward_pre_hook(begun)
+    else:
+        stage.backbone.base.layers[-1].register_forward_pre_hook(wait_for_next)
+    policy = resolve_policy("fixed", EXITS, layer=layer)
+    decoded = decoder.generate(prompts()[:1], policy, max_new_tokens=NEW, do_sample=False, eos_token_id=-1)
+    assert len(calls) == NEW
+    for work in sent:
+        work.wait()
+    return decoded.exit_layers[0] if decoded else []
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> dict[int, list[dict]]:
+    return {size: spawn(decode_cases, size, size, folder) for size in GRIDS}
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> dict[str, Decoded]:
+    return {case: reference(folder, case) for case in CASES if case != "sampling"}
+
+
+LAYOUTS = [layout for layouts in GRIDS.values() for layout in layouts]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"tp{layout.tp}-pp{layout.pp}")
+@pytest.mark.parametrize("case", [case for case in CASES if case != "sampling"])
+def test_equal_to_the_reference(case: str, layout: Layout, found: dict, expected: dict) -> None:
+    for rank, results in enumerate(found[layout.world_size]):
+        decoded = results[layout, case]
+        if rank >= layout.tp:
+            assert decoded is None  # only the first stage has the text
+            continue
+        assert decoded.tokens == expected[case].tokens
+        assert decoded.exit_layers == expected[case].exit_layers
+        for values, others in zip(decoded.exit_confidences, expected[case].exit_confidences, strict=True):
+            assert values == pytest.approx(others, abs=1e-4, nan_ok=True)
+
+
+def test_the_cases_leave_at_every_exit_and_end_early(expected: dict) -> None:
+    """Otherwise the comparison would prove little."""
+    for case in ("threshold", "threshold-by-row", "entropy", "margin", "patience", "processors"):
+        layers = {k for row in expected[case].exit_layers for k in row[1:]}
+        assert len(layers) >= 3, (case, layers)
+    for case in ("qwen3", "mistral", "gemma2"):
+        assert len({k for row in expected[case].exit_layers for k in row[1:]}) >= 2, case
+    assert [len(row) < NEW for row in expected["eos"].tokens].count(True) >= 1
+    assert expected["processors"].tokens != expected["threshold"].tokens
+    assert len({tuple(row) for row in expected["threshold"].tokens}) == 3  # rows mixed up would show
+
+
+@pytest.mark.parametrize("case", ["off", "mistral-off", "gemma2-off", "sampling"])
+def test_off_is_transformers_generate(case: str, folder: Path, found: dict) -> None:
+    model = load_whole(folder / "base" / CASES[case].family)
+    for row, prompt in enumerate(prompts()):
+        torch.manual_seed(SEED + row)
+        ids = torch.tensor([prompt])
+        whole = model.generate(ids, attention_mask=torch.ones_like(ids), **settings(case, folder))
+        for layout in LAYOUTS:
+            assert found[layout.world_size][0][layout, case].tokens[row] == whole[0, len(prompt) :].tolist()
+
+
+def test_the_first_stage_starts_the_next_token_before_the_last_stage_has_finished_this_one(found: dict) -> None:
+    """Also when the exit is inside the last stage: it answers before its own later layers run."""
+    assert found[2][0]["overlap"] == {k: [LAYERS] + [k] * (NEW - 1) for k in (1, 4)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((1, 2, "lossless"), "policy=lossless drafts and verifies on one device, but parallel.tp=1 x parallel.pp=2"),
+        ((2, 1, "lossless"), "parallel.tp=2 x parallel.pp=1; use tp=1 pp=1"),
+        ((1, 2, "threshold", 2), "parallel.dp=2: decoding has no replicas"),
+    ],
+)
+def test_what_several_devices_cannot_do(arguments: tuple, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_pipeline(*arguments)

@@ -1,0 +1,321 @@
+"""Lossless greedy decoding says token for token what transformers says, whatever the exits draft."""
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.decoding import (
+    EOS,
+    LAYERS,
+    PAD,
+    PATTERNS,
+    Pair,
+    after_each_step,
+    cache_error,
+    make_pair,
+    one_row,
+    prompts,
+    row_text,
+    script_drafts,
+    spoil,
+    watch_drafts,
+)
+
+from ee_scale.exits.layer_runner import LayerRunner
+from ee_scale.exits.speculate import Speculation
+
+FAMILIES = ("llama", "qwen3", "mistral")
+BODIES = (("norm", "tied"), ("mlp", "full"), ("layer", "low_rank"))
+NEW = 14  # the longest text then has 23 tokens, the window 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("lossless")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def precise(request, folder) -> tuple[Pair, dict, torch.Tensor]:
+    """A model in fp64 whose exits agree with it now and then, ragged prompts, and what transformers makes of them."""
+    pair = make_pair(folder, request.param, exits=(1, 3, 4), dtype=torch.float64, calm=0.15)
+    inputs = prompts(5)
+    return pair, inputs, pair.reference(inputs, max_new_tokens=NEW)
+
+
+@pytest.fixture(scope="module")
+def llama(folder) -> tuple[Pair, dict, torch.Tensor]:
+    """The same in fp32; without an end of text."""
+    pair = make_pair(folder, "llama", "mlp", "low_rank", exits=(1, 3), calm=0.15, eos_token_id=None)
+    inputs = prompts(5)
+    return pair, inputs, pair.reference(inputs, max_new_tokens=NEW)
+
+
+@pytest.mark.parametrize(("kind", "head"), BODIES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_says_what_transformers_says(folder, family, kind, head):
+    pair, inputs = make_pair(folder, family, kind, head, exits=(1, 3), calm=0.3), prompts(8)
+    want = pair.reference(inputs, max_new_tokens=20)
+    for options in ({}, {"exit_draft_length": 4}, {"exit_layer": 3, "exit_draft_length": 2}):
+        assert torch.equal(pair.generate(inputs, "lossless", max_new_tokens=20, **options).sequences, want), options
+    off = pair.model.generate(**inputs, max_new_tokens=20, do_sample=False, exit_policy="off")
+    assert torch.equal(off, want)
+    for row in (0, 7):  # the longest prompt and one of a single token
+        alone = one_row(inputs, row)
+        got = pair.generate(alone, "lossless", max_new_tokens=20)
+        assert torch.equal(got.sequences, pair.reference(alone, max_new_tokens=20))
+
+
+def test_capped_logits_and_eager_attention(folder):
+    pair, inputs = make_pair(folder, "gemma2", "mlp", "tied", calm=0.3), prompts(5)
+    got = pair.generate(inputs, "lossless", max_new_tokens=20, exit_draft_length=3)
+    assert torch.equal(got.sequences, pair.reference(inputs, max_new_tokens=20))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("length", [1, 4])
+@pytest.mark.parametrize("layer", [1, 3, 4])
+def test_any_drafts_leave_text_and_cache_right(precise, monkeypatch, layer, length, pattern):
+    pair, inputs, want = precise
+    errors: list[float] = []
+    after_each_step(monkeypatch, lambda loop: errors.append(cache_error(loop, pair.base)))
+    script_drafts(monkeypatch, pattern, want)
+    got = pair.generate(inputs, "lossless", max_new_tokens=NEW, exit_layer=layer, exit_draft_length=length)
+    assert torch.equal(got.sequences, want)
+    assert len(errors) == got.exit_stats["cycles"]
+    assert max(errors) < 1e-9
+    stats = got.exit_stats
+    # A cycle gives a row its accepted drafts and one token more, unless the text ends before.
+    counts = [len(row_text(want, inputs, row)) for row in range(5)]
+    cut = sum(int(got.exit_layers[row, count - 1]) == layer for row, count in enumerate(counts))
+    cycles_of_rows = sum(counts) - 5 - stats["accepted"] + cut
+    assert 0 < stats["drafted"] <= cycles_of_rows * length
+    if pattern == "none":
+        assert stats["accepted"] == 0
+    if pattern == "all":
+        assert stats["cycles"] == -(-(NEW - 1) // (length + 1))
+    assert set(got.exit_layers.unique().tolist()) <= {0, layer, LAYERS}
+    assert int((got.exit_layers == layer).sum()) == stats["accepted"]
+
+
+@pytest.mark.parametrize("pattern", ["natural", "mixed", "all"])
+@pytest.mark.parametrize("length", [0, 1, 4])
+def test_a_row_alone(precise, monkeypatch, length, pattern):
+    pair, inputs, _ = precise
+    for row, layer in ((0, 1), (1, 3), (3, 4)):
+        alone = one_row(inputs, row)
+        want = pair.reference(alone, max_new_tokens=NEW)
+        with monkeypatch.context() as patch:
+            script_drafts(patch, pattern, want)
+            got = pair.generate(alone, "lossless", max_new_tokens=NEW, exit_layer=layer, exit_draft_length=length)
+        assert torch.equal(got.sequences, want)
+
+
+def test_without_drafts_it_is_plain_decoding(precise):
+    pair, inputs, want = precise
+    got = pair.generate(inputs, "lossless", max_new_tokens=NEW, exit_draft_length=0)
+    assert torch.equal(got.sequences, want)
+    assert got.exit_stats["drafted"] == 0
+    assert got.exit_stats["cycles"] == NEW - 1
+
+
+@pytest.mark.parametrize("position", range(10))
+@pytest.mark.parametrize("pattern", ["natural", "none", "all", "ends"])
+def test_the_end_of_text_at_every_place(llama, monkeypatch, pattern, position):
+    """`ends`: every draft is an end, so nearly all are rejected."""
+    pair, inputs, free = llama
+    width, new = inputs["input_ids"].shape[1], 10
+    eos = int(free[0, width + position])
+    want = pair.reference(inputs, max_new_tokens=new, eos_token_id=eos)
+    script_drafts(monkeypatch, "none" if pattern == "ends" else pattern, want)
+    if pattern == "ends":
+        monkeypatch.setattr(Speculation, "_draft", _always(Speculation._draft, eos))
+    got = pair.generate(inputs, "lossless", max_new_tokens=new, eos_token_id=eos, exit_layer=3, exit_draft_length=3)
+    assert torch.equal(got.sequences, want)
+    text = row_text(got, inputs, 0, eos)
+    assert text[-1] == eos
+    # The first token is the prompt's; then each cycle is three accepted drafts and a bonus.
+    last = len(text) - 1
+    drafted = {"all": last > 0 and (last - 1) % 4 < 3, "none": False}
+    if pattern in drafted:
+        assert got.exit_layers[0, last] == (3 if drafted[pattern] else LAYERS)
+    for row in range(5):
+        count = len(row_text(got, inputs, row, eos))
+        assert (got.exit_layers[row, :count] > 0).all()
+        assert (got.exit_layers[row, count:] == 0).all()
+        assert (got.sequences[row, width + count :] == PAD).all()
+
+
+def _always(draft: Any, token: int) -> Any:
+    def drafts(self: Speculation, *args: Any) -> tuple:
+        tokens, scores, q = draft(self, *args)
+        return torch.full_like(tokens, token), scores, q
+
+    return drafts
+
+
+def test_two_end_tokens(llama, monkeypatch):
+    pair, inputs, free = llama
+    width = inputs["input_ids"].shape[1]
+    for pattern in ("none", "all"):
+        for first, second in ((4, 6), (7, 3), (9, 9)):
+            ends = [int(free[0, width + first]), int(free[1, width + second])]
+            want = pair.reference(inputs, max_new_tokens=10, eos_token_id=ends)
+            with monkeypatch.context() as patch:
+                script_drafts(patch, pattern, want)
+                got = pair.generate(inputs, "lossless", max_new_tokens=10, eos_token_id=ends, exit_draft_length=3)
+            assert torch.equal(got.sequences, want)
+
+
+@pytest.mark.parametrize("pattern", ["none", "mixed", "all"])
+@pytest.mark.parametrize("length", [1, 4])
+def test_every_number_of_new_tokens(llama, monkeypatch, length, pattern):
+    pair, inputs, free = llama
+    width = inputs["input_ids"].shape[1]
+    for new in (1, 2, length, length + 1, length + 2):
+        with monkeypatch.context() as patch:
+            script_drafts(patch, pattern, free)
+            got = pair.generate(inputs, "lossless", max_new_tokens=new, exit_layer=1, exit_draft_length=length)
+        assert torch.equal(got.sequences, free[:, : width + new])
+        assert got.exit_layers.shape == got.exit_confidences.shape == (5, new)
+
+
+def test_up_to_the_end_of_the_context(llama, monkeypatch):
+    """The last position is used, none behind it."""
+    pair, _, _ = llama
+    context = pair.base.config.max_position_embeddings
+    inputs = one_row(prompts(1, context - 4), 0)
+    want = pair.reference(inputs, max_new_tokens=4)
+    ends = []
+    block = LayerRunner.block
+    monkeypatch.setattr(
+        LayerRunner, "block", lambda self, *args: ends.append(block(self, *args).end) or block(self, *args)
+    )
+    for pattern in ("none", "all"):
+        with monkeypatch.context() as patch:
+            script_drafts(patch, pattern, want)
+            got = pair.generate(inputs, "lossless", max_new_tokens=4, exit_layer=1, exit_draft_length=4)
+        assert torch.equal(got.sequences, want)
+    assert max(ends) <= context - 1  # the last token is not run
+
+
+@pytest.mark.parametrize("pattern", ["natural", "mixed"])
+@pytest.mark.parametrize(("kind", "head"), BODIES)
+def test_rejected_columns_are_never_read(folder, monkeypatch, kind, head, pattern):
+    pair, inputs = make_pair(folder, "llama", kind, head, exits=(1, 3), calm=0.15), prompts(5)
+    want = pair.reference(inputs, max_new_tokens=NEW)
+    clean = [_drafts(monkeypatch, pair, inputs, want, pattern, look) for look in (None, spoil)]
+    assert clean[0] == clean[1]
+
+
+def _drafts(monkeypatch: Any, pair: Pair, inputs: dict, want: torch.Tensor, pattern: str, look: Any) -> list:
+    with monkeypatch.context() as patch:
+        if look is not None:
+            after_each_step(patch, look)
+        log = script_drafts(patch, pattern, want)
+        got = pair.generate(inputs, "lossless", max_new_tokens=NEW, exit_layer=3, exit_draft_length=3)
+    assert torch.equal(got.sequences, want)
+    return log
+
+
+@pytest.mark.parametrize(("kind", "head"), BODIES)
+def test_drafts_are_what_the_exit_says(folder, monkeypatch, kind, head):
+    """Wrong drafts would only be slow: nothing else notices a stale cache of an exit's own layer, or a wrong tap."""
+    pair = make_pair(folder, "llama", kind, head, exits=(2, 4), dtype=torch.float64, calm=0.15)
+    inputs, seen = prompts(5), watch_drafts(monkeypatch)
+    for layer in (2, 4):
+        pair.generate(inputs, "lossless", max_new_tokens=8, exit_layer=layer, exit_draft_length=3)
+    pair.generate(inputs, "lossless", max_new_tokens=8)  # any of the exits, any number
+    assert len(seen) > 50
+    with torch.no_grad():
+        for k, text, token, confidence in seen:
+            logits = pair.model(torch.tensor([text]), use_cache=False).exit_logits[k][0, -1]
+            assert token == int(logits.argmax())
+            assert confidence == pytest.approx(float(logits.softmax(-1).max()), abs=1e-5)
+
+
+def test_rows_do_not_depend_on_one_another(llama):
+    pair, inputs, want = llama
+    for order in ([4, 2, 0, 3, 1], [3, 3], [1, 4, 2]):
+        some = {name: value[order] for name, value in inputs.items()}
+        for options in ({}, {"exit_layer": 1, "exit_draft_length": 5}, {"exit_shortlist": list(range(0, 131, 2))}):
+            got = pair.generate(some, "lossless", max_new_tokens=NEW, **options)
+            assert torch.equal(got.sequences, want[order])
+
+
+@pytest.mark.parametrize(("kind", "head"), [("norm", "tied"), ("norm", "full"), ("mlp", "low_rank"), ("layer", "tied")])
+def test_drafts_from_a_shortlist(folder, monkeypatch, kind, head):
+    pair, inputs = make_pair(folder, "llama", kind, head, dtype=torch.float64, calm=0.15), prompts(5)
+    want = pair.reference(inputs, max_new_tokens=NEW)
+    common = sorted(set(want[:, 9:].flatten().tolist()) - {EOS, PAD}, reverse=True)[:40]
+    whole = pair.generate(inputs, "lossless", max_new_tokens=NEW, exit_layer=3, exit_draft_length=1)
+    log = script_drafts(monkeypatch, "natural", want)
+    got = pair.generate(
+        inputs, "lossless", max_new_tokens=NEW, exit_layer=3, exit_draft_length=1, exit_shortlist=common
+    )
+    assert torch.equal(got.sequences, want)
+    assert {token for *_, token in log} <= set(common)
+    assert whole.exit_stats["accepted"] > 0
+    # A draft that the whole vocabulary gets right is the best of a shortlist that has it, too.
+    right = ((whole.exit_layers == 3) & torch.isin(want[:, 9:], torch.tensor(common))).sum()
+    assert got.exit_stats["accepted"] >= int(right) / 2 > 0
+
+
+def test_an_exit_behind_the_last_layer(folder):
+    """Its drafts cost as much as the truth; still a legal place for an exit."""
+    pair, inputs = make_pair(folder, "llama", exits=(2, LAYERS)), prompts(5)
+    want = pair.reference(inputs, max_new_tokens=8)
+    for options in ({}, {"exit_layer": LAYERS, "exit_draft_length": 2}):
+        assert torch.equal(pair.generate(inputs, "lossless", max_new_tokens=8, **options).sequences, want)
+
+
+def test_bf16_differs_only_at_near_ties(folder):
+    """No bitwise claim: passes over one and several rows round differently. The first difference must be a near tie."""
+    pair, inputs = make_pair(folder, "llama", exits=(1, 3), dtype=torch.bfloat16, calm=0.15), prompts(8)
+    want = pair.reference(inputs, max_new_tokens=40)
+    differing = 0
+    for options in ({"exit_layer": 3, "exit_draft_length": 4}, {"exit_layer": 1, "exit_draft_length": 1}):
+        got = pair.generate(inputs, "lossless", max_new_tokens=40, **options).sequences
+        for row in range(8):
+            text, other = row_text(got, inputs, row), row_text(want, inputs, row)
+            place = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), None)
+            if place is None:
+                assert len(text) == len(other)
+                continue
+            differing += 1
+            prefix = torch.cat([one_row(inputs, row)["input_ids"], torch.tensor([text[:place]], dtype=torch.long)], 1)
+            with torch.no_grad():
+                logits = pair.base(prefix, use_cache=False).logits[0, -1].float()
+            top = logits.topk(2)
+            assert {text[place], other[place]} == set(top.indices.tolist())
+            ulp = 2.0 ** (torch.frexp(top.values[0]).exponent.item() - 8)
+            assert top.values[0] - top.values[1] <= 4 * ulp
+    assert differing <= 8  # of 16
+
+
+def test_layers_run_as_often_as_promised(llama, monkeypatch):
+    """Early layers once per drafted token and once for the last one, deep layers once per cycle."""
+    pair, inputs, _ = llama
+    runs = [[] for _ in range(LAYERS)]
+    handles = [
+        layer.register_forward_hook(lambda m, args, out, runs=runs, i=i: runs[i].append(out.shape[1]))
+        for i, layer in enumerate(pair.model.model.layers)
+    ]
+    try:
+        for batch, layer, length in ((one_row(inputs, 1), 1, 3), (inputs, 3, 2)):
+            for kept in runs:
+                kept.clear()
+            got = pair.generate(batch, "lossless", max_new_tokens=NEW, exit_layer=layer, exit_draft_length=length)
+            cycles, rows = got.exit_stats["cycles"], len(got.sequences)
+            drafts = sum(runs[0][1:]) - cycles  # of each row that was there
+            assert runs[0][1:] == [1] * (drafts + cycles)
+            assert all(runs[i] == runs[0] for i in range(layer))
+            assert all(len(runs[i]) == 1 + cycles for i in range(layer, LAYERS))
+            assert all(runs[i] == runs[-1] for i in range(layer, LAYERS))
+            assert sum(runs[-1][1:]) == drafts + cycles
+            assert got.exit_stats["layer_calls"] == [len(kept) for kept in runs]
+            assert got.exit_stats["exit_checks"][layer] == drafts
+            if rows == 1:
+                assert got.exit_stats["drafted"] == drafts
+    finally:
+        for handle in handles:
+            handle.remove()
