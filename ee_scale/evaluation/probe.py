@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ee_scale.errors import UserError
-from ee_scale.exits.heads import ExitTaps, run_single_layer
+from ee_scale.evaluation.states import exit_states
 from ee_scale.exits.policies import score
 
 CHUNK_LOGITS = 1 << 24  # logits of one exit that exist at the same time (64 MiB in fp32)
@@ -94,7 +94,7 @@ def read_exits(model: Any, passages: Iterable[Passage], temperature: float, boun
     layers = model.exit_spec.layers
     sums = {k: {"agreed": [], "accepted": [], "scores": []} for k in layers}
     for passage in passages:
-        states = exit_states(model, passage.ids[:, :-1])
+        states = exit_states(model, passage.ids[:, :-1].to(next(model.parameters()).device))
         kept = passage.kept.to(states[0].device)
         for final, exits in _logits(model, {k: hidden[kept] for k, hidden in states.items()}):
             best, wanted = final.argmax(-1), (final / temperature).softmax(-1)
@@ -107,20 +107,6 @@ def read_exits(model: Any, passages: Iterable[Passage], temperature: float, boun
     if not sums[layers[0]]["agreed"]:
         raise UserError("data: no tokens to read")
     return [_reading(k, {name: torch.cat(values) for name, values in sums[k].items()}, bound) for k in layers]
-
-
-def exit_states(model: Any, ids: torch.Tensor) -> dict[int, torch.Tensor]:
-    """What the heads read for ids [B, S]: exit layer -> [B, S, D]; 0 is the final layer."""
-    base, spec = model.base_model, model.exit_spec
-    taps = ExitTaps(spec, {k: base.layers[k - 1] for k in spec.layers})
-    try:
-        states = {0: base(ids.to(next(model.parameters()).device), use_cache=False).last_hidden_state}
-    finally:
-        taps.remove()
-    for k, tap in taps.pop().items():
-        norm = getattr(base.layers[k - 1], spec.mlp_output_norm) if spec.mlp_output_norm else None
-        states[k] = model.exit_heads[str(k)].hidden(tap, norm, lambda layer, x: run_single_layer(base, layer, x))
-    return states
 
 
 def _logits(model: Any, states: dict[int, torch.Tensor]) -> Iterable[tuple[torch.Tensor, Iterable]]:

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from ee_scale.backbone.families import family_of
 from ee_scale.errors import UserError
-from ee_scale.exits.heads import ExitTaps, run_single_layer
+from ee_scale.evaluation.states import exit_states
 from ee_scale.exits.policies import NEVER, ExitPolicy, passes, score
 
 CHUNK_LOGITS = 1 << 25  # logits of one exit that exist at the same time (128 MiB in fp32)
@@ -192,7 +192,7 @@ def _read(model: Any, rows: list[torch.Tensor], policies: Sequence[str]) -> dict
     lengths = torch.tensor([len(row) - 1 for row in rows], device=device)
     kept = torch.arange(padded.shape[1] - 1, device=device) < lengths[:, None]
     labels = padded[:, 1:][kept]
-    hidden, lm_head = _hidden_states(model, padded[:, :-1]), model.get_output_embeddings()
+    hidden, lm_head = exit_states(model, padded[:, :-1]), model.get_output_embeddings()
     cap_name = family_of(model.config).logit_softcap
     cap = getattr(model.config, cap_name) if cap_name else None
 
@@ -208,24 +208,6 @@ def _read(model: Any, rows: list[torch.Tensor], policies: Sequence[str]) -> dict
     ]
     for key in ("tokens", "losses", *policies):
         found[key] = torch.stack([values[key] for values in exits]) if exits else torch.empty(0, len(labels))
-    return found
-
-
-def _hidden_states(model: Any, ids: torch.Tensor) -> dict[int, torch.Tensor]:
-    """What the heads read: exit layer -> [B, S, D], in order of depth; 0 is the final layer."""
-    base = model.base_model
-    if not hasattr(model, "exit_spec"):
-        return {0: base(ids, use_cache=False).last_hidden_state}
-    spec = model.exit_spec
-    taps = ExitTaps(spec, {k: base.layers[k - 1] for k in spec.layers})
-    try:
-        found = {0: base(ids, use_cache=False).last_hidden_state}
-    finally:
-        taps.remove()
-    read = taps.pop()
-    for k in spec.layers:
-        norm = getattr(base.layers[k - 1], spec.mlp_output_norm) if spec.mlp_output_norm else None
-        found[k] = model.exit_heads[str(k)].hidden(read[k], norm, lambda layer, x: run_single_layer(base, layer, x))
     return found
 
 

@@ -47,7 +47,7 @@ class EarlyExits(DecodeLoop):
             self._know(part, slots)
             undecided = [slot for slot in slots if slot not in chosen]
             at = self._last(slots, block)
-            if depth == runner.num_layers:
+            if part == len(self.bounds) - 2:
                 self._finish(slots, undecided, hidden, block, at, chosen)
             elif undecided:
                 self._ask(depth, slots, undecided, hidden, block, at, chosen, seen)

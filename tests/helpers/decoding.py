@@ -186,15 +186,16 @@ def script_drafts(monkeypatch: Any, pattern: str, answers: torch.Tensor, share: 
     return log
 
 
-def watch_drafts(monkeypatch: Any) -> list[tuple[int, list[int], int, float]]:
-    """A growing list of (exit, text of the row and its drafts so far, the next draft, its confidence)."""
+def watch_drafts(monkeypatch: Any) -> list[tuple[int, list[int], int, float | None]]:
+    """A growing list of (exit, text of the row and its drafts so far, the next draft, its confidence where anybody asked)."""
     draft, seen = Speculation._draft, []
 
     def watched(self: Speculation, k: int, hidden: Any, block: Any, drafts: list[torch.Tensor]) -> tuple:
         answer = draft(self, k, hidden, block, drafts)
         for slot, row in enumerate(self.rows):
             text = self.sequences.ids[row, self.pads[row] : self.sequences.lengths[row]].tolist()
-            seen.append((k, [*text, *(int(d[slot]) for d in drafts)], int(answer[0][slot]), float(answer[1][slot])))
+            confidence = None if answer[1] is None else float(answer[1][slot])
+            seen.append((k, [*text, *(int(d[slot]) for d in drafts)], int(answer[0][slot]), confidence))
         return answer
 
     monkeypatch.setattr(Speculation, "_draft", watched)

@@ -232,7 +232,7 @@ def test_skipped_layers_do_not_run(llama, watched):
 
 @pytest.fixture(scope="module")
 def limits(llama):
-    return limits_for(llama, "threshold", (0.3, 0.4, 0.5))
+    return limits_for(llama, "threshold", (0.1, 0.3, 0.6))
 
 
 def test_exits_after_the_chosen_one_are_not_computed(llama, limits, watched):

@@ -230,7 +230,8 @@ def test_drafts_are_what_the_exit_says(folder, monkeypatch, kind, head):
         for k, text, token, confidence in seen:
             logits = pair.model(torch.tensor([text]), use_cache=False).exit_logits[k][0, -1]
             assert token == int(logits.argmax())
-            assert confidence == pytest.approx(float(logits.softmax(-1).max()), abs=1e-5)
+            assert confidence is None or confidence == pytest.approx(float(logits.softmax(-1).max()), abs=1e-5)
+    assert any(confidence is not None for *_, confidence in seen)
 
 
 def test_rows_do_not_depend_on_one_another(llama):
