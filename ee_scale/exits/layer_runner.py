@@ -199,18 +199,26 @@ class LayerRunner:
         return head.logits(ready, self.model.get_output_embeddings()) if shortlist is None else shortlist(head, ready)
 
     def _exit_layer(self, k: int, layer: nn.Module, hidden: torch.Tensor, block: Block) -> torch.Tensor:
-        """The exit's own decoder layer on the block, and before it on positions that it has not seen yet."""
+        """The exit's own decoder layer on the block, and on positions before it that it has not seen yet: its states at
+        the block [R, q, D].
+        """
+        wanted = block.length
         lengths = self.exit_lengths[k]
         slots = range(len(lengths)) if block.rows is None else block.rows.tolist()
         starts = [min(lengths[slot], start) for slot, start in zip(slots, block.starts, strict=True)]
-        behind = max(start - own for own, start in zip(starts, block.starts, strict=True))
-        if behind:
-            # Rows that lack fewer positions write past them: into columns that the block itself fills next.
-            missing = self.block(starts, behind, block.rows)
-            self._exit_layer_pass(layer, self.recall(k, missing), missing)
+        lacks = {start - own for own, start in zip(starts, block.starts, strict=True)}
+        if lacks != {0}:
+            behind = max(lacks)
+            # Where all rows lack as many positions, one pass takes them along; else they have a pass of their own, in
+            # which rows that lack fewer write past them: into columns that the block itself fills next.
+            missing = self.block(starts, behind + block.length if len(lacks) == 1 else behind, block.rows)
+            if len(lacks) == 1:
+                hidden, block = self.recall(k, missing), missing
+            else:
+                self._exit_layer_pass(layer, self.recall(k, missing), missing)
         for slot, start in zip(slots, block.starts, strict=True):
             lengths[slot] = start + block.length
-        return self._exit_layer_pass(layer, hidden, block)
+        return self._exit_layer_pass(layer, hidden, block)[:, -wanted:]
 
     def _exit_layer_pass(self, layer: nn.Module, hidden: torch.Tensor, block: Block) -> torch.Tensor:
         self.cache.focus(block.rows, block.start, block.columns, block.end)

@@ -85,8 +85,8 @@ class DecodeLoop:
             for slot in done:
                 row = self.rows[slot]
                 self.retired[row] = self.runner.cache.row(slot, self.next[slot], self.runner.num_layers)
-        keep = [slot for slot in range(len(self.rows)) if slot not in set(done)]
-        self.keep_slots(keep)
+        gone = set(done)
+        self.keep_slots([slot for slot in range(len(self.rows)) if slot not in gone])
 
     def keep_slots(self, keep: list[int]) -> None:
         """Forget all slots but these."""

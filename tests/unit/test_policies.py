@@ -21,7 +21,12 @@ def _resolve(name, **options):
 
 
 def test_forms_of_a_threshold():
-    for threshold in (0.7, [0.7, 0.7, 0.7], {2: 0.7, "4": 0.7, 6: 0.7}, torch.tensor([0.7, 0.7, 0.7], dtype=torch.float64)):
+    for threshold in (
+        0.7,
+        [0.7, 0.7, 0.7],
+        {2: 0.7, "4": 0.7, 6: 0.7},
+        torch.tensor([0.7, 0.7, 0.7], dtype=torch.float64),
+    ):
         policy = _resolve("threshold", threshold=threshold)
         assert policy.layers == EXITS
         assert policy.limits == ((0.7, 0.7, 0.7),)

@@ -1,12 +1,14 @@
 """Rules of the project itself: import order, packages, names."""
 
 import ast
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 
 import ee_scale
+from ee_scale.exits.modeling_early_exit import CODE_FILES
 
 ROOT = Path(ee_scale.__file__).parents[1]
 SOURCES = sorted((ROOT / "ee_scale").rglob("*.py"))
@@ -77,14 +79,19 @@ def test_no_circles_between_files():
 
 
 def test_exported_code_stands_alone():
-    for name in ("heads.py", "modeling_early_exit.py"):
-        roots = set()
+    """Every file that goes into exported folders imports its neighbours there, torch, transformers and Python only."""
+    for name in CODE_FILES:
         for node in ast.walk(ast.parse((ROOT / "ee_scale" / "exits" / name).read_text())):
             if isinstance(node, ast.Import):
-                roots |= {alias.name.split(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.level == 0:
-                roots.add(node.module.split(".")[0])
-        assert roots <= {"copy", "collections", "dataclasses", "pathlib", "shutil", "typing", "torch", "transformers"}
+                roots = {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                roots = {node.module.split(".")[0]}
+            else:
+                continue
+            if getattr(node, "level", 0):
+                assert {f"{root}.py" for root in roots} <= set(CODE_FILES), (name, roots)
+            else:
+                assert roots <= {*sys.stdlib_module_names, "torch", "transformers"}, (name, roots)
 
 
 def test_every_package_is_listed_for_the_wheel():
