@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import linear
 
 from ee_scale.evaluation.cost_model import Costs
-from ee_scale.exits.heads import Tap, run_single_layer
+from ee_scale.exits.heads import Tap
 from ee_scale.exits.policies import score
 
 ROWS = (1, 2, 4, 8, 16)
@@ -72,7 +72,7 @@ def measure_parts(
     one = hidden[:, :1]
     parts: dict[Any, Callable[[], Any]] = {("layers", n): layer_pass(base, cache, hidden[:, :n]) for n in rows}
     parts |= {("head", n): lambda n=n: lm_head(base.norm(hidden[:, :n])).argmax(-1).tolist() for n in rows}
-    parts |= {("exit", k): _exit_check(model, k, one) for k in model.exit_spec.layers}
+    parts |= {("exit", k): _exit_check(model, k, one, cache) for k in model.exit_spec.layers}
     parts["all tokens"] = lambda: lm_head(one)
     parts["shortlist"] = lambda: linear(one, weight[:size])
     found = _in_turns(parts, seconds, weight.device, advance)
@@ -90,8 +90,10 @@ def measure_parts(
     )
 
 
-def layer_pass(base: Any, cache: FilledCache, hidden: torch.Tensor) -> Callable[[], Any]:
-    """A pass of [1, n, D] through every layer, so that each finds its weights as far away as in decoding."""
+def layer_pass(
+    base: Any, cache: FilledCache, hidden: torch.Tensor, layers: Sequence[Any] | None = None
+) -> Callable[[], Any]:
+    """A pass of [1, n, D] through layers; by default all, so that each finds its weights as far away as in decoding."""
     n, start = hidden.shape[1], cache.length
     positions = torch.arange(start, start + n, device=hidden.device)[None]
     rotary = base.rotary_emb(hidden, positions)
@@ -104,7 +106,7 @@ def layer_pass(base: Any, cache: FilledCache, hidden: torch.Tensor) -> Callable[
 
     def run() -> torch.Tensor:
         states = hidden
-        for layer in base.layers:
+        for layer in base.layers if layers is None else layers:
             states = layer(
                 states,
                 attention_mask=mask,
@@ -118,14 +120,15 @@ def layer_pass(base: Any, cache: FilledCache, hidden: torch.Tensor) -> Callable[
     return run
 
 
-def _exit_check(model: Any, k: int, one: torch.Tensor) -> Callable[[], Any]:
+def _exit_check(model: Any, k: int, one: torch.Tensor, cache: FilledCache) -> Callable[[], Any]:
     """What decoding does at an exit: its modules, its head, the score and the token, both brought to the CPU."""
     spec, head, base = model.exit_spec, model.exit_heads[str(k)], model.base_model
     norm = getattr(base.layers[k - 1], spec.mlp_output_norm) if spec.mlp_output_norm else None
     tap = Tap(one, one if spec.kind == "mlp" else None)
+    own_layer = None if head.layer is None else layer_pass(base, cache, one, [head.layer])
 
     def run() -> None:
-        states = head.hidden(tap, norm, lambda layer, x: run_single_layer(base, layer, x))
+        states = head.hidden(tap, norm, lambda layer, x: own_layer())
         logits = head.logits(states, model.get_output_embeddings())
         torch.stack(score("threshold", logits)).tolist()
 

@@ -68,7 +68,8 @@ class ExitDecoding:
         started = time.perf_counter()
         check_request(generation_config, model_kwargs, past_key_values)
         pads = count_padding(input_ids, attention_mask, model.config.max_position_embeddings)
-        policy = self._policy(model, generation_config, len(input_ids))
+        options = per_row(self.options, len(input_ids), generation_config.num_return_sequences or 1)
+        policy = choose_policy(options, model, generation_config, len(input_ids))
         lossless = policy.name == "lossless"
         input_ids = input_ids.to(model.device)
         room = policy.max_draft + 1 if lossless else 0
@@ -81,7 +82,7 @@ class ExitDecoding:
         # Room for the usual answer; a longer one makes the cache grow.
         capacity = input_ids.shape[1] + min(sequences.max_length - input_ids.shape[1], 512)
         capacity += max(room, policy.max_pending + 1)
-        trail = Trail(self.options, policy, len(input_ids), model)
+        trail = Trail(options, policy, len(input_ids), model)
         runner = LayerRunner(model, policy.layers, len(input_ids), capacity)
         loop = (Speculation if lossless else EarlyExits)(runner, sequences, policy, pads, trail, wants_cache)
         try:
@@ -111,18 +112,36 @@ class ExitDecoding:
             exit_stats=stats,
         )
 
-    def _policy(self, model: Any, generation_config: Any, batch_size: int) -> ExitPolicy:
-        tags = self.options.get("exit_tags")
-        if tags is not None and len(tags) != batch_size:
-            raise ValueError(f"exit_tags: {len(tags)} tags for {batch_size} rows in the batch")
-        return resolve_policy(
-            spec_layers=model.exit_spec.layers,
-            calibration=getattr(generation_config, CALIBRATION_KEY, None),
-            tags=tags,
-            batch_size=batch_size,
-            vocab_size=model.config.vocab_size,
-            **{OPTIONS[key]: value for key, value in self.options.items() if key in OPTIONS},
-        )
+
+def per_row(options: dict[str, Any], batch_size: int, copies: int) -> dict[str, Any]:
+    """Lists that name something per prompt, repeated for `num_return_sequences`. Raises ValueError on wrong lengths."""
+    options, prompts = dict(options), batch_size // copies
+    for key in ("exit_tags", "exit_requests"):
+        if (given := options.get(key)) is None:
+            continue
+        if len(given) not in (prompts, batch_size):
+            raise ValueError(f"{key}: {len(given)} values for {prompts} prompts")
+        options[key] = [item for item in given for _ in range(batch_size // len(given))]
+    limits = options.get("exit_threshold")
+    if (
+        isinstance(limits, list | tuple)
+        and len(limits) == prompts
+        and all(isinstance(row, list | tuple) for row in limits)
+    ):
+        options["exit_threshold"] = [row for row in limits for _ in range(copies)]
+    return options
+
+
+def choose_policy(options: dict[str, Any], model: Any, generation_config: Any, batch_size: int) -> ExitPolicy:
+    """The checked policy for these `exit_*` arguments."""
+    return resolve_policy(
+        spec_layers=model.exit_spec.layers,
+        calibration=getattr(generation_config, CALIBRATION_KEY, None),
+        tags=options.get("exit_tags"),
+        batch_size=batch_size,
+        vocab_size=model.config.vocab_size,
+        **{OPTIONS[key]: value for key, value in options.items() if key in OPTIONS},
+    )
 
 
 def take_options(kwargs: dict[str, Any], *configs: Any) -> dict[str, Any]:
@@ -138,13 +157,19 @@ def take_options(kwargs: dict[str, Any], *configs: Any) -> dict[str, Any]:
     return options
 
 
-def take_stop_strings(kwargs: dict[str, Any]) -> None:
-    """transformers hands no tokenizer on to a custom loop, so the criterion for `stop_strings` is made here."""
-    strings, tokenizer = kwargs.pop("stop_strings", None), kwargs.pop("tokenizer", None)
+def take_stop_strings(kwargs: dict[str, Any], *configs: Any) -> None:
+    """transformers hands no tokenizer on to a custom loop, so the criterion for `stop_strings` is made here.
+
+    kwargs are generate's; strings that are not among them come from the generation configs, first first.
+    """
+    tokenizer = kwargs.pop("tokenizer", None)
+    found = (kwargs.get("stop_strings"), *(getattr(config, "stop_strings", None) for config in configs))
+    strings = next((strings for strings in found if strings), None)
     if strings is None:
         return
     if tokenizer is None:
         raise ValueError(f"stop_strings={strings!r}: pass the tokenizer too")
+    kwargs["stop_strings"] = None  # done; nobody is to look for them again
     criteria = kwargs.get("stopping_criteria") or []
     kwargs["stopping_criteria"] = StoppingCriteriaList([*criteria, StopStringCriteria(tokenizer, strings)])
 

@@ -13,6 +13,7 @@ PRIOR = (3.0, 1.0)  # accepted, rejected: counts that every exit starts from, an
 DECAY = 0.97
 SWITCH = 1.03  # another exit must promise this much more before it takes over
 MEAN = 0.1  # weight of the newest measurement
+TRIALS, EVERY = 2, 16  # cycles at the start, and one in so many later, that draft whatever is expected of it
 
 
 class Drafting:
@@ -27,7 +28,8 @@ class Drafting:
         # In units of one layer until the first measurement: a check costs about two layers.
         self.layer, self.check, self.tail, self.slope = 1.0, 2.0, 2.0, 0.05
         self.measured = False
-        self.rate = 0.0  # tokens per second of the call so far
+        self.cycles = 0
+        self.rate = 0.0  # tokens per second and row of the call so far
         self.current = max(layers, key=self.promise)
 
     def acceptance(self, k: int) -> float:
@@ -62,15 +64,18 @@ class Drafting:
     def goes_on(self, drafted: int, chances: Sequence[float]) -> bool:
         """Whether one more draft pays. chances: for each row, that all its drafts so far are accepted.
 
-        It does as long as the expected extra tokens per extra second exceed the present rate.
+        It does as long as the expected extra tokens per extra second exceed the present rate; now and then one is made
+        in any case, because what is never tried is never measured.
         """
         if drafted >= self.max_draft:
             return False
         if self.length is not None:
             return drafted < self.length
+        if drafted == 0 and (self.cycles < TRIALS or self.cycles % EVERY == 0):
+            return True
         k = self.current
         extra = k * self.layer + self.check + self.slope * (self.num_layers - k) * self.layer
-        rate = self.rate if self.measured else self.promise(k) * len(chances)
+        rate = len(chances) * (self.rate if self.measured else self.promise(k))
         return sum(chances) * self.acceptance(k) > rate * extra
 
     def fared(self, k: int, confidences: Sequence[float], accepted: int) -> None:
@@ -83,9 +88,11 @@ class Drafting:
             cell[0] += good
             cell[1] += 1
 
-    def cycle_done(self, tokens: int, seconds: float) -> None:
+    def cycle_done(self, tokens: int, rows: int, seconds: float) -> None:
         """All rows together; old experience fades."""
-        self.rate = tokens / seconds if not self.measured else (1 - MEAN) * self.rate + MEAN * tokens / seconds
+        self.cycles += 1
+        rate = tokens / seconds / rows
+        self.rate = rate if not self.rate else (1 - MEAN) * self.rate + MEAN * rate
         for k in self.layers:
             self.counts[k] = [DECAY * count for count in self.counts[k]]
             for cell in self.bins[k]:

@@ -5,6 +5,7 @@ transformers only. Tensors: B sequences, S positions, D hidden size, V vocabular
 """
 
 import copy
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -63,14 +64,16 @@ class Tap(NamedTuple):
 class ExitTaps:
     """Hooks on the backbone's layers that keep the `Tap` of each exit during a forward pass."""
 
-    def __init__(self, spec: ExitSpec, layers: dict[int, nn.Module]):
-        """`layers`: exit layer k -> the k-th decoder layer of the backbone."""
+    def __init__(self, spec: ExitSpec, layers: dict[int, nn.Module], thread: int | None = None):
+        """`layers`: exit layer k -> the k-th decoder layer of the backbone; `thread`: keep what this one runs only."""
         self.taps: dict[int, Tap] = {}
+        self.thread = thread
         self.handles = [self._hook(spec, k, layer) for k, layer in layers.items()]
 
     def _hook(self, spec: ExitSpec, k: int, layer: nn.Module) -> Any:
         def keep(tap: Tap) -> None:
-            self.taps[k] = tap
+            if self.thread in (None, threading.get_ident()):
+                self.taps[k] = tap
 
         if spec.kind != "mlp":
             return layer.register_forward_hook(lambda m, args, out: keep(Tap(out)))

@@ -1,11 +1,12 @@
-"""Runs parts of a model's depth on chosen rows and positions. Copied into exported folders.
+"""Runs parts of a model's depth at chosen positions. Copied into exported folders.
 
-A `Block` is R rows times q consecutive positions per row; position and cache column are the same number. The
+A `Block` is q consecutive positions of each of B rows; position and cache column are the same number. The
 modules are transformers' own, called as its `forward` calls them. S columns, D hidden size, V vocabulary.
 """
 
 from collections import Counter
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -23,15 +24,13 @@ class Block:
     """Where a pass works.
 
     Attributes:
-        rows: [R] rows of the batch, None: all.
         starts: first position of each row.
         length: q.
         start: the first position where all rows have the same one, else None.
-        columns: [R, q] positions ([1, q] where all rows have the same).
+        columns: [B, q] positions ([1, q] where all rows have the same).
         end: columns that are looked at.
     """
 
-    rows: torch.Tensor | None
     starts: list[int]
     length: int
     start: int | None
@@ -58,14 +57,14 @@ class LayerRunner:
         # Families that mix attention types list them; the others have one for all layers.
         everywhere = "full_attention" if self.window is None else "sliding_attention"
         self.types = getattr(model.config, "layer_types", None) or [everywhere] * self.num_layers
-        self.cache = PositionCache(self.num_layers + len(self.spec.layers), batch_size, capacity)
-        self.has_exit_layer = self.spec.kind == "layer"
+        self.cache = PositionCache(self.num_layers + len(self.spec.layers), batch_size, capacity, self.device)
         # Hidden states after k layers, [B, C, D]: what deeper layers, or an exit's own layer, still have to read.
         self.states = dict.fromkeys(exit_layers)
         self.exit_lengths = {k: [0] * batch_size for k in exit_layers}
         self.taps = None
         if self.spec.kind == "mlp" and exit_layers:
-            self.taps = ExitTaps(self.spec, {k: self.layers[k - 1] for k in exit_layers})
+            # Other threads may decode with the same model.
+            self.taps = ExitTaps(self.spec, {k: self.layers[k - 1] for k in exit_layers}, get_ident())
         self.calls: Counter[tuple[int, int]] = Counter()
         self.positions: Counter[tuple[int, int]] = Counter()
         self.checks: Counter[int] = Counter()
@@ -84,7 +83,7 @@ class LayerRunner:
 
     # -- passes ----------------------------------------------------------------------------------------------------
 
-    def block(self, starts: list[int], length: int, rows: torch.Tensor | None = None) -> Block:
+    def block(self, starts: list[int], length: int) -> Block:
         """The block of `length` positions from `starts` on."""
         first = starts[0]
         uniform = all(start == first for start in starts)
@@ -97,14 +96,14 @@ class LayerRunner:
         else:
             columns = torch.tensor(starts, device=self.device)[:, None] + self.numbers[:length]
             rotary = self.cos[0][columns], self.sin[0][columns]
-        return Block(rows, starts, length, first if uniform else None, columns, end, rotary)
+        return Block(starts, length, first if uniform else None, columns, end, rotary)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[R, q] -> [R, q, D]."""
+        """[B, q] -> [B, q, D]."""
         return self.base.embed_tokens(tokens)
 
     def run(self, hidden: torch.Tensor, block: Block, first: int, last: int) -> torch.Tensor:
-        """Layers first+1..last on hidden states [R, q, D] of a block; states at exits on the way are remembered."""
+        """Layers first+1..last on hidden states [B, q, D] of a block; states at exits on the way are remembered."""
         done = first
         for k in self.exit_layers:
             if done < k <= last:
@@ -114,7 +113,7 @@ class LayerRunner:
         return self._run(hidden, block, done, last) if done < last else hidden
 
     def _run(self, hidden: torch.Tensor, block: Block, first: int, last: int) -> torch.Tensor:
-        self.cache.focus(block.rows, block.start, block.columns, block.end)
+        self.cache.focus(block.start, block.columns, block.end)
         for index in range(first, last):
             hidden = self._layer(self.layers[index], self.types[index], hidden, block)
         self.calls[first, last] += 1
@@ -134,19 +133,16 @@ class LayerRunner:
     def _remember(self, k: int, hidden: torch.Tensor, block: Block) -> None:
         state = self._state(k, block.end)
         if block.start is None:
-            state[self._rows(block), block.columns] = hidden
-        elif block.rows is None:
-            state[:, block.start : block.start + block.length] = hidden
+            state[self.cache.numbers[:, None], block.columns] = hidden
         else:
-            state[block.rows, block.start : block.start + block.length] = hidden
+            state[:, block.start : block.start + block.length] = hidden
 
     def recall(self, k: int, block: Block) -> torch.Tensor:
-        """The remembered hidden states after k layers at a block, [R, q, D]."""
+        """The remembered hidden states after k layers at a block, [B, q, D]."""
         state = self._state(k, block.end)
         if block.start is None:
-            return state[self._rows(block), block.columns]
-        part = state if block.rows is None else state[block.rows]
-        return part[:, block.start : block.start + block.length]
+            return state[self.cache.numbers[:, None], block.columns]
+        return state[:, block.start : block.start + block.length]
 
     def _state(self, k: int, end: int) -> torch.Tensor:
         """The store of states after k layers, with room for positions before `end`."""
@@ -159,9 +155,6 @@ class LayerRunner:
             new[:, : old.shape[1]] = old
         self.states[k] = new
         return new
-
-    def _rows(self, block: Block) -> torch.Tensor:
-        return (self.numbers[: len(block.starts)] if block.rows is None else block.rows)[:, None]
 
     # -- heads -----------------------------------------------------------------------------------------------------
 
@@ -179,10 +172,10 @@ class LayerRunner:
         at: torch.Tensor | slice | None,
         shortlist: "ShortHead | None" = None,
     ) -> torch.Tensor:
-        """Logits of exit k right after `run` brought `hidden` [R, q, D] to layer k.
+        """Logits of exit k right after `run` brought `hidden` [B, q, D] to layer k.
 
-        at: [R] index among the q of the position that is wanted, None: the last one -> [R, V]; or a slice of the q,
-            -> [R, q', V].
+        at: [B] index among the q of the position that is wanted, None: the last one -> [B, V]; or a slice of the q,
+            -> [B, q', V].
         """
         self.checks[k] += 1
         head, norm_name = self.model.exit_heads[str(k)], self.spec.mlp_output_norm
@@ -200,34 +193,32 @@ class LayerRunner:
 
     def _exit_layer(self, k: int, layer: nn.Module, hidden: torch.Tensor, block: Block) -> torch.Tensor:
         """The exit's own decoder layer on the block, and on positions before it that it has not seen yet: its states at
-        the block [R, q, D].
+        the block [B, q, D].
         """
         wanted = block.length
         lengths = self.exit_lengths[k]
-        slots = range(len(lengths)) if block.rows is None else block.rows.tolist()
-        starts = [min(lengths[slot], start) for slot, start in zip(slots, block.starts, strict=True)]
+        starts = [min(length, start) for length, start in zip(lengths, block.starts, strict=True)]
         lacks = {start - own for own, start in zip(starts, block.starts, strict=True)}
         if lacks != {0}:
             behind = max(lacks)
             # Where all rows lack as many positions, one pass takes them along; else they have a pass of their own, in
             # which rows that lack fewer write past them: into columns that the block itself fills next.
-            missing = self.block(starts, behind + block.length if len(lacks) == 1 else behind, block.rows)
+            missing = self.block(starts, behind + block.length if len(lacks) == 1 else behind)
             if len(lacks) == 1:
                 hidden, block = self.recall(k, missing), missing
             else:
                 self._exit_layer_pass(layer, self.recall(k, missing), missing)
-        for slot, start in zip(slots, block.starts, strict=True):
-            lengths[slot] = start + block.length
+        lengths[:] = [start + block.length for start in block.starts]
         return self._exit_layer_pass(layer, hidden, block)[:, -wanted:]
 
     def _exit_layer_pass(self, layer: nn.Module, hidden: torch.Tensor, block: Block) -> torch.Tensor:
-        self.cache.focus(block.rows, block.start, block.columns, block.end)
+        self.cache.focus(block.start, block.columns, block.end)
         return self._layer(layer, self.types[-1], hidden, block)  # it is a copy of the last layer
 
     # -- masks and rotary embeddings -------------------------------------------------------------------------------
 
     def _mask(self, block: Block, kind: str) -> torch.Tensor | None:
-        """[R or 1, 1, q, S]: column c is seen from position p if c <= p (and c > p - window); None: sees all."""
+        """[B or 1, 1, q, S]: column c is seen from position p if c <= p (and c > p - window); None: sees all."""
         window = self.window if kind == "sliding_attention" else None
         if window is not None and block.end <= window:
             window = None
@@ -260,11 +251,9 @@ class LayerRunner:
     # -- counters --------------------------------------------------------------------------------------------------
 
     def clip(self, lengths: list[int]) -> None:
-        """Take back what the exits' own layers saw at and behind these positions (one per slot): rejected drafts, and
-        the padding of ragged blocks.
+        """Take back what the exits' own layers saw at and behind these positions (one per row): rejected drafts, and
+        padding behind prompts.
         """
-        if not self.has_exit_layer:
-            return
         for own in self.exit_lengths.values():
             own[:] = [min(old, end) for old, end in zip(own, lengths, strict=True)]
 
@@ -322,7 +311,7 @@ def check_model(model: Any) -> None:
 
 
 def pick(states: torch.Tensor, at: torch.Tensor | slice | None) -> torch.Tensor:
-    """[R, q, D] -> [R, D]: index `at` [R] of each row, None: the last; a slice -> [R, q', D]."""
+    """[B, q, D] -> [B, D]: index `at` [B] of each row, None: the last; a slice -> [B, q', D]."""
     if isinstance(at, slice):
         return states[:, at]
     return states[:, -1] if at is None else states[torch.arange(len(states), device=states.device), at]

@@ -34,8 +34,9 @@ class DecodeLoop:
         self.tokens = sequences.ids.new_zeros(len(pads))  # slot -> the newest token, not run yet
         self.passes = 0
 
+    @torch.inference_mode()
     def run(self, chunk: int | None) -> None:
-        """Decode until every row is done."""
+        """Decode until every row is done. Inference mode: small passes spend much of their time in bookkeeping."""
         self.prefill(chunk)
         while self.rows:
             self.step()
@@ -63,7 +64,6 @@ class DecodeLoop:
         tokens = self.choose(logits, self.rows)
         sequences.append_to_all(self.rows, tokens.tolist(), [runner.num_layers] * len(ids), [nan] * len(ids))
         self.tokens = tokens
-        self.started()
         self.drop_finished()
 
     def choose(self, logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
@@ -99,9 +99,6 @@ class DecodeLoop:
 
     def saw_prompt(self, hidden: torch.Tensor, block: Any) -> None:
         """After each chunk of the prompt."""
-
-    def started(self) -> None:
-        """After the first token."""
 
     def step(self) -> None:
         """New tokens for every slot."""

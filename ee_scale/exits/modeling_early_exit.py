@@ -137,7 +137,7 @@ class EarlyExitMixin:
             return super().generate(inputs, **kwargs)
         if kwargs.get("custom_generate") is not None or kwargs.get("assistant_model") is not None:
             raise ValueError("exit_policy: leave custom_generate and assistant_model out")
-        take_stop_strings(kwargs)
+        take_stop_strings(kwargs, kwargs.get("generation_config"), self.generation_config)
         decoding = ExitDecoding(options, kwargs.get("streamer"))
         return super().generate(inputs, custom_generate=decoding, **kwargs)
 

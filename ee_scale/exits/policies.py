@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 POLICIES = ("off", "threshold", "entropy", "margin", "patience", "fixed", "lossless")
+MAX_DRAFT = 12  # drafts per pass, where their number is not fixed
 # A limit that no score reaches: the exit is never taken (and never computed).
 NEVER = {"threshold": inf, "entropy": -inf, "margin": inf}
 CALIBRATION_KEY = "early_exit_calibration"  # in generation_config.json
@@ -40,7 +41,7 @@ class ExitPolicy:
     layer: int | None = None
     max_pending: int = 8
     draft_length: int | None = None
-    max_draft: int = 12
+    max_draft: int = MAX_DRAFT
     shortlist: tuple[int, ...] | None = None
 
 
@@ -78,6 +79,8 @@ def resolve_policy(
         raise ValueError(f"exit_layer={layer}: the model has exits at {_list(layers)}")
     if name == "fixed" and layer is None:
         raise ValueError(f"exit_policy=fixed: say which exit with exit_layer, one of {_list(layers)}")
+    if layer is not None and min_layer is not None and layer < min_layer:
+        raise ValueError(f"exit_layer={layer} is above exit_min_layer={min_layer}: leave one of them out")
     counts = {
         "exit_patience": (2 if patience is None else patience, 1),
         "exit_max_pending": (8 if max_pending is None else max_pending, 0),
@@ -100,6 +103,10 @@ def resolve_policy(
         raise ValueError(f"exit_threshold={threshold}: exit_policy={name} has no threshold")
     if layer is not None:
         chosen = (layer,)
+    if name == "lossless" and not chosen:
+        raise ValueError(
+            f"exit_min_layer={min_layer}: no exit is left to draft from; the model's are at {_list(layers)}"
+        )
     return ExitPolicy(
         name,
         () if name == "off" else chosen,
@@ -108,6 +115,7 @@ def resolve_policy(
         layer=layer,
         max_pending=counts["exit_max_pending"][0],
         draft_length=draft_length,
+        max_draft=max(MAX_DRAFT, draft_length or 0),
         shortlist=_shortlist(shortlist, name, calibration, vocab_size),
     )
 
@@ -190,8 +198,8 @@ def _limits(
     if isinstance(threshold, torch.Tensor):
         threshold = threshold.tolist()
     if isinstance(threshold, Mapping):
-        by_layer = {int(k): value for k, value in threshold.items()}
-        if wrong := sorted(set(by_layer) - set(layers)):
+        by_layer = {int(k) if str(k).isdecimal() else k: value for k, value in threshold.items()}
+        if wrong := sorted(set(by_layer) - set(layers), key=str):
             raise ValueError(f"exit_threshold: no exit at layer {wrong[0]}; the model has exits at {_list(layers)}")
         rows = [[by_layer.get(k, NEVER[name]) for k in layers]]
     elif isinstance(threshold, (list, tuple)):

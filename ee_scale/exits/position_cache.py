@@ -3,7 +3,7 @@
 Row b of every layer holds the key of position p in column p, so rows of a batch may have different lengths, tokens
 may be taken back without cropping (columns at and after a row's length are never read, and overwritten later), and
 layers may lag behind one another. The masks that make this safe are those of `layer_runner`.
-B rows, H key/value heads, C columns, D head size, R rows and q columns of one pass.
+B rows, H key/value heads, C columns, D head size, q columns of one pass.
 """
 
 from typing import Any
@@ -30,7 +30,7 @@ class PositionLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write [R, H, q, D] at the place of this pass; return all columns that it may look at."""
+        """Write [B, H, q, D] at the place of this pass; return all columns that it may look at."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         elif self.keys.shape[2] < self.cache.capacity:
@@ -38,21 +38,18 @@ class PositionLayer(CacheLayerMixin):
         return self._write(self.keys, key_states), self._write(self.values, value_states)
 
     def _write(self, store: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        rows, start, columns, end = self.cache.place
+        start, columns, end = self.cache.place
         if start is None:
-            where = torch.arange(len(new), device=new.device) if rows is None else rows
-            store[where[:, None], :, columns] = new.transpose(1, 2)
-        elif rows is None:
-            store[:, :, start : start + new.shape[2]] = new
+            store[self.cache.numbers[:, None], :, columns] = new.transpose(1, 2)
         else:
-            store[rows, :, start : start + new.shape[2]] = new
-        return store[:, :, :end] if rows is None else store[rows, :, :end]
+            store[:, :, start : start + new.shape[2]] = new
+        return store[:, :, :end]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cache.place[3], 0
+        return self.cache.place[2], 0
 
     def get_seq_length(self) -> int:
-        return self.cache.place[3]
+        return self.cache.place[2]
 
     def get_max_length(self) -> int:
         return -1
@@ -61,20 +58,21 @@ class PositionLayer(CacheLayerMixin):
 class PositionCache(Cache):
     """The layers' keys and values; `focus` says where the next pass writes and how far it looks."""
 
-    def __init__(self, num_layers: int, batch_size: int, capacity: int):
+    def __init__(self, num_layers: int, batch_size: int, capacity: int, device: Any):
         super().__init__(layers=[PositionLayer(self) for _ in range(num_layers)])
         self.num_rows, self.capacity = batch_size, capacity
-        self.place: tuple[torch.Tensor | None, int | None, torch.Tensor | None, int] = (None, 0, None, 0)
+        self.numbers = torch.arange(batch_size, device=device)
+        self.place: tuple[int | None, torch.Tensor | None, int] = (0, None, 0)
 
-    def focus(self, rows: torch.Tensor | None, start: int | None, columns: torch.Tensor | None, end: int) -> None:
-        """rows [R] (None: all); columns [R, q], or one `start` for all rows; `end`: columns to look at."""
+    def focus(self, start: int | None, columns: torch.Tensor | None, end: int) -> None:
+        """columns [B, q], or one `start` for all rows; `end`: columns to look at."""
         if end > self.capacity:
             self.capacity = end + GROWTH
-        self.place = (rows, start, columns, end)
+        self.place = (start, columns, end)
 
     def keep_rows(self, rows: torch.Tensor) -> None:
         """Forget all rows but these."""
-        self.num_rows = len(rows)
+        self.num_rows, self.numbers = len(rows), self.numbers[: len(rows)]
         for layer in self.layers:
             if layer.is_initialized:
                 layer.keys, layer.values = layer.keys[rows], layer.values[rows]

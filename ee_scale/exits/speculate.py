@@ -70,7 +70,7 @@ class Speculation(DecodeLoop):
         new = self._commit(k, kept, drafts, confidences)
         clock.lap("tail")
         drafting.took(k, len(drafts), clock["early"], clock["check"], clock["late"], clock["tail"])
-        drafting.cycle_done(new, clock.total())
+        drafting.cycle_done(new, len(starts), clock.total())
 
     def _draft(
         self, k: int, hidden: torch.Tensor, block: Block, drafts: list[torch.Tensor]

@@ -22,8 +22,6 @@ class Trail:
         if self.requests is None:
             name = f"{random.SystemRandom().getrandbits(48):012x}"
             self.requests = [f"{name}-{row}" for row in range(batch_size)]
-        if len(self.requests) != batch_size:
-            raise ValueError(f"exit_requests: {len(self.requests)} names for {batch_size} rows in the batch")
         self.header = {
             "num_layers": model.config.num_hidden_layers,
             "layers": list(policy.layers),

@@ -187,7 +187,7 @@ def script_drafts(monkeypatch: Any, pattern: str, answers: torch.Tensor, share: 
 
 
 def watch_drafts(monkeypatch: Any) -> list[tuple[int, list[int], int, float | None]]:
-    """A growing list of (exit, text of the row and its drafts so far, the next draft, its confidence where anybody asked)."""
+    """A growing list of (exit, text of the row and its drafts so far, the next draft, its confidence or None)."""
     draft, seen = Speculation._draft, []
 
     def watched(self: Speculation, k: int, hidden: Any, block: Any, drafts: list[torch.Tensor]) -> tuple:
@@ -221,8 +221,8 @@ def valid_columns(loop: Any, slot: int) -> list[int]:
     if isinstance(loop, Speculation):
         return [loop.next[slot]] * loop.runner.num_layers
     return [
-        known[slot]
-        for known, first, last in zip(loop.known, loop.bounds, loop.bounds[1:], strict=False)
+        loop.next[slot] - waiting
+        for waiting, first, last in zip(loop.waiting, loop.bounds, loop.bounds[1:], strict=False)
         for _ in range(first, last)
     ]
 

@@ -155,20 +155,37 @@ def test_caches_catch_up(folder, monkeypatch, family, cap):
 
     def look(loop: Any) -> None:
         errors.append(cache_error(loop, pair.base))
-        for slot in range(len(loop.rows)):
-            known = [counts[slot] for counts in loop.known]
-            assert known == sorted(known, reverse=True)
-            assert known[0] == loop.next[slot]
-            assert loop.next[slot] - known[-1] <= cap
-            if known[-1] == loop.next[slot]:
-                assert len(set(known)) == 1
-                flushed[slot] += 1
+        assert loop.waiting == sorted(loop.waiting)
+        assert loop.waiting[0] == 0
+        assert loop.waiting[-1] <= cap
+        flushed[loop.waiting[-1] == 0] += 1
 
     after_each_step(monkeypatch, look)
-    limits = limits_for(pair, "threshold", (0.3, 0.4, 0.5))
-    pair.generate(prompts(5), "threshold", max_new_tokens=NEW, exit_threshold=limits, exit_max_pending=cap)
+    limits = limits_for(pair, "threshold", (0.6, 0.8, 0.8))
+    options = {"exit_threshold": limits, "exit_max_pending": cap}
+    pair.generate(prompts(5), "threshold", max_new_tokens=NEW, **options)
+    pair.generate(prompts(2), "threshold", max_new_tokens=2 * NEW, **options)
     assert max(errors) < 1e-9
-    assert len(flushed) == 5
+    assert flushed[True]
+    assert flushed[False] or cap == 0
+
+
+def test_what_waits_moves_up_when_a_row_leaves(folder, monkeypatch):
+    """Hidden states that wait at an exit belong to their row, wherever it stands in the batch."""
+    pair, inputs = make_pair(folder, "llama", "norm", "tied", EXITS, dtype=torch.float64), prompts(5)
+    options = {"exit_layer": 2, "exit_max_pending": 4, "max_new_tokens": NEW}
+    free = pair.generate(inputs, "fixed", **options, eos_token_id=None)
+    errors, flushed = [], Counter()
+
+    def look(loop: Any) -> None:
+        errors.append(cache_error(loop, pair.base))
+        if len(loop.rows) < 5:
+            flushed.update(row for row in loop.rows if loop.waiting[-1] == 0)
+
+    after_each_step(monkeypatch, look)
+    pair.generate(inputs, "fixed", **options, eos_token_id=int(free.sequences[0, 9 + 3]))
+    assert max(errors) < 1e-9
+    assert len(flushed) >= 3
 
 
 @pytest.mark.parametrize(("kind", "head"), BODIES)
@@ -236,29 +253,37 @@ def limits(llama):
 
 
 def test_exits_after_the_chosen_one_are_not_computed(llama, limits, watched):
-    inputs = one_row(prompts(1), 0)
-    got = llama.generate(inputs, "threshold", exit_threshold=limits, max_new_tokens=40, use_cache=False)
+    layers, positions = [], 0
+    for row in range(4):
+        inputs = one_row(prompts(4), row)
+        options = {"exit_threshold": limits, "exit_max_pending": 20, "max_new_tokens": 15, "use_cache": False}
+        got = llama.generate(inputs, "threshold", **options)
+        new = got.exit_layers[0, 1:].tolist()
+        layers, positions = layers + new, positions + inputs["input_ids"].shape[1] + len(new)
     runs, heads = [[shape[1] for shape in kept] for kept in watched[0]], watched[1]
-    layers = got.exit_layers[0, 1:].tolist()
     assert set(layers) == {*EXITS, LAYERS}
     for k in EXITS:
         assert heads[k] == [1] * sum(layer >= k for layer in layers)
-        assert len(runs[k - 1]) == 1 + sum(layer >= k for layer in layers)
-    # Every position once: the prompt, and each token as far as it, or a later one, went.
-    assert all(sum(kept) <= 9 + len(layers) for kept in runs)
-    assert len(runs[4]) == 1 + layers.count(LAYERS)
+        assert len(runs[k - 1]) == 4 + sum(layer >= k for layer in layers)
+    assert len(runs[4]) == 4 + layers.count(LAYERS)
+    # Every position once: the prompts, and each token as far as it, or a later one, went.
+    assert sum(runs[0]) == positions
+    assert all(sum(kept) <= positions for kept in runs)
 
 
-def test_batch_mates_do_not_run_what_one_row_skips(llama, watched):
-    """One row leaves always, the other never: deep layers see one row (and all that waits of it when it must)."""
-    inputs = prompts(2)
+def test_batch_mates_come_along(llama, watched):
+    """Where one row goes deeper, so do the others, each position once; what no row needs does not run."""
+    inputs, shapes = prompts(2), watched[0]
     rows = [[0.0, 2.0, 2.0], [2.0, 2.0, 2.0]]
-    llama.generate(inputs, "threshold", exit_threshold=rows, exit_max_pending=20, max_new_tokens=10, use_cache=False)
-    runs, heads = [[shape[0] for shape in kept] for kept in watched[0]], watched[1]
-    assert runs[0] == [2] * 10
-    assert runs[4] == [2] + [1] * 9
-    assert heads[1] == [2] * 9
-    assert heads[2] == heads[4] == []
+    options = {"exit_max_pending": 20, "max_new_tokens": 10, "use_cache": False}
+    got = llama.generate(inputs, "threshold", exit_threshold=rows, **options)
+    assert got.exit_layers[:, 1:].tolist() == [[1] * 9, [LAYERS] * 9]
+    assert all(kept[1:] == [(2, 1)] * 9 for kept in shapes)
+    assert watched[1] == {1: [2] * 9, 2: [], 4: []}
+    for kept in shapes:
+        kept.clear()
+    llama.generate(inputs, "threshold", exit_threshold=[rows[0]] * 2, **options)
+    assert [len(kept) for kept in shapes] == [10, 1, 1, 1, 1]
 
 
 def test_first_token_is_the_full_models(llama):

@@ -279,6 +279,20 @@ def test_streamers(llama, policy, options):
     assert len(middle) > 4  # it does stream
 
 
+def test_streamers_get_nothing_behind_the_end(llama, monkeypatch):
+    """Four drafts are accepted at once, and the text ends among them."""
+    inputs, streamer = one_row(prompts(1), 0), Recorder()
+    eos = int(llama.reference(inputs, max_new_tokens=NEW)[0, 9 + 3])
+    want = llama.reference(inputs, max_new_tokens=NEW, eos_token_id=eos)
+    script_drafts(monkeypatch, "all", want)
+    options = {"exit_layer": 3, "exit_draft_length": 4, "eos_token_id": eos, "streamer": streamer}
+    got = llama.generate(inputs, "lossless", max_new_tokens=NEW, **options)
+    assert torch.equal(got.sequences, want)
+    new = want[0, 9:].tolist()
+    assert [token for event, value in streamer.events[1:] if event == "put" for token in value] == new
+    assert [token for event, value in streamer.events if event == "exits" for token, _ in value] == new
+
+
 def test_text_streamer_prints_the_text(folder, capsys):
     tokenizer = train_tokenizer(["some words to learn"], 300)
     pair = make_pair(folder, "llama", vocab_size=len(tokenizer), eos_token_id=0, pad_token_id=0)
@@ -354,7 +368,7 @@ def test_two_texts_in_turns(folder, kind):
 
 @pytest.mark.parametrize("kind", ["norm", "mlp", "layer"])
 def test_a_text_in_the_middle_of_another(folder, kind):
-    """Threads may switch anywhere: here a whole generation runs between an exit's layer and its head."""
+    """Threads may switch anywhere: here one runs a whole generation between the other's layer and exit head."""
     pair = make_pair(folder, "llama", kind, calm=0.15, eos_token_id=None)
     outer, inner = one_row(prompts(3), 0), prompts(3)
     options = {"exit_layer": 3, "max_new_tokens": 8}
@@ -364,7 +378,9 @@ def test_a_text_in_the_middle_of_another(folder, kind):
     def interrupt(*args: Any) -> None:
         calls.append(1)
         if len(calls) == 5:
-            results.append(pair.generate(inner, "fixed", **options))
+            thread = threading.Thread(target=lambda: results.append(pair.generate(inner, "fixed", **options)))
+            thread.start()
+            thread.join()
 
     handle = pair.model.model.layers[2].register_forward_hook(interrupt)
     try:

@@ -1,5 +1,6 @@
 """Lossless greedy decoding says token for token what transformers says, whatever the exits draft."""
 
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from helpers.decoding import (
     watch_drafts,
 )
 
+from ee_scale.exits.drafting import Drafting
 from ee_scale.exits.layer_runner import LayerRunner
 from ee_scale.exits.speculate import Speculation
 
@@ -225,6 +227,11 @@ def test_drafts_are_what_the_exit_says(folder, monkeypatch, kind, head):
     for layer in (2, 4):
         pair.generate(inputs, "lossless", max_new_tokens=8, exit_layer=layer, exit_draft_length=3)
     pair.generate(inputs, "lossless", max_new_tokens=8)  # any of the exits, any number
+    # An exit that comes back after a while finds rejected drafts of its own in its layer's cache.
+    turns = cycle([2, 4, 4, 4])
+    with monkeypatch.context() as patch:
+        patch.setattr(Drafting, "start", lambda self: next(turns))
+        pair.generate(inputs, "lossless", max_new_tokens=14, exit_draft_length=4)
     assert len(seen) > 50
     with torch.no_grad():
         for k, text, token, confidence in seen:
@@ -248,17 +255,16 @@ def test_drafts_from_a_shortlist(folder, monkeypatch, kind, head):
     pair, inputs = make_pair(folder, "llama", kind, head, dtype=torch.float64, calm=0.15), prompts(5)
     want = pair.reference(inputs, max_new_tokens=NEW)
     common = sorted(set(want[:, 9:].flatten().tolist()) - {EOS, PAD}, reverse=True)[:40]
-    whole = pair.generate(inputs, "lossless", max_new_tokens=NEW, exit_layer=3, exit_draft_length=1)
-    log = script_drafts(monkeypatch, "natural", want)
+    seen = watch_drafts(monkeypatch)
     got = pair.generate(
-        inputs, "lossless", max_new_tokens=NEW, exit_layer=3, exit_draft_length=1, exit_shortlist=common
+        inputs, "lossless", max_new_tokens=NEW, exit_layer=3, exit_draft_length=2, exit_shortlist=common
     )
     assert torch.equal(got.sequences, want)
-    assert {token for *_, token in log} <= set(common)
-    assert whole.exit_stats["accepted"] > 0
-    # A draft that the whole vocabulary gets right is the best of a shortlist that has it, too.
-    right = ((whole.exit_layers == 3) & torch.isin(want[:, 9:], torch.tensor(common))).sum()
-    assert got.exit_stats["accepted"] >= int(right) / 2 > 0
+    assert got.exit_stats["accepted"] > 0
+    with torch.no_grad():
+        for k, text, token, _ in seen:
+            logits = pair.model(torch.tensor([text]), use_cache=False).exit_logits[k][0, -1]
+            assert token == common[int(logits[common].argmax())]
 
 
 def test_an_exit_behind_the_last_layer(folder):

@@ -99,7 +99,7 @@ def test_the_count_would_notice(pair):
     law = joint_law(pair.base, 3, 1.0, 1.0) * 5000
     assert abs(surprise(counted(sample(pair.base, 1, 5000).sequences, 0), law)) < 4
     early = sample(pair.model, 1, 5000, exit_policy="fixed", exit_layer=3)
-    assert surprise(counted(early.sequences, 0), law) > 20
+    assert surprise(counted(early.sequences, 0), law) > 10
 
 
 def test_a_seed_gives_the_same_text(pair):

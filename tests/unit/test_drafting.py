@@ -17,8 +17,8 @@ def _fares(drafting: Drafting, k: int, good: int, bad: int) -> None:
 
 
 def _drafts(drafting: Drafting, chance: float = 1.0) -> int:
-    """Drafts of a cycle whose every draft is accepted with this probability."""
-    count = 0
+    """Drafts of a cycle (not one that tries in any case) whose every draft is accepted with this probability."""
+    drafting.cycles, count = 3, 0
     while drafting.goes_on(count, [chance**count]):
         count += 1
     return count
@@ -53,7 +53,7 @@ def test_experience_moves_the_choice_of_exit():
     drafting.check = 0.1
     assert drafting.start() == 6
     for _ in range(200):
-        drafting.cycle_done(1, 1.0)  # the old counts fade
+        drafting.cycle_done(1, 1, 1.0)  # the old counts fade
     _fares(drafting, 2, 200, 0)
     assert drafting.start() == 2
 
@@ -87,13 +87,24 @@ def test_hopeless_drafts_are_not_made_and_sure_ones_are():
     assert 0 < _drafts(drafting, 0.7) < 12
 
 
+def test_what_is_never_tried_is_never_measured():
+    drafting, drafted = _drafting(layers=(2,)), []
+    _fares(drafting, 2, 0, 400)
+    for _ in range(40):
+        drafted.append(drafting.goes_on(0, [1.0]))
+        assert not drafting.goes_on(1, [0.01])
+        drafting.fared(2, [0.5], 0)
+        drafting.cycle_done(1, 1, 1.0)
+    assert [i for i, tried in enumerate(drafted) if tried] == [0, 1, 16, 32]
+
+
 def test_dear_checks_shorten_drafts():
     cheap, dear = _drafting(layers=(2,)), _drafting(layers=(2,))
     for drafting, seconds in ((cheap, 0.0001), (dear, 0.05)):
         _fares(drafting, 2, 40, 10)
         for _ in range(50):
             drafting.took(2, 4, early=0.010, checks=4 * seconds, late=0.006, tail=0.001)
-            drafting.cycle_done(3, 0.02)
+            drafting.cycle_done(3, 1, 0.02)
         assert drafting.layer == pytest.approx(0.001, rel=0.05)
         assert drafting.check == pytest.approx(seconds, rel=0.1)
     assert _drafts(cheap, 0.8) > _drafts(dear, 0.8)
