@@ -6,7 +6,9 @@ Every way to decode continues the same prompts (first tokens of different docume
 temperature; ratios are to transformers' `generate` of the base model at the same batch size. Greedy text of a small
 model loops, which flatters every drafting method: both are shown. Peer: transformers' `assistant_early_exit` (batch 1
 only). Agreement: share of all new tokens that are the full model's choice given the text before them, counted in a
-separate pass that is not timed. `fill` is what the cost model says for the acceptance and part times of this run.
+separate pass that is not timed; limits are chosen on the model's own text after other prompts. The last column is what
+the cost model says for the acceptance or share and the part times of this run, relative to a step of all layers and the
+head; at a batch it leaves out that a group waits for its slowest row, and in threshold mode it is for batch 1.
 """
 
 import argparse
@@ -47,6 +49,7 @@ class Contender:
     early: int = 0
     agreed: int = 0
     audited_tokens: int = 0
+    batch: int = 1
 
     @property
     def rate(self) -> float:
@@ -62,16 +65,18 @@ class Contender:
         return 1 - (self.early - self.agreed) / self.audited_tokens if self.audited_tokens else None
 
 
-def read_prompts(tokenizer: Any, path: Path, length: int, count: int, skip: int = 0) -> torch.Tensor:
-    """The first `length` tokens of `count` documents [count, length]."""
+def read_prompts(tokenizer: Any, path: Path, length: int, count: int, least: int) -> torch.Tensor:
+    """The first `length` tokens of up to `count` documents, `least` at least: [documents, length]."""
     rows = []
     for text in path.read_text(encoding="utf-8").split(SEPARATOR):
         ids = tokenizer(text[: 12 * length], add_special_tokens=False).input_ids
         if len(ids) >= length:
             rows.append(ids[:length])
-        if len(rows) == skip + count:
-            return torch.tensor(rows[skip:])
-    raise SystemExit(f"--data {path}: only {len(rows)} documents of at least {length} tokens, {skip + count} wanted")
+        if len(rows) == count:
+            break
+    if len(rows) < least:
+        raise SystemExit(f"--data {path}: {len(rows)} documents of at least {length} tokens, {least} are needed")
+    return torch.tensor(rows)
 
 
 @torch.no_grad()
@@ -123,7 +128,7 @@ def contenders(model: Any, stock: Any, batch: int, limits: dict[int, Any], costs
         ),
     ]
     if len(layers) > 1:
-        # Two exits err twice: half of the error for each.
+        # Each limit alone keeps the wanted agreement; together they err more.
         rows.append(
             Contender("threshold, all exits", with_exits, {"exit_policy": "threshold", "exit_threshold": everywhere})
         )
@@ -145,6 +150,8 @@ def measure(
     rows: list[Contender], prompts: torch.Tensor, batch: int, mode: dict[str, Any], new: int, rounds: int
 ) -> None:
     """Let every contender continue every group of prompts, in turns; then count agreement."""
+    for row in rows:
+        row.batch = batch
     groups = [prompts[i : i + batch] for i in range(0, len(prompts) - batch + 1, batch)]
     for turn in track(range(-1, rounds), f"batch {batch}", transient=True):
         for group in groups[: 1 if turn < 0 else None]:  # the turn before the first warms up
@@ -218,7 +225,11 @@ def summary(row: Contender, reference: Contender, costs: Costs) -> dict[str, Any
                 "best_length": best,
                 "best_speed": limit,
             }
-    elif isinstance(row.options.get("exit_threshold"), dict) and len(row.options["exit_threshold"]) == 1:
+    elif (
+        row.batch == 1
+        and isinstance(row.options.get("exit_threshold"), dict)
+        and len(row.options["exit_threshold"]) == 1
+    ):
         (k,) = row.options["exit_threshold"]
         share = row.early / max(row.audited_tokens, 1)
         result["predicted"] = {"share": share, "speed": threshold_speedup(costs, {k: share})}
@@ -274,23 +285,31 @@ def main() -> None:
     model = EarlyExitForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(args.device).eval()
     stock = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(args.device).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    prompts = read_prompts(tokenizer, args.data, args.prompt_tokens, args.prompts).to(args.device)
-    others = read_prompts(tokenizer, args.data, args.prompt_tokens, args.prompts, skip=args.prompts).to(args.device)
-    parts = measure_parts(model, args.prompt_tokens + args.new_tokens // 2, seconds=10)
-    costs = parts.costs
+    found = read_prompts(tokenizer, args.data, args.prompt_tokens, 4 * args.prompts, 2 * args.prompts).to(args.device)
+    prompts, others = found[: args.prompts], found[args.prompts :]  # limits are chosen on the others
+    context = args.prompt_tokens + args.new_tokens // 2
+    costs_of = {
+        batch: measure_parts(model, context, 10, rows=(1, 2, 3, 4, 5, 8, 13), batch=batch).costs
+        for batch in args.batches
+    }
+    costs = costs_of[args.batches[0]]
     times = f"layer {costs.layers(1) * 1e3:.3f} ms, final head {costs.head_layers:.2f} layers, "
     times += ", ".join(f"exit {k}: {check / costs.layers(1):.2f} layers" for k, check in costs.checks.items())
-    out.print(f"one row: {times}; 4 rows cost {costs.layers(1, 4) / costs.layers(1):.2f} times as much per layer")
+    times += f"; 4 positions cost {costs.layers(1, 4) / costs.layers(1):.2f} times as much per layer"
+    out.print(f"batch {args.batches[0]}: {times}")
     modes = {"greedy": {"do_sample": False}}
     modes[f"temperature {args.temperature}"] = {"do_sample": True, "temperature": args.temperature, "top_k": 0}
     result = {"settings": {k: str(v) for k, v in vars(args).items()}, "machine": machine(args.device), "tables": {}}
-    result["costs"] = {"layer": dict(costs.layer), "head": dict(costs.head), "checks": dict(costs.checks)}
+    result["seconds"] = {
+        batch: {"layer": dict(part.layer), "head": dict(part.head), "checks": dict(part.checks)}
+        for batch, part in costs_of.items()
+    }
     for label, mode in modes.items():
         limits = limits_on_own_text(model, others, mode, args.new_tokens, args.agreement + args.margin)
         for batch in args.batches:
-            rows = contenders(model, stock, batch, limits, costs, args.peers)
+            rows = contenders(model, stock, batch, limits, costs_of[batch], args.peers)
             measure(rows, prompts, batch, mode, args.new_tokens, args.rounds)
-            table = [summary(row, rows[0], costs) for row in rows]
+            table = [summary(row, rows[0], costs_of[batch]) for row in rows]
             print_table(out, f"{label}, batch {batch}", table)
             result["tables"][f"{label}, batch {batch}"] = table
     if args.json:

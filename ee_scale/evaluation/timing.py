@@ -57,18 +57,23 @@ class FilledCache:
 
 @torch.no_grad()
 def measure_parts(
-    model: Any, context: int, seconds: float, rows: Sequence[int] = ROWS, advance: Callable[[float], None] = bool
+    model: Any,
+    context: int,
+    seconds: float,
+    rows: Sequence[int] = ROWS,
+    advance: Callable[[float], None] = bool,
+    batch: int = 1,
 ) -> PartTimes:
     """Time layers, final head and exits of an early-exit model with `context` positions in the cache.
 
     The parts are timed in turns for `seconds`, so that other work on the machine slows all of them; `advance` hears
-    the share that is done. `rows` are positions of one sequence that pass together.
+    the share that is done. `rows` are positions of each of `batch` sequences that pass together.
     """
     base, lm_head = model.base_model, model.get_output_embeddings()
     cache = FilledCache(context, max(rows))
     weight = lm_head.weight
     size = min(SHORTLIST, max(1, weight.shape[0] // 8))
-    hidden = torch.randn(1, max(rows), weight.shape[1], device=weight.device, dtype=weight.dtype)
+    hidden = torch.randn(batch, max(rows), weight.shape[1], device=weight.device, dtype=weight.dtype)
     one = hidden[:, :1]
     parts: dict[Any, Callable[[], Any]] = {("layers", n): layer_pass(base, cache, hidden[:, :n]) for n in rows}
     parts |= {("head", n): lambda n=n: lm_head(base.norm(hidden[:, :n])).argmax(-1).tolist() for n in rows}
@@ -93,7 +98,7 @@ def measure_parts(
 def layer_pass(
     base: Any, cache: FilledCache, hidden: torch.Tensor, layers: Sequence[Any] | None = None
 ) -> Callable[[], Any]:
-    """A pass of [1, n, D] through layers; by default all, so that each finds its weights as far away as in decoding."""
+    """A pass of [B, n, D] through layers; by default all, so that each finds its weights as far away as in decoding."""
     n, start = hidden.shape[1], cache.length
     positions = torch.arange(start, start + n, device=hidden.device)[None]
     rotary = base.rotary_emb(hidden, positions)

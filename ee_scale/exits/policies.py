@@ -122,15 +122,13 @@ def resolve_policy(
 
 def score(name: str, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [..., V] -> (what `name` compares with its limit, fp32 [...]; the most likely token, int64 [...])."""
-    logits = logits.float()
-    if name == "margin":
-        top = logits.softmax(-1).topk(2, dim=-1)
-        return top.values[..., 0] - top.values[..., 1], logits.argmax(-1)
-    best, tokens = logits.max(-1)
-    total = logits.logsumexp(-1)
+    tokens, p = logits.argmax(-1), logits.float().softmax(-1)
     if name == "entropy":
-        return total - ((logits - total[..., None]).exp() * logits).sum(-1), tokens
-    return (best - total).exp(), tokens
+        return torch.special.entr(p).sum(-1), tokens
+    if name == "margin":
+        best, second = p.topk(2, dim=-1).values.unbind(-1)
+        return best - second, tokens
+    return p.gather(-1, tokens[..., None])[..., 0], tokens
 
 
 def passes(name: str, scores: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
