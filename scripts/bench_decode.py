@@ -119,7 +119,7 @@ def contenders(model: Any, stock: Any, batch: int, limits: dict[int, Any], costs
                 with_exits,
                 {"exit_policy": "lossless", "exit_layer": layers[0], "exit_draft_length": g},
             )
-            for g in (1, 2, 3, 4)
+            for g in (1, 2, 3)
         ),
         Contender(
             f"threshold, exit {best}",
@@ -136,7 +136,7 @@ def contenders(model: Any, stock: Any, batch: int, limits: dict[int, Any], costs
     if calibration:
         rows.append(Contender("threshold, calibrated", with_exits, {"exit_policy": calibration["policy"]}))
     if calibration and calibration.get("shortlist"):
-        size = max(1, model.config.vocab_size // 4)
+        size = max(1, model.config.vocab_size // 2)
         options = {"exit_policy": "lossless", "exit_shortlist": size}
         rows.append(Contender(f"lossless, shortlist {size}", with_exits, options))
     if batch == 1:
@@ -271,7 +271,7 @@ def main() -> None:
     parser.add_argument(
         "--margin", type=float, default=0.003, help="added to it when limits are chosen on other prompts"
     )
-    parser.add_argument("--peers", type=int, nargs="+", default=[2, 4, 8], help="layers of assistant_early_exit")
+    parser.add_argument("--peers", type=int, nargs="+", default=[2, 4], help="layers of assistant_early_exit")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of every contender")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -9,9 +9,9 @@ this ratio follows DEL, arXiv 2504.05598, with seconds in place of layer counts)
 from collections.abc import Sequence
 
 BINS = 10
-PRIOR = (3.0, 1.0)  # accepted, rejected: counts that every exit starts from, and decays back to
+PRIOR = (9.0, 3.0)  # accepted, rejected: counts that every exit starts from, and decays back to
 DECAY = 0.97
-SWITCH = 1.03  # another exit must promise this much more before it takes over
+SWITCH = 1.1  # another exit must promise this much more before it takes over: what is known of exits is noisy
 MEAN = 0.1  # weight of the newest measurement
 TRIALS, EVERY = 2, 16  # cycles at the start, and one in so many later, that draft whatever is expected of it
 

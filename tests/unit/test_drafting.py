@@ -61,10 +61,10 @@ def test_experience_moves_the_choice_of_exit():
 def test_a_small_advantage_does_not_switch():
     drafting = _drafting(layers=(2, 3))
     drafting.current = 2
-    promise = {2: 1.0, 3: 1.02}
+    promise = {2: 1.0, 3: 1.08}
     drafting.promise = promise.__getitem__
     assert drafting.start() == 2
-    promise[3] = 1.05
+    promise[3] = 1.12
     assert drafting.start() == 3
 
 
