@@ -70,17 +70,7 @@ def resolve_policy(
     if name not in POLICIES:
         raise ValueError(f"exit_policy={name!r}: choose one of {', '.join(POLICIES)}")
     layers = tuple(spec_layers)
-    for option, value in (("exit_layer", layer), ("exit_min_layer", min_layer)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise ValueError(f"{option}={value!r}: give a layer number")
-    if layer is not None and name not in ("fixed", "lossless"):
-        raise ValueError(f"exit_layer={layer}: only exit_policy=fixed and lossless take it, not {name!r}")
-    if layer is not None and layer not in layers:
-        raise ValueError(f"exit_layer={layer}: the model has exits at {_list(layers)}")
-    if name == "fixed" and layer is None:
-        raise ValueError(f"exit_policy=fixed: say which exit with exit_layer, one of {_list(layers)}")
-    if layer is not None and min_layer is not None and layer < min_layer:
-        raise ValueError(f"exit_layer={layer} is above exit_min_layer={min_layer}: leave one of them out")
+    _check_layers(name, layers, layer, min_layer)
     counts = {
         "exit_patience": (2 if patience is None else patience, 1),
         "exit_max_pending": (8 if max_pending is None else max_pending, 0),
@@ -118,6 +108,20 @@ def resolve_policy(
         max_draft=max(MAX_DRAFT, draft_length or 0),
         shortlist=_shortlist(shortlist, name, calibration, vocab_size),
     )
+
+
+def _check_layers(name: str, layers: tuple[int, ...], layer: Any, min_layer: Any) -> None:
+    for option, value in (("exit_layer", layer), ("exit_min_layer", min_layer)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise ValueError(f"{option}={value!r}: give a layer number")
+    if layer is not None and name not in ("fixed", "lossless"):
+        raise ValueError(f"exit_layer={layer}: only exit_policy=fixed and lossless take it, not {name!r}")
+    if layer is not None and layer not in layers:
+        raise ValueError(f"exit_layer={layer}: the model has exits at {_list(layers)}")
+    if name == "fixed" and layer is None:
+        raise ValueError(f"exit_policy=fixed: say which exit with exit_layer, one of {_list(layers)}")
+    if layer is not None and min_layer is not None and layer < min_layer:
+        raise ValueError(f"exit_layer={layer} is above exit_min_layer={min_layer}: leave one of them out")
 
 
 def score(name: str, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
