@@ -66,7 +66,7 @@ class EarlyExits(DecodeLoop):
         self, k: int, hidden: torch.Tensor, block: Block, chosen: dict[int, tuple[int, int]], seen: list[float]
     ) -> None:
         """Exit k: tokens of the rows that leave here."""
-        logits = self.runner.exit_logits(k, hidden, block, None)
+        logits = self.runner.exit_logits(k, hidden, block, -1)
         index = None if len(self.rows) == len(self.pads) else torch.tensor(self.rows, device=logits.device)
         leave, scores, tokens = (answer.tolist() for answer in self.decisions.ask(k, logits, index))
         undecided = [slot for slot in range(len(self.rows)) if slot not in chosen]

@@ -169,24 +169,23 @@ class LayerRunner:
         k: int,
         hidden: torch.Tensor,
         block: Block,
-        at: torch.Tensor | slice | None,
+        at: int | slice,
         shortlist: "ShortHead | None" = None,
     ) -> torch.Tensor:
         """Logits of exit k right after `run` brought `hidden` [B, q, D] to layer k.
 
-        at: [B] index among the q of the position that is wanted, None: the last one -> [B, V]; or a slice of the q,
-            -> [B, q', V].
+        at: which of the q positions: -1, the last -> [B, V], or a slice -> [B, q', V].
         """
         self.checks[k] += 1
         head, norm_name = self.model.exit_heads[str(k)], self.spec.mlp_output_norm
         if head.layer is not None:
             states = self._exit_layer(k, head.layer, hidden, block)
-            tap = Tap(pick(states, at))
+            tap = Tap(states[:, at])
         elif self.taps is not None:
             taken = self.taps.taps.pop(k)
-            tap = Tap(pick(taken.residual, at), pick(taken.mlp_input, at))
+            tap = Tap(taken.residual[:, at], taken.mlp_input[:, at])
         else:
-            tap = Tap(pick(hidden, at))
+            tap = Tap(hidden[:, at])
         output_norm = getattr(self.layers[k - 1], norm_name) if norm_name else None
         ready = head.hidden(tap, output_norm, lambda layer, states: states)
         return head.logits(ready, self.model.get_output_embeddings()) if shortlist is None else shortlist(head, ready)
@@ -308,10 +307,3 @@ def check_model(model: Any) -> None:
     rope = getattr(model.config, "rope_parameters", None) or {}
     if rope.get("rope_type") in LENGTH_DEPENDENT_ROPE:
         raise ValueError(f"exit_policy: rope_type={rope['rope_type']!r} turns positions by the text's length")
-
-
-def pick(states: torch.Tensor, at: torch.Tensor | slice | None) -> torch.Tensor:
-    """[B, q, D] -> [B, D]: index `at` [B] of each row, None: the last; a slice -> [B, q', D]."""
-    if isinstance(at, slice):
-        return states[:, at]
-    return states[:, -1] if at is None else states[torch.arange(len(states), device=states.device), at]

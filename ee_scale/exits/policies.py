@@ -71,14 +71,12 @@ def resolve_policy(
         raise ValueError(f"exit_policy={name!r}: choose one of {', '.join(POLICIES)}")
     layers = tuple(spec_layers)
     _check_layers(name, layers, layer, min_layer)
-    counts = {
-        "exit_patience": (2 if patience is None else patience, 1),
-        "exit_max_pending": (8 if max_pending is None else max_pending, 0),
-        "exit_draft_length": (0 if draft_length is None else draft_length, 0),
-    }
-    for option, (value, least) in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{option}={value!r}: give a whole number of at least {least}")
+    patience, max_pending = 2 if patience is None else patience, 8 if max_pending is None else max_pending
+    _check_counts(
+        exit_patience=(patience, 1),
+        exit_max_pending=(max_pending, 0),
+        exit_draft_length=(0 if draft_length is None else draft_length, 0),
+    )
     if draft_length is not None and name != "lossless":
         raise ValueError(f"exit_draft_length={draft_length}: only exit_policy=lossless drafts, not {name!r}")
     chosen = tuple(k for k in layers if min_layer is None or k >= min_layer)
@@ -101,13 +99,19 @@ def resolve_policy(
         name,
         () if name == "off" else chosen,
         limits,
-        patience=counts["exit_patience"][0],
+        patience=patience,
         layer=layer,
-        max_pending=counts["exit_max_pending"][0],
+        max_pending=max_pending,
         draft_length=draft_length,
         max_draft=max(MAX_DRAFT, draft_length or 0),
         shortlist=_shortlist(shortlist, name, calibration, vocab_size),
     )
+
+
+def _check_counts(**counts: tuple[Any, int]) -> None:
+    for option, (value, least) in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{option}={value!r}: give a whole number of at least {least}")
 
 
 def _check_layers(name: str, layers: tuple[int, ...], layer: Any, min_layer: Any) -> None:

@@ -80,7 +80,7 @@ class Speculation(DecodeLoop):
         No confidences where the draft's length is fixed; no distribution where the most likely token is taken.
         """
         sequences = self.sequences
-        logits = self.runner.exit_logits(k, hidden, block, None, self.short.get(k))
+        logits = self.runner.exit_logits(k, hidden, block, -1, self.short.get(k))
         adaptive = self.drafting.length is None
         scores, best = score("threshold", logits) if adaptive else (None, logits.argmax(-1))
         if not sequences.do_sample and not sequences.processors:

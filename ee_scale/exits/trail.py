@@ -13,7 +13,7 @@ class Trail:
     """What is written to the decision log, and which tokens are compared with the full model."""
 
     def __init__(self, options: dict[str, Any], policy: ExitPolicy, batch_size: int, model: Any):
-        self.log, self.owns = options.get("exit_log"), False
+        self.log = options.get("exit_log")
         self.tags = options.get("exit_tags") or [None] * batch_size
         self.share = options.get("exit_audit", 0.0)
         if isinstance(self.share, bool) or not isinstance(self.share, int | float) or not 0 <= self.share <= 1:
