@@ -21,6 +21,7 @@ ORDER = [
     "grid",
     "backbone",
     "exits",
+    "elastic",
     "data",
     "engine",
     "training",

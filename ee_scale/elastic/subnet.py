@@ -1,0 +1,216 @@
+"""A subnet as plain numbers, and the space it is drawn from."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise, product
+from random import Random
+from typing import Any
+
+from ee_scale.errors import UserError
+
+AXES = ("hidden", "heads", "ffn", "depth")
+MULTIPLE = 16  # fractions of widths are rounded to this many units: matrix kernels like it
+
+
+@dataclass(frozen=True, order=True)
+class SubnetSpec:
+    """One subnet, the same in every layer, so that a stock config can describe it.
+
+    Attributes:
+        hidden: width of the residual stream.
+        groups: attention head groups of a layer: a KV head with its query heads.
+        ffn: units of a layer's MLP.
+        layers: kept layers, counted from 0, increasing.
+    """
+
+    hidden: int
+    groups: int
+    ffn: int
+    layers: tuple[int, ...]
+
+    @property
+    def depth(self) -> int:
+        return len(self.layers)
+
+    @property
+    def name(self) -> str:
+        """For folders and tables: 'h384-g12-f1536-l6'."""
+        return f"h{self.hidden}-g{self.groups}-f{self.ffn}-l{self.depth}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "layers": list(self.layers)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "SubnetSpec":
+        """Back from JSON."""
+        return cls(values["hidden"], values["groups"], values["ffn"], tuple(values["layers"]))
+
+
+@dataclass(frozen=True)
+class ElasticShape:
+    """The full sizes that subnets are cut from."""
+
+    hidden: int
+    groups: int
+    ffn: int
+    num_layers: int
+    head_dim: int
+    queries_per_group: int
+    head_dim_is_derived: bool
+
+    @property
+    def full(self) -> SubnetSpec:
+        return SubnetSpec(self.hidden, self.groups, self.ffn, tuple(range(self.num_layers)))
+
+    def sizes(self, spec: SubnetSpec) -> dict[str, int]:
+        """Length of each elastic axis in a subnet."""
+        return {
+            "hidden": spec.hidden,
+            "heads": spec.groups * self.queries_per_group * self.head_dim,
+            "kv": spec.groups * self.head_dim,
+            "ffn": spec.ffn,
+        }
+
+    def block(self, axis: str) -> int:
+        """Rows that belong to one unit of an axis."""
+        return {"heads": self.queries_per_group * self.head_dim, "kv": self.head_dim}.get(axis, 1)
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """The choices of each axis, full size first, and which layers a depth keeps.
+
+    Attributes:
+        hidden, groups, ffn, depth: decreasing; the first is the full size. `groups` is empty where the config has no
+            head_dim of its own: then hidden decides.
+        kept: depth -> layers that stay (nested: a smaller depth keeps a subset of a larger one's).
+        exits: depths k that are members as well with the first k layers at full width: early exits.
+    """
+
+    shape: ElasticShape
+    hidden: tuple[int, ...]
+    groups: tuple[int, ...]
+    ffn: tuple[int, ...]
+    depth: tuple[int, ...]
+    kept: Mapping[int, tuple[int, ...]]
+    exits: tuple[int, ...] = ()
+
+    def member(self, hidden: int, groups: int | None, ffn: int, depth: int) -> SubnetSpec:
+        """The subnet of these sizes."""
+        return SubnetSpec(hidden, groups or hidden // self.shape.head_dim, ffn, self.kept[depth])
+
+    def members(self, axes: Sequence[str] = AXES) -> Iterator[SubnetSpec]:
+        """Every subnet when only `axes` may shrink, the full one first; exits last."""
+        seen = dict.fromkeys(self.member(*sizes) for sizes in product(*self._choices(axes)))
+        yield from seen
+        if "depth" in axes:
+            yield from (spec for spec in self.exit_members() if spec not in seen)
+
+    def exit_members(self) -> tuple[SubnetSpec, ...]:
+        """The early exits: the first k layers at full width."""
+        return tuple(
+            SubnetSpec(self.shape.hidden, self.shape.groups, self.shape.ffn, tuple(range(k))) for k in self.exits
+        )
+
+    def smallest(self, axes: Sequence[str] = AXES) -> SubnetSpec:
+        """The smallest choice of every axis in `axes`."""
+        return self.member(*(choices[-1] for choices in self._choices(axes)))
+
+    def draw(self, random: Random, axes: Sequence[str] = AXES) -> SubnetSpec:
+        """A subnet with every axis in `axes` drawn uniformly; one draw in (1 + exits) of the depths is an exit's."""
+        if "depth" in axes and self.exits:
+            choice = random.randrange(len(self.depth) + len(self.exits))
+            if choice >= len(self.depth):
+                return self.exit_members()[choice - len(self.depth)]
+        return self.member(*(random.choice(choices) for choices in self._choices(axes)))
+
+    def _choices(self, axes: Sequence[str]) -> list[tuple[Any, ...]]:
+        all_choices = (
+            ("hidden", self.hidden),
+            ("heads", self.groups or (None,)),
+            ("ffn", self.ffn),
+            ("depth", self.depth),
+        )
+        return [choices if axis in axes else choices[:1] for axis, choices in all_choices]
+
+
+def resolve_space(config: Any, shape: ElasticShape, drop_order: Sequence[int], tp: int) -> SearchSpace:
+    """The config group `space` for a model. Numbers are sizes, fractions (0.5, 1.0) parts of the full one.
+
+    drop_order: layers in the order in which they are dropped. Raises `UserError` naming field, value and numbers.
+    """
+    heads_full = shape.groups * shape.queries_per_group
+    hidden = _sizes("hidden", config.hidden, shape.hidden, shape.head_dim if shape.head_dim_is_derived else MULTIPLE)
+    ffn = _sizes("ffn", config.ffn, shape.ffn, MULTIPLE)
+    depth = _sizes("depth", config.depth, shape.num_layers, 1)
+    if shape.head_dim_is_derived:
+        if config.heads is not None:
+            raise UserError(
+                f"space.heads={list(config.heads)}: this architecture's config has no head_dim, so the heads follow "
+                f"from the width (hidden / {shape.head_dim}); leave space.heads=null"
+            )
+        groups: tuple[int, ...] = ()
+        for size in hidden:
+            if size % shape.head_dim:
+                raise UserError(
+                    f"space.hidden: {size} is not a multiple of head_dim={shape.head_dim}; "
+                    "no stock config has that shape"
+                )
+        _check_tp("space.hidden (as heads)", tuple(size // shape.head_dim for size in hidden), tp)
+    else:
+        heads = _sizes("heads", config.heads or [1.0], heads_full, shape.queries_per_group)
+        for size in heads:
+            if size % shape.queries_per_group:
+                raise UserError(
+                    f"space.heads: {size} is not a multiple of the {shape.queries_per_group} query heads "
+                    "that share a KV head"
+                )
+        groups = tuple(size // shape.queries_per_group for size in heads)
+        _check_tp("space.heads (as KV heads)", groups, tp)
+    _check_tp("space.ffn", ffn, tp)
+    exits = tuple(sorted(config.exits or ()))
+    for k in exits:
+        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k < shape.num_layers:
+            raise UserError(f"space.exits={list(exits)}: give layers from 1 to {shape.num_layers - 1}")
+    kept = {size: tuple(sorted(drop_order[shape.num_layers - size :])) for size in depth}
+    return SearchSpace(shape, hidden, groups, ffn, depth, kept, exits)
+
+
+def drop_order(importance: Sequence[float], parts: int) -> list[int]:
+    """Layers in the order in which they are dropped: the least important first, in turn from `parts` equal runs.
+
+    Taking one layer from every run per round keeps pipeline stages equally deep for every depth.
+    """
+    count = len(importance)
+    bounds = [round(part * count / parts) for part in range(parts + 1)]
+    runs = [sorted(range(a, b), key=lambda i: (importance[i], i)) for a, b in pairwise(bounds)]
+    order: list[int] = []
+    while any(runs):
+        order += sorted((run.pop(0) for run in runs if run), key=lambda i: (importance[i], i))
+    return order
+
+
+def _sizes(name: str, given: Sequence[Any], full: int, multiple: int) -> tuple[int, ...]:
+    if not given:
+        raise UserError(f"space.{name}={given}: no size; give at least [1.0]")
+    sizes = {full}
+    for value in given:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(f"space.{name}: {value!r} is no number")
+        if isinstance(value, float):
+            if not 0 < value <= 1:
+                raise UserError(
+                    f"space.{name}: {value} is no fraction of the full {full}; give 0 < x <= 1.0, or a whole number"
+                )
+            value = full if value == 1 else max(multiple, round(full * value / multiple) * multiple)
+        if not 1 <= value <= full:
+            raise UserError(f"space.{name}: {value} is not between 1 and the model's {full}")
+        sizes.add(min(value, full))
+    return tuple(sorted(sizes, reverse=True))
+
+
+def _check_tp(name: str, sizes: Sequence[int], tp: int) -> None:
+    for size in sizes:
+        if size % tp:
+            raise UserError(f"{name}: {size} is not divisible by parallel.tp={tp}")
