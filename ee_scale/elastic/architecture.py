@@ -156,6 +156,10 @@ class ElasticMap:
         axes = self.architecture.axes[pattern]
         return TensorAxes(axes[:1] if leaf == "bias" else axes, shape, int(layer[1]) if layer else None)
 
+    def full_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a parameter in the full model, also of an output matrix that is tied to the embedding."""
+        return self._parameters[name if name in self._parameters else "model.embed_tokens.weight"]
+
     def cut_shape(self, name: str, spec: SubnetSpec) -> tuple[int, ...] | None:
         """Shape of a parameter in a subnet; None if the subnet drops its layer."""
         tensor, sizes = self.tensors[name], self.shape.sizes(spec)

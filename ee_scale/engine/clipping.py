@@ -1,8 +1,8 @@
-"""Gradient clipping, exit by exit.
+"""Gradient clipping, by groups of parameters that belong together.
 
 Exits share no parameter, so each is clipped by its own norm: no collective crosses stages, and the result does not
-depend on how the exits are spread over stages. Reads the averaged gradients where DeepSpeed's two optimizers keep
-them between the reduction and the step.
+depend on how the exits are spread over stages. A supernet is one group over all stages. Reads the averaged gradients
+where DeepSpeed's two optimizers keep them between the reduction and the step.
 """
 
 from collections.abc import Iterator
@@ -15,27 +15,32 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from ee_scale.backbone.parallel import cut_dim
 from ee_scale.grid import Grid
 
-EXIT_KEY = "exit_layer"  # key of a param group: the exit that it belongs to
+CLIP_KEY = "clip_group"  # key of a param group: groups with the same number (an exit's layer) share one norm
 
 
 @torch.no_grad()
-def clip_exits(optimizer: Any, max_norm: float, grid: Grid) -> dict[int, torch.Tensor]:
-    """Scale each exit's gradient to an L2 norm of at most `max_norm` (0: leave it). Returns the norms before."""
+def clip_groups(optimizer: Any, max_norm: float, grid: Grid, *, across_stages: bool = False) -> dict[int, torch.Tensor]:
+    """Scale each group's gradient to an L2 norm of at most `max_norm` (0: leave it). Returns the norms before.
+
+    `across_stages`: every pipeline stage holds a part of the same groups.
+    """
     groups = optimizer.optimizer.param_groups
-    exits = sorted({group[EXIT_KEY] for group in groups})
-    squares = torch.zeros(len(exits), device=grid.device)
+    keys = sorted({group[CLIP_KEY] for group in groups})
+    squares = torch.zeros(len(keys), device=grid.device)
     for index, group in enumerate(groups):
         for parameter, gradient in _gradients(optimizer, index):
             # A parameter that is whole on every tensor rank counts once.
             if cut_dim(parameter) is not None or grid.tp_rank == 0:
-                squares[exits.index(group[EXIT_KEY])] += gradient.float().pow(2).sum()
+                squares[keys.index(group[CLIP_KEY])] += gradient.float().pow(2).sum()
     dist.all_reduce(squares, group=grid.tp_group)
     if not isinstance(optimizer, BF16_Optimizer):
         dist.all_reduce(squares, group=grid.dp_group)
-    norms = dict(zip(exits, squares.sqrt(), strict=True))
+    if across_stages:
+        dist.all_reduce(squares, group=grid.pp_group)
+    norms = dict(zip(keys, squares.sqrt(), strict=True))
     if max_norm > 0:
         for index, group in enumerate(groups):
-            factor = (max_norm / (norms[group[EXIT_KEY]] + 1e-6)).clamp(max=1.0)
+            factor = (max_norm / (norms[group[CLIP_KEY]] + 1e-6)).clamp(max=1.0)
             for _, gradient in _gradients(optimizer, index):
                 gradient.mul_(factor)
     return norms

@@ -1,36 +1,21 @@
 """Train exits on a frozen backbone with DeepSpeed's pipeline engine."""
 
-import contextlib
-import io
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import PipelineEngine
-from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.pipe.schedule import ForwardPass, LoadMicroBatch, OptimizerStep
 
-from ee_scale.engine.clipping import EXIT_KEY, clip_exits
+from ee_scale.engine.clipping import CLIP_KEY, clip_groups
 from ee_scale.engine.schedule import FrozenSchedule, ShareFinalHidden, TrainExits
+from ee_scale.engine.setup import OptimizerSettings, build_engine, count_in_norms
 from ee_scale.engine.state import start_moments
 from ee_scale.exits.losses import LossSettings, exit_backward
 from ee_scale.exits.stage import TuningStage
 from ee_scale.grid import Grid
-
-
-@dataclass(frozen=True)
-class OptimizerSettings:
-    """AdamW of the exits; the learning rate is set from outside at every step."""
-
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-5
-    weight_decay: float = 0.01
-    clip_grad: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -45,41 +30,18 @@ class EngineSettings:
     flush: bool = False  # wait for all stages after every batch; only the benchmark wants that
 
 
-class StageMpu:
-    """DeepSpeed's view of the groups, with 'model parallel' meaning the tensor group alone.
-
-    With its own view (tensor x pipeline), the norm and the overflow check of every step would wait for all stages.
-    """
-
-    def __init__(self, grid: Any):
-        self._grid = grid
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._grid, name.replace("get_model_parallel", "get_slice_parallel"))
-
-
 class FrozenPipelineEngine(PipelineEngine):
     """One stage of exit tuning. `train_step` runs a batch; no gradient ever crosses stages."""
 
     @classmethod
     def build(cls, stage: TuningStage, grid: Grid, settings: EngineSettings) -> "FrozenPipelineEngine":
         """Wrap this rank's stage. All ranks call it."""
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         trains = bool(stage.exit_layers)
-        config = deepspeed_config(settings, grid, trains)
-        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its settings
-            # One "layer" per stage; a rank registers its own stage only.
-            pipe = PipelineModule([stage] * grid.layout.pp, topology=grid.layout.topology(), partition_method="uniform")
-            mpu = StageMpu(pipe.mpu())
-            engine = cls(
-                args=None,
-                model=pipe,
-                # A stage without exits gets no optimizer at all: DeepSpeed refuses an empty one.
-                optimizer=exit_optimizer(stage, settings.optimizer) if trains else None,
-                mpu=mpu,
-                config=config,
-                config_class=DeepSpeedConfig(config, mpu),
-            )
+        # A stage without exits gets no optimizer at all: DeepSpeed refuses an empty one.
+        optimizer = exit_optimizer(stage, settings.optimizer) if trains else None
+        engine = build_engine(
+            cls, stage, grid, optimizer, settings.micro_batch_size, settings.num_micro_batches, settings.bf16
+        )
         engine.prepare(stage, grid, settings)
         return engine
 
@@ -168,7 +130,7 @@ class FrozenPipelineEngine(PipelineEngine):
         self._final[buffer_id] = self._batch[buffer_id] = None
 
     def _step(self) -> None:
-        self.grad_norms = clip_exits(self.optimizer, self.settings.optimizer.clip_grad, self.process_grid)
+        self.grad_norms = clip_groups(self.optimizer, self.settings.optimizer.clip_grad, self.process_grid)
         self._exec_optimizer_step()
 
     _INSTRUCTION_MAP: dict[type, Callable[..., None]] = {  # noqa: RUF012 (the base class's own pattern)
@@ -186,34 +148,11 @@ def exit_optimizer(stage: TuningStage, settings: OptimizerSettings) -> torch.opt
     groups = []
     for k in stage.exit_layers:
         parameters = list(stage.exit_heads[str(k)].parameters())
-        for parameter in parameters:
-            # DeepSpeed's own norm serves as its NaN check only; on a tensor rank > 0 it fails when nothing counts.
-            parameter.model_parallel = True
+        count_in_norms(parameters)
         for decay, members in (
             (settings.weight_decay, [p for p in parameters if p.ndim > 1]),
             (0.0, [p for p in parameters if p.ndim <= 1]),
         ):
             if members:
-                groups.append({"params": members, "weight_decay": decay, EXIT_KEY: k})
+                groups.append({"params": members, "weight_decay": decay, CLIP_KEY: k})
     return torch.optim.AdamW(groups, lr=settings.lr, betas=tuple(settings.betas), eps=settings.eps, fused=True)
-
-
-def deepspeed_config(settings: EngineSettings, grid: Grid, trains: bool) -> dict[str, Any]:
-    """DeepSpeed's configuration. Gradient clipping is ours, exit by exit."""
-    bf16 = settings.bf16 and trains
-    return {
-        "train_micro_batch_size_per_gpu": settings.micro_batch_size,
-        "gradient_accumulation_steps": settings.num_micro_batches,
-        "train_batch_size": settings.micro_batch_size * settings.num_micro_batches * grid.layout.dp,
-        "zero_optimization": {
-            "stage": 1 if trains else 0,
-            "contiguous_gradients": False,  # would allocate a full bucket at every step
-            "overlap_comm": False,
-            "reduce_bucket_size": 50_000_000,
-        },
-        "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0, over all exits of the stage together
-        "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": bf16, "immediate_grad_update": bf16},  # chunks of logits add up in fp32
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "steps_per_print": 10**9,
-    }

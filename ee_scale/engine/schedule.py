@@ -1,4 +1,4 @@
-"""The frozen-backbone schedule, made of DeepSpeed's own pipeline instructions and two of ours."""
+"""Schedules for a frozen backbone, made of DeepSpeed's own pipeline instructions and a few of ours."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,9 @@ from deepspeed.runtime.pipe.schedule import (
     PipeSchedule,
     RecvActivation,
     ReduceGrads,
+    ReduceTiedGrads,
     SendActivation,
+    TrainSchedule,
 )
 
 
@@ -61,3 +63,25 @@ class FrozenSchedule(PipeSchedule):
     def num_pipe_buffers(self) -> int:
         """One micro-batch at a time, unless the exits have to wait for the teacher."""
         return self.micro_batches if self.share_final else 1
+
+
+class Teach(BufferOpInstruction):
+    """Forward of the frozen teacher on one micro-batch, with its receive and send."""
+
+
+class SupernetSchedule(TrainSchedule):
+    """The teacher's forwards, then DeepSpeed's 1F1B over all (micro-batch, subnet) pairs as one stream.
+
+    A stage goes on to the pairs as soon as its own teacher forwards are done. `micro_batches` counts pairs.
+    """
+
+    def __init__(self, micro_batches: int, stages: int, stage_id: int, *, teachers: int):
+        super().__init__(micro_batches, stages, stage_id)
+        self.teachers = teachers
+
+    def steps(self) -> Iterator[list[PipeInstruction]]:
+        """Instructions of one batch. Every stage has its data already, and nothing is tied across stages."""
+        for micro_batch in range(self.teachers):
+            yield [Teach(micro_batch)]
+        for commands in super().steps():
+            yield [command for command in commands if not isinstance(command, LoadMicroBatch | ReduceTiedGrads)]

@@ -13,11 +13,12 @@ from ee_scale.exits.vocab_parallel import confidence, cross_entropy, kl_divergen
 
 @dataclass(frozen=True)
 class LossSettings:
-    """What an exit is trained on; see `ExitsConfig` for the meaning of each field."""
+    """What logits are trained on; see `ExitsConfig` for the meaning of each field."""
 
     vocab_size: int
     chunk_tokens: int = 1024
     confidence_weighting: bool = False
+    ce_weight: float = 1.0
     kl_weight: float = 0.0
     kl_temperature: float = 1.0
 
@@ -32,41 +33,65 @@ def exit_backward(
     scale: float,
     final_hidden: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Add the gradient of `scale` x loss to the exit's parameters; logits exist for `chunk_tokens` tokens at a time.
+    """Add the gradient of `scale` x loss (see `token_backward`) to the exit's parameters.
 
     hidden [B, S, D]: the exit's own, with its graph; labels, loss_mask [B, S]; final_hidden [B, S, D]: what the
-    lm_head reads after the last layer (the teacher), for the KL term.
-    loss = sum_t w_t (CE_t + kl_weight KL_t) / sum_t w_t, with w = loss_mask, times the exit's own (detached)
-    confidence if wanted. Returns fp32 [2]: mean cross entropy over the mask, mean KL.
+    lm_head reads after the last layer (the teacher), for the KL term. Returns fp32 [2]: mean cross entropy, mean KL.
     """
-    flat = hidden.detach().flatten(0, 1)
-    labels, mask = labels.flatten(), loss_mask.flatten().float()
-    teacher = final_hidden.flatten(0, 1) if settings.kl_weight else None
+    means, gradient = token_backward(
+        lambda piece: head.logits(piece, lm_head),
+        hidden,
+        labels,
+        loss_mask,
+        settings,
+        scale,
+        (lambda piece: head.capped(lm_head(piece)), final_hidden) if settings.kl_weight else None,
+    )
+    if hidden.requires_grad:
+        hidden.backward(gradient)
+    return means
 
-    def logits_of(part: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        piece = flat[part].requires_grad_(hidden.requires_grad)
-        return piece, mask_padding(head.logits(piece, lm_head), settings.vocab_size)
+
+def token_backward(
+    logits_of: Callable[[torch.Tensor], torch.Tensor],
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    loss_mask: torch.Tensor,
+    settings: LossSettings,
+    scale: float,
+    teacher: tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Backward of `scale` x loss into the parameters of `logits_of`; logits exist for `chunk_tokens` tokens at a time.
+
+    loss = sum_t w_t (ce_weight CE_t + kl_weight KL_t) / sum_t w_t, with w = loss_mask, times the (detached) confidence
+    if wanted. hidden [B, S, D], labels and loss_mask [B, S]; teacher: its own logits function and hidden [B, S, D'].
+    Returns fp32 [2] (mean cross entropy over the mask, mean KL) and the gradient of hidden, [B, S, D].
+    """
+    flat, needs_grad = hidden.detach().flatten(0, 1), hidden.requires_grad
+    labels, mask = labels.flatten(), loss_mask.flatten().float()
+
+    def chunk(part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        piece = flat[part].requires_grad_(needs_grad)
+        return piece, mask_padding(logits_of(piece), settings.vocab_size)
 
     parts = [slice(i, i + settings.chunk_tokens) for i in range(0, len(flat), settings.chunk_tokens)]
-    weights = _confidence_weights(logits_of, parts, mask) if settings.confidence_weighting else mask
+    weights = _confidence_weights(chunk, parts, mask) if settings.confidence_weighting else mask
     tokens, total_weight = mask.sum().clamp(min=1), weights.sum().clamp(min=1e-6)
     means, gradients = flat.new_zeros(2, dtype=torch.float32), []
     for part in parts:
-        piece, logits = logits_of(part)
+        piece, logits = chunk(part)
         loss = 0.0
         if teacher is not None:
             with torch.no_grad():
-                target = mask_padding(head.capped(lm_head(teacher[part])), settings.vocab_size)
+                target = mask_padding(teacher[0](teacher[1].flatten(0, 1)[part]), settings.vocab_size)
             kl = kl_divergence(logits, target, settings.kl_temperature)
             means[1] += (kl.detach() * mask[part]).sum() / tokens
             loss = settings.kl_weight * kl
         ce = cross_entropy(logits, labels[part])
         means[0] += (ce.detach() * mask[part]).sum() / tokens
-        ((loss + ce) * weights[part]).sum().mul(scale / total_weight).backward()
+        ((loss + settings.ce_weight * ce) * weights[part]).sum().mul(scale / total_weight).backward()
         gradients.append(piece.grad)
-    if hidden.requires_grad:
-        hidden.backward(torch.cat(gradients).view_as(hidden))
-    return means
+    return means, torch.cat(gradients).view_as(hidden) if needs_grad else hidden.new_empty(0)
 
 
 def _confidence_weights(

@@ -1,6 +1,5 @@
 """One pipeline stage of exit tuning: the frozen backbone part and the exits that train on it."""
 
-import hashlib
 from collections.abc import Callable
 from math import sqrt
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ee_scale.backbone.digest import bit_digest, named_generator
 from ee_scale.backbone.families import family_of
 from ee_scale.backbone.loading import LoadTask, TensorFolder, load_tensors
 from ee_scale.backbone.parallel import (
@@ -23,8 +23,6 @@ from ee_scale.backbone.shard import BackboneStage, load_task, meta_model, output
 from ee_scale.backbone.stages import StagePlan
 from ee_scale.exits.heads import ExitHead, ExitSpec, ExitTaps, Tap, build_exit_heads, run_single_layer
 from ee_scale.grid import Grid
-
-DIGEST_PIECE = 1 << 22  # elements
 
 
 class TuningStage(nn.Module):
@@ -80,20 +78,9 @@ class TuningStage(nn.Module):
         """Logits of exit k, [B, S, V/tp] (padding included)."""
         return self.exit_heads[str(k)].logits(self.exit_hidden(k, tap), self.backbone.lm_head)
 
-    @torch.no_grad()
     def frozen_digest(self) -> str:
-        """SHA-256 over sums of the bit patterns of every frozen tensor of this rank: changes if any bit flips."""
-        digest, position = hashlib.sha256(), None
-        for name, tensor in self.backbone.named_parameters():
-            bits = tensor.reshape(-1).view(torch.int16 if tensor.element_size() == 2 else torch.int32)
-            digest.update(name.encode())
-            # In pieces: the positions and products are int64, several times the size of the weights.
-            for piece in bits.split(DIGEST_PIECE):
-                if position is None:
-                    position = torch.arange(1, DIGEST_PIECE + 1, device=bits.device)
-                weighted = (piece * position[: piece.numel()]).sum()
-                digest.update(f":{piece.sum(dtype=torch.int64)}:{weighted}".encode())
-        return digest.hexdigest()
+        """Changes if any bit of a frozen tensor of this rank flips."""
+        return bit_digest(self.backbone.named_parameters())
 
 
 def build_stage(
@@ -191,7 +178,7 @@ def whole_low_rank(name: str, parameter: torch.Tensor, vocab_size: int, seed: in
     if ".up." in name:
         return torch.zeros(vocab_size, parameter.shape[1])
     bound = 1 / sqrt(parameter.shape[1])
-    return torch.empty(parameter.shape).uniform_(-bound, bound, generator=_generator(name, seed))
+    return torch.empty(parameter.shape).uniform_(-bound, bound, generator=named_generator(name, seed))
 
 
 def whole_random(name: str, source: str, tensors: TensorFolder, config: Any, seed: int) -> torch.Tensor:
@@ -205,18 +192,12 @@ def whole_random(name: str, source: str, tensors: TensorFolder, config: Any, see
     std = config.initializer_range
     if (config.base_model_tp_plan or {}).get("layers.*." + _inside_layer(name)) == ROW:
         std /= sqrt(2 * int(name.split(".", 1)[0]))
-    return torch.empty(shape).normal_(0.0, std, generator=_generator(name, seed))
+    return torch.empty(shape).normal_(0.0, std, generator=named_generator(name, seed))
 
 
 def _inside_layer(name: str) -> str:
     """'3.layer.self_attn.o_proj.weight' -> 'self_attn.o_proj'; '3.mlp.down_proj.weight' -> 'mlp.down_proj'."""
     return name.split(".", 1)[1].removeprefix("layer.").rsplit(".", 1)[0]
-
-
-def _generator(name: str, seed: int) -> torch.Generator:
-    # By name: the same numbers at every grid.
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 def _fill(parameter: nn.Parameter, whole: torch.Tensor, grid: Grid) -> None:

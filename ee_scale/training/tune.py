@@ -9,7 +9,8 @@ from torch.utils.data import Dataset
 
 from ee_scale.backbone.loading import TensorFolder
 from ee_scale.data.loader import batches
-from ee_scale.engine.frozen import EngineSettings, FrozenPipelineEngine, OptimizerSettings
+from ee_scale.engine.frozen import EngineSettings, FrozenPipelineEngine
+from ee_scale.engine.setup import OptimizerSettings
 from ee_scale.exits.losses import LossSettings
 from ee_scale.exits.stage import TuningStage, build_stage, load_stage
 from ee_scale.grid import Grid

@@ -13,7 +13,8 @@ from ee_scale.backbone.parallel import cut_dim
 from ee_scale.backbone.shard import BackboneStage, meta_model
 from ee_scale.backbone.stages import StagePlan, plan_stages
 from ee_scale.engine import frozen
-from ee_scale.engine.frozen import EngineSettings, FrozenPipelineEngine, OptimizerSettings
+from ee_scale.engine.frozen import EngineSettings, FrozenPipelineEngine
+from ee_scale.engine.setup import OptimizerSettings
 from ee_scale.exits.losses import LossSettings
 from ee_scale.exits.placement import exit_spec
 from ee_scale.exits.stage import TuningStage, build_stage, load_stage
@@ -91,10 +92,10 @@ def train_on_grid(engine: FrozenPipelineEngine, job: Job, grid: Grid) -> Record:
     def clip_and_keep(*args: Any) -> dict[int, torch.Tensor]:
         if not record.gradients:
             record.gradients = shards(engine.stage, safe_get_full_grad)
-        return clip_exits(*args)
+        return clip_groups(*args)
 
-    clip_exits = frozen.clip_exits
-    with mock.patch.object(frozen, "clip_exits", clip_and_keep):
+    clip_groups = frozen.clip_groups
+    with mock.patch.object(frozen, "clip_groups", clip_and_keep):
         for step in range(job.steps):
             losses = engine.train_step(my_micro_batches(step, job, grid))
             record.losses.append({k: value.tolist() for k, value in losses.items()})

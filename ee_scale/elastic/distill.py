@@ -1,0 +1,102 @@
+"""What a subnet learns from: the task, the teacher's output, the teacher's hidden states."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ee_scale.backbone.digest import named_generator
+from ee_scale.exits.losses import LossSettings, token_backward
+
+FROZEN, LIVE = "frozen", "live"
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """Losses of a draw: (1 - kl_weight) task + kl_weight KL(teacher || subnet) + feature_weight x features.
+
+    Attributes:
+        teacher: 'frozen': the full net after the recipe stages without axes; 'live': the full net of the same step.
+    """
+
+    kl_weight: float = 0.9
+    feature_weight: float = 0.1
+    feature_dim: int = 128
+    temperature: float = 1.0
+    teacher: str = FROZEN
+    chunk_tokens: int = 1024
+
+
+class FeatureLoss:
+    """Distance of projected hidden states to the teacher's, layer by layer (MLFS: sum_l ||U_j h_j - U h||^2).
+
+    Student layer l and its teacher are the same layer, so the loss is local to a pipeline stage. U [p, D] has fixed
+    orthonormal rows (a learned one can shrink to zero); a subnet uses its first D' columns. Squared distances are
+    divided by the teacher's mean square, so that one weight fits all layers.
+    """
+
+    def __init__(self, hidden_size: int, dim: int, seed: int, device: torch.device, dtype: torch.dtype):
+        dim = min(dim, hidden_size)
+        random = torch.randn(hidden_size, dim, generator=named_generator("features", seed), dtype=torch.float64)
+        self.projection = torch.linalg.qr(random).Q.t().contiguous().to(device, dtype)
+
+    def project(self, states: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        """[B, S, D'] -> [B, S, p] for each layer."""
+        return {i: F.linear(state, self.projection[:, : state.shape[-1]]) for i, state in states.items()}
+
+    def __call__(
+        self, student: Mapping[int, torch.Tensor], teacher: Mapping[int, torch.Tensor], mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Sum over the stage's kept layers; mask [B, S] says which positions count. Scalar, fp32."""
+        total = torch.zeros((), device=self.projection.device)
+        for i, projected in self.project(student).items():
+            target = teacher[i].float()
+            weight = torch.ones(target.shape[:-1], device=target.device) if mask is None else mask.float()
+            distance = ((projected.float() - target).pow(2).mean(-1) * weight).sum()
+            total = total + distance / (target.pow(2).mean(-1) * weight).sum().clamp(min=1e-12)
+        return total
+
+
+def head_backward(
+    task: str,
+    head: nn.Module,
+    final: torch.Tensor,
+    batch: Mapping[str, torch.Tensor],
+    vocab_size: int,
+    settings: DistillSettings,
+    scale: float,
+    teacher_logits: torch.Tensor | None,
+    teacher: tuple[nn.Module, torch.Tensor] | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Backward of the task loss and the KL term into the head. Returns (fp32 [2]: task loss and KL, gradient of final).
+
+    final: [B, S, D'] of a causal LM, [B, D'] of a classifier. The teacher's logits [B, C] (classifier), or its head and
+    final state (causal LM: logits exist for `chunk_tokens` tokens at a time); neither: the task loss alone.
+    """
+    alpha = settings.kl_weight if teacher_logits is not None or teacher is not None else 0.0
+    if task == "causal_lm":
+        losses = LossSettings(
+            vocab_size, settings.chunk_tokens, ce_weight=1 - alpha, kl_weight=alpha, kl_temperature=settings.temperature
+        )
+        return token_backward(head, final, batch["labels"], batch["loss_mask"], losses, scale, teacher)
+    leaf = final.detach().requires_grad_(final.requires_grad)
+    logits = head(leaf).float()
+    task_loss = F.cross_entropy(logits, batch["labels"])
+    loss, kl = (1 - alpha) * task_loss, torch.zeros((), device=logits.device)
+    if teacher_logits is not None:
+        t = settings.temperature
+        kl = (
+            t
+            * t
+            * F.kl_div(
+                (logits / t).log_softmax(-1),
+                (teacher_logits.float() / t).log_softmax(-1),
+                log_target=True,
+                reduction="batchmean",
+            )
+        )
+        loss = loss + alpha * kl
+    (loss * scale).backward()
+    return torch.stack([task_loss.detach(), kl.detach()]), leaf.grad

@@ -1,0 +1,163 @@
+"""What one recipe stage trains: low-rank pairs, norms and biases, a new head."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from math import prod, sqrt
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from torch import nn
+
+from ee_scale.backbone.digest import named_generator
+from ee_scale.elastic.architecture import SHARDED, VOCAB, ElasticMap, TensorAxes
+from ee_scale.elastic.order import undeal
+from ee_scale.elastic.stage import ElasticStage
+from ee_scale.elastic.subnet import SubnetSpec
+
+TARGETS = ("attention", "mlp", "embeddings", "head")
+_PLACES = {  # the first that fits: BERT has '.output.' inside its attention as well
+    "attention": (".self_attn.", ".attention."),
+    "mlp": (".mlp.", ".intermediate.", ".output."),
+    "embeddings": ("embed",),
+    "head": ("lm_head", "pooler"),
+}
+
+
+@dataclass(frozen=True)
+class FactorSettings:
+    """Attributes:
+    rank: r of every low-rank pair; 0: whole updates of the same matrices (full-parameter training).
+    targets: matrices that get one, of TARGETS.
+    vectors: whether norms and biases train as well.
+    """
+
+    rank: int = 8
+    targets: Sequence[str] = ("attention", "mlp", "head")
+    vectors: bool = True
+
+
+class FactorPlan:
+    """The tensors that a recipe stage trains, over the whole model, by (module, leaf): arithmetic only."""
+
+    def __init__(self, elastic_map: ElasticMap, settings: FactorSettings, new: Collection[str] = ()):
+        """`new`: modules that the base folder lacks."""
+        self.map, self.settings = elastic_map, settings
+        self.tensors: dict[tuple[str, str], TensorAxes] = {}
+        described = dict(elastic_map.tensors)
+        if "lm_head.weight" not in described and elastic_map.architecture.task == "causal_lm":  # tied
+            described["lm_head.weight"] = elastic_map.describe(
+                "lm_head.weight", elastic_map.full_shape("lm_head.weight")
+            )
+        for name, tensor in described.items():
+            module, leaf = name.rsplit(".", 1)
+            if module == "classifier" or module in new:
+                self.tensors[module, leaf] = tensor
+            elif len(tensor.shape) == 1:
+                if settings.vectors:
+                    self.tensors[module, leaf] = tensor
+            elif self._is_target(module, tensor):
+                self._add_matrix(module, tensor)
+
+    def _is_target(self, module: str, tensor: TensorAxes) -> bool:
+        if "embed" in module and tensor.axes[0] != VOCAB:
+            return False
+        return (
+            next(place for place in TARGETS if any(part in module for part in _PLACES[place])) in self.settings.targets
+        )
+
+    def _add_matrix(self, module: str, tensor: TensorAxes) -> None:
+        rank, (out, inner) = self.settings.rank, tensor.shape
+        if rank == 0:
+            self.tensors[module, "weight"] = tensor
+            return
+        self.tensors[module, "A"] = TensorAxes((tensor.axes[0], "rank"), (out, rank), tensor.layer)
+        self.tensors[module, "B"] = TensorAxes(("rank", tensor.axes[1]), (rank, inner), tensor.layer)
+
+    def parameters(self, spec: SubnetSpec) -> int:
+        """Trainable parameters that take part in a subnet (the n_j of the gradient scaling)."""
+        sizes = self.map.shape.sizes(spec)
+        return sum(
+            prod(sizes.get(axis, length) for axis, length in zip(tensor.axes, tensor.shape, strict=True))
+            for tensor in self.tensors.values()
+            if tensor.layer is None or tensor.layer in spec.layers
+        )
+
+
+class FactorSet(nn.Module):
+    """This rank's trainable tensors of one recipe stage. What the engine sees is what trains.
+
+    Names in files: '<recipe stage>.<module>.<leaf>', tensors whole and sorted by importance.
+    """
+
+    def __init__(self, stage: ElasticStage, plan: FactorPlan, index: int, seed: int):
+        """Starts where the stage before ended: B is random, A is zero, whole updates are zero (a new head's random)."""
+        super().__init__()
+        self._stage, self.index = [stage], index
+        self.axes: dict[str, TensorAxes] = {}
+        self.named: dict[str, nn.Parameter] = {}
+        stage.active.stages = index + 1
+        for (module, leaf), tensor in plan.tensors.items():
+            if module not in stage.elastic:
+                continue
+            name = f"{index}.{module}.{leaf}"
+            start = initial(name, leaf, tensor, seed, fresh=module in stage.new and index == 0, std=_std(stage))
+            local = stage.local(start, tensor, None).to(stage.grid.device, stage.dtype).contiguous()
+            parameter = nn.Parameter(local)
+            _mark_cut(parameter, tensor)
+            if tensor.axes == ("whole",) and stage.grid.layout.tp > 1:
+                _sum_gradient(parameter, stage)
+            stage.elastic[module].trained.setdefault(index, {})[leaf] = parameter
+            self.axes[name], self.named[name] = tensor, parameter
+            self.register_parameter(name.replace(".", "/"), parameter)
+
+    def freeze(self) -> None:
+        """The recipe stage is over."""
+        self.requires_grad_(False)
+
+    def local(self, name: str, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a whole tensor of that name."""
+        return self._stage[0].local(whole, self.axes[name], None)
+
+    def gather(self, name: str, part: torch.Tensor) -> torch.Tensor:
+        """The whole tensor from this rank's part (or a tensor of its shape). A collective over the tensor group."""
+        stage, tensor = self._stage[0], self.axes[name]
+        cut = next((dim for dim, axis in enumerate(tensor.axes) if axis in (*SHARDED, VOCAB)), None)
+        if cut is None or stage.grid.layout.tp == 1:
+            return part
+        parts = [torch.empty_like(part) for _ in range(stage.grid.layout.tp)]
+        dist.all_gather(parts, part.contiguous(), group=stage.grid.tp_group)
+        if tensor.axes[cut] == VOCAB:
+            return torch.cat(parts, cut).narrow(cut, 0, tensor.shape[cut])
+        return undeal(parts, cut, stage.map.shape.block(tensor.axes[cut]))
+
+
+def initial(name: str, leaf: str, tensor: TensorAxes, seed: int, *, fresh: bool, std: float) -> torch.Tensor:
+    """Whole start value. B is uniform in +-1/sqrt(in) (as `nn.Linear`); matrices of a fresh head are N(0, std)."""
+    if leaf == "B":
+        bound = 1 / sqrt(tensor.shape[1])
+        return torch.empty(tensor.shape).uniform_(-bound, bound, generator=named_generator(name, seed))
+    if fresh and len(tensor.shape) == 2:
+        return torch.empty(tensor.shape).normal_(0.0, std, generator=named_generator(name, seed))
+    return torch.zeros(tensor.shape)
+
+
+def _std(stage: ElasticStage) -> float:
+    return getattr(stage.map.config, "initializer_range", 0.02)
+
+
+def _mark_cut(parameter: nn.Parameter, tensor: TensorAxes) -> None:
+    for dim, axis in enumerate(tensor.axes):
+        if axis in (*SHARDED, VOCAB):
+            set_tensor_model_parallel_attributes(parameter, True, dim, 1)
+
+
+def _sum_gradient(parameter: nn.Parameter, stage: ElasticStage) -> None:
+    """Norms inside heads: each rank's copy sees its own heads only."""
+
+    def all_reduce(gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient, group=stage.grid.tp_group)
+        return gradient
+
+    parameter.register_hook(all_reduce)

@@ -1,0 +1,238 @@
+"""One pipeline stage of the supernet: the transformers model's own forward over elastic layers."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ee_scale.backbone.digest import bit_digest
+from ee_scale.backbone.loading import TensorFolder
+from ee_scale.backbone.parallel import padded_vocab
+from ee_scale.backbone.stages import StagePlan
+from ee_scale.elastic.architecture import SHARDED, VOCAB, ElasticMap, TensorAxes, meta_model
+from ee_scale.elastic.modules import Active, ElasticEmbedding, ElasticLinear, ElasticModule, ElasticNorm
+from ee_scale.elastic.order import UnitOrder, deal
+from ee_scale.elastic.subnet import SubnetSpec
+from ee_scale.errors import UserError
+from ee_scale.grid import Grid
+
+NEW_MODULES = (
+    "classifier",
+    "bert.pooler.dense",
+)  # may be missing in the base folder: then the recipe trains them whole
+
+
+class Given(nn.Module):
+    """Stands for the embeddings on later stages, where the hidden state comes from the stage before."""
+
+    def forward(self, inputs_embeds: torch.Tensor, **_: Any) -> torch.Tensor:
+        """[B, S, D'] as it came."""
+        return inputs_embeds
+
+
+class ElasticStage(nn.Module):
+    """The layers of one pipeline stage, sorted by importance, cut over the tensor group, sized by `select`.
+
+    Attributes:
+        elastic: elastic modules by full name in the transformers model ('model.layers.3.mlp.up_proj').
+        new: names of modules that the base folder does not have (a classifier).
+    """
+
+    def __init__(
+        self,
+        elastic_map: ElasticMap,
+        plan: StagePlan,
+        grid: Grid,
+        dtype: torch.dtype,
+        attn_implementation: str | None = None,
+    ):
+        super().__init__()
+        self.map, self.grid, self.dtype = elastic_map, grid, dtype
+        self.is_first, self.is_last = grid.stage == 0, grid.stage == plan.launched - 1
+        self.layer_indices = plan.layers(grid.stage)
+        self.active = Active(elastic_map.shape, grid.layout.tp)
+        model = meta_model(elastic_map.config, elastic_map.architecture.task, dtype, attn_implementation)
+        self.elastic: dict[str, ElasticModule] = {}
+        self.new: set[str] = set()
+        for name, module in list(model.named_modules()):
+            pattern = _pattern(name)
+            if pattern in elastic_map.architecture.axes and self._is_mine(name):
+                self.elastic[name] = self._make(name, module, elastic_map.architecture.axes[pattern])
+                model.set_submodule(name, self.elastic[name])
+        self._cut(model)
+        self.select(elastic_map.shape.full)
+
+    def _is_mine(self, name: str) -> bool:
+        parts = name.split(".")
+        numbers = [int(part) for part in parts if part.isdigit()]
+        if numbers:
+            return numbers[0] in self.layer_indices
+        return self.is_first if "embed" in name else self.is_last
+
+    def _make(self, name: str, module: nn.Module, axes: tuple[str, ...]) -> ElasticModule:
+        """The elastic module with empty tensors of this rank's sizes."""
+
+        def empty(parameter: torch.Tensor | None, leaf_axes: tuple[str, ...]) -> torch.Tensor | None:
+            if parameter is None:
+                return None
+            shape = [self._local(axis, size) for axis, size in zip(leaf_axes, parameter.shape, strict=True)]
+            return torch.empty(shape, dtype=self.dtype, device=self.grid.device)
+
+        tensors = (empty(module.weight, axes), empty(getattr(module, "bias", None), axes[:1]))
+        common = (*tensors, axes, self.active, self.grid.tp_group)
+        if isinstance(module, nn.Linear):
+            return ElasticLinear(*common)
+        return ElasticEmbedding(*common) if isinstance(module, nn.Embedding) else ElasticNorm(module, *common)
+
+    def _local(self, axis: str, size: int) -> int:
+        tp = self.grid.layout.tp
+        return padded_vocab(size, tp) // tp if axis == VOCAB else size // tp if axis in SHARDED else size
+
+    def _cut(self, model: nn.Module) -> None:
+        """Keep this stage's part of the model."""
+        architecture, config = self.map.architecture, self.map.config
+        self.base = base = getattr(model, architecture.base)
+        self._layers_of, _, self._layers_name = architecture.layers.rpartition(".")
+        container = base.get_submodule(architecture.layers)
+        self.layers = {i: container[i] for i in self.layer_indices}
+        self.head = self.elastic.get("lm_head" if architecture.task == "causal_lm" else "classifier")
+        with torch.device(self.grid.device):
+            if hasattr(base, "rotary_emb"):
+                base.rotary_emb = type(base.rotary_emb)(config=config)
+            if architecture.task == "classify" and self.is_first:
+                positions = torch.arange(config.max_position_embeddings).expand((1, -1))
+                base.embeddings.position_ids = positions
+                base.embeddings.token_type_ids = torch.zeros_like(positions)
+        if architecture.task == "classify":
+            if not self.is_first:
+                base.embeddings = Given()
+            if not self.is_last:
+                base.pooler = None
+        else:
+            if not self.is_first:
+                base.embed_tokens = None
+            if not self.is_last:
+                base.norm = nn.Identity()
+        self._outputs: dict[int, torch.Tensor] | None = None
+        for i, layer in self.layers.items():
+            layer.register_forward_hook(lambda module, args, output, i=i: self._keep(i, output))
+
+    def _keep(self, i: int, output: torch.Tensor) -> None:
+        if self._outputs is not None:
+            self._outputs[i] = output
+
+    def select(self, spec: SubnetSpec) -> None:
+        """Make a subnet the active one, for the next forward and its backward."""
+        self.active.select(spec)
+        kept = [i for i in spec.layers if i in self.layers]
+        owner = self.base.get_submodule(self._layers_of) if self._layers_of else self.base
+        setattr(owner, self._layers_name, nn.ModuleList(self.layers[i] for i in kept))
+        config = self.base.config
+        config.num_hidden_layers = len(kept)
+        if getattr(self.map.config, "layer_types", None) is not None:
+            config.layer_types = [self.map.config.layer_types[i] for i in kept]
+
+    def forward(
+        self, x: torch.Tensor, batch: dict[str, torch.Tensor], *, features: bool = False
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """Ids [B, S] on the first stage, [B, S, D'] on the others -> (output, hidden states by layer).
+
+        The output is [B, S, D'], on an encoder's last stage the pooled [B, D'] that the classifier reads. With
+        `features` the hidden state [B, S, D'] after every kept layer of the stage.
+        """
+        inputs: dict[str, Any] = {"inputs_embeds": x} if x.is_floating_point() else {"input_ids": x}
+        if self.map.architecture.task == "classify":
+            inputs |= {name: batch.get(name) for name in ("attention_mask", "token_type_ids")}
+        else:
+            inputs["use_cache"] = False
+        self._outputs = {} if features else None
+        output = self.base(**inputs)
+        states, self._outputs = self._outputs or {}, None
+        pooled = self.map.architecture.task == "classify" and self.is_last
+        return (output.pooler_output if pooled else output.last_hidden_state), states
+
+    @contextmanager
+    def teaching(self, recipe_stages: int) -> Iterator[None]:
+        """The full net with the first `recipe_stages` stages of the recipe; then the subnet that was active before."""
+        before = dict(self.active.lengths), self.active.stages
+        self.active.select(self.map.shape.full)
+        self.active.stages = recipe_stages
+        try:
+            yield
+        finally:
+            self.active.lengths, self.active.stages = before
+
+    def load(self, tensors: TensorFolder, order: UnitOrder) -> None:
+        """Read this rank's slices, sorted. Raises `UserError` for missing tensors and wrong shapes."""
+        for name, module in self.elastic.items():
+            for leaf in ("weight", "bias"):
+                target = getattr(module, leaf)
+                if target is None:
+                    continue
+                whole = read_tensor(tensors, f"{name}.{leaf}", self.map)
+                if whole is None:
+                    self.new.add(name)
+                with torch.no_grad():
+                    if whole is None:
+                        target.zero_()
+                    else:
+                        target.copy_(self.local(whole, self.describe(name, leaf, whole), order))
+
+    def describe(self, name: str, leaf: str, whole: torch.Tensor) -> TensorAxes:
+        """Axes of a whole tensor of an elastic module."""
+        layer = next((int(part) for part in name.split(".") if part.isdigit()), None)
+        return TensorAxes(self.elastic[name].leaf_axes(leaf), tuple(whole.shape), layer)
+
+    def local(self, whole: torch.Tensor, tensor: TensorAxes, order: UnitOrder | None) -> torch.Tensor:
+        """This rank's part of a whole tensor; `order` sorts one that lies in the base model's order."""
+        tp, rank = self.grid.layout.tp, self.grid.tp_rank
+        for dim, axis in enumerate(tensor.axes):
+            rows = None if order is None else order.rows(axis, tensor.layer, self.map.shape)
+            if rows is not None:
+                whole = whole.index_select(dim, rows)
+            if axis in SHARDED:
+                whole = deal(whole, dim, self.map.shape.block(axis), rank, tp)
+            elif axis == VOCAB and tp > 1:
+                step = padded_vocab(whole.shape[dim], tp) // tp
+                part = whole.narrow(
+                    dim, start := min(rank * step, whole.shape[dim]), min(step, whole.shape[dim] - start)
+                )
+                whole = torch.cat([part, part.new_zeros(step - part.shape[dim], *part.shape[1:])])
+        return whole
+
+    def frozen_digest(self) -> str:
+        """Changes if any bit of a frozen tensor of this rank flips: the backbone and earlier recipe stages."""
+        frozen = []
+        for name, module in self.elastic.items():
+            frozen += [(f"{name}.{leaf}", parameter) for leaf, parameter in module.named_parameters()]
+            for stage, leaves in module.trained.items():
+                frozen += [(f"{stage}.{name}.{leaf}", p) for leaf, p in leaves.items() if not p.requires_grad]
+        return bit_digest(frozen)
+
+
+def read_tensor(tensors: TensorFolder, name: str, elastic_map: ElasticMap) -> torch.Tensor | None:
+    """A whole tensor of the base folder by its transformers name; None for a new head's.
+
+    Folders of a bare base model have no prefix, and tied output matrices are the embedding's.
+    Raises `UserError` if it is missing or has another shape than the config says.
+    """
+    prefix = elastic_map.architecture.base + "."
+    names = [name, name.removeprefix(prefix)]
+    if name == "lm_head.weight":
+        names.append("model.embed_tokens.weight")
+    source = next((candidate for candidate in names if candidate in tensors), None)
+    if source is None and name.rsplit(".", 1)[0] in NEW_MODULES:
+        return None
+    whole = tensors.read(source or name)
+    expected = elastic_map.full_shape(name)
+    if tuple(whole.shape) != expected:
+        raise UserError(
+            f"{tensors.folder}: '{source}' has shape {list(whole.shape)}, but the config asks for {list(expected)}"
+        )
+    return whole
+
+
+def _pattern(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))

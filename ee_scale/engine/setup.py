@@ -1,0 +1,96 @@
+"""DeepSpeed's pipeline engine around one stage: its configuration, its view of the groups, the optimizer's settings."""
+
+import contextlib
+import io
+import logging
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.module import PipelineModule
+from torch import nn
+
+from ee_scale.grid import Grid
+
+EngineType = TypeVar("EngineType", bound=PipelineEngine)
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW; the learning rate is set from outside at every step."""
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-5
+    weight_decay: float = 0.01
+    clip_grad: float = 1.0
+
+
+class StageMpu:
+    """DeepSpeed's view of the groups, with 'model parallel' meaning the tensor group alone.
+
+    With its own view (tensor x pipeline), the norm and the overflow check of every step would wait for all stages.
+    """
+
+    def __init__(self, grid: Any):
+        self._grid = grid
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._grid, name.replace("get_model_parallel", "get_slice_parallel"))
+
+
+def build_engine(
+    cls: type[EngineType],
+    stage: nn.Module,
+    grid: Grid,
+    optimizer: torch.optim.Optimizer | None,
+    micro_batch_size: int,
+    num_micro_batches: int,
+    bf16: bool,
+) -> EngineType:
+    """Wrap this rank's trainable parameters; None: this stage trains nothing. All ranks call it."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    config = deepspeed_config(grid, micro_batch_size, num_micro_batches, bf16, trains=optimizer is not None)
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its settings
+        # One "layer" per stage; a rank registers its own stage only.
+        pipe = PipelineModule([stage] * grid.layout.pp, topology=grid.layout.topology(), partition_method="uniform")
+        mpu = StageMpu(pipe.mpu())
+        return cls(
+            args=None,
+            model=pipe,
+            optimizer=optimizer,
+            mpu=mpu,
+            config=config,
+            config_class=DeepSpeedConfig(config, mpu),
+        )
+
+
+def deepspeed_config(
+    grid: Grid, micro_batch_size: int, num_micro_batches: int, bf16: bool, *, trains: bool
+) -> dict[str, Any]:
+    """DeepSpeed's configuration. Gradient clipping is ours (`engine.clipping`)."""
+    bf16 = bf16 and trains
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": num_micro_batches,
+        "train_batch_size": micro_batch_size * num_micro_batches * grid.layout.dp,
+        "zero_optimization": {
+            "stage": 1 if trains else 0,
+            "contiguous_gradients": False,  # would allocate a full bucket at every step
+            "overlap_comm": False,
+            "reduce_bucket_size": 50_000_000,
+        },
+        "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0, over all parameters of the stage together
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": bf16, "immediate_grad_update": bf16},  # chunks of logits add up in fp32
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "steps_per_print": 10**9,
+    }
+
+
+def count_in_norms(parameters: list[nn.Parameter]) -> None:
+    """DeepSpeed's own norm serves as its NaN check only; on a tensor rank > 0 it fails when nothing counts."""
+    for parameter in parameters:
+        parameter.model_parallel = True

@@ -1,0 +1,254 @@
+"""Train a supernet's factors with DeepSpeed's pipeline engine: one 1F1B stream of (micro-batch, subnet) pairs."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from deepspeed.runtime.pipe import p2p
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.schedule import (
+    BackwardPass,
+    ForwardPass,
+    OptimizerStep,
+    RecvActivation,
+    RecvGrad,
+    SendActivation,
+    SendGrad,
+)
+
+from ee_scale.elastic.distill import FROZEN, DistillSettings, FeatureLoss, head_backward
+from ee_scale.elastic.factors import FactorSet
+from ee_scale.elastic.sampling import FULL, ROLES, Draw
+from ee_scale.elastic.stage import ElasticStage
+from ee_scale.engine.clipping import CLIP_KEY, clip_groups
+from ee_scale.engine.schedule import SupernetSchedule, Teach
+from ee_scale.engine.setup import OptimizerSettings, build_engine, count_in_norms
+from ee_scale.engine.state import start_moments
+from ee_scale.grid import Grid
+
+
+@dataclass(frozen=True)
+class SupernetEngineSettings:
+    """What the engine needs beside stage, factors and grid.
+
+    Attributes:
+        teacher_stages: recipe stages that the frozen teacher consists of; None: there is no teacher (the full net alone
+            trains, on its task).
+    """
+
+    micro_batch_size: int
+    num_micro_batches: int
+    distill: DistillSettings
+    teacher_stages: int | None
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    bf16: bool = False
+    seed: int = 1234
+
+
+@dataclass
+class _Taught:
+    """What the teacher said about one micro-batch, on this stage."""
+
+    features: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> [B, S, p]
+    final: torch.Tensor | None = None  # last stage: input of the head
+    logits: torch.Tensor | None = None  # last stage of a classifier: [B, C]
+
+
+class SupernetEngine(PipelineEngine):
+    """One stage of supernet training. The hidden width changes from pair to pair: each rank knows every shape."""
+
+    @classmethod
+    def build(
+        cls, stage: ElasticStage, factors: FactorSet, grid: Grid, settings: SupernetEngineSettings
+    ) -> "SupernetEngine":
+        """Wrap this rank's factors. All ranks call it."""
+        optimizer = factor_optimizer(factors, settings.optimizer)
+        engine = build_engine(
+            cls, factors, grid, optimizer, settings.micro_batch_size, settings.num_micro_batches, settings.bf16
+        )
+        engine.prepare(stage, grid, settings)
+        return engine
+
+    def prepare(self, stage: ElasticStage, grid: Grid, settings: SupernetEngineSettings) -> None:
+        """Attributes that the base class does not know."""
+        self.stage, self.process_grid, self.settings = stage, grid, settings
+        start_moments(self.optimizer)
+        distills = settings.teacher_stages is not None
+        self._features = None
+        if distills and settings.distill.feature_weight:
+            width, dim = stage.map.shape.hidden, settings.distill.feature_dim
+            self._features = FeatureLoss(width, dim, settings.seed, grid.device, stage.dtype)
+        self._teaches = distills and settings.distill.teacher == FROZEN
+        self.grad_norm = torch.zeros(())
+        self._batches: list[dict[str, torch.Tensor]] = []
+        self._stream: Sequence[Draw] = ()
+        self._pairs: dict[int, dict[str, Any]] = {}
+        self._taught: dict[int, _Taught] = {}
+
+    def train_step(self, micro_batches: Iterator[dict[str, torch.Tensor]], stream: Sequence[Draw]) -> torch.Tensor:
+        """One optimizer step: every draw of `stream` on its micro-batch. All ranks draw the same.
+
+        Returns fp32 [roles, 3]: task loss, KL and feature loss by role (full, smallest, random), of this stage and
+        replica, averaged over the role's draws; only the last stage knows the first two.
+        """
+        count = self.settings.num_micro_batches
+        self._batches = [_to(next(micro_batches), self.device) for _ in range(count)]
+        self._stream, self._pairs, self._taught = stream, {}, {m: _Taught() for m in range(count)}
+        self._next = dict.fromkeys((ForwardPass, BackwardPass, SendActivation, RecvActivation, SendGrad, RecvGrad), 0)
+        self._losses = torch.zeros(len(ROLES), 3, device=self.device)
+        teachers = count if self._teaches else 0
+        self._exec_schedule(SupernetSchedule(len(stream), self.num_stages, self.stage_id, teachers=teachers))
+        roles = [draw.role for draw in stream]
+        counts = torch.tensor([max(1, roles.count(role)) for role in ROLES], device=self.device)
+        return self._losses / counts.unsqueeze(-1)
+
+    def set_lr(self, lr: float) -> None:
+        """Learning rate of the next step."""
+        for group in self.optimizer.optimizer.param_groups:
+            group["lr"] = lr
+
+    def _turn(self, instruction: type) -> tuple[int, Draw]:
+        """The pair that this instruction is about: each kind takes the stream in order."""
+        index = self._next[instruction]
+        self._next[instruction] += 1
+        return index, self._stream[index]
+
+    def _empty(self, micro_batch: int, width: int) -> torch.Tensor:
+        rows, length = self._batches[micro_batch]["tokens"].shape
+        return torch.empty(rows, length, width, dtype=self.stage.dtype, device=self.device)
+
+    @torch.no_grad()
+    def _teach(self, micro_batch: int) -> None:
+        """The frozen teacher's forward on one micro-batch: receive, compute, keep what is learned from, send."""
+        batch, taught = self._batches[micro_batch], self._taught[micro_batch]
+        self.stage.select(self.stage.map.shape.full)
+        with self.stage.teaching(self.settings.teacher_stages):
+            x = batch["tokens"]
+            if not self.is_first_stage():
+                x = self._empty(micro_batch, self.stage.map.shape.hidden)
+                p2p.recv(x, self.prev_stage)
+            hidden, states = self.stage(x, batch, features=self._features is not None)
+            self._keep(taught, hidden, states)
+        if not self.is_last_stage():
+            p2p.send(hidden.contiguous(), self.next_stage)
+
+    @torch.no_grad()
+    def _keep(self, taught: _Taught, hidden: torch.Tensor, states: dict[int, torch.Tensor]) -> None:
+        if self._features is not None:
+            taught.features = self._features.project(states)
+        if self.is_last_stage():
+            taught.final = hidden.detach()
+            if self.stage.map.architecture.task == "classify":
+                taught.logits = self.stage.head(taught.final)
+
+    def _forward(self, buffer_id: int) -> None:
+        index, draw = self._turn(ForwardPass)
+        pair, batch = self._pairs.setdefault(index, {}), self._batches[draw.micro_batch]
+        self.stage.select(draw.spec)
+        taught = self._taught[draw.micro_batch]
+        wants = self._features is not None
+        pair["output"], states = self.stage(pair.get("input", batch["tokens"]), batch, features=wants)
+        is_teacher = draw.role == FULL and not self._teaches
+        if is_teacher and self.settings.teacher_stages is not None:
+            self._keep(taught, pair["output"], states)
+        if wants and not is_teacher:
+            loss = self._features(states, taught.features, batch.get("attention_mask")) / draw.spec.depth
+            self._losses[ROLES.index(draw.role), 2] += loss.detach()
+            pair["features"] = self.settings.distill.feature_weight * draw.weight * loss
+
+    def _backward(self, buffer_id: int) -> None:
+        index, draw = self._turn(BackwardPass)
+        pair = self._pairs[index]
+        self.stage.select(draw.spec)
+        if self.is_last_stage():
+            pair["gradient"] = self._head_backward(pair["output"], draw)
+        ends = [(pair["output"], pair["gradient"]), (pair.get("features"), None)]
+        ends = [(tensor, gradient) for tensor, gradient in ends if tensor is not None and tensor.requires_grad]
+        if ends:
+            torch.autograd.backward(*zip(*ends, strict=True))
+        if self.is_first_stage():
+            del self._pairs[index]
+        else:
+            self._pairs[index] = {"input": pair["input"]}
+
+    def _head_backward(self, output: torch.Tensor, draw: Draw) -> torch.Tensor:
+        stage, taught = self.stage, self._taught[draw.micro_batch]
+        learns = self.settings.teacher_stages is not None and (self._teaches or draw.role != FULL)
+        teacher = None
+        if learns and taught.logits is None:
+            teacher = (self._teacher_logits, taught.final)
+        means, gradient = head_backward(
+            stage.map.architecture.task,
+            stage.head,
+            output,
+            self._batches[draw.micro_batch],
+            stage.map.config.vocab_size,
+            self.settings.distill,
+            draw.weight,
+            taught.logits if learns else None,
+            teacher,
+        )
+        self._losses[ROLES.index(draw.role), :2] += means
+        return gradient
+
+    def _teacher_logits(self, final: torch.Tensor) -> torch.Tensor:
+        stages = self.settings.teacher_stages if self._teaches else self.stage.active.stages
+        with self.stage.teaching(stages):
+            return self.stage.head(final)
+
+    def _send_activation(self, buffer_id: int) -> None:
+        index, _ = self._turn(SendActivation)
+        p2p.send(self._pairs[index]["output"].detach().contiguous(), self.next_stage)
+
+    def _recv_activation(self, buffer_id: int) -> None:
+        index, draw = self._turn(RecvActivation)
+        x = self._empty(draw.micro_batch, draw.spec.hidden)
+        p2p.recv(x, self.prev_stage)
+        self._pairs[index] = {"input": x.requires_grad_()}
+
+    def _send_grad(self, buffer_id: int) -> None:
+        index, _ = self._turn(SendGrad)
+        p2p.send(self._pairs.pop(index)["input"].grad.contiguous(), self.prev_stage)
+
+    def _recv_grad(self, buffer_id: int) -> None:
+        index, draw = self._turn(RecvGrad)
+        gradient = self._empty(draw.micro_batch, draw.spec.hidden)
+        p2p.recv(gradient, self.next_stage)
+        self._pairs[index]["gradient"] = gradient
+
+    def _step(self) -> None:
+        clip = self.settings.optimizer.clip_grad
+        self.grad_norm = clip_groups(self.optimizer, clip, self.process_grid, across_stages=True)[0]
+        self._exec_optimizer_step()
+
+    _INSTRUCTION_MAP: dict[type, Callable[..., None]] = {  # noqa: RUF012 (the base class's own pattern)
+        **PipelineEngine._INSTRUCTION_MAP,
+        Teach: _teach,
+        ForwardPass: _forward,
+        BackwardPass: _backward,
+        SendActivation: _send_activation,
+        RecvActivation: _recv_activation,
+        SendGrad: _send_grad,
+        RecvGrad: _recv_grad,
+        OptimizerStep: _step,
+    }
+
+
+def factor_optimizer(factors: FactorSet, settings: OptimizerSettings) -> torch.optim.AdamW:
+    """AdamW with two groups: matrices, and vectors (norms, biases) without weight decay; one norm for clipping."""
+    parameters = list(factors.parameters())
+    count_in_norms(parameters)
+    groups = [
+        {"params": members, "weight_decay": decay, CLIP_KEY: 0}
+        for decay, members in (
+            (settings.weight_decay, [p for p in parameters if p.ndim > 1]),
+            (0.0, [p for p in parameters if p.ndim <= 1]),
+        )
+        if members
+    ]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=tuple(settings.betas), eps=settings.eps, fused=True)
+
+
+def _to(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
