@@ -34,15 +34,20 @@ def find_model(path: str) -> Path:
 
 
 def load_config(folder: Path) -> Any:
-    """The transformers config of a supported architecture. Raises `UserError`."""
+    """The transformers config of an architecture that exits are known for. Raises `UserError`."""
+    config = read_config(folder)
+    family_of(config)
+    return config
+
+
+def read_config(folder: Path) -> Any:
+    """The transformers config of a folder, of whatever architecture. Raises `UserError`."""
     if not (folder / "config.json").is_file():
         raise UserError(f"model.path={folder}: no config.json in it")
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise UserError(f"model.path={folder}: config.json: {str(error).strip().splitlines()[0]}") from error
-    family_of(config)
-    return config
 
 
 class TensorFolder:

@@ -33,8 +33,8 @@ class FeatureLoss:
     """Distance of projected hidden states to the teacher's, layer by layer (MLFS: sum_l ||U_j h_j - U h||^2).
 
     Student layer l and its teacher are the same layer, so the loss is local to a pipeline stage. U [p, D] has fixed
-    orthonormal rows (a learned one can shrink to zero); a subnet uses its first D' columns. Squared distances are
-    divided by the teacher's mean square, so that one weight fits all layers.
+    orthonormal rows (a learned one can shrink to zero); a subnet uses its first D' columns. Each sequence's squared
+    distance is divided by its teacher's mean square, so that one weight fits all layers and replicas add up.
     """
 
     def __init__(self, hidden_size: int, dim: int, seed: int, device: torch.device, dtype: torch.dtype):
@@ -54,8 +54,9 @@ class FeatureLoss:
         for i, projected in self.project(student).items():
             target = teacher[i].float()
             weight = torch.ones(target.shape[:-1], device=target.device) if mask is None else mask.float()
-            distance = ((projected.float() - target).pow(2).mean(-1) * weight).sum()
-            total = total + distance / (target.pow(2).mean(-1) * weight).sum().clamp(min=1e-12)
+            distance = ((projected.float() - target).pow(2).mean(-1) * weight).sum(-1)
+            power = (target.pow(2).mean(-1) * weight).sum(-1)
+            total = total + (distance / power.clamp(min=1e-12)).mean()
         return total
 
 

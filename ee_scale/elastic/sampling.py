@@ -25,10 +25,16 @@ class Draw:
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """Subnets per micro-batch beside the full net (the sandwich rule of US-Nets; MLFS: the full net always, first)."""
+    """Subnets beside the full net (the sandwich rule of US-Nets; MLFS: the full net always, first).
+
+    Attributes:
+        groups: runs of micro-batches of a step that each draw their own subnets. It divides the micro-batches of every
+            grid, so that the same samples meet the same subnets whatever the grid.
+    """
 
     smallest: bool = True
     randoms: int = 2
+    groups: int = 1
     gamma: float = 0.5
     seed: int = 1234
 
@@ -41,7 +47,7 @@ def draw_stream(
     settings: SamplingSettings,
     trainable: Callable[[SubnetSpec], int],
 ) -> list[Draw]:
-    """All draws of one optimizer step, from (seed, step, micro-batch) alone.
+    """All draws of one optimizer step, from (seed, step, group of micro-batches) alone.
 
     The full net's come first (it may be the teacher), then deep to shallow: in a 1F1B pipeline the shallow ones then
     drain it. Gradient scaling: MLFS (arXiv 2404.01353) section 3, n counts trainable parameters; gamma may be negative.
@@ -52,7 +58,7 @@ def draw_stream(
         drawn.append((micro_batch, FULL, full))
         if not axes:
             continue
-        random = Random(f"{settings.seed}:{step}:{micro_batch}")
+        random = Random(f"{settings.seed}:{step}:{micro_batch * settings.groups // num_micro_batches}")
         if settings.smallest:
             drawn.append((micro_batch, SMALLEST, space.smallest(axes)))
         drawn += [(micro_batch, RANDOM, space.draw(random, axes)) for _ in range(settings.randoms)]

@@ -51,4 +51,5 @@ def _gradients(optimizer: Any, index: int) -> Iterator[tuple[torch.Tensor, torch
     if isinstance(optimizer, BF16_Optimizer):
         return zip(optimizer.bf16_groups[index], optimizer.fp32_groups_gradients[index], strict=True)
     parts = [part for part in optimizer.averaged_gradients[index] if not getattr(part, "_zero_padding", False)]
-    return zip(optimizer.params_in_partition[index], parts, strict=True)
+    # DeepSpeed marks its padding, except for the zeros that fill up the last replica's part at the end.
+    return zip(optimizer.params_in_partition[index], parts, strict=False)

@@ -65,7 +65,7 @@ class FrozenSchedule(PipeSchedule):
         return self.micro_batches if self.share_final else 1
 
 
-class Teach(BufferOpInstruction):
+class Teach(PipeInstruction):
     """Forward of the frozen teacher on one micro-batch, with its receive and send."""
 
 
@@ -82,6 +82,6 @@ class SupernetSchedule(TrainSchedule):
     def steps(self) -> Iterator[list[PipeInstruction]]:
         """Instructions of one batch. Every stage has its data already, and nothing is tied across stages."""
         for micro_batch in range(self.teachers):
-            yield [Teach(micro_batch)]
+            yield [Teach(micro_batch=micro_batch)]
         for commands in super().steps():
             yield [command for command in commands if not isinstance(command, LoadMicroBatch | ReduceTiedGrads)]
