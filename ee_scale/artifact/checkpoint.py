@@ -15,16 +15,6 @@ from ee_scale.artifact.files import check_files, read_json
 STATE = "state.json"
 
 
-def exits_name(k: int) -> str:
-    """File with the parameters of the exit at layer k."""
-    return f"exits_{k:03d}.safetensors"
-
-
-def optimizer_name(k: int) -> str:
-    """File with the AdamW moments of the exit at layer k."""
-    return f"optimizer_{k:03d}.safetensors"
-
-
 def checkpoints(root: Path) -> dict[int, Path]:
     """Finished checkpoints below `root`, by step. What a killed save left behind does not count."""
     found = {}

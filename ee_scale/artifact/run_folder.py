@@ -18,9 +18,17 @@ from ee_scale.training.plan import TunePlan
 CONFIG, IDENTITY, METRICS, CHECKPOINTS = "config.yaml", "run.json", "metrics.jsonl", "checkpoints"
 
 # What makes a run that run. Everything else (grid, steps, precision, logging, ...) may change when it goes on.
-IDENTITY_GROUPS = ("exits", "data", "optim")
-IDENTITY_KEYS = ("train.global_batch_size", "train.seed")
-MAY_CHANGE = ("exits.layers", "exits.loss_chunk_tokens", "data.cache_dir", "data.num_workers")
+IDENTITY_KEYS = {
+    "tune": ("exits", "data", "optim", "train.global_batch_size", "train.seed"),
+    "supernet": (
+        *("task", "space", "stages", "factors", "sampling", "distill", "importance"),
+        *("data", "optim", "train.global_batch_size", "train.seed"),
+    ),
+}
+MAY_CHANGE = (
+    *("exits.layers", "exits.loss_chunk_tokens", "distill.loss_chunk_tokens"),
+    *("data.cache_dir", "data.num_workers", "data.valid"),
+)
 
 
 @dataclass(frozen=True)
@@ -38,25 +46,33 @@ class OpenedRun:
     state: dict[str, Any]
 
 
-def run_identity(config: Any, plan: TunePlan) -> dict[str, Any]:
-    """What must be equal for a run to go on: settings that shape the result, the exits and the base model."""
-    values = as_dict(config)
-    keys = [f"{group}.{name}" for group in IDENTITY_GROUPS for name in values[group]] + list(IDENTITY_KEYS)
-    settings = {key: values[key.split(".")[0]][key.split(".")[1]] for key in keys if key not in MAY_CHANGE}
+def run_identity(kind: str, config: Any, model_dir: Path) -> dict[str, Any]:
+    """What must be equal for a run to go on: settings that shape the result, and the base model."""
+    values, settings = as_dict(config), {}
+    for key in IDENTITY_KEYS[kind]:
+        found = values
+        for part in key.split("."):
+            found = found[part]
+        group = isinstance(found, dict)
+        settings |= {f"{key}.{name}": value for name, value in found.items()} if group else {key: found}
     return {
-        "base_model": str(plan.model_dir.resolve()),
-        "base_fingerprint": fingerprint(plan.model_dir),
-        "early_exit": plan.spec.to_dict(),
-        "settings": settings,
+        "kind": kind,
+        "base_model": str(model_dir.resolve()),
+        "base_fingerprint": fingerprint(model_dir),
+        "settings": {key: value for key, value in settings.items() if key not in MAY_CHANGE},
     }
 
 
-def open_run(out: Path, config: Any, plan: TunePlan) -> OpenedRun:
+def tune_identity(config: Any, plan: TunePlan) -> dict[str, Any]:
+    """Identity of a tune run: the exits belong to it."""
+    return run_identity("tune", config, plan.model_dir) | {"early_exit": plan.spec.to_dict()}
+
+
+def open_run(out: Path, config: Any, identity: dict[str, Any]) -> OpenedRun:
     """Make or re-open the output folder. One process calls it, before any rank trains.
 
     Raises `UserError` if the folder holds another run, a damaged checkpoint, or cannot be written.
     """
-    identity = run_identity(config, plan)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -79,11 +95,16 @@ def open_run(out: Path, config: Any, plan: TunePlan) -> OpenedRun:
     return OpenedRun(out, identity, folder, state)
 
 
-def read_run(out: Path) -> dict[str, Any]:
-    """The identity of a finished or running run. Raises `UserError` if the folder holds none."""
+def read_run(out: Path, kind: str = "tune") -> dict[str, Any]:
+    """The identity of a finished or running run. Raises `UserError` if the folder holds none of that kind."""
     if not (out / IDENTITY).is_file():
-        raise UserError(f"src={out}: no {IDENTITY} in it; give the output folder of ee-scale tune")
-    return read_json(out / IDENTITY)
+        raise UserError(f"src={out}: no {IDENTITY} in it; give the output folder of ee-scale {kind}")
+    identity = read_json(out / IDENTITY)
+    if identity.get("kind", "tune") != kind:
+        raise UserError(
+            f"src={out}: a run of ee-scale {identity.get('kind', 'tune')}; one of ee-scale {kind} is wanted"
+        )
+    return identity
 
 
 def trim_metrics(path: Path, step: int) -> None:
@@ -104,9 +125,11 @@ def _check_same(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     def refuse(name: str, there: Any, here: Any) -> None:
         raise UserError(f"out={out}: holds another run ({name}={there} there, {here} here); choose another out")
 
+    if old.get("kind", "tune") != new["kind"]:
+        refuse("command", old.get("kind", "tune"), new["kind"])
     if old["base_fingerprint"] != new["base_fingerprint"]:
         refuse("model.path", old["base_model"], new["base_model"])
-    if old["early_exit"]["layers"] != new["early_exit"]["layers"]:
+    if "early_exit" in new and old["early_exit"]["layers"] != new["early_exit"]["layers"]:
         refuse("exits.layers", old["early_exit"]["layers"], new["early_exit"]["layers"])
     for key, value in new["settings"].items():
         if old["settings"].get(key) != value:

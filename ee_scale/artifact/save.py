@@ -2,26 +2,26 @@
 
 import shutil
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ee_scale.artifact.checkpoint import STATE, checkpoints, exits_name, optimizer_name
+from ee_scale.artifact.checkpoint import STATE, checkpoints
 from ee_scale.artifact.files import file_digest, write_json
+from ee_scale.backbone.loading import TensorFolder
 from ee_scale.engine.state import MOMENTS, restore_tensors, whole_tensors
 from ee_scale.errors import UserError
 from ee_scale.files import sync
 from ee_scale.grid import Grid
 from ee_scale.log import log
-from ee_scale.training.tune import TuneRun
+from ee_scale.training.parts import Run
 
 
-def save_checkpoint(root: Path, run: TuneRun, facts: dict[str, Any], keep: int) -> None:
+def save_checkpoint(root: Path, run: Run, facts: dict[str, Any], keep: int) -> None:
     """Write a checkpoint of the run's step and drop all but the last `keep`. All ranks call it.
 
     `facts` go into state.json. A failed write on any rank raises on all, and the previous checkpoint stays.
@@ -29,7 +29,7 @@ def save_checkpoint(root: Path, run: TuneRun, facts: dict[str, Any], keep: int) 
     grid = run.grid
     folder, temporary = root / f"step_{run.step:08d}", root / f".step_{run.step:08d}.tmp"
     _agree(grid, lambda: _clear(temporary) if grid.rank == 0 else None)
-    digests = _agree(grid, lambda: _write_stage(temporary, run))
+    digests = _agree(grid, lambda: _write_parts(temporary, run))
     if grid.rank == 0:
         files = {name: digest for part in digests if part for name, digest in part.items()}
         state = {"step": run.step, "consumed_samples": run.consumed_samples, **facts, "files": files}
@@ -37,46 +37,45 @@ def save_checkpoint(root: Path, run: TuneRun, facts: dict[str, Any], keep: int) 
     log.info("saved %s", folder)
 
 
-def load_checkpoint(folder: Path, run: TuneRun, state: dict[str, Any]) -> None:
+def load_checkpoint(folder: Path, run: Run, state: dict[str, Any]) -> None:
     """Put a checkpoint into a run, at whatever grid. The files were checked before (`read_checkpoint`)."""
+    tensors = checkpoint_tensors(folder, state)
     run.step = state["step"]
-    if not run.stage.exit_layers:
-        return
-    with ExitStack() as stack:
-        files = {
-            k: [
-                stack.enter_context(safe_open(folder / name(k), framework="pt"))
-                for name in (exits_name, optimizer_name)
-            ]
-            for k in run.stage.exit_layers
-        }
-
-        def read(name: str, key: str) -> torch.Tensor:
-            parameters, moments = files[int(name.split(".")[1])]
-            return parameters.get_tensor(name) if key == "param" else moments.get_tensor(f"{name}.{key}")
-
-        parameters = [pair for k in run.stage.exit_layers for pair in _parameters(run, k)]
-        restore_tensors(parameters, read, run.engine.optimizer, run.step, run.grid)
+    training = [pair for part in run.saved_parts() for pair in part.training]
+    if training:
+        read = lambda name, key: tensors.read(name if key == "param" else f"{name}.{key}")  # noqa: E731
+        restore_tensors(training, read, run.local, run.engine.optimizer, run.optimizer_steps)
 
 
-def _parameters(run: TuneRun, k: int) -> list[tuple[str, torch.nn.Parameter]]:
-    prefix = f"exit_heads.{k}."
-    return [(prefix + name, parameter) for name, parameter in run.stage.exit_heads[str(k)].named_parameters()]
+@torch.no_grad()
+def load_frozen(folder: Path, run: Run, state: dict[str, Any]) -> None:
+    """Fill what was trained before the part that trains now. It needs no engine yet."""
+    tensors = checkpoint_tensors(folder, state)
+    run.step = state["step"]
+    for part in run.saved_parts():
+        for name, parameter in part.frozen:
+            parameter.copy_(run.local(name, parameter, tensors.read(name)))
 
 
-def _write_stage(folder: Path, run: TuneRun) -> dict[str, str]:
-    """Gather this stage's exits, one at a time, and write them on one of its ranks. Returns file digests."""
+def checkpoint_tensors(folder: Path, state: dict[str, Any]) -> TensorFolder:
+    """Every tensor of a checkpoint by name, whichever stage wrote it."""
+    return TensorFolder(folder, [folder / name for name in state["files"]])
+
+
+def _write_parts(folder: Path, run: Run) -> dict[str, str]:
+    """Gather this stage's tensors, one at a time, and write them on one of its ranks. Returns file digests."""
     digests: dict[str, str] = {}
     failure: Exception | None = None
-    for k in run.stage.exit_layers:
+    for part in run.saved_parts():
         parameters, moments = {}, {}
-        for name, tensors in whole_tensors(_parameters(run, k), run.plan.shape.vocab_size, run.grid):
-            if run.grid.writes_stage():
-                parameters[name] = tensors["param"].contiguous()
-                moments |= {f"{name}.{moment}": tensors[moment].contiguous() for moment in MOMENTS}
+        for name, parameter in part.frozen:
+            parameters[name] = run.gather(name, parameter, parameter.detach().float()).cpu().contiguous()
+        for name, tensors in whole_tensors(part.training, run.gather):
+            parameters[name] = tensors["param"].contiguous()
+            moments |= {f"{name}.{moment}": tensors[moment].contiguous() for moment in MOMENTS}
         try:
-            for file_name, tensors in ((exits_name(k), parameters), (optimizer_name(k), moments)):
-                if tensors and failure is None:
+            for file_name, tensors in ((part.file, parameters), (part.moments_file, moments)):
+                if tensors and failure is None and run.grid.writes_stage():
                     save_file(tensors, folder / file_name)
                     sync(folder / file_name)
                     digests[file_name] = file_digest(folder / file_name)

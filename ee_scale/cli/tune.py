@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 from torch.utils.data import Dataset
 
-from ee_scale.artifact.run_folder import CHECKPOINTS, METRICS, OpenedRun, open_run
+from ee_scale.artifact.run_folder import CHECKPOINTS, METRICS, OpenedRun, open_run, tune_identity
 from ee_scale.artifact.save import load_checkpoint, save_checkpoint
 from ee_scale.backbone.loading import TensorFolder, find_model, load_config
 from ee_scale.cli.console import console
@@ -38,7 +38,7 @@ def run(config: Any, overrides: Sequence[str]) -> int:
     if leader:
         # Under torchrun the other ranks wait for rank 0 in join_grid; bad input ends the job before they train.
         prepare_data(config, plan, progress=config.logging.progress)
-        opened = open_run(Path(config.out).expanduser(), config, plan)
+        opened = open_run(Path(config.out).expanduser(), config, tune_identity(config, plan))
         if launched is None:
             show_plan(plan)
     if launched is None and opened.state.get("step", 0) >= config.train.steps:
@@ -121,10 +121,10 @@ def _sinks(config: Any, tune_run: TuneRun, opened: OpenedRun) -> list[Any]:
     every = config.logging.every
     sinks: list[Any] = [
         MetricsFile(opened.out / METRICS),
-        ProgressLine(config.train.steps, tune_run.step, every, enabled=config.logging.progress),
+        ProgressLine(config.train.steps, tune_run.step, every, "exit", enabled=config.logging.progress),
     ]
     if config.logging.wandb != "disabled":
-        sinks.append(WandbSink(opened.out, config.logging, as_dict(config), opened.identity["run_id"]))
+        sinks.append(WandbSink(opened.out, config.logging, as_dict(config), opened.identity["run_id"], "exit"))
     return sinks
 
 

@@ -28,6 +28,37 @@ def check_tune(config: Any) -> None:
         raise UserError(f"exits.kl_temperature={config.exits.kl_temperature}: must be above 0")
 
 
+def check_supernet(config: Any) -> None:
+    """Refuse a supernet config that cannot run on any model. Raises `UserError`."""
+    _at_least(1, config, "parallel.tp", "parallel.pp", "parallel.dp", "distill.feature_dim", "importance.samples")
+    _at_least(1, config, "train.micro_batch_size", "train.global_batch_size", "train.save_every", "train.keep")
+    _at_least(1, config, "logging.every", "data.seq_length", "distill.loss_chunk_tokens", "importance.batch_size")
+    _at_least(0, config, "optim.min_lr", "optim.clip_grad", "optim.weight_decay", "distill.feature_weight")
+    _at_least(0, config, "sampling.randoms", "data.num_workers")
+    check_batch(config.train.global_batch_size, config.train.micro_batch_size, config.parallel.dp)
+    if not config.stages:
+        raise UserError("stages=[]: give at least one stage, or choose recipe=mlfs")
+    for number, stage in enumerate(config.stages):
+        for name, least in (("steps", 1), ("rank", 0), ("lr", 0)):
+            if stage[name] < least:
+                raise UserError(f"stages[{number}].{name}={stage[name]}: must be at least {least}")
+        if config.optim.min_lr > stage.lr:
+            raise UserError(f"optim.min_lr={config.optim.min_lr} is above stages[{number}].lr={stage.lr}")
+        if number and not stage.axes and config.stages[number - 1].axes:
+            raise UserError(f"stages[{number}].axes=[]: stages without axes come first, they make the teacher")
+    if not 0 <= config.distill.kl_weight <= 1:
+        raise UserError(
+            f"distill.kl_weight={config.distill.kl_weight}: must be in [0, 1]; the task's loss has the rest"
+        )
+    if config.distill.temperature <= 0:
+        raise UserError(f"distill.temperature={config.distill.temperature}: must be above 0")
+    if not config.sampling.smallest and config.sampling.randoms == 0:
+        raise UserError("sampling.smallest=false and sampling.randoms=0: no subnet would train beside the full model")
+    places = ("attention", "mlp", "embeddings", "head")
+    if unknown := [target for target in config.factors.targets if target not in places]:
+        raise UserError(f"factors.targets={unknown}: choose among {', '.join(places)}")
+
+
 def check_batch(global_batch_size: int, micro_batch_size: int, dp: int) -> int:
     """Micro-batches per step and rank. Raises `UserError` if the sizes do not divide."""
     if global_batch_size % (micro_batch_size * dp):

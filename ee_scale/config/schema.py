@@ -4,26 +4,13 @@ The dataclasses are the schema that Hydra merges `configs/*.yaml` and the comman
 `ee-scale <verb> --help` prints the help lines.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from typing import Any
 
 from omegaconf import MISSING
 
-
-def setting(default: Any, text: str, **metadata: Any) -> Any:
-    """A dataclass field with a help line; lists and dicts become default factories."""
-    metadata["help"] = text
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: default.copy(), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-@dataclass
-class ModelConfig:
-    path: str = setting(MISSING, "Hugging Face model folder, or 'tiny' for a random 4-layer model built on the spot")
-    attn_implementation: str | None = setting(
-        None, "attention kernel: eager, sdpa, flash_attention_2, ...; null takes the default of transformers"
-    )
+from ee_scale.config.groups import DataConfig, LoggingConfig, ModelConfig, OptimConfig, ParallelConfig, setting
+from ee_scale.config.supernet import PaletteConfig, SupernetConfig
 
 
 @dataclass
@@ -56,43 +43,6 @@ class ExitsConfig:
 
 
 @dataclass
-class ParallelConfig:
-    tp: int = setting(1, "tensor-parallel size")
-    pp: int = setting(1, "pipeline stages of the whole model; stages after the deepest exit are never launched")
-    dp: int = setting(1, "data-parallel size (replicas)")
-    stages: list[int] | None = setting(None, "layers per stage, e.g. [4,4,2,2]; null balances stages by cost")
-    device: str = setting("auto", "where to run", choices=("auto", "cpu", "cuda"))
-    timeout_minutes: float = setting(30.0, "how long a rank waits for the others before it gives up")
-
-
-@dataclass
-class DataConfig:
-    path: Any = setting(
-        MISSING, "text: .txt, .jsonl, folder or Megatron prefix (without .bin/.idx), a list of those, or 'python'"
-    )
-    weights: list[float] | None = setting(None, "sampling weight of each path of a list; null: by size")
-    seq_length: int = setting(512, "tokens per training sequence")
-    text_key: str = setting("text", "field of a .jsonl line that holds the text")
-    cache_dir: str | None = setting(None, "tokenised data; null: ~/.cache/ee_scale/data")
-    seed: int = setting(1234, "order of the training sequences")
-    num_workers: int = setting(0, "loader processes per rank")
-
-
-@dataclass
-class OptimConfig:
-    lr: float = setting(1e-4, "peak learning rate")
-    min_lr: float = setting(1e-5, "learning rate at the last step")
-    betas: list[float] = setting([0.9, 0.95], "AdamW betas")
-    eps: float = setting(1e-5, "AdamW epsilon")
-    weight_decay: float = setting(0.01, "AdamW weight decay (not on norms and biases)")
-    clip_grad: float = setting(1.0, "largest gradient norm of one exit; 0: no clipping")
-    warmup_fraction: float = setting(0.01, "share of the steps that warms the learning rate up")
-    decay: str = setting(
-        "linear", "shape of the decay after warm-up", choices=("linear", "cosine", "constant", "inverse-square-root")
-    )
-
-
-@dataclass
 class TrainConfig:
     steps: int = setting(1000, "optimizer steps")
     micro_batch_size: int = setting(4, "sequences per rank and micro-batch")
@@ -106,16 +56,6 @@ class TrainConfig:
     )
     seed: int = setting(1234, "random initialisation of exits")
     verify_frozen: bool = setting(True, "check that the backbone's digest is the same before and after")
-
-
-@dataclass
-class LoggingConfig:
-    every: int = setting(10, "steps between progress lines (metrics.jsonl has every step)")
-    progress: bool = setting(True, "progress bar on a terminal")
-    level: str = setting("info", "log level", choices=("debug", "info", "warning", "error"))
-    wandb: str = setting("disabled", "Weights & Biases mode", choices=("disabled", "offline", "online"))
-    wandb_project: str = setting("ee_scale", "wandb project")
-    wandb_name: str | None = setting(None, "wandb run name; null: name of the output folder")
 
 
 @dataclass
@@ -133,17 +73,29 @@ class TuneConfig:
 
 
 @dataclass
-class ExportConfig:
-    """Turn a finished run into files that transformers opens."""
-
-    src: str = setting(MISSING, "output folder of a tune run")
+class _ExportSettings:
+    src: str = setting(MISSING, "output folder of a tune run; with format=onnx a stock model folder")
     out: str = setting(MISSING, "folder to write; must not exist")
     kind: str = setting(
         "early_exit",
-        "one folder with base model and exits, or the exits alone (sidecar)",
-        choices=("early_exit", "sidecar"),
+        "of a run: one folder with base model and exits, the exits alone (sidecar), or one exit as a stock model of "
+        "its layers (submodel)",
+        choices=("early_exit", "sidecar", "submodel"),
     )
     step: int | None = setting(None, "checkpoint to export; null: the last one")
+    format: str = setting(
+        "hf", "hf: files that transformers opens; onnx: a stock model folder as an ONNX file", choices=("hf", "onnx")
+    )
+    int8: bool = setting(False, "onnx: weights in int8")
+
+
+# Built here because `exit` is a word of the command line that no name in the code shall shadow.
+ExportConfig = make_dataclass(
+    "ExportConfig",
+    [("exit", int | None, setting(None, "submodel: the layer of the exit to export"))],
+    bases=(_ExportSettings,),
+    namespace={"__doc__": "Turn a finished run, or one of its exits, into files that transformers or ONNX opens."},
+)
 
 
 @dataclass
@@ -302,6 +254,8 @@ class DemoConfig:
 
 VERBS = {
     "tune": TuneConfig,
+    "supernet": SupernetConfig,
+    "palette": PaletteConfig,
     "export": ExportConfig,
     "evaluate": EvaluateConfig,
     "calibrate": CalibrateConfig,

@@ -25,16 +25,10 @@ class Draw:
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """Subnets beside the full net (the sandwich rule of US-Nets; MLFS: the full net always, first).
-
-    Attributes:
-        groups: runs of micro-batches of a step that each draw their own subnets. It divides the micro-batches of every
-            grid, so that the same samples meet the same subnets whatever the grid.
-    """
+    """Subnets beside the full net (the sandwich rule of US-Nets; MLFS: the full net always, first)."""
 
     smallest: bool = True
     randoms: int = 2
-    groups: int = 1
     gamma: float = 0.5
     seed: int = 1234
 
@@ -47,22 +41,21 @@ def draw_stream(
     settings: SamplingSettings,
     trainable: Callable[[SubnetSpec], int],
 ) -> list[Draw]:
-    """All draws of one optimizer step, from (seed, step, group of micro-batches) alone.
+    """All draws of one optimizer step, from (seed, step) alone: every micro-batch goes through the same subnets.
+
+    So the same samples meet the same subnets at every grid, however many micro-batches a replica has.
 
     The full net's come first (it may be the teacher), then deep to shallow: in a 1F1B pipeline the shallow ones then
     drain it. Gradient scaling: MLFS (arXiv 2404.01353) section 3, n counts trainable parameters; gamma may be negative.
     """
     full = space.shape.full
-    drawn: list[tuple[int, str, SubnetSpec]] = []
-    for micro_batch in range(num_micro_batches):
-        drawn.append((micro_batch, FULL, full))
-        if not axes:
-            continue
-        random = Random(f"{settings.seed}:{step}:{micro_batch * settings.groups // num_micro_batches}")
-        if settings.smallest:
-            drawn.append((micro_batch, SMALLEST, space.smallest(axes)))
-        drawn += [(micro_batch, RANDOM, space.draw(random, axes)) for _ in range(settings.randoms)]
-    drawn.sort(key=lambda item: (item[1] != FULL, -item[2].depth))
+    members = [(FULL, full)]
+    if axes:
+        random = Random(f"{settings.seed}:{step}")
+        members += [(SMALLEST, space.smallest(axes))] * settings.smallest
+        members += [(RANDOM, space.draw(random, axes)) for _ in range(settings.randoms)]
+    members.sort(key=lambda member: (member[0] != FULL, -member[1].depth))
+    drawn = [(micro_batch, role, spec) for role, spec in members for micro_batch in range(num_micro_batches)]
     most = trainable(full)
     return [
         Draw(micro_batch, role, spec, (most / trainable(spec)) ** settings.gamma / len(drawn))

@@ -1,10 +1,9 @@
-"""The exits' trained state as whole fp32 tensors, whatever the grid: out of DeepSpeed's partitions and back."""
+"""Trained state as whole fp32 tensors, whatever the grid: out of DeepSpeed's partitions and back."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -13,12 +12,11 @@ from deepspeed.utils import (
 )
 from torch import nn
 
-from ee_scale.backbone.parallel import cut_dim
-from ee_scale.backbone.shard import is_vocabulary
-from ee_scale.exits.stage import local_slice
-from ee_scale.grid import Grid
-
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+# (name, parameter, this rank's part) -> the whole tensor, and back: how a kind of run cuts tensors over tensor ranks.
+Gather = Callable[[str, nn.Parameter, torch.Tensor], torch.Tensor]
+Local = Callable[[str, nn.Parameter, torch.Tensor], torch.Tensor]
 
 
 def start_moments(optimizer: Any, step: int = 0) -> None:
@@ -37,7 +35,7 @@ def start_moments(optimizer: Any, step: int = 0) -> None:
 
 
 def whole_tensors(
-    parameters: Iterable[tuple[str, nn.Parameter]], vocab_size: int, grid: Grid
+    parameters: Iterable[tuple[str, nn.Parameter]], gather: Gather
 ) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     """For each parameter its name and {'param', 'exp_avg', 'exp_avg_sq'}: whole, fp32, on the CPU.
 
@@ -46,33 +44,23 @@ def whole_tensors(
     for name, parameter in parameters:
         parts = {"param": safe_get_full_fp32_param(parameter)}
         parts |= {moment: safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS}
-        yield name, {key: _gather(part, parameter, name, vocab_size, grid).cpu() for key, part in parts.items()}
+        yield name, {key: gather(name, parameter, part.view(parameter.shape)).cpu() for key, part in parts.items()}
 
 
 def restore_tensors(
     parameters: Iterable[tuple[str, nn.Parameter]],
     read: Callable[[str, str], torch.Tensor],
+    local: Local,
     optimizer: Any,
     step: int,
-    grid: Grid,
 ) -> None:
     """Fill all parameters of a stage and their moments from `read(name, 'param' | 'exp_avg' | 'exp_avg_sq')`, whole."""
     start_moments(optimizer, step)
     for name, parameter in parameters:
         for key in ("param", *MOMENTS):
-            part = local_slice(read(name, key), parameter, grid.tp_rank).to(grid.device)
+            part = local(name, parameter, read(name, key)).to(parameter.device)
             if key == "param":
                 safe_set_full_fp32_param(parameter, part)
             else:
                 safe_set_full_optimizer_state(parameter, part, key)
     optimizer.update_lp_params()
-
-
-def _gather(part: torch.Tensor, parameter: nn.Parameter, name: str, vocab_size: int, grid: Grid) -> torch.Tensor:
-    dim = cut_dim(parameter)
-    if dim is None:
-        return part
-    parts = [torch.empty_like(part) for _ in range(grid.layout.tp)]
-    dist.all_gather(parts, part.contiguous(), group=grid.tp_group)
-    whole = torch.cat(parts, dim=dim)
-    return whole.narrow(0, 0, vocab_size) if is_vocabulary(name) else whole

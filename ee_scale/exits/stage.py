@@ -5,6 +5,7 @@ from math import sqrt
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ee_scale.backbone.digest import bit_digest, named_generator
@@ -19,7 +20,7 @@ from ee_scale.backbone.parallel import (
     sum_partial_gradients,
     swap_projections,
 )
-from ee_scale.backbone.shard import BackboneStage, load_task, meta_model, output_matrix_name, tensor_plan
+from ee_scale.backbone.shard import BackboneStage, is_vocabulary, load_task, meta_model, output_matrix_name, tensor_plan
 from ee_scale.backbone.stages import StagePlan
 from ee_scale.exits.heads import ExitHead, ExitSpec, ExitTaps, Tap, build_exit_heads, run_single_layer
 from ee_scale.grid import Grid
@@ -219,3 +220,14 @@ def local_slice(whole: torch.Tensor, parameter: torch.Tensor, tp_rank: int) -> t
     padding = list(part.shape)
     padding[dim] = step - part.shape[dim]
     return torch.cat([part, part.new_zeros(padding)], dim=dim)
+
+
+def gather_whole(name: str, parameter: torch.Tensor, part: torch.Tensor, vocab_size: int, grid: Grid) -> torch.Tensor:
+    """The whole tensor from this rank's part (or a tensor of its shape). A collective over the tensor group."""
+    dim = cut_dim(parameter)
+    if dim is None:
+        return part
+    parts = [torch.empty_like(part) for _ in range(grid.layout.tp)]
+    dist.all_gather(parts, part.contiguous(), group=grid.tp_group)
+    whole = torch.cat(parts, dim=dim)
+    return whole.narrow(0, 0, vocab_size) if is_vocabulary(name) else whole

@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,30 +11,37 @@ import torch.distributed as dist
 
 from ee_scale.grid import Grid
 
+Key = int | str  # an exit's layer, or the role of a subnet
+
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One optimizer step, averaged over replicas. `step` counts from 1; `tokens` is the total so far."""
+    """One optimizer step, averaged over replicas. `step` counts from 1; `tokens` is the total so far.
+
+    values: measure ('loss', 'kl', ...) -> key -> number. Every run has 'loss'.
+    """
 
     step: int
     tokens: int
     learning_rate: float
-    loss: dict[int, float]
-    kl: dict[int, float] | None
+    values: dict[str, dict[Key, float]]
     tokens_per_second: float
+
+    def only(self, keys: Sequence[Key]) -> "StepMetrics":
+        """Without the other keys."""
+        kept = {name: {key: column[key] for key in keys} for name, column in self.values.items()}
+        return replace(self, values=kept)
 
     def to_json(self) -> dict[str, Any]:
         """One line of metrics.jsonl."""
-        record = {"step": self.step, "tokens": self.tokens, "learning_rate": self.learning_rate, "loss": self.loss}
-        if self.kl is not None:
-            record["kl"] = self.kl
+        record = {"step": self.step, "tokens": self.tokens, "learning_rate": self.learning_rate, **self.values}
         return record | {"tokens_per_second": round(self.tokens_per_second, 1)}
 
 
 @dataclass
 class _Window:
     steps: list[tuple[int, int, float]]  # step, tokens so far, learning rate
-    values: torch.Tensor  # [steps, exits, 2] fp32
+    values: torch.Tensor  # [steps, keys, measures] fp32
     work: Any
     seconds: float
 
@@ -42,20 +49,15 @@ class _Window:
 class MetricsStream:
     """Collects each step's losses on the device; every window is summed over all ranks in the background."""
 
-    def __init__(self, grid: Grid, exit_layers: Sequence[int], tokens_per_step: int, *, with_kl: bool):
-        self.grid, self.exit_layers, self.tokens_per_step, self.with_kl = (
-            grid,
-            list(exit_layers),
-            tokens_per_step,
-            with_kl,
-        )
+    def __init__(self, grid: Grid, keys: Sequence[Key], tokens_per_step: int, measures: Sequence[str] = ("loss",)):
+        self.grid, self.keys, self.tokens_per_step, self.measures = grid, list(keys), tokens_per_step, measures
         self._pending: deque[_Window] = deque()
         self._steps: list[tuple[int, int, float]] = []
-        self._losses: list[dict[int, torch.Tensor]] = []
+        self._losses: list[dict[Key, torch.Tensor]] = []
         self._started = time.perf_counter()
 
-    def add(self, step: int, learning_rate: float, losses: dict[int, torch.Tensor]) -> None:
-        """Losses of this stage's exits at a step (counted from 1): fp32 [2] each, of this replica."""
+    def add(self, step: int, learning_rate: float, losses: dict[Key, torch.Tensor]) -> None:
+        """What this stage knows at a step (counted from 1): fp32 [measures or more] by key, of this replica."""
         self._steps.append((step, step * self.tokens_per_step, learning_rate))
         self._losses.append(losses)
 
@@ -63,11 +65,11 @@ class MetricsStream:
         """Start the sum of the window. All ranks call it at the same steps."""
         if not self._steps:
             return
-        values = torch.zeros(len(self._steps), len(self.exit_layers), 2)
+        values = torch.zeros(len(self._steps), len(self.keys), len(self.measures))
         if self.grid.tp_rank == 0 and self._losses[0]:
             mine = torch.stack([torch.stack(list(losses.values())) for losses in self._losses]).cpu()
-            columns = [self.exit_layers.index(k) for k in self._losses[0]]
-            values[:, columns] = mine / self.grid.layout.dp
+            columns = [self.keys.index(key) for key in self._losses[0]]
+            values[:, columns] = mine[..., : len(self.measures)] / self.grid.layout.dp
         work = dist.all_reduce(values, group=self.grid.metrics_group, async_op=True)
         now = time.perf_counter()
         self._pending.append(_Window(self._steps, values, work, now - self._started))
@@ -80,9 +82,12 @@ class MetricsStream:
             window.work.wait()
             speed = len(window.steps) * self.tokens_per_step / max(window.seconds, 1e-9)
             for (step, tokens, learning_rate), row in zip(window.steps, window.values.tolist(), strict=True):
-                loss = {k: cell[0] for k, cell in zip(self.exit_layers, row, strict=True)}
-                kl = {k: cell[1] for k, cell in zip(self.exit_layers, row, strict=True)} if self.with_kl else None
-                yield StepMetrics(step, tokens, learning_rate, loss, kl, speed)
+                columns = zip(*row, strict=True)
+                found = {
+                    name: dict(zip(self.keys, column, strict=True))
+                    for name, column in zip(self.measures, columns, strict=True)
+                }
+                yield StepMetrics(step, tokens, learning_rate, found, speed)
 
     def restart_clock(self) -> None:
         """Leave out of the next speed what happened since the last flush (a checkpoint)."""

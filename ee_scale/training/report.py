@@ -48,12 +48,12 @@ class MetricsFile:
 class ProgressLine:
     """A bar with the losses on a terminal; a log line every `every` steps elsewhere."""
 
-    def __init__(self, steps: int, start: int, every: int, *, enabled: bool):
-        self._steps, self._every = steps, every
+    def __init__(self, steps: int, start: int, every: int, keyed_by: str, *, enabled: bool):
+        self._steps, self._every, self._keyed_by = steps, every, keyed_by
         self._bar = None
         if enabled and sys.stderr.isatty():
             columns = (
-                TextColumn("tuning"),
+                TextColumn("training"),
                 BarColumn(bar_width=20),
                 MofNCompleteColumn(),
                 TextColumn("{task.description}"),
@@ -63,8 +63,8 @@ class ProgressLine:
             self._bar.start()
 
     def __call__(self, metrics: StepMetrics) -> None:
-        losses = "  ".join(f"{k}:{loss:.3f}" for k, loss in metrics.loss.items())
-        text = f"loss by exit {losses}  {metrics.tokens_per_second:,.0f} tokens/s"
+        losses = "  ".join(f"{key}:{loss:.3f}" for key, loss in metrics.values["loss"].items())
+        text = f"loss by {self._keyed_by} {losses}  {metrics.tokens_per_second:,.0f} tokens/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=metrics.step, description=text)
         elif metrics.step % self._every == 0 or metrics.step in (1, self._steps):
@@ -79,8 +79,8 @@ class ProgressLine:
 class WandbSink:
     """Weights & Biases. Whatever fails there is said once and never stops the run."""
 
-    def __init__(self, out: Path, logging: Any, config: dict[str, Any], run_id: str):
-        self._run = None
+    def __init__(self, out: Path, logging: Any, config: dict[str, Any], run_id: str, keyed_by: str):
+        self._run, self._keyed_by = None, keyed_by
         try:
             self._run = wandb.init(
                 project=logging.wandb_project,
@@ -98,8 +98,11 @@ class WandbSink:
     def __call__(self, metrics: StepMetrics) -> None:
         if self._run is None:
             return
-        values = {f"loss/exit_{k}": loss for k, loss in metrics.loss.items()}
-        values |= {f"kl/exit_{k}": value for k, value in (metrics.kl or {}).items()}
+        values = {
+            f"{name}/{self._keyed_by}_{key}": value
+            for name, column in metrics.values.items()
+            for key, value in column.items()
+        }
         values |= {name: getattr(metrics, name) for name in ("tokens", "learning_rate", "tokens_per_second")}
         try:
             self._run.log(values, step=metrics.step)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 
 from ee_scale.backbone.loading import TensorFolder
@@ -12,10 +13,11 @@ from ee_scale.data.loader import batches
 from ee_scale.engine.frozen import EngineSettings, FrozenPipelineEngine
 from ee_scale.engine.setup import OptimizerSettings
 from ee_scale.exits.losses import LossSettings
-from ee_scale.exits.stage import TuningStage, build_stage, load_stage
+from ee_scale.exits.stage import TuningStage, build_stage, gather_whole, load_stage, local_slice
 from ee_scale.grid import Grid
 from ee_scale.log import log
 from ee_scale.training.metrics import MetricsStream, StepMetrics
+from ee_scale.training.parts import SavedPart
 from ee_scale.training.plan import TunePlan, uses_bf16
 from ee_scale.training.schedules import LearningRate, loss_weights_at
 
@@ -34,6 +36,37 @@ class TuneRun:
     @property
     def consumed_samples(self) -> int:
         return self.step * self.config.train.global_batch_size
+
+    @property
+    def optimizer_steps(self) -> int:
+        return self.step
+
+    def saved_parts(self) -> list[SavedPart]:
+        """A pair of files per exit."""
+        parts = []
+        for k in self.stage.exit_layers:
+            named = self.stage.exit_heads[str(k)].named_parameters()
+            training = [(f"exit_heads.{k}.{name}", parameter) for name, parameter in named]
+            parts.append(SavedPart(exits_name(k), optimizer_name(k), training))
+        return parts
+
+    def gather(self, name: str, parameter: nn.Parameter, part: torch.Tensor) -> torch.Tensor:
+        """The whole tensor from this rank's part. A collective over the tensor group."""
+        return gather_whole(name, parameter, part, self.plan.shape.vocab_size, self.grid)
+
+    def local(self, name: str, parameter: nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a whole tensor."""
+        return local_slice(whole, parameter, self.grid.tp_rank)
+
+
+def exits_name(k: int) -> str:
+    """File with the parameters of the exit at layer k."""
+    return f"exits_{k:03d}.safetensors"
+
+
+def optimizer_name(k: int) -> str:
+    """File with the AdamW moments of the exit at layer k."""
+    return f"optimizer_{k:03d}.safetensors"
 
 
 def start_run(config: Any, plan: TunePlan, grid: Grid) -> TuneRun:
@@ -88,7 +121,7 @@ def train(
         grid,
         run.plan.spec.layers,
         config.train.global_batch_size * config.data.seq_length,
-        with_kl=config.exits.kl_weight > 0,
+        ("loss", "kl") if config.exits.kl_weight > 0 else ("loss",),
     )
     micro_batches = _micro_batches(run, dataset)
     while run.step < config.train.steps:

@@ -106,7 +106,7 @@ def batch(step: int, index: int, task: str) -> dict[str, torch.Tensor]:
 
 def settings_of(job: SupernetJob) -> tuple[DistillSettings, SamplingSettings, FactorSettings]:
     distill = DistillSettings(job.kl_weight, job.feature_weight, 16, job.temperature, job.teacher, chunk_tokens=7)
-    return distill, SamplingSettings(True, 2, 1, job.gamma, 3), FactorSettings(job.rank, job.targets)
+    return distill, SamplingSettings(True, 2, job.gamma, 3), FactorSettings(job.rank, job.targets)
 
 
 AXES = ((), ("hidden", "heads", "ffn", "depth"))

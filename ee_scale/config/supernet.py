@@ -1,0 +1,150 @@
+"""Settings of `ee-scale supernet` and `ee-scale palette`."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from ee_scale.config.groups import DataConfig, LoggingConfig, ModelConfig, OptimConfig, ParallelConfig, setting
+
+
+@dataclass
+class SpaceConfig:
+    hidden: list[Any] = setting(
+        [1.0, 0.75, 0.5], "widths of the residual stream: fractions of the model's (0.5), or whole numbers"
+    )
+    heads: Any = setting(
+        None, "query heads per layer, as fractions or numbers (whole KV groups); null: all, or what the width gives"
+    )
+    ffn: list[Any] = setting([1.0, 0.75, 0.5], "MLP units per layer, as fractions or numbers")
+    depth: list[Any] = setting([1.0, 0.75, 0.5], "layers, as fractions or numbers; the least important are dropped")
+    exits: list[int] = setting([], "layers k whose first k layers at full width are members as well: early exits")
+    depth_parts: int | None = setting(
+        None, "equal runs of layers that lose layers in turn, so that stages stay equally deep; null: parallel.pp"
+    )
+
+
+@dataclass
+class RecipeStage:
+    name: str = setting(MISSING, "name of the stage")
+    axes: list[str] = setting([], "what may shrink: hidden, heads, ffn, depth; none: the full model alone (teacher)")
+    steps: int = setting(MISSING, "optimizer steps")
+    lr: float = setting(1e-3, "peak learning rate")
+    rank: int = setting(8, "rank r of the stage's low-rank factors; 0: whole matrices")
+
+
+@dataclass
+class FactorsConfig:
+    targets: list[str] = setting(
+        ["attention", "mlp", "head"], "matrices that get factors: attention, mlp, embeddings, head (lm_head, pooler)"
+    )
+    vectors: bool = setting(True, "train norms and biases as well")
+
+
+@dataclass
+class SamplingConfig:
+    smallest: bool = setting(True, "the smallest subnet trains in every step, beside the full one")
+    randoms: int = setting(2, "random subnets per step")
+    gamma: float = setting(
+        0.5, "exponent of the gradient scaling (n_full / n_sub)^gamma; 0: plain mean; may be negative"
+    )
+
+
+@dataclass
+class DistillConfig:
+    teacher: str = setting(
+        "frozen",
+        "who teaches: the full model after the stages without axes, or the full model of the same step",
+        choices=("frozen", "live"),
+    )
+    kl_weight: float = setting(0.9, "weight of KL(teacher || subnet); the task's loss has the rest")
+    feature_weight: float = setting(0.1, "weight of the distance to the teacher's projected hidden states")
+    feature_dim: int = setting(128, "dimension that hidden states are projected to")
+    temperature: float = setting(1.0, "temperature of both distributions in the KL term")
+    loss_chunk_tokens: int = setting(1024, "tokens whose logits exist at the same time")
+
+
+@dataclass
+class ImportanceConfig:
+    samples: int = setting(256, "sequences that the order of units is measured on")
+    batch_size: int = setting(8, "sequences per forward pass")
+
+
+@dataclass
+class SupernetDataConfig(DataConfig):
+    path: Any = setting(
+        MISSING, "causal_lm: text, as for tune; classify: labelled .jsonl, .csv or .tsv with the fields below"
+    )
+    valid: Any = setting(None, "held-out data of the same form, for ee-scale palette")
+    label_key: str = setting("label", "classify: field with the class")
+    pair_key: str | None = setting(None, "classify: field with a second text (sentence pairs)")
+
+
+@dataclass
+class SupernetTrainConfig:
+    micro_batch_size: int = setting(4, "sequences per rank and micro-batch")
+    global_batch_size: int = setting(16, "sequences per optimizer step, over all replicas and micro-batches")
+    precision: str = setting("auto", "auto: bf16 on GPU, fp32 on CPU", choices=("auto", "fp32", "bf16"))
+    save_every: int = setting(500, "steps between checkpoints; the last step of every stage is always saved")
+    keep: int = setting(2, "checkpoints to keep")
+    resume: str = setting(
+        "auto", "continue the run found in out, or refuse a folder that has one", choices=("auto", "never")
+    )
+    seed: int = setting(1234, "random start of the factors, and which subnets are drawn")
+    verify_frozen: bool = setting(True, "check that backbone and earlier stages are the same before and after")
+
+
+@dataclass
+class SupernetConfig:
+    """Train a weight-sharing supernet on a frozen model in low-rank stages (MLFS): a palette of sizes."""
+
+    out: str = setting("runs/supernet", "output folder of the run")
+    task: str | None = setting(None, "null: by architecture (BERT: classify, the others: causal_lm)")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    space: SpaceConfig = field(default_factory=SpaceConfig)
+    stages: list[RecipeStage] = setting(
+        [], "the recipe, stage after stage: [{name: , axes: [], steps: , lr: , rank: }, ...]; configs/recipe has some"
+    )
+    factors: FactorsConfig = field(default_factory=FactorsConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    importance: ImportanceConfig = field(default_factory=ImportanceConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: SupernetDataConfig = field(default_factory=SupernetDataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: SupernetTrainConfig = field(default_factory=SupernetTrainConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+@dataclass
+class PaletteConfig:
+    """Search a trained supernet for sizes that meet limits, cut them out, measure them, and recommend."""
+
+    src: str = setting(MISSING, "output folder of a supernet run")
+    out: str = setting(MISSING, "folder to write; must not exist")
+    data: Any = setting(None, "held-out data; null: data.valid of the run")
+    count: int = setting(6, "sizes to cut out")
+    objective: str = setting(
+        "params",
+        "the cost that the sizes are spread over and must not dominate each other in",
+        choices=("params", "flops", "latency_ms", "memory_mb"),
+    )
+    max_params: float | None = setting(None, "largest number of parameters, embeddings included")
+    max_flops: float | None = setting(None, "largest number of floating-point operations of one forward")
+    max_latency_ms: float | None = setting(None, "longest forward of `tokens` tokens at batch 1, measured")
+    max_memory_mb: float | None = setting(None, "largest peak memory that the model adds to a process, measured")
+    method: str = setting(
+        "auto", "how to search; auto: all members if few, else nsga2", choices=("auto", "grid", "random", "nsga2")
+    )
+    trials: int = setting(64, "subnets whose quality is evaluated")
+    samples: int = setting(512, "held-out sequences that quality is searched on; 0: all")
+    batch_size: int = setting(16, "sequences per forward pass")
+    tokens: int = setting(128, "tokens of the measured forward")
+    new_tokens: int = setting(32, "tokens of the measured decoding (causal_lm)")
+    seconds: float = setting(2.0, "time for measuring each cut-out size")
+    threads: int | None = setting(None, "CPU threads while measuring; null: torch's default")
+    onnx: bool = setting(False, "write each size as ONNX as well, fp32 and int8, and measure it in onnxruntime")
+    step: int | None = setting(None, "checkpoint to cut from; null: the last one")
+    seed: int = setting(0, "search, and which held-out text is read")
+    cache_dir: str | None = setting(None, "tokenised data; null: ~/.cache/ee_scale/data")
+    device: str = setting("auto", "where to evaluate and measure", choices=("auto", "cpu", "cuda"))

@@ -1,0 +1,289 @@
+"""Labelled text for classification: files to examples, examples to token ids, ids to batches that no grid changes."""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ee_scale.data.corpora import setting_name
+from ee_scale.errors import UserError
+
+LABELLED_SUFFIXES = (".jsonl", ".csv", ".tsv")
+# Batch lengths are multiples of this: fewer shapes, and matrix sizes that kernels like.
+LENGTH_STEP = 8
+ENCODE_AT_ONCE = 1024
+_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One text, or a pair of them that is judged together, and its class."""
+
+    text: str
+    pair: str | None
+    label: str
+
+
+def read_labelled(
+    path: Path | str,
+    text_key: str = "text",
+    label_key: str = "label",
+    pair_key: str | None = None,
+    fields: str = "data",
+) -> list[Example]:
+    """The examples of a `.jsonl`, `.csv` or `.tsv` file (the last two with a header line), in the file's order.
+
+    A label is a string, or in JSON also an integer or a bool, which is kept as JSON writes it ('3', 'true'); white
+    space around it does not count. A quote in a `.tsv` is a character like any other, as in the files of GLUE.
+    `pair_key` names the second text of tasks on two. Blank lines are skipped. Raises `UserError` naming file, line and
+    field; `fields` is the config group it names.
+    """
+    path = Path(path).expanduser()
+    here = f"{setting_name(fields, 'path')}='{path}'"
+    content = _content(path, here)
+    rows = _json_rows(content, here) if path.suffix == ".jsonl" else _csv_rows(content, path.suffix, here)
+    keys = {"text_key": text_key, "pair_key": pair_key, "label_key": label_key}
+    examples = []
+    for number, row in rows:
+        for setting, key in keys.items():
+            if key is not None and key not in row:
+                names = ", ".join(sorted(row)[:12])
+                name = setting_name(fields, setting)
+                raise UserError(f"{here} line {number}: no field '{key}' (fields: {names}); set {name}")
+        examples.append(_example(row, text_key, label_key, pair_key, f"{here} line {number}"))
+    if not examples:
+        raise UserError(f"{here}: no example in it")
+    return examples
+
+
+def _content(path: Path, here: str) -> str:
+    if not path.exists():
+        raise UserError(f"{here}: no such file")
+    if path.suffix not in LABELLED_SUFFIXES:
+        raise UserError(f"{here}: labelled text is a {', '.join(LABELLED_SUFFIXES)} file, this one is '{path.suffix}'")
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = error.object[: error.start].count(b"\n") + 1
+        bad = error.object[error.start]
+        raise UserError(f"{here} line {number}: not UTF-8 text (byte 0x{bad:02x}: {error.reason})") from error
+    except OSError as error:
+        raise UserError(f"{here}: cannot read ({error.strerror})") from error
+
+
+def _json_rows(content: str, here: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, record), one per line that is not blank."""
+    # Not `splitlines`: JSON strings may hold the line ends of Unicode.
+    for number, line in enumerate(content.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{here} line {number}: not valid JSON ({error.msg}: column {error.colno})") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{here} line {number}: not a JSON object but {type(row).__name__}")
+        yield number, row
+
+
+def _csv_rows(content: str, suffix: str, here: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(last line of the row, values by column)."""
+    style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if suffix == ".tsv" else {"strict": True}
+    reader = csv.reader(io.StringIO(content, newline=""), **style)
+    header: list[str] = []
+    try:
+        for values in reader:
+            if not values:
+                continue
+            if not header:
+                header = [name.strip() for name in values]
+                continue
+            if len(values) != len(header):
+                raise UserError(f"{here} line {reader.line_num}: {len(values)} values, the header names {len(header)}")
+            yield reader.line_num, dict(zip(header, values, strict=True))
+    except csv.Error as error:
+        raise UserError(f"{here} line {reader.line_num}: not valid {suffix} ({error})") from error
+
+
+def _example(row: dict[str, Any], text_key: str, label_key: str, pair_key: str | None, here: str) -> Example:
+    pair = None if pair_key is None else _text(row[pair_key], pair_key, here)
+    label = row[label_key]
+    if not isinstance(label, str | int):
+        kind = type(label).__name__
+        raise UserError(f"{here}: field '{label_key}' is not a string, an integer or a bool but {kind}")
+    label = (label if isinstance(label, str) else json.dumps(label)).strip()
+    if not label:
+        raise UserError(f"{here}: field '{label_key}' is empty")
+    return Example(_text(row[text_key], text_key, here), pair, label)
+
+
+def _text(value: Any, key: str, here: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{here}: field '{key}' is not text but {type(value).__name__}")
+    if not value.strip():
+        raise UserError(f"{here}: field '{key}' is empty")
+    # An escaped half of a surrogate pair is valid JSON and no valid text.
+    return value.encode("utf-8", "replace").decode()
+
+
+def label_names(examples: Iterable[Example]) -> list[str]:
+    """The distinct labels: by number if all are integers, else by name. Class i of a model is the i-th of them."""
+    names = sorted({example.label for example in examples})
+    return sorted(names, key=int) if all(_INTEGER.fullmatch(name) for name in names) else names
+
+
+def check_labels(labels: Sequence[str], examples: Iterable[Example], path: Path | str, fields: str = "data") -> None:
+    """Refuse (`UserError`) fewer than two classes, and examples of the file `path` with a label not in `labels`.
+
+    `labels` are those of the training data: check the training file itself first, then the files to evaluate on.
+    """
+    here = f"{setting_name(fields, 'path')}='{path}'"
+    if len(labels) < 2:
+        raise UserError(f"{here}: {len(labels)} class ({', '.join(labels)}), classification needs 2 or more")
+    unknown = sorted({example.label for example in examples} - set(labels))
+    if unknown:
+        names = ", ".join(f"'{name}'" for name in unknown[:5])
+        known = ", ".join(labels[:12]) + (", ..." if len(labels) > 12 else "")
+        raise UserError(f"{here}: label {names} is not in the training data ({len(labels)} classes: {known})")
+
+
+@dataclass(frozen=True)
+class LabelledData:
+    """Token ids of examples, one after the other: example i is the tokens starts[i]:starts[i+1].
+
+    `tokens` [N] int32, `token_types` [N] int8, `starts` [n+1] int64, `labels` [n] int64.
+    """
+
+    tokens: Tensor
+    token_types: Tensor
+    starts: Tensor
+    labels: Tensor
+    pad_id: int
+    seq_length: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def lengths(self) -> Tensor:
+        """[n] int64: tokens of each example, special ones included."""
+        return self.starts.diff()
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """tokens, attention_mask and token_type_ids [B, S] int64, labels [B] int64, padded on the right.
+
+        S is the longest of the examples rounded up to a multiple of LENGTH_STEP, at most seq_length.
+        """
+        spans = [(int(self.starts[i]), int(self.starts[i + 1])) for i in indices]
+        longest = max(end - start for start, end in spans)
+        shape = (len(spans), min(self.seq_length, -(-longest // LENGTH_STEP) * LENGTH_STEP))
+        tokens = torch.full(shape, self.pad_id, dtype=torch.int64)
+        mask, types = torch.zeros_like(tokens), torch.zeros_like(tokens)
+        for row, (start, end) in enumerate(spans):
+            tokens[row, : end - start] = self.tokens[start:end]
+            types[row, : end - start] = self.token_types[start:end]
+            mask[row, : end - start] = 1
+        labels = self.labels[torch.tensor(indices, dtype=torch.int64)]
+        return {"tokens": tokens, "attention_mask": mask, "token_type_ids": types, "labels": labels}
+
+
+def encode(
+    examples: Sequence[Example], tokenizer: Any, labels: Sequence[str], seq_length: int, fields: str = "data"
+) -> LabelledData:
+    """Token ids as the model's own tokenizer makes them: special tokens, token types, cut to `seq_length`.
+
+    Of a pair the longer text is cut first. Token types are 0 where the tokenizer makes none. Every label must be in
+    `labels` (see `check_labels`). Raises `UserError` for a tokenizer that cannot pad, and a `seq_length` without room.
+    """
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"tokenizer of {tokenizer.name_or_path or 'the model'}: no pad_token; batches need one")
+    special = tokenizer.num_special_tokens_to_add(pair=any(example.pair is not None for example in examples))
+    if seq_length <= special:
+        name = setting_name(fields, "seq_length")
+        raise UserError(f"{name}={seq_length}: the tokenizer adds {special} special tokens, no room for text")
+    numbers = {name: number for number, name in enumerate(labels)}
+    tokens, types, lengths = [], [], [0]
+    for first in range(0, len(examples), ENCODE_AT_ONCE):
+        rows = _encoded(examples[first : first + ENCODE_AT_ONCE], tokenizer, seq_length)
+        tokens.append(torch.tensor([token for ids, _ in rows for token in ids], dtype=torch.int32))
+        types.append(torch.tensor([kind for _, kinds in rows for kind in kinds], dtype=torch.int8))
+        lengths += [len(ids) for ids, _ in rows]
+    return LabelledData(
+        tokens=torch.cat(tokens),
+        token_types=torch.cat(types),
+        starts=torch.tensor(lengths).cumsum(0),
+        labels=torch.tensor([numbers[example.label] for example in examples]),
+        pad_id=tokenizer.pad_token_id,
+        seq_length=seq_length,
+    )
+
+
+def _encoded(examples: Sequence[Example], tokenizer: Any, seq_length: int) -> list[tuple[list[int], list[int]]]:
+    """(ids, token types) of each example."""
+    texts = [example.text for example in examples]
+    pairs = [example.pair for example in examples] if examples[0].pair is not None else None
+    found = tokenizer(texts, pairs, truncation=True, max_length=seq_length, return_attention_mask=False)
+    ids = found["input_ids"]
+    for example, row in zip(examples, ids, strict=True):
+        if not row:  # attention over nothing is not a number
+            raise UserError(f"text {example.text[:40]!r}: the tokenizer makes no token of it")
+    return list(zip(ids, found.get("token_type_ids") or [[0] * len(row) for row in ids], strict=True))
+
+
+def labelled_batches(
+    data: LabelledData,
+    *,
+    micro_batch_size: int,
+    num_micro_batches: int,
+    dp_rank: int,
+    dp_size: int,
+    consumed_samples: int = 0,
+    seed: int = 0,
+) -> Iterator[dict[str, Tensor]]:
+    """Micro-batches of one replica without end, as `LabelledData.batch` makes them; every rank of a replica gets these.
+
+    The order is a shuffle per epoch that depends on (seed, epoch) alone; epochs are joined and nothing is dropped. With
+    b = micro_batch_size, M = num_micro_batches, D = dp_size and G = b * M * D, step t covers the samples
+    [consumed + t*G, consumed + (t+1)*G) of it, and micro-batch m of replica d starts (m*D + d)*b into them. So the m-th
+    micro-batches of all replicas are together the m-th one of a single replica with micro_batch_size b * D: whatever
+    is drawn per micro-batch (a subnet) meets the same samples on every grid. `consumed_samples`, any count from 0 on,
+    goes on where another run stopped, also at another dp, micro_batch_size or num_micro_batches.
+    """
+    if not 0 <= dp_rank < dp_size:
+        raise ValueError(f"dp_rank={dp_rank} is not in [0, dp_size={dp_size})")
+    if min(micro_batch_size, num_micro_batches) < 1 or consumed_samples < 0:
+        counts = f"micro_batch_size={micro_batch_size}, num_micro_batches={num_micro_batches}"
+        raise ValueError(f"{counts} and consumed_samples={consumed_samples} must be at least 1, 1 and 0")
+    return _deal(data, micro_batch_size, dp_rank, dp_size, consumed_samples, seed)
+
+
+def _deal(data: LabelledData, size: int, dp_rank: int, dp_size: int, start: int, seed: int) -> Iterator:
+    @lru_cache(maxsize=2)  # a micro-batch may reach into the next epoch
+    def order(epoch: int) -> np.ndarray:
+        return np.random.default_rng([seed, epoch]).permutation(len(data))
+
+    # (m*D + d)*b into step t is (d + D * (t*M + m)) * b from the start: steps need no loop of their own.
+    first = start + dp_rank * size
+    while True:
+        places = (divmod(place, len(data)) for place in range(first, first + size))
+        yield data.batch([int(order(epoch)[index]) for epoch, index in places])
+        first += size * dp_size
+
+
+def evaluation_batches(data: LabelledData, batch_size: int) -> Iterator[dict[str, Tensor]]:
+    """Every example once, the longest first (little padding, and memory runs out at once or not at all).
+
+    Examples of one length stay in order; the last batch may be smaller.
+    """
+    order = data.lengths.argsort(descending=True, stable=True).tolist()
+    for first in range(0, len(order), batch_size):
+        yield data.batch(order[first : first + batch_size])

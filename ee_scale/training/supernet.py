@@ -1,0 +1,176 @@
+"""The recipe `supernet`: factors of a weight-sharing supernet, stage after stage."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ee_scale.backbone.loading import TensorFolder
+from ee_scale.elastic.factors import FactorPlan, FactorSet
+from ee_scale.elastic.order import UnitOrder
+from ee_scale.elastic.sampling import ROLES, draw_stream
+from ee_scale.elastic.stage import ElasticStage
+from ee_scale.elastic.subnet import SearchSpace
+from ee_scale.engine.setup import OptimizerSettings
+from ee_scale.engine.supernet import SupernetEngine, SupernetEngineSettings
+from ee_scale.grid import Grid
+from ee_scale.log import log
+from ee_scale.training.metrics import MetricsStream, StepMetrics
+from ee_scale.training.parts import Named, SavedPart
+from ee_scale.training.plan import uses_bf16
+from ee_scale.training.schedules import LearningRate
+from ee_scale.training.supernet_plan import SupernetPlan
+
+MEASURES = ("loss", "kl", "features")
+
+# Called with the number of samples that are consumed already.
+Batches = Callable[[int], Iterator[dict[str, torch.Tensor]]]
+
+
+@dataclass
+class SupernetRun:
+    """One rank's live run. `step` counts finished optimizer steps over all recipe stages."""
+
+    plan: SupernetPlan
+    grid: Grid
+    stage: ElasticStage
+    order: UnitOrder
+    space: SearchSpace
+    factors: list[FactorSet] = field(default_factory=list)
+    engine: SupernetEngine | None = None
+    step: int = 0
+
+    @property
+    def config(self) -> Any:
+        return self.plan.config
+
+    @property
+    def index(self) -> int:
+        """The recipe stage whose factors train."""
+        return len(self.factors) - 1
+
+    @property
+    def consumed_samples(self) -> int:
+        return self.step * self.config.train.global_batch_size
+
+    @property
+    def optimizer_steps(self) -> int:
+        return self.step - self.plan.recipe.start(self.index)
+
+    def saved_parts(self) -> list[SavedPart]:
+        """One pair of files per pipeline stage, with the factors of all recipe stages so far."""
+        frozen: Named = [pair for factors in self.factors[:-1] for pair in factors.named.items()]
+        training: Named = list(self.factors[-1].named.items())
+        number = f"{self.grid.stage:03d}"
+        return [SavedPart(f"factors_{number}.safetensors", f"optimizer_{number}.safetensors", training, frozen)]
+
+    def gather(self, name: str, parameter: nn.Parameter, part: torch.Tensor) -> torch.Tensor:
+        """The whole, sorted tensor from this rank's part. A collective over the tensor group."""
+        return self._set_of(name).gather(name, part)
+
+    def local(self, name: str, parameter: nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a whole tensor."""
+        return self._set_of(name).local(name, whole)
+
+    def _set_of(self, name: str) -> FactorSet:
+        return self.factors[int(name.split(".", 1)[0])]
+
+
+def build_stage(plan: SupernetPlan, grid: Grid) -> ElasticStage:
+    """This rank's stage with empty tensors. All ranks call it."""
+    dtype = torch.bfloat16 if uses_bf16(plan.config.train.precision, grid.device) else torch.float32
+    return ElasticStage(plan.map, plan.stages, grid, dtype, plan.config.model.attn_implementation)
+
+
+def start_run(plan: SupernetPlan, grid: Grid, stage: ElasticStage, order: UnitOrder) -> SupernetRun:
+    """Load this rank's slices, sorted. No recipe stage has begun yet: see `open_stages`."""
+    stage.load(TensorFolder(plan.model_dir), order)
+    return SupernetRun(plan, grid, stage, order, plan.space(order))
+
+
+def open_stages(run: SupernetRun, upto: int) -> None:
+    """Add the factors of recipe stages up to and including `upto`; only the last one's train."""
+    while run.index < upto:
+        for factors in run.factors:
+            factors.freeze()
+        index = run.index + 1
+        plan = FactorPlan(run.plan.map, run.plan.factor_settings(index), run.stage.new)
+        run.factors.append(FactorSet(run.stage, plan, index, run.config.train.seed))
+
+
+def begin_stage(run: SupernetRun) -> None:
+    """The engine of the last opened stage. What the frozen teacher consists of is merged into the backbone."""
+    teacher, recipe = run.plan.recipe.teacher_stages, run.plan.recipe.stages[run.index]
+    for module in run.stage.elastic.values():
+        for index in range(min(teacher, run.index)):
+            module.merge(index)
+    optim, train = run.config.optim, run.config.train
+    settings = SupernetEngineSettings(
+        micro_batch_size=train.micro_batch_size,
+        num_micro_batches=run.plan.num_micro_batches,
+        distill=run.plan.distill,
+        teacher_stages=teacher if recipe.axes else None,
+        optimizer=OptimizerSettings(recipe.lr, tuple(optim.betas), optim.eps, optim.weight_decay, optim.clip_grad),
+        bf16=run.stage.dtype == torch.bfloat16,
+        seed=train.seed,
+    )
+    run.engine = SupernetEngine.build(run.stage, run.factors[-1], run.grid, settings)
+
+
+def train(
+    run: SupernetRun,
+    data: Batches,
+    report: Callable[[StepMetrics], None],
+    save: Callable[[SupernetRun], None],
+) -> None:
+    """Run the remaining steps of all stages. `report` is called on rank 0, `save` on all ranks when it is time."""
+    recipe = run.plan.recipe
+    stream = MetricsStream(run.grid, ROLES, run.config.train.global_batch_size * run.config.data.seq_length, MEASURES)
+    micro_batches = data(run.consumed_samples)
+    while run.step < recipe.total_steps:
+        if run.engine is None or recipe.index_at(run.step) != run.index:
+            open_stages(run, recipe.index_at(run.step))
+            begin_stage(run)
+        _train_stage(run, micro_batches, stream, report, save)
+
+
+def _train_stage(
+    run: SupernetRun,
+    micro_batches: Iterator[dict[str, torch.Tensor]],
+    stream: MetricsStream,
+    report: Callable[[StepMetrics], None],
+    save: Callable[[SupernetRun], None],
+) -> None:
+    """The rest of the current recipe stage. Raises RuntimeError if something frozen changed."""
+    config, stage, end = run.config, run.plan.recipe.stages[run.index], run.plan.recipe.ends[run.index]
+    before = run.stage.frozen_digest() if config.train.verify_frozen else ""
+    rate = LearningRate(SimpleNamespace(**{**dict(config.optim), "lr": stage.lr}), stage.steps)
+    trainable = FactorPlan(run.plan.map, run.plan.factor_settings(run.index), run.stage.new).parameters
+    while run.step < end:
+        learning_rate = rate.at(run.optimizer_steps)
+        run.engine.set_lr(learning_rate)
+        draws = draw_stream(run.space, stage.axes, run.step, run.plan.num_micro_batches, run.plan.sampling, trainable)
+        losses = run.engine.train_step(micro_batches, draws)
+        run.step += 1
+        stream.add(run.step, learning_rate, dict(zip(ROLES, losses, strict=True)))
+        saves = run.step == end or run.step % config.train.save_every == 0
+        if saves or run.step % config.logging.every == 0:
+            stream.flush()
+        for metrics in stream.ready(wait=saves):
+            if run.grid.rank == 0:
+                report(metrics.only(ROLES if stage.axes else ROLES[:1]))
+        if run.step == end and config.train.verify_frozen:
+            _check_frozen(run, before)
+        if saves:
+            save(run)
+            stream.restart_clock()
+
+
+def _check_frozen(run: SupernetRun, before: str) -> None:
+    after = run.stage.frozen_digest()
+    if after != before:
+        raise RuntimeError(f"a frozen tensor of stage {run.grid.stage} changed: {before[:12]} -> {after[:12]}")
+    log.info("stage '%s' done; backbone unchanged (digest %s)", run.plan.recipe.stages[run.index].name, after[:12])

@@ -1,0 +1,171 @@
+"""Everything about a supernet run that follows from config, model and data, decided before any process starts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from ee_scale.backbone.stages import StagePlan, plan_stages
+from ee_scale.config.checks import check_batch, check_supernet
+from ee_scale.elastic.architecture import ARCHITECTURES, ElasticMap
+from ee_scale.elastic.distill import DistillSettings
+from ee_scale.elastic.factors import FactorPlan, FactorSettings
+from ee_scale.elastic.order import UnitOrder
+from ee_scale.elastic.sampling import SamplingSettings
+from ee_scale.elastic.subnet import AXES, SearchSpace, resolve_space
+from ee_scale.errors import UserError
+from ee_scale.grid import Layout
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The stages of a run, as the config gives them (`RecipeStage`), end to end."""
+
+    stages: Sequence[Any]
+
+    @property
+    def ends(self) -> list[int]:
+        """Steps of the run when each stage is over."""
+        return list(accumulate(stage.steps for stage in self.stages))
+
+    @property
+    def total_steps(self) -> int:
+        return self.ends[-1]
+
+    def index_at(self, step: int) -> int:
+        """The stage that step `step` (0-based) belongs to."""
+        return next(i for i, end in enumerate(self.ends) if step < end)
+
+    def start(self, index: int) -> int:
+        """Steps of the run before a stage."""
+        return self.ends[index] - self.stages[index].steps
+
+    @property
+    def teacher_stages(self) -> int:
+        """Leading stages without axes: what the frozen teacher consists of."""
+        return next((i for i, stage in enumerate(self.stages) if stage.axes), len(self.stages))
+
+
+@dataclass(frozen=True)
+class SupernetPlan:
+    """What runs where.
+
+    Attributes:
+        labels: classes of a classifier, in the order of its outputs; empty for a causal LM.
+        parts: equal runs of layers that lose layers in turn.
+        num_micro_batches: per optimizer step and rank.
+    """
+
+    config: Any
+    model_dir: Path
+    map: ElasticMap
+    labels: tuple[str, ...]
+    recipe: Recipe
+    stages: StagePlan
+    layout: Layout
+    parts: int
+    num_micro_batches: int
+
+    @property
+    def task(self) -> str:
+        return self.map.architecture.task
+
+    def space(self, order: UnitOrder) -> SearchSpace:
+        """The search space, once it is known which layers matter least."""
+        return resolve_space(self.config.space, self.map.shape, order.drop.tolist(), self.layout.tp)
+
+    def factor_settings(self, index: int) -> FactorSettings:
+        """What a recipe stage trains."""
+        factors = self.config.factors
+        return FactorSettings(self.recipe.stages[index].rank, tuple(factors.targets), factors.vectors)
+
+    @property
+    def sampling(self) -> SamplingSettings:
+        sampling = self.config.sampling
+        return SamplingSettings(sampling.smallest, sampling.randoms, sampling.gamma, self.config.train.seed)
+
+    @property
+    def distill(self) -> DistillSettings:
+        d = self.config.distill
+        weights = (d.kl_weight, d.feature_weight, d.feature_dim)
+        return DistillSettings(*weights, d.temperature, d.teacher, d.loss_chunk_tokens)
+
+
+def task_of(config: Any, model_config: Any) -> str:
+    """The task of a run: as given, or by architecture. Raises `UserError`."""
+    if config.task is not None and config.task not in ("causal_lm", "classify"):
+        raise UserError(f"task={config.task}: choose one of causal_lm, classify")
+    if model_config.model_type not in ARCHITECTURES:
+        return config.task or "causal_lm"  # refused by name in a moment
+    return config.task or ARCHITECTURES[model_config.model_type].task
+
+
+def plan_supernet(config: Any, model_dir: Path, model_config: Any, labels: Sequence[str] = ()) -> SupernetPlan:
+    """Check the config against model and data. Raises `UserError`."""
+    check_supernet(config)
+    task, parallel = task_of(config, model_config), config.parallel
+    if labels:
+        model_config.num_labels = len(labels)
+        model_config.id2label = dict(enumerate(labels))
+        model_config.label2id = {label: i for i, label in enumerate(labels)}
+        model_config.problem_type = "single_label_classification"
+    elastic_map = ElasticMap(model_config, task)
+    shape = elastic_map.shape
+    if config.data.seq_length > model_config.max_position_embeddings:
+        raise UserError(
+            f"data.seq_length={config.data.seq_length} is above the model's max_position_embeddings="
+            f"{model_config.max_position_embeddings}"
+        )
+    if parallel.pp > shape.num_layers:
+        raise UserError(f"parallel.pp={parallel.pp}: more stages than the model's {shape.num_layers} layers")
+    for name, size in (("num_key_value_heads", shape.groups), ("intermediate_size", shape.ffn)):
+        if size % parallel.tp:
+            raise UserError(f"parallel.tp={parallel.tp} does not divide {name}={size} of the model")
+    parts = config.space.depth_parts or parallel.pp
+    if not 1 <= parts <= shape.num_layers:
+        raise UserError(f"space.depth_parts={parts}: give 1 to {shape.num_layers}, the model's layers")
+    plan = SupernetPlan(
+        config=config,
+        model_dir=model_dir,
+        map=elastic_map,
+        labels=tuple(labels),
+        recipe=Recipe(list(config.stages)),
+        stages=plan_stages(shape.num_layers, parallel.pp, [shape.num_layers], given=parallel.stages, whole_model=True),
+        layout=Layout(parallel.tp, parallel.pp, parallel.dp),
+        parts=parts,
+        num_micro_batches=check_batch(config.train.global_batch_size, config.train.micro_batch_size, parallel.dp),
+    )
+    space = plan.space(UnitOrder.identity(shape))
+    _check_axes(plan, space)
+    return plan
+
+
+def _check_axes(plan: SupernetPlan, space: SearchSpace) -> None:
+    for stage in plan.recipe.stages:
+        if unknown := [axis for axis in stage.axes if axis not in AXES]:
+            raise UserError(f"stages: '{stage.name}' has axes={unknown}; known: {', '.join(AXES)}")
+        if stage.axes and space.smallest(stage.axes) == plan.map.shape.full and not space.exits:
+            raise UserError(
+                f"stages: nothing can shrink in '{stage.name}': space.* has the full size alone for {list(stage.axes)}"
+            )
+
+
+def recipe_rows(plan: SupernetPlan) -> list[tuple[str, ...]]:
+    """The recipe table: stage, what may shrink, steps, rank, trained parameters of the full and the smallest net."""
+    space, full = plan.space(UnitOrder.identity(plan.map.shape)), plan.map.shape.full
+    rows = []
+    for index, stage in enumerate(plan.recipe.stages):
+        factors = FactorPlan(plan.map, plan.factor_settings(index))
+        smallest = space.smallest(stage.axes)
+        rows.append(
+            (
+                stage.name,
+                ", ".join(stage.axes) or "nothing",
+                str(stage.steps),
+                str(stage.rank) if stage.rank else "whole",
+                f"{factors.parameters(full):,}",
+                f"{plan.map.parameters(smallest):,} of {plan.map.parameters(full):,}",
+            )
+        )
+    return rows
