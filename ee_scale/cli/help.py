@@ -15,7 +15,20 @@ EXAMPLES = {
         "ee-scale tune +debug=cpu",
         "torchrun --nproc-per-node 4 -m ee_scale tune model=<HF dir> data=corpus.txt parallel.tp=2 parallel.pp=2",
     ),
-    "export": ("ee-scale export src=runs/a kind=early_exit out=my-model",),
+    "supernet": (
+        "ee-scale supernet model=<BERT dir> data=train.jsonl data.valid=valid.jsonl space=bert_small out=runs/s",
+        "ee-scale supernet model=<Llama dir> data=corpus.txt space=decoder recipe=pretrained parallel.pp=2 out=runs/s",
+        "ee-scale supernet +debug=supernet_cpu",
+    ),
+    "palette": (
+        "ee-scale palette src=runs/s count=6 out=palette",
+        "ee-scale palette src=runs/s objective=latency_ms max_latency_ms=5 max_memory_mb=60 onnx=true out=palette",
+    ),
+    "export": (
+        "ee-scale export src=runs/a kind=early_exit out=my-model",
+        "ee-scale export src=runs/a kind=submodel exit=6 out=my-6-layers",
+        "ee-scale export src=my-6-layers format=onnx int8=true out=my-6-layers-onnx",
+    ),
     "evaluate": (
         "ee-scale evaluate model=my-model data=heldout.txt",
         "ee-scale evaluate model=my-model data=heldout.jsonl tag_key=task sweep=true out=report",

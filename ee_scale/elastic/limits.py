@@ -75,7 +75,7 @@ def nearest_miss(seen: Mapping[SubnetSpec, Mapping[str, float]], limits: Limits)
 
 def number(value: float) -> str:
     """For people: '3,001,344', '2.06', '50'."""
-    return f"{value:,.0f}" if value >= 1000 or float(value).is_integer() else f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 100 or float(value).is_integer() else f"{value:.3g}"
 
 
 def _limit(name: str, limit: float) -> str:

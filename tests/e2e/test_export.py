@@ -110,3 +110,62 @@ def test_a_base_model_that_changed_is_not_exported(finished_run, model_dir, tmp_
     assert main(["export", f"src={run}", f"out={tmp_path / 'x'}"]) == 2
     assert "run.json: its content does not match its digest" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_an_exit_as_a_stock_model(exported, finished_run, ids, tmp_path, k):
+    assert main(["export", f"src={finished_run}", "kind=submodel", f"exit={k}", f"out={tmp_path / 'small'}"]) == 0
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert stock.config.num_hidden_layers == k
+    assert type(stock).__module__.startswith("transformers.models.")
+    expected = ee_scale.EarlyExitForCausalLM.from_pretrained(exported / "model")(ids).exit_logits[k]
+    torch.testing.assert_close(stock(ids).logits, expected, atol=1e-5, rtol=0)
+    assert AutoTokenizer.from_pretrained(tmp_path / "small")("one token").input_ids
+
+
+def test_a_stock_model_as_an_onnx_file(finished_run, tmp_path, capsys):
+    pytest.importorskip("onnxscript", reason="not installed: pip install 'ee-scale[edge]'")
+    assert main(["export", f"src={finished_run}", "kind=submodel", "exit=1", f"out={tmp_path / 'small'}"]) == 0
+    assert main(["export", f"src={tmp_path / 'small'}", "format=onnx", "int8=true", f"out={tmp_path / 'onnx'}"]) == 0
+    names = {path.name for path in (tmp_path / "onnx").iterdir()}
+    assert {"model.onnx", "model.onnx.data", "config.json", "tokenizer.json"} <= names
+    said = capsys.readouterr().out
+    assert said.startswith("int8 ")
+    assert said.count("\n") <= 2
+    assert "onnxruntime" in said
+
+
+def write_config(folder, **values):
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["src={run}", "kind=submodel"], "error: exit: missing; choose one of "),
+        (["src={run}", "kind=submodel", "exit=2"], "exit=2: {run} has exits at layers 1, 3"),
+        (["src={run}", "exit=3"], "exit=3: goes with kind=submodel"),
+        (["src={run}", "int8=true"], "int8=true: goes with format=onnx"),
+        (["src={run}", "format=onnx"], "src={run}: a tune run; make a stock model of it first"),
+        (["src={model}", "kind=submodel", "exit=1"], "src={model}: no run.json in it"),
+        (["src={model}", "format=onnx", "exit=1"], "exit=1: goes with format=hf"),
+        (["src={model}", "format=onnx", "kind=submodel"], "kind=submodel: goes with format=hf"),
+        (["src={model}", "format=onnx", "step=8"], "step=8: goes with format=hf"),
+        (["src={model}", "format=tflite"], "format=tflite: choose one of hf, onnx"),
+        (["src={exits}", "format=onnx"], "src={exits}: a model with exits, which ONNX would leave out"),
+        (["src={other}", "format=onnx"], "config.architectures=['BertModel']; format=onnx knows ...ForCausalLM and"),
+        (["src={out}", "format=onnx"], "no readable config.json in it"),
+    ],
+)
+def test_bad_input_is_one_line(exported, finished_run, model_dir, tmp_path, capsys, arguments, text):
+    folders = {"run": finished_run, "model": model_dir, "exits": exported / "model", "out": tmp_path / "out"}
+    folders["other"] = write_config(tmp_path / "other", architectures=["BertModel"])
+    capsys.readouterr()
+    given = [argument.format(**folders) for argument in arguments]
+    assert main(["export", f"out={tmp_path / 'out'}", *given]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert text.format(**folders) in said
+    assert not (tmp_path / "out").exists()

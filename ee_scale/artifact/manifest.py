@@ -1,0 +1,156 @@
+"""manifest.json of a palette: which subnets it holds, what each costs by measurement and how good it is."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ee_scale.artifact.files import read_json, write_json
+from ee_scale.elastic.subnet import SubnetSpec
+from ee_scale.errors import UserError
+
+MANIFEST = "manifest.json"
+VERSION = 1
+HIGHER_IS_BETTER = ("accuracy", "f1")  # every other metric is loss-like
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where the members were measured."""
+
+    cpu: str
+    threads: int
+    torch: str
+
+    @classmethod
+    def here(cls, threads: int | None = None) -> "Device":
+        """This machine; `threads` are those of this process by default."""
+        try:
+            lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        except OSError:
+            lines = []
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        return cls(names[0] if names else "unknown CPU", threads or torch.get_num_threads(), torch.__version__)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One subnet and its figures, measured on its own folder unless said otherwise.
+
+    Attributes:
+        folder: relative to the manifest's folder; of the full model any path.
+        params, layer_params: with and without embeddings and heads.
+        flops: of the prefill that is timed.
+        token_ms: None where nothing is generated.
+        memory_mb: peak of the process; file_mb: of the weights.
+        joules_per_token: a number, or 'not measured: <why>'.
+        quality: metric -> value, on held-out data.
+        estimated_ms: what the search took for the latency that `Manifest.latency` names; None if nothing.
+        onnx: variant ('fp32', 'int8') -> {'file_mb', 'latency_ms'}.
+    """
+
+    folder: str
+    spec: SubnetSpec
+    params: int
+    layer_params: int
+    flops: int
+    prefill_ms: float
+    token_ms: float | None
+    memory_mb: float
+    file_mb: float
+    joules_per_token: float | str
+    quality: dict[str, float]
+    estimated_ms: float | None = None
+    onnx: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A subnet that the search looked at: quality by metric, estimated costs by name ('params', 'latency_ms')."""
+
+    spec: SubnetSpec
+    quality: dict[str, float]
+    estimates: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A palette.
+
+    Attributes:
+        base_model, base_fingerprint: what the subnets were cut from; run: the folder that trained them.
+        task: 'causal_lm' or 'classify'.
+        limits: 'params', 'latency_ms', ... -> largest allowed value; objective: the cost that the palette spans.
+        latency: the field of `Member` that latency_ms stands for, 'prefill_ms' or 'token_ms'.
+        metric: the entry of `Member.quality` that decides.
+        full: the whole model, measured in the same way; its folder is the base model's.
+        members: cheapest first.
+        tried: all that the search evaluated; may be empty.
+    """
+
+    base_model: str
+    base_fingerprint: str
+    run: str
+    task: str
+    device: Device
+    limits: dict[str, float]
+    objective: str
+    latency: str
+    metric: str
+    full: Member
+    members: list[Member]
+    tried: list[Tried] = field(default_factory=list)
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self.metric in HIGHER_IS_BETTER
+
+    def latency_of(self, member: Member) -> float:
+        """Milliseconds."""
+        return getattr(member, self.latency)
+
+    def quality_of(self, member: Member) -> float:
+        """By the metric that decides."""
+        return member.quality[self.metric]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"version": VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Manifest":
+        """Back from JSON, of this version. Raises KeyError, TypeError or AttributeError for missing or odd fields."""
+        fields = {name: value for name, value in values.items() if name != "version"}
+        return cls(
+            **fields
+            | {
+                "device": Device(**fields["device"]),
+                "full": _with_spec(Member, fields["full"]),
+                "members": [_with_spec(Member, value) for value in fields["members"]],
+                "tried": [_with_spec(Tried, value) for value in fields["tried"]],
+            }
+        )
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write manifest.json with its digest into a palette's folder."""
+    write_json(folder / MANIFEST, manifest.to_dict())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a palette. Raises `UserError` if there is none, it is damaged or of another version."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{folder}: no {MANIFEST} in it; give the output folder of ee-scale palette")
+    values = read_json(path)
+    if values.get("version") != VERSION:
+        raise UserError(f"{path}: version {values.get('version')} of the manifest; this ee-scale reads {VERSION}")
+    try:
+        return Manifest.from_dict(values)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: a field is missing or unknown ({type(error).__name__}: {error})") from error
+
+
+def _with_spec(kind: type, values: dict[str, Any]) -> Any:
+    return kind(**values | {"spec": SubnetSpec.from_dict(values["spec"])})

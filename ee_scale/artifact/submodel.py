@@ -1,0 +1,180 @@
+"""One exit of a run as a stock model: the first layers of the base model with the exit's modules at their end."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig
+
+from ee_scale.artifact.export import trained_exits
+from ee_scale.artifact.files import new_folder
+from ee_scale.backbone.loading import INDEX_NAME, SINGLE_NAME, TensorFolder, fingerprint, load_config
+from ee_scale.backbone.shard import meta_model, output_matrix_name
+from ee_scale.errors import UserError
+from ee_scale.exits.heads import ExitSpec
+from ee_scale.files import write_text
+
+SHARD_BYTES = 4 << 30  # tensors that are in memory at the same time, and the size of a weight file
+
+
+@dataclass(frozen=True)
+class Submodel:
+    """An exit, its run's facts, and the base model it reads.
+
+    Attributes:
+        k: layer of the exit.
+        tensors: fp32 parameters of the exit, without the prefix 'exit_heads.<k>.'.
+    """
+
+    k: int
+    spec: ExitSpec
+    tensors: dict[str, torch.Tensor]
+    base: TensorFolder
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the stock model: an exit with a layer of its own brings one more."""
+        return self.k + (self.spec.kind == "layer")
+
+    def source(self, name: str) -> str:
+        """Where a parameter of the stock model lies: 'exit.<name>', or its name in the base model."""
+        last = f"model.layers.{self.num_layers - 1}."
+        if name == "model.norm.weight":
+            return "exit.norm.weight"
+        if self.spec.kind == "mlp" and name.startswith(last + "mlp."):
+            return f"exit.{name.removeprefix(last)}"
+        if self.spec.kind == "layer" and name.startswith(last):
+            return f"exit.layer.{name.removeprefix(last)}"
+        if name == "lm_head.weight":
+            return "exit.head.weight" if self.spec.head == "full" else output_matrix_name(self.base)
+        return name
+
+    def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """A parameter of the stock model. A low-rank head is merged in fp32: W + up @ down, rounded once."""
+        source = self.source(name)
+        if source.startswith("exit."):
+            return self.tensors[source.removeprefix("exit.")].to(dtype)
+        tensor = self.base.read(source)
+        if name == "lm_head.weight" and self.spec.head == "low_rank":
+            update = self.tensors["head.up.weight"] @ self.tensors["head.down.weight"]
+            tensor = update.add_(tensor)
+        return tensor.to(dtype)
+
+
+def export_submodel(run: Path, out: Path, exit_layer: int, step: int | None = None) -> None:
+    """Write the exit at `exit_layer` as a stock checkpoint that transformers opens with no code of ours.
+
+    Its logits are the exit's own. Raises `UserError` if the run has no such exit, if a stock model cannot express it,
+    or if the base model is gone or changed.
+    """
+    tensors, facts = trained_exits(run, step)
+    spec = ExitSpec.from_dict(facts["early_exit"])
+    _check(run, spec, exit_layer)
+    base = _base_model(run, facts)
+    prefix = f"exit_heads.{exit_layer}."
+    own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    submodel = Submodel(exit_layer, spec, own, TensorFolder(base))
+    with new_folder(out) as folder:
+        write_text(folder / "config.json", json.dumps(_cut_config(base, submodel), indent=2) + "\n")
+        copy_small_files(base, folder)
+        _write_weights(folder, submodel)
+        write_text(folder / "README.md", _model_card(base, out, submodel, facts["step"]))
+
+
+def copy_small_files(source: Path, folder: Path) -> None:
+    """Copy tokenizer, generation settings and license; config, weights and model card are the caller's."""
+    for path in source.iterdir():
+        small = path.suffix in (".json", ".jinja", ".model", ".txt") or path.name.upper().startswith("LICENSE")
+        if path.is_file() and small and path.name not in ("config.json", INDEX_NAME):
+            shutil.copyfile(path, folder / path.name)
+
+
+def _check(run: Path, spec: ExitSpec, exit_layer: int) -> None:
+    if exit_layer not in spec.layers:
+        raise UserError(f"exit={exit_layer}: {run} has exits at layers {', '.join(map(str, spec.layers))}")
+    if spec.kind == "embedding":
+        # Raising rms_norm_eps until the norm only scales would do the same to the norms of all layers.
+        raise UserError(
+            f"exit={exit_layer}: {run} has exits of kind 'embedding', whose head reads the hidden state without a "
+            "norm; a stock model always normalises in front of its head, so it cannot say the same; "
+            "use kind=early_exit or kind=sidecar"
+        )
+
+
+def _base_model(run: Path, facts: dict[str, Any]) -> Path:
+    base = Path(facts["base_model"])
+    if not base.is_dir():
+        raise UserError(f"src={run}: its base model {base} is not there any more")
+    if fingerprint(base) != facts["base_fingerprint"]:
+        raise UserError(f"src={run}: {base} changed since the exits were trained")
+    return base
+
+
+def _cut_config(base: Path, submodel: Submodel) -> dict[str, Any]:
+    """The base model's config.json with the layers of the submodel, and nothing about exits."""
+    values = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config, count = load_config(base), submodel.num_layers
+    # Written out even where the file has none: some families derive the types from the number of layers.
+    if types := getattr(config, "layer_types", None):
+        own = types[-1:] if submodel.spec.kind == "layer" else []  # the exit's own layer is a copy of the last one
+        values["layer_types"] = [*types[: submodel.k], *own]
+    values["num_hidden_layers"] = count
+    values["tie_word_embeddings"] = config.tie_word_embeddings and submodel.spec.head == "tied"
+    return {name: value for name, value in values.items() if name not in ("early_exit", "auto_map")}
+
+
+def _write_weights(folder: Path, submodel: Submodel) -> None:
+    """The parameters that transformers expects, in files of SHARD_BYTES, in the base model's number types."""
+    model = meta_model(AutoConfig.from_pretrained(folder), torch.float32)
+    embedding = submodel.base.read("model.embed_tokens.weight", 0, 0, 1).dtype
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shards = list(_shards(shapes, embedding.itemsize))
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        file = SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {name: submodel.read(name, embedding).contiguous() for name in names}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        size = sum(prod(shape) for shape in shapes.values()) * embedding.itemsize
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        write_text(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+
+
+def _shards(shapes: dict[str, tuple[int, ...]], itemsize: int) -> Iterator[list[str]]:
+    """Names of the parameters, in order, in groups of at most SHARD_BYTES (a larger tensor is a group alone)."""
+    group, size = [], 0
+    for name, shape in shapes.items():
+        nbytes = prod(shape) * itemsize
+        if group and size + nbytes > SHARD_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(name)
+        size += nbytes
+    yield group
+
+
+def _model_card(base: Path, out: Path, submodel: Submodel, step: int) -> str:
+    spec = submodel.spec
+    return f"""---
+library_name: transformers
+tags: [early-exit, ee_scale]
+---
+# {out.name}
+
+The early exit of `{base.name}` after layer {submodel.k} (kind `{spec.kind}`, head `{spec.head}`), trained for {step}
+steps, as a model of {submodel.num_layers} layers of the same architecture. Written by ee_scale {version("ee-scale")}.
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{out.name}")
+```
+"""

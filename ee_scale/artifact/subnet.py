@@ -1,0 +1,98 @@
+"""A subnet of a supernet run as a plain Hugging Face folder, and the parts of a run that it is cut from."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ee_scale.artifact.checkpoint import checkpoints, read_checkpoint
+from ee_scale.artifact.run_folder import CHECKPOINTS, read_run
+from ee_scale.artifact.save import checkpoint_tensors
+from ee_scale.artifact.submodel import copy_small_files
+from ee_scale.backbone.loading import TensorFolder, fingerprint
+from ee_scale.elastic.architecture import AUTO_CLASS, ElasticMap
+from ee_scale.elastic.extract import is_tied, subnet_config, subnet_tensors
+from ee_scale.elastic.order import UnitOrder
+from ee_scale.elastic.subnet import SubnetSpec
+from ee_scale.errors import UserError
+from ee_scale.files import write_text
+
+MOMENTS = (".exp_avg", ".exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class TrainedSupernet:
+    """What a finished (or running) supernet run holds.
+
+    Attributes:
+        trained: '<recipe stage>.<module>.<leaf>' -> whole, sorted tensor.
+        recipe_stages: how many stages of the recipe the checkpoint has.
+    """
+
+    identity: dict[str, Any]
+    base: Path
+    step: int
+    recipe_stages: int
+    trained: dict[str, torch.Tensor]
+
+
+def read_supernet(run: Path, step: int | None = None) -> TrainedSupernet:
+    """The run's last checkpoint, or that of `step`. Raises `UserError`."""
+    identity = read_run(run, "supernet")
+    base = Path(identity["base_model"])
+    if not base.is_dir():
+        raise UserError(f"src={run}: its base model {base} is not there any more")
+    if fingerprint(base) != identity["base_fingerprint"]:
+        raise UserError(f"src={run}: {base} changed since the supernet was trained")
+    found = checkpoints(run / CHECKPOINTS)
+    if not found:
+        raise UserError(f"src={run}: no finished checkpoint in it yet")
+    if step is not None and step not in found:
+        raise UserError(f"step={step}: {run} has checkpoints {', '.join(map(str, found))}")
+    folder = found[max(found) if step is None else step]
+    state = read_checkpoint(folder)
+    tensors = checkpoint_tensors(folder, state)
+    names = [name for name in tensors.files if not name.endswith(MOMENTS)]
+    trained = {name: tensors.read(name) for name in names}
+    return TrainedSupernet(identity, base, state["step"], state["recipe_stage"] + 1, trained)
+
+
+def subnet_model(
+    elastic_map: ElasticMap, base: TensorFolder, order: UnitOrder, supernet: TrainedSupernet, spec: SubnetSpec
+) -> nn.Module:
+    """The stock transformers model of a subnet, on the CPU."""
+    tied = is_tied(elastic_map, supernet.trained)
+    config = subnet_config(elastic_map, spec, tied=tied)
+    state = dict(subnet_tensors(elastic_map, base, order, supernet.trained, spec))
+    dtype = next(iter(state.values())).dtype
+    model = AUTO_CLASS[elastic_map.architecture.task].from_config(config, dtype=dtype)
+    result = model.load_state_dict(state, strict=False)
+    wanted = ["lm_head.weight"] if tied else []
+    if result.unexpected_keys or result.missing_keys not in ([], wanted):
+        raise RuntimeError(f"tensors do not fit the stock model: {result}")
+    model.tie_weights()
+    return model.eval()
+
+
+def write_subnet(folder: Path, model: nn.Module, supernet: TrainedSupernet, spec: SubnetSpec, facts: str) -> None:
+    """Weights, config, tokenizer files and a model card into a new folder."""
+    folder.mkdir()
+    copy_small_files(supernet.base, folder)
+    model.save_pretrained(folder)
+    write_text(folder / "README.md", "\n".join(_model_card(folder.name, model, supernet, spec, facts)) + "\n")
+
+
+def _model_card(name: str, model: nn.Module, supernet: TrainedSupernet, spec: SubnetSpec, facts: str) -> Iterator[str]:
+    config = model.config
+    auto = AUTO_CLASS[supernet.identity["task"]].__name__
+    yield from ("---", "library_name: transformers", "tags: [ee_scale, supernet]", "---", f"# {name}", "")
+    yield (
+        f"Cut from `{supernet.base.name}` (width {config.hidden_size}, {config.num_attention_heads} heads, "
+        f"{config.intermediate_size} MLP units, layers {', '.join(str(i + 1) for i in spec.layers)} of the base) after "
+        f"{supernet.step} steps of low-rank supernet training with ee_scale {version('ee-scale')}. {facts}"
+    )
+    yield from ("", "```python", f"from transformers import {auto}", "", f'{auto}.from_pretrained("{name}")', "```")
