@@ -131,6 +131,8 @@ def _check_same(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
         refuse("model.path", old["base_model"], new["base_model"])
     if "early_exit" in new and old["early_exit"]["layers"] != new["early_exit"]["layers"]:
         refuse("exits.layers", old["early_exit"]["layers"], new["early_exit"]["layers"])
+    if new.get("labels") != old.get("labels"):
+        refuse("labels", old.get("labels"), new.get("labels"))
     for key, value in new["settings"].items():
         if old["settings"].get(key) != value:
             refuse(key, old["settings"].get(key), value)

@@ -6,7 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from ee_scale.cli.console import console
-from ee_scale.config.compose import config_dir, has_groups
+from ee_scale.config.compose import group_options, has_groups
 from ee_scale.config.schema import VERBS
 
 EXAMPLES = {
@@ -52,7 +52,7 @@ EXAMPLES = {
 def overview() -> None:
     """The commands, one line each."""
     out = console()
-    out.print("[bold]ee-scale[/] <command> key=value ...   early exits for frozen Hugging Face models\n")
+    out.print("[bold]ee-scale[/] <command> key=value ...   early exits and smaller sizes of frozen HF models\n")
     table = Table.grid(padding=(0, 3))
     for verb, schema in VERBS.items():
         table.add_row(f"  [bold]{verb}[/]", schema.__doc__)
@@ -68,10 +68,9 @@ def verb_help(verb: str) -> None:
         out.print(f"  {example}", markup=False, highlight=False)
     if has_groups(verb):
         out.print("\nReady-made groups (choose with group=option):")
-        for group in sorted(path for path in config_dir().iterdir() if path.is_dir()):
-            options = " ".join(sorted(path.stem for path in group.glob("*.yaml")))
-            plus = "+" if group.name == "debug" else ""
-            out.print(f"  {plus}{group.name}={options}", markup=False, highlight=False)
+        for group, options in group_options(verb).items():
+            plus = "+" if group == "debug" else ""
+            out.print(f"  {plus}{group}={' '.join(options)}", markup=False, highlight=False)
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("setting", no_wrap=True)
     table.add_column("default", overflow="fold")

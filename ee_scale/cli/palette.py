@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from yaml import YAMLError
 
 from ee_scale.artifact.files import new_folder
 from ee_scale.artifact.manifest import Device, Manifest, Member, Tried, write_manifest
@@ -21,6 +23,7 @@ from ee_scale.config.schema import SupernetConfig
 from ee_scale.data.labelled import check_labels, encode, evaluation_batches, read_labelled
 from ee_scale.data.loader import windows
 from ee_scale.data.text import prepare_text
+from ee_scale.elastic.extract import is_tied
 from ee_scale.elastic.order import UnitOrder
 from ee_scale.elastic.search import Candidate, pareto, search, verified
 from ee_scale.elastic.subnet import SearchSpace, SubnetSpec
@@ -47,6 +50,7 @@ def run(config: Any, overrides: Sequence[str]) -> int:
         import ee_scale.artifact.onnx  # noqa: F401  (says now that packages are missing)
     supernet = read_supernet(src, config.step)
     plan = stored_plan(src, supernet, config)
+    check_length(config, plan)
     batches = held_out(config, plan)
     with new_folder(out) as folder:
         palette = Palette(config, src, supernet, plan, batches, folder)
@@ -70,6 +74,14 @@ def check(config: Any) -> None:
         raise UserError(f"samples={config.samples}, seconds={config.seconds}: must be at least 0 and above 0")
 
 
+def check_length(config: Any, plan: SupernetPlan) -> None:
+    """Refuse to measure texts that the model cannot read. Raises `UserError`."""
+    most, decoded = plan.map.config.max_position_embeddings, config.new_tokens if plan.task == "causal_lm" else 0
+    if config.tokens + decoded > most:
+        texts = f"tokens={config.tokens}" + (f" and new_tokens={decoded}" if decoded else "")
+        raise UserError(f"{texts}: the model reads at most max_position_embeddings={most} tokens")
+
+
 def limits_of(config: Any) -> dict[str, float]:
     """The limits that were given, by cost."""
     given = {name: config[f"max_{name}"] for name in LIMITS}
@@ -78,7 +90,11 @@ def limits_of(config: Any) -> dict[str, float]:
 
 def stored_plan(src: Path, supernet: TrainedSupernet, config: Any) -> SupernetPlan:
     """The run's own plan, in one process on this device."""
-    stored = OmegaConf.merge(OmegaConf.structured(SupernetConfig), OmegaConf.load(src / CONFIG))
+    try:
+        stored = OmegaConf.merge(OmegaConf.structured(SupernetConfig), OmegaConf.load(src / CONFIG))
+    except (OSError, YAMLError, OmegaConfBaseException) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{src / CONFIG}: not the config of a supernet run ({reason})") from error
     stored.space.depth_parts = supernet.identity["parts"]
     # Sizes were checked against the grid that trained; one process has none.
     stored.parallel = OmegaConf.structured(SupernetConfig).parallel
@@ -136,6 +152,9 @@ class Palette:
                     parameter.copy_(supernet.trained[name])
         self.space: SearchSpace = run.space
         self.judge = Judge(run.stage, batches)
+        # Numbers per unit of width that a tied model has not: training gave the output matrix values of its own.
+        tied = plan.map.config.tie_word_embeddings and plan.task == "causal_lm"
+        self.untied = plan.map.config.vocab_size * (tied and not is_tied(plan.map, supernet.trained))
         self.limits = limits_of(config)
         self.times = PartTimes(plan.map, config.tokens, 0.1, self.device, run.stage.dtype)
         self.figures: dict[SubnetSpec, dict[str, float]] = {}
@@ -184,7 +203,7 @@ class Palette:
 
     def _estimate(self, spec: SubnetSpec) -> dict[str, float]:
         """Exact parameters and FLOPs; latency by look-up and memory by weights, where they are asked for."""
-        params = self.plan.map.parameters(spec)
+        params = self.plan.map.parameters(spec) + self.untied * spec.hidden
         costs = {"params": params, "flops": self.plan.map.flops(spec, self.config.tokens)}
         wanted = {*self.limits, self.config.objective}
         if "latency_ms" in wanted:

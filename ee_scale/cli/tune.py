@@ -7,51 +7,33 @@ from typing import Any
 from rich.table import Table
 from torch.utils.data import Dataset
 
-from ee_scale.artifact.run_folder import CHECKPOINTS, METRICS, OpenedRun, open_run, tune_identity
+from ee_scale.artifact.run_folder import CHECKPOINTS, OpenedRun, open_run, tune_identity
 from ee_scale.artifact.save import load_checkpoint, save_checkpoint
 from ee_scale.backbone.loading import TensorFolder, find_model, load_config
 from ee_scale.cli.console import console
 from ee_scale.cli.inputs import load_tokenizer, sources
-from ee_scale.cli.launch import run_ranks
-from ee_scale.config.compose import as_dict
+from ee_scale.cli.job import Job, log_as_rank, reporter
 from ee_scale.data.builtin import TINY, tiny_model
 from ee_scale.data.dataset import build_gpt_dataset, check_tokens
 from ee_scale.data.text import prepare_text
 from ee_scale.errors import UserError
-from ee_scale.grid import Grid, join_grid, launch_info, pick_device, world_size_message
-from ee_scale.log import configure_logging, log
+from ee_scale.grid import Grid
+from ee_scale.log import log
 from ee_scale.training.plan import TunePlan, plan_tune, stage_rows
-from ee_scale.training.report import MetricsFile, ProgressLine, Reporter, WandbSink
 from ee_scale.training.tune import TuneRun, start_run, train
 
 
 def run(config: Any, overrides: Sequence[str]) -> int:
-    """Prepare, then train in this process (one rank, or started by torchrun) or in ranks that this process starts."""
-    launched = launch_info()
-    leader = launched is None or launched.rank == 0
-    configure_logging(0 if leader else 1, config.logging.level)
+    """Train exits."""
+    log_as_rank(config)
     plan = make_plan(config)
-    if launched is not None and launched.world_size != plan.layout.world_size:
-        raise UserError(world_size_message(plan.layout, launched.world_size))
-    device = pick_device(config.parallel.device, launched.local_rank if launched else 0)
-    opened = None
-    if leader:
-        # Under torchrun the other ranks wait for rank 0 in join_grid; bad input ends the job before they train.
+
+    def prepare() -> OpenedRun:
         prepare_data(config, plan, progress=config.logging.progress)
-        opened = open_run(Path(config.out).expanduser(), config, tune_identity(config, plan))
-        if launched is None:
-            show_plan(plan)
-    if launched is None and opened.state.get("step", 0) >= config.train.steps:
-        log.info("%s is finished (step %d); raise train.steps to go on", config.out, opened.state["step"])
-        return 0
-    if launched is None and plan.layout.world_size > 1:
-        code = run_ranks("tune", overrides, plan.layout.world_size, device)
-    else:
-        train_rank(config, plan, join_grid(plan.layout, device, config.parallel.timeout_minutes), opened)
-        code = 0
-    if launched is None and code == 0:
-        log.info("done; next: ee-scale export src=%s out=<folder>", config.out)
-    return code
+        return open_run(Path(config.out).expanduser(), config, tune_identity(config, plan))
+
+    job = Job("tune", config, overrides, plan.layout, config.train.steps, "export")
+    return job.run(prepare, lambda: show_plan(plan), lambda grid, opened: train_rank(config, plan, grid, opened))
 
 
 def make_plan(config: Any) -> TunePlan:
@@ -84,7 +66,7 @@ def train_rank(config: Any, plan: TunePlan, grid: Grid, opened: OpenedRun | None
     tune_run = start_run(config, plan, grid)
     if opened.checkpoint is not None:
         resume(tune_run, opened)
-    with Reporter(_sinks(config, tune_run, opened) if grid.rank == 0 else []) as report:
+    with reporter(config, grid, opened, config.train.steps, tune_run.step, "exit") as report:
         train(tune_run, dataset, report, lambda finished: _save(finished, opened.out))
 
 
@@ -115,17 +97,6 @@ def resume(tune_run: TuneRun, opened: OpenedRun) -> None:
 def _save(tune_run: TuneRun, out: Path) -> None:
     facts = {"steps": tune_run.config.train.steps, "early_exit": tune_run.plan.spec.to_dict()}
     save_checkpoint(out / CHECKPOINTS, tune_run, facts, tune_run.config.train.keep)
-
-
-def _sinks(config: Any, tune_run: TuneRun, opened: OpenedRun) -> list[Any]:
-    every = config.logging.every
-    sinks: list[Any] = [
-        MetricsFile(opened.out / METRICS),
-        ProgressLine(config.train.steps, tune_run.step, every, "exit", enabled=config.logging.progress),
-    ]
-    if config.logging.wandb != "disabled":
-        sinks.append(WandbSink(opened.out, config.logging, as_dict(config), opened.identity["run_id"], "exit"))
-    return sinks
 
 
 def show_plan(plan: TunePlan) -> None:

@@ -10,8 +10,8 @@ def check_tune(config: Any) -> None:
     _at_least(1, config, "parallel.tp", "parallel.pp", "parallel.dp", "exits.rank", "exits.loss_chunk_tokens")
     _at_least(1, config, "train.steps", "train.micro_batch_size", "train.global_batch_size", "train.save_every")
     _at_least(1, config, "train.keep", "logging.every", "data.seq_length")
-    _at_least(0, config, "optim.lr", "optim.min_lr", "optim.clip_grad", "optim.weight_decay", "exits.kl_weight")
-    _at_least(0, config, "exits.loss_weight_warmup_steps", "data.num_workers")
+    _at_least(0, config, "optim.lr", "exits.kl_weight", "exits.loss_weight_warmup_steps", "data.num_workers")
+    _check_optim(config.optim)
     check_batch(config.train.global_batch_size, config.train.micro_batch_size, config.parallel.dp)
     if config.train.zero != 1:
         raise UserError(
@@ -20,10 +20,6 @@ def check_tune(config: Any) -> None:
         )
     if config.optim.min_lr > config.optim.lr:
         raise UserError(f"optim.min_lr={config.optim.min_lr} is above optim.lr={config.optim.lr}")
-    if not 0 <= config.optim.warmup_fraction < 1:
-        raise UserError(f"optim.warmup_fraction={config.optim.warmup_fraction}: must be in [0, 1)")
-    if len(config.optim.betas) != 2 or not all(0 <= beta < 1 for beta in config.optim.betas):
-        raise UserError(f"optim.betas={list(config.optim.betas)}: two numbers in [0, 1)")
     if config.exits.kl_temperature <= 0:
         raise UserError(f"exits.kl_temperature={config.exits.kl_temperature}: must be above 0")
 
@@ -33,8 +29,8 @@ def check_supernet(config: Any) -> None:
     _at_least(1, config, "parallel.tp", "parallel.pp", "parallel.dp", "distill.feature_dim", "importance.samples")
     _at_least(1, config, "train.micro_batch_size", "train.global_batch_size", "train.save_every", "train.keep")
     _at_least(1, config, "logging.every", "data.seq_length", "distill.loss_chunk_tokens", "importance.batch_size")
-    _at_least(0, config, "optim.min_lr", "optim.clip_grad", "optim.weight_decay", "distill.feature_weight")
-    _at_least(0, config, "sampling.randoms", "data.num_workers")
+    _at_least(0, config, "distill.feature_weight", "sampling.randoms", "data.num_workers")
+    _check_optim(config.optim)
     check_batch(config.train.global_batch_size, config.train.micro_batch_size, config.parallel.dp)
     if not config.stages:
         raise UserError("stages=[]: give at least one stage, or choose recipe=mlfs")
@@ -67,6 +63,16 @@ def check_batch(global_batch_size: int, micro_batch_size: int, dp: int) -> int:
             f"train.micro_batch_size x parallel.dp = {micro_batch_size} x {dp}"
         )
     return global_batch_size // (micro_batch_size * dp)
+
+
+def _check_optim(optim: Any) -> None:
+    for name in ("min_lr", "clip_grad", "weight_decay"):
+        if optim[name] < 0:
+            raise UserError(f"optim.{name}={optim[name]}: must be at least 0")
+    if not 0 <= optim.warmup_fraction < 1:
+        raise UserError(f"optim.warmup_fraction={optim.warmup_fraction}: must be in [0, 1)")
+    if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
+        raise UserError(f"optim.betas={list(optim.betas)}: two numbers in [0, 1)")
 
 
 def _at_least(smallest: float, config: Any, *keys: str) -> None:

@@ -55,6 +55,24 @@ def has_groups(verb: str) -> bool:
     return (config_dir() / f"{verb}.yaml").is_file()
 
 
+def group_options(verb: str) -> dict[str, list[str]]:
+    """The groups that a verb is built from, with the options that fit its schema, by name."""
+    root, known = config_dir(), {field.name for field in fields(VERBS[verb])}
+    defaults = OmegaConf.load(root / f"{verb}.yaml").defaults
+    groups = sorted({"debug", *(name for entry in defaults if isinstance(entry, DictConfig) for name in entry)})
+    found = {}
+    for group in groups:
+        paths = sorted((root / group).glob("*.yaml"))
+        # What goes to the top of the config (debug, recipe) may belong to another verb.
+        fitting = [path for path in paths if not _is_global(path) or set(OmegaConf.load(path)) - {"defaults"} <= known]
+        found[group] = [path.stem for path in fitting]
+    return found
+
+
+def _is_global(path: Path) -> bool:
+    return path.read_text(encoding="utf-8").startswith("# @package _global_")
+
+
 def _hydra(verb: str) -> Any:
     # A flat verb must not see the folder: hydra would take its `model=` for the group of that name.
     return (

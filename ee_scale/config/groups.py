@@ -67,3 +67,17 @@ class LoggingConfig:
     wandb: str = setting("disabled", "Weights & Biases mode", choices=("disabled", "offline", "online"))
     wandb_project: str = setting("ee_scale", "wandb project")
     wandb_name: str | None = setting(None, "wandb run name; null: name of the output folder")
+
+
+@dataclass
+class BatchConfig:
+    micro_batch_size: int = setting(4, "sequences per rank and micro-batch")
+    global_batch_size: int = setting(16, "sequences per optimizer step, over all replicas and micro-batches")
+    precision: str = setting("auto", "auto: bf16 on GPU, fp32 on CPU", choices=("auto", "fp32", "bf16"))
+    save_every: int = setting(500, "steps between checkpoints; the last step (of every stage) is always saved")
+    keep: int = setting(2, "checkpoints to keep")
+    resume: str = setting(
+        "auto", "continue the run found in out, or refuse a folder that has one", choices=("auto", "never")
+    )
+    seed: int = setting(1234, "random start of what is trained, and which subnets are drawn")
+    verify_frozen: bool = setting(True, "check that what is frozen has the same digest before and after")

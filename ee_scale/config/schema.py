@@ -9,7 +9,15 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from ee_scale.config.groups import DataConfig, LoggingConfig, ModelConfig, OptimConfig, ParallelConfig, setting
+from ee_scale.config.groups import (
+    BatchConfig,
+    DataConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    setting,
+)
 from ee_scale.config.supernet import PaletteConfig, SupernetConfig
 
 
@@ -43,19 +51,9 @@ class ExitsConfig:
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(BatchConfig):
     steps: int = setting(1000, "optimizer steps")
-    micro_batch_size: int = setting(4, "sequences per rank and micro-batch")
-    global_batch_size: int = setting(16, "sequences per optimizer step, over all replicas and micro-batches")
-    precision: str = setting("auto", "auto: bf16 on GPU, fp32 on CPU", choices=("auto", "fp32", "bf16"))
     zero: int = setting(1, "DeepSpeed ZeRO stage of the exits' optimizer state")
-    save_every: int = setting(500, "steps between checkpoints; the last step is always saved")
-    keep: int = setting(2, "checkpoints to keep")
-    resume: str = setting(
-        "auto", "continue the run found in out, or refuse a folder that has one", choices=("auto", "never")
-    )
-    seed: int = setting(1234, "random initialisation of exits")
-    verify_frozen: bool = setting(True, "check that the backbone's digest is the same before and after")
 
 
 @dataclass

@@ -5,7 +5,15 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from ee_scale.config.groups import DataConfig, LoggingConfig, ModelConfig, OptimConfig, ParallelConfig, setting
+from ee_scale.config.groups import (
+    BatchConfig,
+    DataConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    setting,
+)
 
 
 @dataclass
@@ -13,7 +21,7 @@ class SpaceConfig:
     hidden: list[Any] = setting(
         [1.0, 0.75, 0.5], "widths of the residual stream: fractions of the model's (0.5), or whole numbers"
     )
-    heads: Any = setting(
+    heads: list[Any] | None = setting(
         None, "query heads per layer, as fractions or numbers (whole KV groups); null: all, or what the width gives"
     )
     ffn: list[Any] = setting([1.0, 0.75, 0.5], "MLP units per layer, as fractions or numbers")
@@ -81,20 +89,6 @@ class SupernetDataConfig(DataConfig):
 
 
 @dataclass
-class SupernetTrainConfig:
-    micro_batch_size: int = setting(4, "sequences per rank and micro-batch")
-    global_batch_size: int = setting(16, "sequences per optimizer step, over all replicas and micro-batches")
-    precision: str = setting("auto", "auto: bf16 on GPU, fp32 on CPU", choices=("auto", "fp32", "bf16"))
-    save_every: int = setting(500, "steps between checkpoints; the last step of every stage is always saved")
-    keep: int = setting(2, "checkpoints to keep")
-    resume: str = setting(
-        "auto", "continue the run found in out, or refuse a folder that has one", choices=("auto", "never")
-    )
-    seed: int = setting(1234, "random start of the factors, and which subnets are drawn")
-    verify_frozen: bool = setting(True, "check that backbone and earlier stages are the same before and after")
-
-
-@dataclass
 class SupernetConfig:
     """Train a weight-sharing supernet on a frozen model in low-rank stages (MLFS): a palette of sizes."""
 
@@ -112,7 +106,7 @@ class SupernetConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: SupernetDataConfig = field(default_factory=SupernetDataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    train: SupernetTrainConfig = field(default_factory=SupernetTrainConfig)
+    train: BatchConfig = field(default_factory=BatchConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
 

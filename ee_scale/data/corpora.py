@@ -49,7 +49,12 @@ class Source:
 
 
 def setting_name(fields: str, name: str) -> str:
-    """What a person calls a setting of the data: `data.path`, or `data` in a config that has no group (fields='')."""
+    """What a person calls a setting of the data: `data.path`, or `data` in a config that has no group (fields='').
+
+    `data.valid` (fields='data.valid') is a path that shares the other settings of `data`.
+    """
+    if fields == "data.valid":
+        return fields if name == "path" else f"data.{name}"
     return f"{fields}.{name}" if fields else {"path": "data"}.get(name, name)
 
 

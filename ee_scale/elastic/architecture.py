@@ -3,7 +3,7 @@
 import copy
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -31,6 +31,7 @@ class Architecture:
         layers: place of the layers in the base model.
         axes: module name ('*' for a layer's number) -> axes of its weight; a bias lies along the first.
         head_dim_is_derived: the config has no head_dim of its own, so hidden = heads x head_dim in every subnet.
+        heads_divide_hidden: the config refuses a width that is not a multiple of its heads, though it has a head_dim.
     """
 
     task: str
@@ -38,6 +39,7 @@ class Architecture:
     layers: str
     axes: Mapping[str, tuple[str, ...]] = field(repr=False)
     head_dim_is_derived: bool = False
+    heads_divide_hidden: bool = False
 
 
 _DECODER = Architecture(
@@ -83,7 +85,13 @@ _ENCODER = Architecture(
     },
     head_dim_is_derived=True,
 )
-ARCHITECTURES = {"llama": _DECODER, "mistral": _DECODER, "qwen2": _DECODER, "qwen3": _DECODER, "bert": _ENCODER}
+ARCHITECTURES = {
+    "llama": replace(_DECODER, heads_divide_hidden=True),
+    "mistral": _DECODER,
+    "qwen2": _DECODER,
+    "qwen3": _DECODER,
+    "bert": _ENCODER,
+}
 
 
 def architecture_of(config: Any, task: str) -> Architecture:
@@ -112,6 +120,7 @@ def elastic_shape(config: Any) -> ElasticShape:
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         queries_per_group=heads // kv_heads,
         head_dim_is_derived=ARCHITECTURES[config.model_type].head_dim_is_derived,
+        heads_divide_hidden=ARCHITECTURES[config.model_type].heads_divide_hidden,
     )
 
 

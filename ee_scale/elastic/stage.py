@@ -1,5 +1,6 @@
 """One pipeline stage of the supernet: the transformers model's own forward over elastic layers."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,7 @@ NEW_MODULES = (
     "classifier",
     "bert.pooler.dense",
 )  # may be missing in the base folder: then the recipe trains them whole
+OLD_LEAVES = {"weight": "gamma", "bias": "beta"}
 
 
 class Given(nn.Module):
@@ -125,6 +127,7 @@ class ElasticStage(nn.Module):
 
     def select(self, spec: SubnetSpec) -> None:
         """Make a subnet the active one, for the next forward and its backward."""
+        self.spec = spec
         self.active.select(spec)
         kept = [i for i in spec.layers if i in self.layers]
         owner = self.base.get_submodule(self._layers_of) if self._layers_of else self.base
@@ -156,13 +159,14 @@ class ElasticStage(nn.Module):
     @contextmanager
     def teaching(self, recipe_stages: int) -> Iterator[None]:
         """The full net with the first `recipe_stages` stages of the recipe; then the subnet that was active before."""
-        before = dict(self.active.lengths), self.active.stages
-        self.active.select(self.map.shape.full)
+        spec, stages = self.spec, self.active.stages
+        self.select(self.map.shape.full)
         self.active.stages = recipe_stages
         try:
             yield
         finally:
-            self.active.lengths, self.active.stages = before
+            self.select(spec)
+            self.active.stages = stages
 
     def load(self, tensors: TensorFolder, order: UnitOrder) -> None:
         """Read this rank's slices, sorted. Raises `UserError` for missing tensors and wrong shapes."""
@@ -215,13 +219,15 @@ class ElasticStage(nn.Module):
 def read_tensor(tensors: TensorFolder, name: str, elastic_map: ElasticMap) -> torch.Tensor | None:
     """A whole tensor of the base folder by its transformers name; None for a new head's.
 
-    Folders of a bare base model have no prefix, and tied output matrices are the embedding's.
+    Folders of a bare base model have no prefix, tied output matrices are the embedding's, and old BERT folders (also
+    bert-base-uncased) call a norm's weight and bias gamma and beta.
     Raises `UserError` if it is missing or has another shape than the config says.
     """
-    prefix = elastic_map.architecture.base + "."
-    names = [name, name.removeprefix(prefix)]
-    if name == "lm_head.weight":
+    names = [name]
+    if name == "lm_head.weight" and elastic_map.config.tie_word_embeddings:
         names.append("model.embed_tokens.weight")
+    names += [re.sub(r"(?<=LayerNorm\.)(weight|bias)$", lambda leaf: OLD_LEAVES[leaf[0]], name)]
+    names += [candidate.removeprefix(elastic_map.architecture.base + ".") for candidate in names]
     source = next((candidate for candidate in names if candidate in tensors), None)
     if source is None and name.rsplit(".", 1)[0] in NEW_MODULES:
         return None

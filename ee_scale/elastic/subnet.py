@@ -49,7 +49,12 @@ class SubnetSpec:
 
 @dataclass(frozen=True)
 class ElasticShape:
-    """The full sizes that subnets are cut from."""
+    """The full sizes that subnets are cut from.
+
+    Attributes:
+        head_dim_is_derived: hidden = heads x head_dim in every subnet.
+        heads_divide_hidden: hidden must be a multiple of the query heads in every subnet.
+    """
 
     hidden: int
     groups: int
@@ -58,6 +63,7 @@ class ElasticShape:
     head_dim: int
     queries_per_group: int
     head_dim_is_derived: bool
+    heads_divide_hidden: bool = False
 
     @property
     def full(self) -> SubnetSpec:
@@ -118,7 +124,7 @@ class SearchSpace:
         return self.member(*(choices[-1] for choices in self._choices(axes)))
 
     def draw(self, random: Random, axes: Sequence[str] = AXES) -> SubnetSpec:
-        """A subnet with every axis in `axes` drawn uniformly; one draw in (1 + exits) of the depths is an exit's."""
+        """A subnet with every axis in `axes` drawn uniformly; an exit is as likely as a depth."""
         if "depth" in axes and self.exits:
             choice = random.randrange(len(self.depth) + len(self.exits))
             if choice >= len(self.depth):
@@ -140,39 +146,17 @@ def resolve_space(config: Any, shape: ElasticShape, drop_order: Sequence[int], t
 
     drop_order: layers in the order in which they are dropped. Raises `UserError` naming field, value and numbers.
     """
-    heads_full = shape.groups * shape.queries_per_group
     hidden = _sizes("hidden", config.hidden, shape.hidden, shape.head_dim if shape.head_dim_is_derived else MULTIPLE)
     ffn = _sizes("ffn", config.ffn, shape.ffn, MULTIPLE)
     depth = _sizes("depth", config.depth, shape.num_layers, 1)
-    if shape.head_dim_is_derived:
-        if config.heads is not None:
-            raise UserError(
-                f"space.heads={list(config.heads)}: this architecture's config has no head_dim, so the heads follow "
-                f"from the width (hidden / {shape.head_dim}); leave space.heads=null"
-            )
-        groups: tuple[int, ...] = ()
-        for size in hidden:
-            if size % shape.head_dim:
-                raise UserError(
-                    f"space.hidden: {size} is not a multiple of head_dim={shape.head_dim}; "
-                    "no stock config has that shape"
-                )
-        _check_tp("space.hidden (as heads)", tuple(size // shape.head_dim for size in hidden), tp)
-    else:
-        heads = _sizes("heads", config.heads or [1.0], heads_full, shape.queries_per_group)
-        for size in heads:
-            if size % shape.queries_per_group:
-                raise UserError(
-                    f"space.heads: {size} is not a multiple of the {shape.queries_per_group} query heads "
-                    "that share a KV head"
-                )
-        groups = tuple(size // shape.queries_per_group for size in heads)
-        _check_tp("space.heads (as KV heads)", groups, tp)
+    groups = _derived_groups(config, shape, hidden, tp) if shape.head_dim_is_derived else _groups(config, shape, tp)
+    if shape.heads_divide_hidden:
+        _check_divides(hidden, tuple(size * shape.queries_per_group for size in groups))
     _check_tp("space.ffn", ffn, tp)
-    exits = tuple(sorted(config.exits or ()))
-    for k in exits:
+    for k in config.exits or ():
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k < shape.num_layers:
-            raise UserError(f"space.exits={list(exits)}: give layers from 1 to {shape.num_layers - 1}")
+            raise UserError(f"space.exits={list(config.exits)}: give layers from 1 to {shape.num_layers - 1}")
+    exits = tuple(sorted(set(config.exits or ())))
     kept = {size: tuple(sorted(drop_order[shape.num_layers - size :])) for size in depth}
     return SearchSpace(shape, hidden, groups, ffn, depth, kept, exits)
 
@@ -180,14 +164,16 @@ def resolve_space(config: Any, shape: ElasticShape, drop_order: Sequence[int], t
 def drop_order(importance: Sequence[float], parts: int) -> list[int]:
     """Layers in the order in which they are dropped: the least important first, in turn from `parts` equal runs.
 
-    Taking one layer from every run per round keeps pipeline stages equally deep for every depth.
+    Taking the next layer from one of the longest runs keeps pipeline stages equally deep (+-1) for every depth.
     """
     count = len(importance)
     bounds = [round(part * count / parts) for part in range(parts + 1)]
     runs = [sorted(range(a, b), key=lambda i: (importance[i], i)) for a, b in pairwise(bounds)]
     order: list[int] = []
     while any(runs):
-        order += sorted((run.pop(0) for run in runs if run), key=lambda i: (importance[i], i))
+        longest = max(map(len, runs))
+        run = min((run for run in runs if len(run) == longest), key=lambda run: (importance[run[0]], run[0]))
+        order.append(run.pop(0))
     return order
 
 
@@ -203,11 +189,51 @@ def _sizes(name: str, given: Sequence[Any], full: int, multiple: int) -> tuple[i
                 raise UserError(
                     f"space.{name}: {value} is no fraction of the full {full}; give 0 < x <= 1.0, or a whole number"
                 )
-            value = full if value == 1 else max(multiple, round(full * value / multiple) * multiple)
+            value = full if value == 1 else min(full, max(multiple, round(full * value / multiple) * multiple))
         if not 1 <= value <= full:
             raise UserError(f"space.{name}: {value} is not between 1 and the model's {full}")
-        sizes.add(min(value, full))
+        sizes.add(value)
     return tuple(sorted(sizes, reverse=True))
+
+
+def _derived_groups(config: Any, shape: ElasticShape, hidden: Sequence[int], tp: int) -> tuple[int, ...]:
+    """Empty: the width decides."""
+    if config.heads is not None:
+        raise UserError(
+            f"space.heads={list(config.heads)}: this architecture's config has no head_dim, so the heads follow "
+            f"from the width (hidden / {shape.head_dim}); leave space.heads=null"
+        )
+    for size in hidden:
+        if size % shape.head_dim:
+            raise UserError(
+                f"space.hidden: {size} is not a multiple of head_dim={shape.head_dim}; no stock config has that shape"
+            )
+    _check_tp("space.hidden (as heads)", tuple(size // shape.head_dim for size in hidden), tp)
+    return ()
+
+
+def _groups(config: Any, shape: ElasticShape, tp: int) -> tuple[int, ...]:
+    """Head groups from numbers of query heads."""
+    heads_full = shape.groups * shape.queries_per_group
+    heads = _sizes("heads", config.heads or [1.0], heads_full, shape.queries_per_group)
+    for size in heads:
+        if size % shape.queries_per_group:
+            raise UserError(
+                f"space.heads: {size} is not a multiple of the {shape.queries_per_group} query heads "
+                "that share a KV head"
+            )
+    groups = tuple(size // shape.queries_per_group for size in heads)
+    _check_tp("space.heads (as KV heads)", groups, tp)
+    return groups
+
+
+def _check_divides(hidden: Sequence[int], heads: Sequence[int]) -> None:
+    for width, count in product(hidden, heads):
+        if width % count:
+            raise UserError(
+                f"space.hidden: {width} is not a multiple of the {count} heads of space.heads; this architecture's "
+                "stock config refuses that shape"
+            )
 
 
 def _check_tp(name: str, sizes: Sequence[int], tp: int) -> None:

@@ -46,13 +46,7 @@ def plan_tune(config: Any, model_dir: Path, model_config: Any) -> TunePlan:
     """Check the config against the model and cut it into stages. Raises `UserError`."""
     check_tune(config)
     shape, parallel, exits = shape_of(model_config), config.parallel, config.exits
-    if config.data.seq_length > shape.max_positions:
-        raise UserError(
-            f"data.seq_length={config.data.seq_length} is above the model's max_position_embeddings="
-            f"{shape.max_positions}"
-        )
-    if parallel.pp > shape.num_layers:
-        raise UserError(f"parallel.pp={parallel.pp}: more stages than the model's {shape.num_layers} layers")
+    check_fits(config, shape.max_positions, shape.num_layers)
     tensor_plan(model_config, parallel.tp)
     layers = resolve_exit_layers(exits.layers, shape.num_layers, parallel.pp, parallel.stages)
     spec = exit_spec(model_config, layers, exits.kind, exits.head, exits.rank)
@@ -75,6 +69,16 @@ def plan_tune(config: Any, model_dir: Path, model_config: Any) -> TunePlan:
         loss_weights=resolve_loss_weights(exits.loss_weights, layers),
         num_micro_batches=check_batch(config.train.global_batch_size, config.train.micro_batch_size, parallel.dp),
     )
+
+
+def check_fits(config: Any, max_positions: int, num_layers: int) -> None:
+    """Refuse sequences and grids that are too long for the model. Raises `UserError`."""
+    if config.data.seq_length > max_positions:
+        raise UserError(
+            f"data.seq_length={config.data.seq_length} is above the model's max_position_embeddings={max_positions}"
+        )
+    if config.parallel.pp > num_layers:
+        raise UserError(f"parallel.pp={config.parallel.pp}: more stages than the model's {num_layers} layers")
 
 
 def uses_bf16(precision: str, device: torch.device) -> bool:

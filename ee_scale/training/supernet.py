@@ -161,7 +161,7 @@ def _train_stage(
             stream.flush()
         for metrics in stream.ready(wait=saves):
             if run.grid.rank == 0:
-                report(metrics.only(ROLES if stage.axes else ROLES[:1]))
+                report(metrics.only([role for role in ROLES if any(draw.role == role for draw in draws)]))
         if run.step == end and config.train.verify_frozen:
             _check_frozen(run, before)
         if saves:

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
 from ee_scale.backbone.stages import StagePlan, plan_stages
 from ee_scale.config.checks import check_batch, check_supernet
-from ee_scale.elastic.architecture import ARCHITECTURES, ElasticMap
+from ee_scale.elastic.architecture import ARCHITECTURES, ElasticMap, architecture_of
 from ee_scale.elastic.distill import DistillSettings
 from ee_scale.elastic.factors import FactorPlan, FactorSettings
 from ee_scale.elastic.order import UnitOrder
@@ -16,6 +16,7 @@ from ee_scale.elastic.sampling import SamplingSettings
 from ee_scale.elastic.subnet import AXES, SearchSpace, resolve_space
 from ee_scale.errors import UserError
 from ee_scale.grid import Layout
+from ee_scale.training.plan import check_fits
 
 
 @dataclass(frozen=True)
@@ -93,12 +94,13 @@ class SupernetPlan:
 
 
 def task_of(config: Any, model_config: Any) -> str:
-    """The task of a run: as given, or by architecture. Raises `UserError`."""
+    """The task of a run: as given, or by architecture. Raises `UserError`, also for an architecture of another task."""
     if config.task is not None and config.task not in ("causal_lm", "classify"):
         raise UserError(f"task={config.task}: choose one of causal_lm, classify")
-    if model_config.model_type not in ARCHITECTURES:
-        return config.task or "causal_lm"  # refused by name in a moment
-    return config.task or ARCHITECTURES[model_config.model_type].task
+    known = ARCHITECTURES.get(model_config.model_type)
+    task = config.task or (known.task if known else "causal_lm")
+    architecture_of(model_config, task)
+    return task
 
 
 def plan_supernet(config: Any, model_dir: Path, model_config: Any, labels: Sequence[str] = ()) -> SupernetPlan:
@@ -112,17 +114,11 @@ def plan_supernet(config: Any, model_dir: Path, model_config: Any, labels: Seque
         model_config.problem_type = "single_label_classification"
     elastic_map = ElasticMap(model_config, task)
     shape = elastic_map.shape
-    if config.data.seq_length > model_config.max_position_embeddings:
-        raise UserError(
-            f"data.seq_length={config.data.seq_length} is above the model's max_position_embeddings="
-            f"{model_config.max_position_embeddings}"
-        )
-    if parallel.pp > shape.num_layers:
-        raise UserError(f"parallel.pp={parallel.pp}: more stages than the model's {shape.num_layers} layers")
+    check_fits(config, model_config.max_position_embeddings, shape.num_layers)
     for name, size in (("num_key_value_heads", shape.groups), ("intermediate_size", shape.ffn)):
         if size % parallel.tp:
             raise UserError(f"parallel.tp={parallel.tp} does not divide {name}={size} of the model")
-    parts = config.space.depth_parts or parallel.pp
+    parts = parallel.pp if config.space.depth_parts is None else config.space.depth_parts
     if not 1 <= parts <= shape.num_layers:
         raise UserError(f"space.depth_parts={parts}: give 1 to {shape.num_layers}, the model's layers")
     plan = SupernetPlan(
@@ -145,7 +141,7 @@ def _check_axes(plan: SupernetPlan, space: SearchSpace) -> None:
     for stage in plan.recipe.stages:
         if unknown := [axis for axis in stage.axes if axis not in AXES]:
             raise UserError(f"stages: '{stage.name}' has axes={unknown}; known: {', '.join(AXES)}")
-        if stage.axes and space.smallest(stage.axes) == plan.map.shape.full and not space.exits:
+        if stage.axes and all(spec == plan.map.shape.full for spec in islice(space.members(stage.axes), 2)):
             raise UserError(
                 f"stages: nothing can shrink in '{stage.name}': space.* has the full size alone for {list(stage.axes)}"
             )

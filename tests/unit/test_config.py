@@ -1,29 +1,49 @@
 """Composition, help and the checks that need no model."""
 
-from pathlib import Path
-
 import pytest
 
 from ee_scale.cli.main import main
-from ee_scale.config.checks import check_batch, check_tune
-from ee_scale.config.compose import compose_config, config_dir, known_keys, to_yaml
+from ee_scale.config.checks import check_batch, check_supernet, check_tune
+from ee_scale.config.compose import compose_config, config_dir, group_options, known_keys, to_yaml
 from ee_scale.config.schema import VERBS
 from ee_scale.errors import UserError
 
 GIVEN = ["model=m", "data=d.txt"]
-GROUP_FILES = sorted(path for path in config_dir().rglob("*.yaml") if path.parent != config_dir())
+CHECKS = {"tune": check_tune, "supernet": check_supernet}
+OPTIONS = [
+    (verb, group, option) for verb in CHECKS for group, options in group_options(verb).items() for option in options
+]
 
 
-@pytest.mark.parametrize("path", GROUP_FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_every_shipped_config_composes_and_passes_the_checks(path: Path):
-    group, option = path.parent.name, path.stem
+@pytest.mark.parametrize(("verb", "group", "option"), OPTIONS)
+def test_every_shipped_config_composes_and_passes_the_checks(verb: str, group: str, option: str):
     given = [] if group == "debug" else [item for item in GIVEN if not item.startswith(f"{group}=")]
     if (group, option) in (("model", "hf"), ("data", "text")):
         given.append(f"{group}.path=x")
     override = f"+debug={option}" if group == "debug" else f"{group}={option}"
-    config = compose_config("tune", [*given, override])
-    check_tune(config)
+    config = compose_config(verb, [*given, override])
+    CHECKS[verb](config)
     assert to_yaml(config)
+
+
+def test_no_shipped_config_is_left_out():
+    shipped = {(path.parent.name, path.stem) for path in config_dir().rglob("*.yaml") if path.parent != config_dir()}
+    assert {(group, option) for _, group, option in OPTIONS} == shipped
+
+
+def test_help_lists_the_groups_of_the_verb_alone(capsys):
+    groups = {verb: group_options(verb) for verb in CHECKS}
+    assert {"exits", "train"} == set(groups["tune"]) - set(groups["supernet"])
+    assert {"space", "recipe"} == set(groups["supernet"]) - set(groups["tune"])
+    assert groups["tune"]["debug"] == ["cpu", "single_gpu"]
+    assert groups["supernet"]["debug"] == ["supernet_cpu"]
+    assert groups["supernet"]["recipe"] == ["mlfs", "one_stage", "pretrained"]
+    for verb, options in groups.items():
+        assert main([verb, "--help"]) == 0
+        shown = capsys.readouterr().out
+        lines = shown.partition("Ready-made groups")[2].partition("setting")[0].splitlines()[1:]
+        said = [line.strip() for line in lines if line.strip()]
+        assert said == [f"{'+' * (name == 'debug')}{name}={' '.join(found)}" for name, found in options.items()]
 
 
 @pytest.mark.parametrize("path", ["/a b/c", "a=b", "../x(1)", "C:\\x y'z", "~/m", "a,b", "org/name"])

