@@ -15,7 +15,7 @@ from ee_scale.cli.supernet_data import Data, prepare_data, read_labels
 from ee_scale.data.builtin import TINY, tiny_model
 from ee_scale.elastic.importance import measure_order
 from ee_scale.elastic.order import UnitOrder
-from ee_scale.elastic.stage import ElasticStage
+from ee_scale.elastic.stage import ElasticStage, find_tensor
 from ee_scale.errors import UserError
 from ee_scale.files import sync
 from ee_scale.grid import Grid
@@ -50,7 +50,9 @@ def make_plan(config: Any) -> SupernetPlan:
     if task_of(config, model_config) == "classify":
         labels = read_labels(config)
     plan = plan_supernet(config, folder, model_config, labels)
-    TensorFolder(folder)  # a missing or cut-off weight file is said now, not by a rank
+    tensors = TensorFolder(folder)  # a missing, cut-off or unfitting weight is said now, not by a rank
+    for name in plan.map.tensors:
+        find_tensor(tensors, name, plan.map)
     return plan
 
 

@@ -36,10 +36,11 @@ def check_supernet(config: Any) -> None:
         raise UserError("stages=[]: give at least one stage, or choose recipe=mlfs")
     for number, stage in enumerate(config.stages):
         for name, least in (("steps", 1), ("rank", 0), ("lr", 0)):
-            if stage[name] < least:
+            if stage[name] is not None and stage[name] < least:
                 raise UserError(f"stages[{number}].{name}={stage[name]}: must be at least {least}")
-        if config.optim.min_lr > stage.lr:
-            raise UserError(f"optim.min_lr={config.optim.min_lr} is above stages[{number}].lr={stage.lr}")
+        lr, name = (config.optim.lr, "optim.lr") if stage.lr is None else (stage.lr, f"stages[{number}].lr")
+        if config.optim.min_lr > lr:
+            raise UserError(f"optim.min_lr={config.optim.min_lr} is above {name}={lr}")
         if number and not stage.axes and config.stages[number - 1].axes:
             raise UserError(f"stages[{number}].axes=[]: stages without axes come first, they make the teacher")
     if not 0 <= config.distill.kl_weight <= 1:

@@ -37,7 +37,7 @@ class RecipeStage:
     name: str = setting(MISSING, "name of the stage")
     axes: list[str] = setting([], "what may shrink: hidden, heads, ffn, depth; none: the full model alone (teacher)")
     steps: int = setting(MISSING, "optimizer steps")
-    lr: float = setting(1e-3, "peak learning rate")
+    lr: float | None = setting(None, "peak learning rate; null: optim.lr")
     rank: int = setting(8, "rank r of the stage's low-rank factors; 0: whole matrices")
 
 

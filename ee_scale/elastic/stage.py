@@ -217,7 +217,13 @@ class ElasticStage(nn.Module):
 
 
 def read_tensor(tensors: TensorFolder, name: str, elastic_map: ElasticMap) -> torch.Tensor | None:
-    """A whole tensor of the base folder by its transformers name; None for a new head's.
+    """A whole tensor of the base folder by its transformers name; None for a new head's. Raises `UserError`."""
+    source = find_tensor(tensors, name, elastic_map)
+    return None if source is None else tensors.read(source)
+
+
+def find_tensor(tensors: TensorFolder, name: str, elastic_map: ElasticMap) -> str | None:
+    """What a tensor is called in the base folder; None for a new head's.
 
     Folders of a bare base model have no prefix, tied output matrices are the embedding's, and old BERT folders (also
     bert-base-uncased) call a norm's weight and bias gamma and beta.
@@ -231,13 +237,12 @@ def read_tensor(tensors: TensorFolder, name: str, elastic_map: ElasticMap) -> to
     source = next((candidate for candidate in names if candidate in tensors), None)
     if source is None and name.rsplit(".", 1)[0] in NEW_MODULES:
         return None
-    whole = tensors.read(source or name)
-    expected = elastic_map.full_shape(name)
-    if tuple(whole.shape) != expected:
+    shape, expected = tensors.shape(source or name), elastic_map.full_shape(name)
+    if shape != expected:
         raise UserError(
-            f"{tensors.folder}: '{source}' has shape {list(whole.shape)}, but the config asks for {list(expected)}"
+            f"{tensors.folder}: '{source}' has shape {list(shape)}, but the config asks for {list(expected)}"
         )
-    return whole
+    return source
 
 
 def _pattern(name: str) -> str:

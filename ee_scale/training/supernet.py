@@ -107,13 +107,13 @@ def begin_stage(run: SupernetRun) -> None:
     for module in run.stage.elastic.values():
         for index in range(min(teacher, run.index)):
             module.merge(index)
-    optim, train = run.config.optim, run.config.train
+    optim, train, peak = run.config.optim, run.config.train, run.plan.learning_rate(run.index)
     settings = SupernetEngineSettings(
         micro_batch_size=train.micro_batch_size,
         num_micro_batches=run.plan.num_micro_batches,
         distill=run.plan.distill,
         teacher_stages=teacher if recipe.axes else None,
-        optimizer=OptimizerSettings(recipe.lr, tuple(optim.betas), optim.eps, optim.weight_decay, optim.clip_grad),
+        optimizer=OptimizerSettings(peak, tuple(optim.betas), optim.eps, optim.weight_decay, optim.clip_grad),
         bf16=run.stage.dtype == torch.bfloat16,
         seed=train.seed,
     )
@@ -147,7 +147,7 @@ def _train_stage(
     """The rest of the current recipe stage. Raises RuntimeError if something frozen changed."""
     config, stage, end = run.config, run.plan.recipe.stages[run.index], run.plan.recipe.ends[run.index]
     before = run.stage.frozen_digest() if config.train.verify_frozen else ""
-    rate = LearningRate(SimpleNamespace(**{**dict(config.optim), "lr": stage.lr}), stage.steps)
+    rate = LearningRate(SimpleNamespace(**{**dict(config.optim), "lr": run.plan.learning_rate(run.index)}), stage.steps)
     trainable = FactorPlan(run.plan.map, run.plan.factor_settings(run.index), run.stage.new).parameters
     while run.step < end:
         learning_rate = rate.at(run.optimizer_steps)

@@ -76,6 +76,11 @@ class SupernetPlan:
         """The search space, once it is known which layers matter least."""
         return resolve_space(self.config.space, self.map.shape, order.drop.tolist(), self.layout.tp)
 
+    def learning_rate(self, index: int) -> float:
+        """Peak learning rate of a recipe stage."""
+        lr = self.recipe.stages[index].lr
+        return self.config.optim.lr if lr is None else lr
+
     def factor_settings(self, index: int) -> FactorSettings:
         """What a recipe stage trains."""
         factors = self.config.factors
@@ -115,7 +120,8 @@ def plan_supernet(config: Any, model_dir: Path, model_config: Any, labels: Seque
     elastic_map = ElasticMap(model_config, task)
     shape = elastic_map.shape
     check_fits(config, model_config.max_position_embeddings, shape.num_layers)
-    for name, size in (("num_key_value_heads", shape.groups), ("intermediate_size", shape.ffn)):
+    heads = "num_key_value_heads" if hasattr(model_config, "num_key_value_heads") else "num_attention_heads"
+    for name, size in ((heads, shape.groups), ("intermediate_size", shape.ffn)):
         if size % parallel.tp:
             raise UserError(f"parallel.tp={parallel.tp} does not divide {name}={size} of the model")
     parts = parallel.pp if config.space.depth_parts is None else config.space.depth_parts

@@ -1,6 +1,5 @@
 """A supernet on a grid against one process of plain transformers models with plain autograd."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -28,7 +27,7 @@ from ee_scale.engine import supernet as engine_module
 from ee_scale.engine.setup import OptimizerSettings
 from ee_scale.engine.supernet import SupernetEngine, SupernetEngineSettings
 from ee_scale.grid import Grid
-from helpers.models import VOCAB, tiny_config, write_model
+from helpers.models import VOCAB, write_model
 
 ROWS, LENGTH, MICRO_BATCHES, LABELS, LAYERS = 2, 10, 2, 5, 4
 
