@@ -133,6 +133,7 @@ def run_on_grid(folder: Path, job: SupernetJob, grid: Grid) -> dict[str, Any]:
     distill, sampling, factor_settings = settings_of(job)
     result: dict[str, Any] = {"losses": [], "gradients": {}, "parameters": {}, "norms": [], "streams": []}
     each = MICRO_BATCHES // grid.layout.dp
+    original = engine_module.clip_groups
     for index, axes in enumerate(AXES):
         factor_plan = FactorPlan(elastic_map, factor_settings, stage.new)
         factors = FactorSet(stage, factor_plan, index, seed=11)
@@ -150,7 +151,6 @@ def run_on_grid(folder: Path, job: SupernetJob, grid: Grid) -> dict[str, Any]:
                     result["gradients"][name] = factors.gather(name, gradient).clone()
             return original(*args, **kwargs)
 
-        original = engine_module.clip_groups
         with mock.patch.object(engine_module, "clip_groups", clip_and_keep):
             for step in range(job.steps[index]):
                 data = [batch(step, i, job.task) for i in range(MICRO_BATCHES)]
