@@ -12,8 +12,8 @@ model after the first stage; decoder: the model as it is) and the same order of 
     separate       low-rank training with the same distillation, one run per size, as many steps    (b)
     whole weights  the supernet with whole matrices instead of low-rank factors                   (c)
 
-Ablations of the supernet (encoder): gamma 0 and 1, no distillation, the live full net as teacher, one stage instead of three.
-Training time is that of the steps alone: no loading, no evaluation. Quality is measured on text that no run saw.
+Ablations of the supernet (encoder): gamma 0 and 1, no distillation, the live full net as teacher, one stage instead of
+three. Training time is that of the steps alone: no loading, no evaluation. Quality is measured on text that no run saw.
 """
 
 import argparse
