@@ -1,4 +1,4 @@
-"""Checkpoints of a tune run: only what was trained, in whole fp32 tensors, so that any grid reads any grid's.
+"""Checkpoints of a run (here of tune): only what was trained, in whole fp32 tensors, so that any grid reads any grid's.
 
 <out>/checkpoints/step_00000500/
     exits_003.safetensors       parameters of the exit at layer 3

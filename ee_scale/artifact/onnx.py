@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
+from transformers import DynamicCache
 
 from ee_scale.artifact.files import new_folder
 from ee_scale.artifact.submodel import copy_small_files
+from ee_scale.elastic.architecture import AUTO_CLASS
 from ee_scale.errors import UserError
 
 
@@ -50,7 +51,6 @@ try:
 except ImportError as error:
     raise UserError(f"format=onnx: needs more packages: pip install 'ee-scale[edge]' ({error})") from error
 
-AUTO_CLASS = {"causal_lm": AutoModelForCausalLM, "classify": AutoModelForSequenceClassification}
 FILE = "model.onnx"
 TOLERANCE = 1e-3  # of the largest logit, for fp32
 BLOCK = 32  # weights that share a scale

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from ee_scale.cli.inputs import load_tokenizer, sources
-from ee_scale.data.dataset import build_gpt_dataset, check_tokens
+from ee_scale.cli.inputs import load_tokenizer, sources, text_dataset
+from ee_scale.data.dataset import check_tokens
 from ee_scale.data.labelled import check_labels, encode, label_names, labelled_batches, read_labelled
 from ee_scale.data.loader import batches
 from ee_scale.data.text import prepare_text
@@ -68,17 +68,8 @@ class Data:
             self.data = encode(_examples(names[0], config), tokenizer, plan.labels, config.data.seq_length)
             return
         prefixes = prepare_text(names, tokenizer, plan.model_dir, config.data.cache_dir, config.data.text_key, False)
-        self.data = build_gpt_dataset(
-            prefixes,
-            list(config.data.weights) if config.data.weights else None,
-            config.data.seq_length,
-            plan.recipe.total_steps * config.train.global_batch_size,
-            config.data.seed,
-            tokenizer.eos_token_id,
-            tokenizer.pad_token_id,
-            plan.map.config.vocab_size,
-            config.data.cache_dir,
-        )
+        samples = plan.recipe.total_steps * config.train.global_batch_size
+        self.data = text_dataset(config, tokenizer, prefixes, samples, plan.map.config.vocab_size)
 
     def micro_batches(self, consumed_samples: int) -> Iterator[dict[str, torch.Tensor]]:
         """This replica's micro-batches after so many samples."""

@@ -5,16 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from torch.utils.data import Dataset
 
 from ee_scale.artifact.run_folder import CHECKPOINTS, OpenedRun, open_run, tune_identity
 from ee_scale.artifact.save import load_checkpoint, save_checkpoint
 from ee_scale.backbone.loading import TensorFolder, find_model, load_config
 from ee_scale.cli.console import console
-from ee_scale.cli.inputs import load_tokenizer, sources
+from ee_scale.cli.inputs import load_tokenizer, sources, text_dataset
 from ee_scale.cli.job import Job, log_as_rank, reporter
 from ee_scale.data.builtin import TINY, tiny_model
-from ee_scale.data.dataset import build_gpt_dataset, check_tokens
+from ee_scale.data.dataset import check_tokens
 from ee_scale.data.text import prepare_text
 from ee_scale.errors import UserError
 from ee_scale.grid import Grid
@@ -62,27 +61,13 @@ def train_rank(config: Any, plan: TunePlan, grid: Grid, opened: OpenedRun | None
     tokenizer = load_tokenizer(plan.model_dir)
     names = sources(config.data.path)
     prefixes = prepare_text(names, tokenizer, plan.model_dir, config.data.cache_dir, config.data.text_key, False)
-    dataset = build_dataset(config, plan, tokenizer, prefixes)
+    samples = config.train.steps * config.train.global_batch_size
+    dataset = text_dataset(config, tokenizer, prefixes, samples, plan.shape.vocab_size)
     tune_run = start_run(config, plan, grid)
     if opened.checkpoint is not None:
         resume(tune_run, opened)
     with reporter(config, grid, opened, config.train.steps, tune_run.step, "exit") as report:
         train(tune_run, dataset, report, lambda finished: _save(finished, opened.out))
-
-
-def build_dataset(config: Any, plan: TunePlan, tokenizer: Any, prefixes: list[str]) -> Dataset:
-    """Megatron's GPT dataset with one sample for every sequence of the run."""
-    return build_gpt_dataset(
-        prefixes,
-        list(config.data.weights) if config.data.weights else None,
-        config.data.seq_length,
-        config.train.steps * config.train.global_batch_size,
-        config.data.seed,
-        tokenizer.eos_token_id,
-        tokenizer.pad_token_id,
-        plan.shape.vocab_size,
-        config.data.cache_dir,
-    )
 
 
 def resume(tune_run: TuneRun, opened: OpenedRun) -> None:

@@ -54,6 +54,12 @@ def check_supernet(config: Any) -> None:
     places = ("attention", "mlp", "embeddings", "head")
     if unknown := [target for target in config.factors.targets if target not in places]:
         raise UserError(f"factors.targets={unknown}: choose among {', '.join(places)}")
+    if not config.factors.vectors and not {"attention", "mlp"} & set(config.factors.targets):
+        targets = list(config.factors.targets)
+        raise UserError(
+            f"factors.targets={targets} and factors.vectors=false: the layers would have nothing to train; add "
+            "attention or mlp, or train vectors"
+        )
 
 
 def check_batch(global_batch_size: int, micro_batch_size: int, dp: int) -> int:

@@ -25,7 +25,6 @@ from ee_scale.engine.clipping import CLIP_KEY, clip_groups
 from ee_scale.engine.schedule import SupernetSchedule, Teach
 from ee_scale.engine.setup import OptimizerSettings, build_engine, count_in_norms
 from ee_scale.engine.state import start_moments
-from ee_scale.errors import UserError
 from ee_scale.grid import Grid
 
 
@@ -63,12 +62,7 @@ class SupernetEngine(PipelineEngine):
     def build(
         cls, stage: ElasticStage, factors: FactorSet, grid: Grid, settings: SupernetEngineSettings
     ) -> "SupernetEngine":
-        """Wrap this rank's factors. All ranks call it. Raises `UserError` where a stage would have nothing to train."""
-        if not factors.named:
-            raise UserError(
-                f"factors.targets, factors.vectors=false: nothing to train on pipeline stage {grid.stage} of "
-                f"{grid.layout.pp}; add targets, or train vectors"
-            )
+        """Wrap this rank's factors. All ranks call it."""
         optimizer = factor_optimizer(factors, settings.optimizer)
         engine = build_engine(
             cls, factors, grid, optimizer, settings.micro_batch_size, settings.num_micro_batches, settings.bf16

@@ -23,13 +23,13 @@ from typing import Any
 import psutil
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig
 
 from ee_scale.backbone.loading import weight_files
+from ee_scale.elastic.architecture import AUTO_CLASS
 from ee_scale.errors import UserError
 from ee_scale.evaluation.energy import EnergyMeter, find_meter
 
-AUTO_CLASS = {"causal_lm": AutoModelForCausalLM, "classify": AutoModelForSequenceClassification}
 MIN_ROUNDS = 5
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 

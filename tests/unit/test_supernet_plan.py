@@ -215,3 +215,11 @@ def test_the_recipe_table():
     assert [row[4] for row in rows] == [f"{count:,}" for count in trained]
     assert [row[5] for row in rows] == [f"{full:,} of {full:,}", f"{least:,} of {full:,}"]
     assert recipe_rows(plan("stages=[{name: w, axes: [ffn], steps: 1, rank: 0}]"))[0][3] == "whole"
+
+
+def test_layers_without_anything_to_train_are_refused():
+    config = compose("factors.vectors=false")
+    check_supernet(config)
+    config.factors.targets = ["head"]
+    with pytest.raises(UserError, match=r"factors.targets=\['head'\] and factors.vectors=false: .* nothing to train"):
+        check_supernet(config)
