@@ -4,8 +4,8 @@
     python scripts/bench_palette.py --encoder MINILM --labelled sets/docstrings --json bench.json --plot bench.png
     python scripts/bench_palette.py --decoder LLAMA --train train.txt --valid heldout.txt
 
-Six sizes, one run, the same data, batch and learning rate for everything. All start from the same teacher (encoder: the
-model after the first stage; decoder: the model as it is) and the same order of units:
+Six sizes, one run; the same data and batch for everything, the same learning rate for all factors. All start from the
+same teacher (encoder: the model after the first stage; decoder: the model as it is) and the same order of units:
 
     supernet       low-rank stages with distillation, all sizes at once (this project)
     sliced         the teacher cut to size, without training                                      (a)
@@ -48,7 +48,6 @@ from ee_scale.training.supernet import SupernetRun, begin_stage, build_stage, op
 
 AXES = "[hidden,heads,ffn,depth]"
 WIDTHS = "[hidden,heads,ffn]"
-LR, WHOLE_LR = "3.0e-3", "3.0e-4"
 
 
 @dataclass
@@ -59,6 +58,7 @@ class Case:
     settings: list[str]
     sizes: Sequence[tuple[int, int]]
     steps: tuple[int, int, int]  # of the teacher, the widths, widths and depths
+    lr: float  # of the factors; whole matrices take a tenth of it
     ablations: bool
 
 
@@ -96,9 +96,17 @@ class Bench:
         """The stages as a setting."""
         teacher, width, depth = self.case.steps
         if one_stage:
-            return stages(("all", AXES, teacher + width + depth, rank))
+            return self.stages(("all", AXES, teacher + width + depth, rank))
         first = [("teacher", "[]", teacher, 8)] if teacher else []
-        return stages(*first, ("width", WIDTHS, width, rank), ("width_depth", AXES, depth, rank))
+        return self.stages(*first, ("width", WIDTHS, width, rank), ("width_depth", AXES, depth, rank))
+
+    def stages(self, *found: tuple[str, str, int, int]) -> str:
+        """(name, axes, steps, rank) of each stage as a setting."""
+        lines = [
+            f"{{name: {name}, axes: {axes}, steps: {steps}, rank: {rank}, lr: {self.case.lr * (1 if rank else 0.1)}}}"
+            for name, axes, steps, rank in found
+        ]
+        return f"stages=[{', '.join(lines)}]"
 
     def plan(self, *settings: str) -> Any:
         """A run's plan."""
@@ -123,7 +131,7 @@ class Bench:
     def train_teacher(self) -> None:
         """The stage without axes, once for all ways."""
         if self.case.steps[0]:
-            run = self.begin(self.plan(stages(("teacher", "[]", self.case.steps[0], 8))))
+            run = self.begin(self.plan(self.stages(("teacher", "[]", self.case.steps[0], 8))))
             self.teacher_seconds = timed(lambda: self._train(run))
             self.teacher = {name: p.detach().clone() for name, p in run.factors[0].named.items()}
         run = self.begin(self.plan(self.recipe(8)))
@@ -209,15 +217,6 @@ class Bench:
         }
 
 
-def stages(*found: tuple[str, str, int, int]) -> str:
-    """(name, axes, steps, rank) of each stage as a setting; whole matrices take a smaller step."""
-    lines = [
-        f"{{name: {name}, axes: {axes}, steps: {steps}, rank: {rank}, lr: {LR if rank else WHOLE_LR}}}"
-        for name, axes, steps, rank in found
-    ]
-    return f"stages=[{', '.join(lines)}]"
-
-
 def timed(call: Callable[[], Any]) -> float:
     """Seconds."""
     started = time.perf_counter()
@@ -237,13 +236,13 @@ def cases(args: argparse.Namespace) -> list[Case]:
         settings += ["space.hidden=[1.0]", "space.ffn=[1536,1152,768,384]", "space.depth=[6,4,3,2]"]
         settings += ["data.seq_length=32", "train.micro_batch_size=16", "train.global_batch_size=16"]
         sizes = ((1152, 6), (768, 4), (384, 4), (768, 3), (384, 3), (384, 2))
-        found.append(Case("encoder, docstrings", [*settings, *common], sizes, scale(400, 60, 300), True))
+        found.append(Case("encoder, docstrings", [*settings, *common], sizes, scale(400, 60, 300), 3e-3, True))
     if args.decoder:
         settings = [f"model={args.decoder}", f"data={args.train}", f"data.valid={args.valid}"]
         settings += ["space.hidden=[1.0]", "space.ffn=[1.0,0.75,0.5]", "space.depth=[12,10,8]"]
         settings += ["data.seq_length=128", "train.micro_batch_size=4", "train.global_batch_size=4"]
         sizes = ((384, 12), (512, 10), (384, 10), (256, 10), (384, 8), (256, 8))
-        found.append(Case("decoder, code", [*settings, *common], sizes, scale(0, 40, 160), False))
+        found.append(Case("decoder, code", [*settings, *common], sizes, scale(0, 40, 120), 1e-3, False))
     return found
 
 
@@ -267,23 +266,29 @@ def main() -> None:
         args.encoder = None
     logging.set_verbosity_error()
     torch.set_num_threads(args.threads)
-    out, grid = Console(), join_grid(Layout(), torch.device("cpu"))
+    out, grid = Console(width=170), join_grid(Layout(), torch.device("cpu"))
     started, reports = time.perf_counter(), []
     for case in cases(args):
         out.rule(case.name)
         reports.append(Bench(case, grid, out, args.samples).run())
         print_tables(out, reports[-1])
+        seconds = time.perf_counter() - started
+        if args.json:
+            write(args.json, args.threads, seconds, reports)
+        if args.plot:
+            plot(args.plot, reports)
+    out.print(f"{(time.perf_counter() - started) / 60:.1f} minutes in all", highlight=False)
+
+
+def write(path: Path, threads: int, seconds: float, reports: list[dict[str, Any]]) -> None:
+    """The cases so far as JSON."""
     record = {
-        "machine": {"cpu": platform.processor() or platform.machine(), "threads": args.threads},
+        "machine": {"cpu": platform.processor() or platform.machine(), "threads": threads},
         "versions": {name: version(name) for name in ("torch", "transformers", "deepspeed", "ee-scale")},
-        "seconds": time.perf_counter() - started,
+        "seconds": seconds,
         "reports": reports,
     }
-    if args.json:
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
-    if args.plot:
-        plot(args.plot, reports)
-    out.print(f"{record['seconds'] / 60:.1f} minutes in all", highlight=False)
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
