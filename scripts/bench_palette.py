@@ -22,7 +22,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -59,6 +59,7 @@ class Case:
     sizes: Sequence[tuple[int, int]]
     steps: tuple[int, int, int]  # of the teacher, the widths, widths and depths
     lr: float  # of the factors; whole matrices take a tenth of it
+    samples: int  # held-out sequences; 0: all
     ablations: bool
 
 
@@ -75,7 +76,7 @@ class Result:
 class Bench:
     """Everything that the ways share."""
 
-    def __init__(self, case: Case, grid: Grid, out: Console, samples: int):
+    def __init__(self, case: Case, grid: Grid, out: Console):
         self.case, self.grid, self.out = case, grid, out
         self.folder = Path(tempfile.mkdtemp())
         plan = self.plan(self.recipe(8))
@@ -87,7 +88,7 @@ class Bench:
         self.layer_params = [plan.map.parameters(spec, layers_only=True) for spec in self.sizes]
         self.full = plan.map.shape.full
         self.full_params = (plan.map.parameters(self.full), plan.map.parameters(self.full, layers_only=True))
-        judged = SimpleNamespace(data=None, samples=samples, seed=0, batch_size=32, cache_dir=None)
+        judged = SimpleNamespace(data=None, samples=case.samples, seed=0, batch_size=32, cache_dir=None)
         self.batches = held_out(judged, plan)
         self.teacher: dict[str, torch.Tensor] = {}
         self.teacher_seconds, self.results = 0.0, []
@@ -236,13 +237,15 @@ def cases(args: argparse.Namespace) -> list[Case]:
         settings += ["space.hidden=[1.0]", "space.ffn=[1536,1152,768,384]", "space.depth=[6,4,3,2]"]
         settings += ["data.seq_length=32", "train.micro_batch_size=16", "train.global_batch_size=16"]
         sizes = ((1152, 6), (768, 4), (384, 4), (768, 3), (384, 3), (384, 2))
-        found.append(Case("encoder, docstrings", [*settings, *common], sizes, scale(400, 60, 300), 3e-3, True))
+        found.append(Case("encoder, docstrings", [*settings, *common], sizes, scale(400, 60, 300), 3e-3, 0, True))
     if args.decoder:
         settings = [f"model={args.decoder}", f"data={args.train}", f"data.valid={args.valid}"]
         settings += ["space.hidden=[1.0]", "space.ffn=[1.0,0.75,0.5]", "space.depth=[12,10,8]"]
         settings += ["data.seq_length=128", "train.micro_batch_size=4", "train.global_batch_size=4"]
         sizes = ((384, 12), (512, 10), (384, 10), (256, 10), (384, 8), (256, 8))
-        found.append(Case("decoder, code", [*settings, *common], sizes, scale(0, 40, 120), 1e-3, False))
+        found.append(Case("decoder, code", [*settings, *common], sizes, scale(0, 30, 90), 1e-3, 256, False))
+    if args.samples is not None:
+        found = [replace(case, samples=args.samples) for case in found]
     return found
 
 
@@ -256,7 +259,7 @@ def main() -> None:
     parser.add_argument("--decoder", help="Llama folder")
     parser.add_argument("--train", help="text to train the decoder's sizes on")
     parser.add_argument("--valid", help="text to judge them on")
-    parser.add_argument("--samples", type=int, default=0, help="held-out sequences; 0: all")
+    parser.add_argument("--samples", type=int, help="held-out sequences to judge on; default: of each case")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every number of steps")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path)
@@ -270,7 +273,7 @@ def main() -> None:
     started, reports = time.perf_counter(), []
     for case in cases(args):
         out.rule(case.name)
-        reports.append(Bench(case, grid, out, args.samples).run())
+        reports.append(Bench(case, grid, out).run())
         print_tables(out, reports[-1])
         seconds = time.perf_counter() - started
         if args.json:
