@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 
 from ee_scale.artifact.checkpoint import checkpoints, read_checkpoint
 from ee_scale.artifact.files import file_digest, new_folder, write_json
+from ee_scale.artifact.hf_folder import copy_small_files, write_index
 from ee_scale.artifact.run_folder import CHECKPOINTS, read_run
 from ee_scale.artifact.sidecar import SIDECAR_CONFIG, SIDECAR_WEIGHTS
-from ee_scale.backbone.loading import INDEX_NAME, SINGLE_NAME, fingerprint, weight_files
+from ee_scale.backbone.loading import SINGLE_NAME, fingerprint, weight_files
 from ee_scale.errors import UserError
 from ee_scale.exits import modeling_early_exit
 from ee_scale.exits.modeling_early_exit import AUTO_MAP, CODE_FILES
@@ -68,7 +69,7 @@ def export_early_exit(run: Path, out: Path, step: int | None, copied: Callable[[
         tensors = {name: value.to(dtype) for name, value in tensors.items()}
         save_file(tensors, folder / EXITS_SHARD, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, EXITS_SHARD)
-        _write_index(folder, weight_map)
+        write_index(folder, weight_map)
         _write_config(base, folder, facts["early_exit"])
         for name in CODE_FILES:
             shutil.copyfile(Path(modeling_early_exit.__file__).with_name(name), folder / name)
@@ -94,21 +95,8 @@ def _copy_base(base: Path, folder: Path, copied: Callable[[int], None]) -> dict[
                 copied(len(block))
         with safe_open(folder / name, framework="pt") as file:
             weight_map |= dict.fromkeys(file.keys(), name)
-    for path in base.iterdir():
-        small = path.suffix in (".json", ".jinja", ".model", ".txt") or path.name.upper().startswith("LICENSE")
-        if path.is_file() and small and path.name not in ("config.json", INDEX_NAME):
-            shutil.copyfile(path, folder / path.name)
+    copy_small_files(base, folder)
     return weight_map
-
-
-def _write_index(folder: Path, weight_map: dict[str, str]) -> None:
-    size = 0
-    for name in set(weight_map.values()):
-        with (folder / name).open("rb") as file:
-            header = int.from_bytes(file.read(8), "little")
-        size += (folder / name).stat().st_size - 8 - header
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-    write_text(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
 
 
 def _write_config(base: Path, folder: Path, early_exit: dict[str, Any]) -> None:

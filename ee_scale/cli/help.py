@@ -29,6 +29,11 @@ EXAMPLES = {
         "ee-scale export src=runs/a kind=submodel exit=6 out=my-6-layers",
         "ee-scale export src=my-6-layers format=onnx int8=true out=my-6-layers-onnx",
     ),
+    "convert": (
+        "ee-scale convert src=path/to/llama to=megatron_core tp=2 pp=4 out=llama-megatron",
+        "ee-scale convert src=llama-megatron to=hf verify=true out=llama-again",
+        "ee-scale convert src=ee-llm-checkpoint to=hf model=<HF dir with tokenizer> out=my-model",
+    ),
     "evaluate": (
         "ee-scale evaluate model=my-model data=heldout.txt",
         "ee-scale evaluate model=my-model data=heldout.jsonl tag_key=task sweep=true out=report",
@@ -90,7 +95,8 @@ def _settings(schema: type, prefix: str = "") -> list[tuple[str, str, str]]:
         text = field.metadata["help"]
         if choices := field.metadata.get("choices"):
             text += f" ({', '.join(choices)})"
-        rows.append((prefix + field.name, _default(field), text))
+        name = field.metadata.get("written", field.name)
+        rows.append((prefix + name, _default(field), text))
     return rows
 
 

@@ -93,11 +93,12 @@ def expand_shorthand(verb: str, override: str) -> str:
     key, equals, value = override.partition("=")
     if not equals:
         raise UserError(f"argument {override!r} is not of the form key=value")
+    key = next((field.name for field in fields(VERBS[verb]) if field.metadata.get("written") == key), key)
     if key in TEXTS:
         return f"{key}={value if _is_list(override) else _quote_text(value)}"
     if key in PATH_SHORTHANDS and has_groups(verb):
         if (config_dir() / key / f"{value}.yaml").is_file():
-            return override
+            return f"{key}={value}"
         key = PATH_SHORTHANDS[key]
     return f"{key}={_quote(value)}" if _is_plain_path(value) else f"{key}={value}"
 
@@ -110,7 +111,7 @@ def check_choices(config: DictConfig, schema: type, prefix: str = "") -> None:
             check_choices(value, field.default_factory, f"{prefix}{field.name}.")
         elif "choices" in field.metadata and value not in field.metadata["choices"]:
             choices = ", ".join(field.metadata["choices"])
-            raise UserError(f"{prefix}{field.name}={value}: choose one of {choices}")
+            raise UserError(f"{prefix}{field.metadata.get('written', field.name)}={value}: choose one of {choices}")
 
 
 def to_yaml(config: DictConfig) -> str:

@@ -7,7 +7,10 @@ from omegaconf import MISSING
 
 
 def setting(default: Any, text: str, **metadata: Any) -> Any:
-    """A dataclass field with a help line; lists and dicts become default factories."""
+    """A dataclass field with a help line; lists and dicts become default factories.
+
+    metadata: `choices` of its value; `written`: its name on the command line where that is a word of Python.
+    """
     metadata["help"] = text
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: default.copy(), metadata=metadata)

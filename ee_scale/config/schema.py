@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from ee_scale.config.convert import ConvertConfig
 from ee_scale.config.groups import (
     BatchConfig,
     DataConfig,
@@ -255,6 +256,7 @@ VERBS = {
     "supernet": SupernetConfig,
     "palette": PaletteConfig,
     "export": ExportConfig,
+    "convert": ConvertConfig,
     "evaluate": EvaluateConfig,
     "calibrate": CalibrateConfig,
     "probe": ProbeConfig,

@@ -26,6 +26,7 @@ ORDER = [
     "engine",
     "training",
     "artifact",
+    "convert",
     "inference",
     "evaluation",
     "cli",

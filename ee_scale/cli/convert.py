@@ -1,0 +1,69 @@
+"""`ee-scale convert`: checkpoints of one world into those of another."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from ee_scale.cli.console import console
+from ee_scale.convert.job import Conversion
+from ee_scale.convert.job import run as write_files
+from ee_scale.convert.plan import Settings, make_conversion, open_result
+from ee_scale.convert.show import plan_lines, summary
+from ee_scale.convert.verify import TOKENS, verify
+from ee_scale.errors import UserError
+from ee_scale.log import configure_logging
+
+
+def run(config: Any, overrides: Sequence[str]) -> int:
+    """Plan, then print the plan or carry it out; with `verify`, compare source and result."""
+    configure_logging()
+    settings = _settings(config)
+    if settings.out.exists():
+        raise UserError(f"out={settings.out}: exists already; choose another folder")
+    if settings.source == "deepspeed":
+        raise UserError("from=deepspeed: not here")
+    conversion = make_conversion(settings)
+    if config.plan:
+        for line in plan_lines(conversion):
+            console().print(line, markup=False, highlight=False, soft_wrap=True)
+        return 0
+    err = console(stderr=True)
+    for note in conversion.notes:
+        err.print(note, highlight=False, soft_wrap=True)
+    _write(conversion, config.workers, err, _check(conversion, settings, err) if config.verify else lambda folder: None)
+    err.print(f"wrote {settings.out}", highlight=False)
+    return 0
+
+
+def _check(conversion: Conversion, settings: Settings, err: Console) -> Callable[[Path], None]:
+    """Compare what was written with the source, before it gets its name."""
+
+    def check(folder: Path) -> None:
+        result = open_result(settings, folder)
+        with err.status("comparing source and result"):
+            found = verify(conversion.opened, result)
+        console().print(
+            f"verified: {found.steps} points on {TOKENS} random tokens; largest relative difference: hidden states "
+            f"{found.hidden:.2g}, logits {found.logits:.2g}; same top token {found.same_tokens:.1%}",
+            highlight=False,
+        )
+
+    return check
+
+
+def _settings(config: Any) -> Settings:
+    path = lambda text: None if text is None else Path(text).expanduser()  # noqa: E731
+    names = ("source", "to", "tp", "pp", "dtype", "classes", "spec", "iteration", "shard_gb", "vocab_divisor", "trust")
+    values = {name: config[name] for name in names}
+    return Settings(src=path(config.src), out=path(config.out), model=path(config.model), **values)
+
+
+def _write(conversion: Conversion, workers: int, err: Console, check: Callable[[Path], None]) -> None:
+    err.print(summary(conversion), highlight=False)
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(TextColumn("writing"), *columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task("", total=conversion.nbytes)
+        write_files(conversion, workers, lambda size: bar.advance(task, size), check)

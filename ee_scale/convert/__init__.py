@@ -1,0 +1,1 @@
+"""Checkpoints of other worlds: Megatron-Core, Megatron's legacy files, EE-LLM, DeepSpeed; plain tensors only."""

@@ -1,0 +1,232 @@
+"""The `args` of a Megatron checkpoint and the config of the Hugging Face model: one told in the words of the other."""
+
+from argparse import Namespace
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from ee_scale.backbone.families import shape_of
+from ee_scale.errors import UserError
+
+CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+# What Megatron's rotary embedding has for the type llama3, and no argument changes.
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+# args that must have this value (or be absent), because no Hugging Face family here has another.
+FIXED = {
+    "position_embedding_type": "rope",
+    "normalization": "RMSNorm",
+    "swiglu": True,
+    "add_bias_linear": False,
+    "rotary_percent": 1.0,
+    "rotary_interleaved": False,
+    "apply_layernorm_1p": False,
+    "num_experts": None,
+    "multi_latent_attention": False,
+    "mtp_num_layers": None,
+    "heterogeneous_layers_config_path": None,
+}
+
+
+def check_config(config: Any) -> None:
+    """Raise `UserError` for a Hugging Face config that Megatron's GPT model cannot compute."""
+    for name in ("attention_bias", "mlp_bias"):
+        if getattr(config, name, False):
+            raise UserError(f"config.{name}=true: Megatron's layers have no such biases alone; it cannot be converted")
+    if config.hidden_act != "silu":
+        raise UserError(f"config.hidden_act={config.hidden_act}: only silu (swiglu) can be converted")
+    rope = rope_of(config)
+    kind = rope["rope_type"]
+    if kind not in ("default", "linear", "llama3"):
+        raise UserError(f"config.rope_parameters.rope_type={kind}: Megatron knows default, linear and llama3")
+    if kind == "llama3":
+        for name, value in LLAMA3.items():
+            if rope.get(name, value) != value:
+                raise UserError(f"config.rope_parameters.{name}={rope[name]}: Megatron has {value} built in")
+    if float(rope.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise UserError(f"config.rope_parameters.partial_rotary_factor={rope['partial_rotary_factor']}: only 1.0")
+    if rope["rope_theta"] != int(rope["rope_theta"]):
+        raise UserError(
+            f"config.rope_parameters.rope_theta={rope['rope_theta']}: Megatron's --rotary-base is an integer"
+        )
+    window_of(config)
+
+
+def rope_of(config: Any) -> dict[str, Any]:
+    """rope_parameters of a config as transformers 5 normalises them: at least rope_type and rope_theta."""
+    return {"rope_type": "default", "rope_theta": 10000.0, **(config.rope_parameters or {})}
+
+
+def window_of(config: Any) -> int | None:
+    """Width of the sliding window that every layer has; None: none. Raises `UserError` if layers differ."""
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or [])
+    if kinds == {"full_attention"} or window is None:
+        return None
+    if len(kinds) > 1:
+        raise UserError(
+            f"config.layer_types: {' and '.join(sorted(kinds))} in one model (use_sliding_window); "
+            "Megatron's --window-size holds for every layer"
+        )
+    return window
+
+
+def to_args(config: Any, dtype: torch.dtype, tp: int, pp: int, padded_vocab: int, divisor: int) -> Namespace:
+    """`args` of plain values only, so that a reader needs nothing but `argparse.Namespace` to open them."""
+    shape, rope, window = shape_of(config), rope_of(config), window_of(config)
+    return Namespace(
+        num_layers=shape.num_layers,
+        encoder_num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.intermediate_size,
+        num_attention_heads=shape.num_heads,
+        group_query_attention=shape.num_kv_heads != shape.num_heads,
+        num_query_groups=shape.num_kv_heads,
+        kv_channels=shape.head_dim,
+        max_position_embeddings=shape.max_positions,
+        seq_length=shape.max_positions,
+        vocab_size=shape.vocab_size,
+        padded_vocab_size=padded_vocab,
+        make_vocab_size_divisible_by=divisor,
+        norm_epsilon=config.rms_norm_eps,
+        layernorm_epsilon=config.rms_norm_eps,
+        rotary_base=int(rope["rope_theta"]),
+        use_rotary_position_embeddings=True,
+        add_position_embedding=True,
+        use_rope_scaling=rope["rope_type"] == "llama3",
+        rope_scaling_factor=float(rope.get("factor", 8.0)),
+        rotary_seq_len_interpolation_factor=rope["factor"] if rope["rope_type"] == "linear" else None,
+        add_qkv_bias=config.model_type == "qwen2",
+        qk_layernorm=config.model_type == "qwen3",
+        window_size=None if window is None else (window - 1, 0),
+        untie_embeddings_and_output_weights=not shape.tied_embeddings,
+        attention_dropout=config.attention_dropout,
+        hidden_dropout=0.0,
+        init_method_std=config.initializer_range,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=None,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
+        tokenizer_type="HuggingFaceTokenizer",
+        iteration=1,
+        consumed_train_samples=0,
+        consumed_valid_samples=0,
+        **FIXED,
+    )
+
+
+def to_config(args: Namespace, vocab_size: int | None) -> Any:
+    """The Hugging Face config that computes the same.
+
+    `vocab_size`: words of the tokenizer; None: as `args` say. Raises `UserError` for what no family here has.
+    """
+    for name, value in FIXED.items():
+        if (found := getattr(args, name, value)) != value and (found or value):
+            raise UserError(f"args.{name}={found}: only {value} can be told to Hugging Face's families")
+    family = family_of_args(args)
+    words = vocab_size or getattr(args, "vocab_size", None)
+    if words is None:
+        raise UserError(
+            f"vocab_size: the checkpoint has {args.padded_vocab_size} padded rows and does not say how many are words; "
+            "give model=<Hugging Face folder with config and tokenizer>"
+        )
+    heads = args.num_attention_heads
+    values = {
+        "vocab_size": words,
+        "hidden_size": args.hidden_size,
+        "intermediate_size": args.ffn_hidden_size,
+        "num_hidden_layers": args.num_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": args.num_query_groups if getattr(args, "group_query_attention", False) else heads,
+        "max_position_embeddings": args.max_position_embeddings,
+        "rms_norm_eps": getattr(args, "norm_epsilon", None) or getattr(args, "layernorm_epsilon", 1e-5),
+        "tie_word_embeddings": not getattr(args, "untie_embeddings_and_output_weights", False),
+        "rope_parameters": _rope(args),
+        "attention_dropout": getattr(args, "attention_dropout", 0.0),
+        "initializer_range": getattr(args, "init_method_std", 0.02),
+    }
+    head_dim = getattr(args, "kv_channels", None) or args.hidden_size // heads
+    if family != "qwen2":
+        values["head_dim"] = head_dim
+    elif head_dim * heads != args.hidden_size:
+        raise UserError(f"args.kv_channels={head_dim}: Qwen2 has hidden_size / num_attention_heads only")
+    if window := getattr(args, "window_size", None):
+        values |= {"sliding_window": window[0] + 1}
+        if family != "mistral":
+            values |= {"use_sliding_window": True, "max_window_layers": 0}
+    elif family == "mistral":
+        values["sliding_window"] = None
+    config = CONFIGS[family](**values, bos_token_id=None, eos_token_id=None)
+    config.architectures = [f"{type(config).__name__.removesuffix('Config')}ForCausalLM"]
+    return config
+
+
+AGREEING = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "kv_channels",
+    "rotary_base",
+    "use_rope_scaling",
+    "add_qkv_bias",
+    "qk_layernorm",
+    "untie_embeddings_and_output_weights",
+    "norm_epsilon",
+    "window_size",
+    "rotary_seq_len_interpolation_factor",
+)
+
+
+def check_agrees(args: Namespace, config: Any, place: Any) -> None:
+    """Raise `UserError` if a checkpoint's `args`, where they say something, describe another model than `config`."""
+    wanted = vars(to_args(config, torch.float32, 1, 1, 0, 1))
+    names = [*AGREEING, *(["num_query_groups"] if getattr(args, "group_query_attention", False) else [])]
+    names += ["rope_scaling_factor"] if wanted["use_rope_scaling"] else []
+    for name in names:
+        found = getattr(args, name, wanted[name])
+        found = tuple(found) if isinstance(found, list) else found
+        if (found or None) != (wanted[name] or None):
+            raise UserError(
+                f"{place}: its config means {name}={wanted[name]}, but the checkpoint's args say {found}; "
+                "give the config of this very model"
+            )
+
+
+def family_of_args(args: Namespace) -> str:
+    """The Hugging Face family that has the parts which `args` name. Raises `UserError`."""
+    bias, norms = getattr(args, "add_qkv_bias", False), getattr(args, "qk_layernorm", False)
+    if bias and norms:
+        raise UserError("args.add_qkv_bias and args.qk_layernorm: no family here has both")
+    if norms:
+        return "qwen3"
+    if bias:
+        return "qwen2"
+    return "mistral" if getattr(args, "window_size", None) else "llama"
+
+
+def flags_to_pass(config: Any) -> list[str]:
+    """Settings that Megatron-LM's `--use-checkpoint-args` does not restore, as command line flags."""
+    rope, window = rope_of(config), window_of(config)
+    flags = [f"--norm-epsilon {config.rms_norm_eps:g}"]
+    if rope["rope_type"] == "llama3":
+        flags.append(f"--use-rope-scaling --rope-scaling-factor {rope['factor']:g}")
+    if rope["rope_type"] == "linear":
+        flags.append(f"--rotary-seq-len-interpolation-factor {rope['factor']:g}")
+    if config.model_type == "qwen3":
+        flags.append("--qk-layernorm")
+    if window is not None:
+        flags.append(f"--window-size {window - 1},0")
+    return flags
+
+
+def _rope(args: Namespace) -> dict[str, Any]:
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(getattr(args, "rotary_base", 10000))}
+    if getattr(args, "use_rope_scaling", False):
+        rope |= {"rope_type": "llama3", "factor": float(getattr(args, "rope_scaling_factor", 8.0)), **LLAMA3}
+    elif factor := getattr(args, "rotary_seq_len_interpolation_factor", None):
+        rope |= {"rope_type": "linear", "factor": float(factor)}
+    return rope

@@ -1,0 +1,113 @@
+"""What is converted, whatever format it lies in: the config, the exits, the name and shape of every tensor."""
+
+from argparse import Namespace
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ee_scale.convert.args import check_config
+from ee_scale.convert.names import FINAL_NORM, HEAD, MLP, ModelMap
+from ee_scale.convert.tensors import Stored, TensorInfo
+from ee_scale.errors import UserError
+from ee_scale.exits.heads import ExitSpec
+from ee_scale.exits.modeling_early_exit import PREFIX
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model without its tensors.
+
+    Attributes:
+        config: of transformers; exits: None without exits; dtype: number type of its tensors.
+        padded_vocab: rows of Megatron's vocabulary matrices.
+    """
+
+    config: Any
+    exits: ExitSpec | None
+    dtype: torch.dtype
+    padded_vocab: int
+
+    def __post_init__(self) -> None:
+        check_config(self.config)
+
+    @property
+    def map(self) -> ModelMap:
+        """The spans of Megatron's tensors."""
+        return ModelMap(self.config, self.padded_vocab)
+
+    def info(self) -> dict[str, TensorInfo]:
+        """Every tensor by its name in the Hugging Face folder, exits included."""
+        found = self.map.info()
+        for k in self.exits.layers if self.exits else ():
+            found |= exit_info(self.map, self.exits, k)
+        return found
+
+
+class Staging(Protocol):
+    """A file that exists for as long as a conversion runs, made of what no extent can tell where it lies.
+
+    Attributes:
+        file: where it will be.
+    """
+
+    file: Path
+
+    def filled(self) -> AbstractContextManager[None]:
+        """Inside the block the file is there. Raises `UserError`."""
+
+
+@dataclass
+class Opened:
+    """A checkpoint that is ready to be read.
+
+    Attributes:
+        stored: every tensor and where it lies; args: of a Megatron checkpoint.
+        small: Hugging Face folder whose tokenizer and other small files belong to the model, if any.
+        notes: what a person should know about what was found; staging: a file that `stored` points to, to be made.
+    """
+
+    format: str
+    folder: Path
+    model: Model
+    stored: list[Stored]
+    args: Namespace | None = None
+    small: Path | None = None
+    notes: list[str] = field(default_factory=list)
+    staging: Staging | None = None
+
+
+def exit_info(model_map: ModelMap, spec: ExitSpec, k: int) -> dict[str, TensorInfo]:
+    """The tensors of the exit at layer k."""
+    prefix, shape = f"{PREFIX}{k}.", model_map.shape
+    found: dict[str, TensorInfo] = {}
+    if spec.kind == "mlp":
+        found |= model_map.rows_info(MLP, prefix)
+    if spec.kind == "layer":
+        found |= model_map.rows_info(model_map.layer_rows, f"{prefix}layer.")
+    if spec.kind != "embedding":
+        found[f"{prefix}norm.weight"] = model_map.rows_info((FINAL_NORM,), "")[FINAL_NORM.hf[0]]
+    if spec.head == "full":
+        found[f"{prefix}head.weight"] = model_map.rows_info((HEAD,), "")[HEAD.hf[0]]
+    if spec.head == "low_rank":
+        found[f"{prefix}head.down.weight"] = TensorInfo((spec.rank, shape.hidden_size))
+        found[f"{prefix}head.up.weight"] = TensorInfo((shape.vocab_size, spec.rank))
+    return found
+
+
+def padded(words: int, divisor: int, tp: int) -> int:
+    """Rows of a vocabulary matrix: the next multiple of divisor x tp (Megatron-LM's rule)."""
+    multiple = divisor * tp
+    return -(-words // multiple) * multiple
+
+
+def check_whole(folder: Path, found: Iterable[str], expected: Iterable[str], what: str = "tensor") -> None:
+    """Raise `UserError` naming what is missing, or what is there and belongs to nothing."""
+    found, expected = set(found), set(expected)
+    for problem, names in (("missing", expected - found), ("not known", found - expected)):
+        if names:
+            shown = ", ".join(sorted(names)[:3]) + (" ..." if len(names) > 3 else "")
+            raise UserError(f"{folder}: {len(names)} {what}{'s' if len(names) > 1 else ''} {problem}: {shown}")

@@ -1,0 +1,335 @@
+"""Megatron's `mp_rank_TT_PPP/model_optim_rng.pt`, one file of torch.save per tensor and pipeline rank.
+
+`classes`: whose state dict lies in it. `core`: GPTModel, a flat dict. `legacy`: the language_model classes of
+Megatron-LM before 0.18, nested; EE-LLM's exits exist there only. The names are in `names.py` and `exits.py`.
+"""
+
+import re
+from argparse import Namespace
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ee_scale.convert.args import check_agrees, to_args, to_config
+from ee_scale.convert.exits import exit_args, exit_rows, head_spans, numbers_in_file, own_heads, spec_of_args
+from ee_scale.convert.files import PickleFile, tensor_extent
+from ee_scale.convert.folders import hugging_face_part
+from ee_scale.convert.model import Model, Opened, check_whole
+from ee_scale.convert.names import EMBEDDING, EXTRA_STATE, FINAL_NORM, HEAD, Row, Rule
+from ee_scale.convert.tensors import Piece, Stored
+from ee_scale.convert.unpickle import load_safely
+from ee_scale.errors import UserError
+
+FILE = "model_optim_rng.pt"
+FOLDER = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?(_\d\d\d)?")
+OLD_NAMES = (  # before September 2023, and before 2021
+    ("language_model.transformer.", "language_model.encoder."),
+    (".attention.", ".self_attention."),
+    (".input_layernorm.", ".input_norm."),
+    (".post_attention_layernorm.", ".post_attention_norm."),
+    (".final_layernorm.", ".final_norm."),
+)
+IGNORED = ("_extra_state", "inv_freq")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a checkpoint is spread: `tp` x `pp` files, `chunks` virtual stages in each; whose classes, whose norms.
+
+    Attributes:
+        exit_numbers: EE-LLM's exit layers in the order of the file; shift: 1 where they are in `pre` position.
+    """
+
+    tp: int
+    pp: int
+    chunks: int = 1
+    classes: str = "core"
+    spec: str = "te"
+    exit_numbers: tuple[int, ...] = ()
+    shift: int = 0
+
+    def first_layer(self, num_layers: int, stage: int, chunk: int) -> int:
+        """Number (from 0) of the first layer of a chunk; even split, as Megatron orders virtual stages."""
+        return (chunk * self.pp + stage) * self.layers(num_layers)
+
+    def layers(self, num_layers: int) -> int:
+        """Layers of a chunk."""
+        return num_layers // (self.pp * self.chunks)
+
+
+def open_folder(folder: Path, iteration: Path, model_folder: Path | None, trust: bool) -> Opened:
+    """Every rank's file of an iteration. `model_folder`: Hugging Face folder of the same model. Raises `UserError`."""
+    files = _rank_files(iteration)
+    tp, pp = (max(place[axis] for place in files) + 1 for axis in (0, 1))
+    contents = {}
+    for place in ((t, p) for t in range(tp) for p in range(pp)):
+        if place not in files:
+            raise UserError(f"{iteration}: mp_rank_{place[0]:02d}_{place[1]:03d} is missing of tp={tp} x pp={pp}")
+        with FakeTensorMode():
+            contents[place] = load_safely(files[place], files[place], trust=trust)
+        if not isinstance(contents[place], dict) or "args" not in contents[place]:
+            raise UserError(f"{files[place]}: no dict with 'args' in it; not a checkpoint of Megatron-LM")
+    args = contents[0, 0]["args"]
+    _check_args(args, contents[0, 0], iteration, tp, pp)
+    tensors = {place: _chunks(content, files[place]) for place, content in contents.items()}
+    small, config = hugging_face_part(folder, model_folder)
+    if config is None:
+        config = to_config(args, None)
+    else:
+        check_agrees(args, config, small)
+    first = tensors[0, 0][0]
+    legacy = any(key.startswith("language_model.") for key in first)
+    embedding = first.get("language_model.embedding.word_embeddings.weight" if legacy else EMBEDDING.core)
+    if embedding is None:
+        raise UserError(f"{files[0, 0]}: no word embeddings in it; keys start with {next(iter(first), 'nothing')!r}")
+    spec = spec_of_args(args, config)
+    model = Model(config, spec, embedding.dtype, embedding.shape[0] * tp)
+    layout = Layout(
+        tp,
+        pp,
+        chunks=len(tensors[0, 0]),
+        classes="legacy" if legacy else "core",
+        spec="local" if any(key.endswith("pre_mlp_layernorm.weight") for key in first) else "te",
+        exit_numbers=tuple(numbers_in_file(args)),
+        shift=int(bool(getattr(args, "pre_exit", False))),
+    )
+    check_layout(model, layout)
+    stored = []
+    for (rank, stage), chunks in tensors.items():
+        for chunk, found in enumerate(chunks):
+            stored += _match(model, layout, (rank, stage, chunk), files[rank, stage], found)
+    return Opened("megatron_legacy", folder, model, stored, args=args, small=small)
+
+
+def target_files(model: Model, layout: Layout, dtype: torch.dtype, divisor: int, iteration: str) -> list[PickleFile]:
+    """A file per tensor and pipeline rank."""
+    check_layout(model, layout)
+    args = to_args(model.config, dtype, layout.tp, layout.pp, model.padded_vocab, divisor)
+    if model.exits:
+        vars(args).update(exit_args(model))
+    files = []
+    for rank in range(layout.tp):
+        for stage in range(layout.pp):
+            place = f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if layout.pp > 1 else "")
+            pieces = list(rank_pieces(model, layout, rank, stage))
+            builder = _Builder(args, layout.classes)
+            files.append(PickleFile(f"{iteration}/{place}/{FILE}", pieces, builder))
+    return files
+
+
+def check_layout(model: Model, layout: Layout) -> None:
+    """Raise `UserError` if the model cannot be spread like this."""
+    model.map.check_tensor_parallel(layout.tp)
+    layers = model.map.shape.num_layers
+    if layers % (layout.pp * layout.chunks):
+        raise UserError(f"pp={layout.pp}: does not divide num_hidden_layers={layers} (stages of equal size only)")
+    if layout.classes == "legacy":
+        nameless = [row.core for row in model.map.layer_rows if row.legacy is None]
+        if nameless:
+            raise UserError(
+                f"classes=legacy: {model.config.model_type} has {nameless[0]}, which those classes lack; "
+                "use classes=core"
+            )
+        if model.map.shape.num_kv_heads % layout.tp:
+            raise UserError(
+                f"tp={layout.tp}: classes=legacy needs tp to divide num_key_value_heads={model.map.shape.num_kv_heads}"
+            )
+    elif model.exits:
+        raise UserError("classes=core: Megatron-Core has no exits; use classes=legacy (EE-LLM), or drop the exits")
+
+
+def rank_pieces(model: Model, layout: Layout, rank: int, stage: int, chunk: int = 0) -> Iterator[Piece]:
+    """The tensors of one rank (of one virtual chunk) by their flat names."""
+    names, shape = _Names(layout), model.map.shape
+    first, count = layout.first_layer(shape.num_layers, stage, chunk), layout.layers(shape.num_layers)
+    hosted = _hosted(model, layout, first, count)
+    at_start, at_end = first == 0, first + count == shape.num_layers
+    mine = lambda row, key, prefix="": _piece(model, row, key, prefix, rank, layout.tp)  # noqa: E731
+    if at_start:
+        yield mine(EMBEDDING, names.top(EMBEDDING))
+    for local in range(count):
+        here = [k for k, place, _ in hosted if place == local]
+        for row in model.map.layer_rows:
+            key = names.layer(row)
+            if here and model.exits.kind == "mlp":
+                key = key.replace("mlp.dense", "mlp.trunk.dense")
+            yield mine(row, f"{names.layers}{local}.{key}", f"model.layers.{first + local}.")
+        for k in here:
+            for key, row, prefix in exit_rows(model.exits, model.map.layer_rows, k):
+                yield mine(row, f"{names.layers}{local}.{key}", prefix)
+    if at_end:
+        yield mine(FINAL_NORM, names.top(FINAL_NORM))
+    yield from _heads(model, layout, names, rank, hosted, at_start, at_end)
+
+
+def _heads(
+    model: Model, layout: Layout, names: "_Names", rank: int, hosted: list, at_start: bool, at_end: bool
+) -> Iterator[Piece]:
+    """Output matrices: the model's own, copies of a tied embedding, the exits' own."""
+    tied = model.config.tie_word_embeddings
+    if at_end and not tied:
+        yield _piece(model, HEAD, names.top(HEAD), "", rank, layout.tp)
+    if tied and not at_start and (at_end or hosted):
+        yield _piece(model, EMBEDDING, names.tied_head, "", rank, layout.tp, copy=True)
+    if hosted and own_heads(model):
+        for k, _, index in hosted:
+            spans = model.map.cut_vocab(head_spans(model, k), rank, layout.tp)
+            rows = model.padded_vocab // layout.tp
+            key = f"language_model.exit_output_layer.{index}.weight"
+            yield Piece(key, 0, spans, (rows, model.map.shape.hidden_size))
+
+
+def _hosted(model: Model, layout: Layout, first: int, count: int) -> list[tuple[int, int, int]]:
+    """(our layer k, local layer it sits at, number of its output matrix) of exits in layers [first, first + count)."""
+    numbers = [n for n in layout.exit_numbers if first < n <= first + count]
+    return [(n - layout.shift, n - 1 - first, index) for index, n in enumerate(numbers)]
+
+
+class _Names:
+    """Flat names of the tensors of a rank."""
+
+    def __init__(self, layout: Layout):
+        self.legacy, self.local = layout.classes == "legacy", layout.spec == "local"
+        self.layers = "language_model.encoder.layers." if self.legacy else "decoder.layers."
+        self.tied_head = "word_embeddings_for_head.weight" if self.legacy else HEAD.core
+
+    def layer(self, row: Row) -> str:
+        """Name inside a layer."""
+        if self.legacy:
+            return row.legacy
+        return row.local if self.local and row.local else row.core
+
+    def top(self, row: Row) -> str:
+        """Name outside the layers."""
+        return f"language_model.{row.legacy}" if self.legacy else row.core
+
+
+def _piece(model: Model, row: Row, key: str, prefix: str, rank: int, tp: int, copy: bool = False) -> Piece:
+    spans = model.map.rank_spans(row, prefix, rank, tp)
+    shape = list(model.map.stored_shape(row))
+    shape[row.dim] = sum(map(len, spans))
+    return Piece(key, row.dim, spans, tuple(shape), copy=copy or (row.rule is Rule.WHOLE and rank > 0))
+
+
+class _Builder:
+    """What torch.save gets: plain Python around the tensors."""
+
+    def __init__(self, args: Namespace, classes: str):
+        self.args, self.legacy = args, classes == "legacy"
+
+    def __call__(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        model = _nested(tensors) if self.legacy else _with_extra_state(tensors)
+        return {"args": self.args, "checkpoint_version": 3.0, "iteration": 1, "model": model}
+
+
+def _with_extra_state(tensors: Mapping[str, torch.Tensor]) -> OrderedDict:
+    """Flat, with the empty entries that Megatron-Core's modules write and strict loading asks for."""
+    found: OrderedDict[str, Any] = OrderedDict()
+    for key, tensor in tensors.items():
+        found[key] = tensor
+        module, _, kind = key.rpartition(".")
+        if kind == "weight" and module.endswith(EXTRA_STATE):
+            found[f"{module}._extra_state"] = None
+    if FINAL_NORM.core in found:  # the last stage: a tied model may have no matrix there, the module it has
+        found["output_layer._extra_state"] = None
+    return found
+
+
+def _nested(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """The legacy classes keep modules apart, and layers flat below `encoder`."""
+    found: dict[str, Any] = {"language_model": {}}
+    for key, tensor in tensors.items():
+        parts = key.split(".")
+        if parts[0] == "word_embeddings_for_head":
+            found.setdefault(parts[0], {})["weight"] = tensor
+        elif parts[1] == "embedding":
+            found["language_model"]["embedding"] = {parts[2]: OrderedDict({parts[3]: tensor})}
+        else:
+            found["language_model"].setdefault(parts[1], OrderedDict())[".".join(parts[2:])] = tensor
+    return found
+
+
+def _rank_files(iteration: Path) -> dict[tuple[int, int], Path]:
+    found = {}
+    for path in sorted(iteration.iterdir()):
+        if match := FOLDER.fullmatch(path.name):
+            if match[3]:
+                raise UserError(f"{path}: a third index (experts); models with experts cannot be converted")
+            if not (path / FILE).is_file():
+                raise UserError(f"{path / FILE}: missing")
+            found[int(match[1]), int(match[2] or 0)] = path / FILE
+    return found
+
+
+def _check_args(args: Namespace, content: dict[str, Any], iteration: Path, tp: int, pp: int) -> None:
+    for name, size in (("tensor", tp), ("pipeline", pp)):
+        told = getattr(args, f"{name}_model_parallel_size", size)
+        if told != size:
+            raise UserError(f"{iteration}: args say {name}_model_parallel_size={told}, but files for {size} are there")
+    if (number := content.get("checkpoint_version", 0)) < 2.0:
+        raise UserError(
+            f"{iteration}: checkpoint_version={number}: written before 2021 with another order of attention rows; "
+            "load and save it with Megatron-LM once"
+        )
+
+
+def _chunks(content: dict[str, Any], path: Path) -> list[dict[str, torch.Tensor]]:
+    """Flat tensors of each virtual chunk of a rank."""
+    names = ["model"] if "model" in content else sorted(key for key in content if re.fullmatch(r"model\d+", key))
+    if not names:
+        raise UserError(f"{path}: no 'model' in it")
+    return [_flat(content[name]) for name in names]
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, torch.Tensor) and not key.endswith(IGNORED):
+            found[_modern(f"{prefix}{key}")] = value
+    return found
+
+
+def _modern(key: str) -> str:
+    key = key.removeprefix("module.")
+    if key.startswith("language_model."):
+        for old, new in OLD_NAMES:
+            key = key.replace(old, new)
+    return key
+
+
+def _match(
+    model: Model, layout: Layout, place: tuple[int, int, int], path: Path, found: dict[str, torch.Tensor]
+) -> list[Stored]:
+    """Pair what a file holds with what the model needs of it."""
+    rank, stage, chunk = place
+    pieces = {piece.key: piece for piece in rank_pieces(model, layout, rank, stage, chunk)}
+    check_whole(path, found, pieces)
+    stored = []
+    for key, piece in pieces.items():
+        if tuple(found[key].shape) != piece.shape:
+            raise UserError(
+                f"{path}: '{key}' has shape {list(found[key].shape)}, but the model asks for {list(piece.shape)} at "
+                f"tp={layout.tp}"
+            )
+        stored.append(
+            Stored(piece, tensor_extent(path, found[key]), _whole_name(model, layout, stage, chunk, key), rank)
+        )
+    return stored
+
+
+def _whole_name(model: Model, layout: Layout, stage: int, chunk: int, key: str) -> str:
+    """A key with layers, and output matrices of exits, numbered over the whole model."""
+    layers = model.map.shape.num_layers
+    first = layout.first_layer(layers, stage, chunk)
+    if match := re.fullmatch(r"(?:decoder|language_model\.encoder)\.layers\.(\d+)\.(.*)", key):
+        return f"layers.{first + int(match[1])}.{match[2]}"
+    if match := re.fullmatch(r"language_model\.exit_output_layer\.(\d+)\.weight", key):
+        return f"exit_output_layer.{_hosted(model, layout, first, layout.layers(layers))[int(match[1])][0]}"
+    return key

@@ -1,0 +1,144 @@
+"""From settings to a conversion: open the source, choose the target's files."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ee_scale.convert import huggingface, mp_rank, torch_dist
+from ee_scale.convert.args import flags_to_pass
+from ee_scale.convert.copying import Source
+from ee_scale.convert.exits import check_ee_llm
+from ee_scale.convert.files import TargetFile
+from ee_scale.convert.folders import HF_PART, TRACKER, detect, iteration_folder, megatron_kind
+from ee_scale.convert.job import Conversion, check_source, with_dtypes
+from ee_scale.convert.model import Model, Opened, padded
+from ee_scale.errors import UserError
+from ee_scale.files import write_text
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+RELEASE, FIRST = "release", "iter_0000001"  # EE-LLM cannot load a release
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a person chose; see the help lines of `ConvertConfig`."""
+
+    src: Path
+    out: Path
+    to: str
+    source: str = "auto"
+    tp: int = 1
+    pp: int = 1
+    dtype: str = "auto"
+    classes: str = "auto"
+    spec: str = "te"
+    model: Path | None = None
+    iteration: int | None = None
+    shard_gb: float = 5.0
+    vocab_divisor: int = 128
+    trust: bool = False
+
+
+def open_checkpoint(settings: Settings) -> Opened:
+    """The source, whatever its format. Raises `UserError`."""
+    kind = detect(settings.src) if settings.source == "auto" else settings.source
+    if kind == "sidecar":
+        return huggingface.open_sidecar(settings.src)
+    if kind == "hf":
+        return huggingface.open_folder(settings.src)
+    iteration = iteration_folder(settings.src, settings.iteration)
+    found = megatron_kind(iteration)
+    if found != kind:
+        raise UserError(f"from={kind}: {iteration} is of format {found}")
+    reader = torch_dist if kind == "megatron_core" else mp_rank
+    root = settings.src if iteration != settings.src else settings.src.parent
+    return reader.open_folder(root, iteration, settings.model, settings.trust)
+
+
+def open_result(settings: Settings, folder: Path) -> Opened:
+    """What was written, opened like any checkpoint."""
+    kind = settings.to if settings.to != "sidecar" else "auto"
+    return open_checkpoint(Settings(src=folder, out=folder, to=settings.to, source=kind))
+
+
+def make_conversion(settings: Settings) -> Conversion:
+    """The whole plan; no tensor is read and nothing is written. Raises `UserError`."""
+    for name in ("tp", "pp", "vocab_divisor"):
+        if getattr(settings, name) < 1:
+            raise UserError(f"{name}={getattr(settings, name)}: must be at least 1")
+    if settings.shard_gb <= 0:
+        raise UserError(f"shard_gb={settings.shard_gb}: must be above 0")
+    opened = open_checkpoint(settings)
+    source = Source(opened.stored)
+    dtype = DTYPES.get(settings.dtype)
+    model = replace(opened.model, dtype=dtype or opened.model.dtype)
+    if settings.to.startswith("megatron"):
+        words = model.map.shape.vocab_size
+        model = replace(model, padded_vocab=padded(words, settings.vocab_divisor, settings.tp))
+    opened = replace(opened, model=replace(model, padded_vocab=opened.model.padded_vocab))
+    files, finish = {
+        "hf": _to_hf,
+        "sidecar": _to_sidecar,
+        "megatron_core": _to_torch_dist,
+        "megatron_legacy": _to_mp_rank,
+    }[settings.to](settings, opened, model)
+    with_dtypes(files, source, dtype or (torch.float32 if settings.to == "sidecar" else None), model.dtype)
+    conversion = Conversion(opened, source, files, finish, settings.out)
+    check_source(conversion)
+    if settings.to.startswith("megatron"):
+        flags = " ".join(flags_to_pass(model.config))
+        conversion.notes.append(f"--use-checkpoint-args does not restore these, pass them to Megatron-LM: {flags}")
+    return conversion
+
+
+def _to_hf(settings: Settings, opened: Opened, model: Model) -> tuple[list[TargetFile], object]:
+    files = huggingface.target_files(model, model.dtype.itemsize, int(settings.shard_gb * 1e9))
+    return files, lambda folder: huggingface.finish_folder(folder, opened, model.dtype, files)
+
+
+def _to_sidecar(settings: Settings, opened: Opened, model: Model) -> tuple[list[TargetFile], object]:
+    if model.exits is None:
+        raise UserError(f"to=sidecar: {settings.src} has no exits")
+    if settings.model is None:
+        raise UserError("to=sidecar: give model=<Hugging Face folder of the base model>, which the sidecar will name")
+    huggingface.check_base(settings.model, opened)
+    files = [huggingface.sidecar_file(model)]
+    return files, lambda folder: huggingface.finish_sidecar(folder, model, settings.model)
+
+
+def _to_torch_dist(settings: Settings, opened: Opened, model: Model) -> tuple[list[TargetFile], object]:
+    files = torch_dist.target_files(model, settings.tp, settings.pp, RELEASE)
+
+    def finish(folder: Path) -> None:
+        layout = (settings.tp, settings.pp, settings.vocab_divisor)
+        torch_dist.finish_folder(folder / RELEASE, model, model.dtype, layout, files)
+        _finish_megatron(folder, opened, model, RELEASE)
+
+    return files, finish
+
+
+def _to_mp_rank(settings: Settings, opened: Opened, model: Model) -> tuple[list[TargetFile], object]:
+    classes = settings.classes
+    if classes == "auto":
+        classes = "legacy" if model.exits else "core"
+    if model.exits:
+        check_ee_llm(model)
+    layout = mp_rank.Layout(
+        settings.tp,
+        settings.pp,
+        classes=classes,
+        spec=settings.spec,
+        exit_numbers=model.exits.layers if model.exits else (),
+    )
+    name = FIRST if model.exits else RELEASE
+    files = mp_rank.target_files(model, layout, model.dtype, settings.vocab_divisor, name)
+    return files, lambda folder: _finish_megatron(folder, opened, model, name)
+
+
+def _finish_megatron(folder: Path, opened: Opened, model: Model, name: str) -> None:
+    """The tracker, and the Hugging Face config and tokenizer for the way back."""
+    write_text(folder / TRACKER, "release" if name == RELEASE else str(int(name.removeprefix("iter_"))))
+    part = folder / HF_PART
+    part.mkdir(exist_ok=True)
+    huggingface.copy_part(part, opened, model.dtype)
