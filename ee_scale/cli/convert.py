@@ -23,18 +23,20 @@ def run(config: Any, overrides: Sequence[str]) -> int:
     settings = _settings(config)
     if settings.out.exists():
         raise UserError(f"out={settings.out}: exists already; choose another folder")
-    if settings.source == "deepspeed":
-        raise UserError("from=deepspeed: not here")
+    if config.workers < 1:
+        raise UserError(f"workers={config.workers}: must be at least 1")
     conversion = make_conversion(settings)
+    if config.verify and conversion.opened.model.config is None:
+        raise UserError("verify=true: without a config there is no model to run; give model=<Hugging Face folder>")
     if config.plan:
         for line in plan_lines(conversion):
             console().print(line, markup=False, highlight=False, soft_wrap=True)
         return 0
     err = console(stderr=True)
     for note in conversion.notes:
-        err.print(note, highlight=False, soft_wrap=True)
+        err.print(note, markup=False, highlight=False, soft_wrap=True)
     _write(conversion, config.workers, err, _check(conversion, settings, err) if config.verify else lambda folder: None)
-    err.print(f"wrote {settings.out}", highlight=False)
+    err.print(f"wrote {settings.out}", markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
@@ -62,7 +64,7 @@ def _settings(config: Any) -> Settings:
 
 
 def _write(conversion: Conversion, workers: int, err: Console, check: Callable[[Path], None]) -> None:
-    err.print(summary(conversion), highlight=False)
+    err.print(summary(conversion), markup=False, highlight=False)
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(TextColumn("writing"), *columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task("", total=conversion.nbytes)

@@ -22,11 +22,25 @@ FIXED = {
     "rotary_percent": 1.0,
     "rotary_interleaved": False,
     "apply_layernorm_1p": False,
+    "apply_residual_connection_post_layernorm": False,
+    "window_attn_skip_freq": None,
+    "no_rope_freq": None,
+    "qk_l2_norm": False,
+    "softmax_type": "vanilla",
+    "attention_output_gate": False,
     "num_experts": None,
     "multi_latent_attention": False,
     "mtp_num_layers": None,
     "heterogeneous_layers_config_path": None,
 }
+NEEDED = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "padded_vocab_size",
+)
 
 
 def check_config(config: Any) -> None:
@@ -126,6 +140,8 @@ def to_config(args: Namespace, vocab_size: int | None) -> Any:
     for name, value in FIXED.items():
         if (found := getattr(args, name, value)) != value and (found or value):
             raise UserError(f"args.{name}={found}: only {value} can be told to Hugging Face's families")
+    if missing := [name for name in NEEDED if getattr(args, name, None) is None]:
+        raise UserError(f"args: no {missing[0]} in the checkpoint; give model=<Hugging Face folder with config.json>")
     family = family_of_args(args)
     words = vocab_size or getattr(args, "vocab_size", None)
     if words is None:

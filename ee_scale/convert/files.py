@@ -99,8 +99,7 @@ class PickleFile:
         with FakeTensorMode():
             tensors = {piece.key: torch.empty(piece.shape, dtype=piece.dtype) for piece in self.pieces}
             content = self.build(tensors)
-        with skip_data(materialize_fake_tensors=True):
-            torch.save(content, path)
+        _save(content, path)
         with path.open("r+b") as file:
             reserve(file.fileno(), os.fstat(file.fileno()).st_size)
         with FakeTensorMode():
@@ -144,8 +143,7 @@ class ArchivesFile:
 
     def _append(self, file: IO[bytes], value: Any) -> tuple[int, int]:
         start = file.tell()
-        with skip_data(materialize_fake_tensors=True):
-            torch.save(value, file)
+        _save(value, file)
         return start, file.tell() - start
 
 
@@ -201,6 +199,15 @@ def reserve(file: int, size: int) -> None:
     """Take the space of a file now, so that a full disk is met before any work is done. Raises OSError."""
     if size:
         os.posix_fallocate(file, 0, size)
+
+
+def _save(value: Any, target: Path | IO[bytes]) -> None:
+    """torch.save that leaves out the bytes of tensors. Raises OSError."""
+    try:
+        with skip_data(materialize_fake_tensors=True):
+            torch.save(value, target)
+    except RuntimeError as error:  # what torch's archive writer makes of a full disk
+        raise OSError(f"torch.save: {str(error).splitlines()[0]}") from error
 
 
 def _dtype(path: Path, name: str, entry: Mapping[str, Any]) -> torch.dtype:

@@ -14,17 +14,23 @@ HF_PART = "huggingface"  # config and tokenizer that this converter puts beside 
 FORMATS = ("hf", "megatron_core", "megatron_legacy", "deepspeed")
 
 
-def detect(folder: Path) -> str:
+def detect(folder: Path, iteration: int | None) -> str:
     """The format of a folder. Raises `UserError` saying what was looked for."""
     if not folder.is_dir():
         raise UserError(f"src={folder}: no such folder")
     if (folder / SIDECAR_CONFIG).is_file():
         return "sidecar"
-    if (folder / "config.json").is_file():
+    has_config, has_weights = (folder / "config.json").is_file(), any(folder.glob("*.safetensors"))
+    if saved_by_deepspeed(folder) and not (has_config and has_weights):
+        return "deepspeed"  # transformers' Trainer puts a config beside it, and weights only if told to
+    if has_config:
         return "hf"
-    if (folder / "latest").is_file() or any(folder.glob("*_optim_states.pt")):
-        return "deepspeed"
-    return megatron_kind(iteration_folder(folder, None))
+    return megatron_kind(iteration_folder(folder, iteration))
+
+
+def saved_by_deepspeed(folder: Path) -> bool:
+    """Whether a folder, or one in it, has files of DeepSpeed's engine."""
+    return any(any(folder.glob(names)) for names in ("latest", "*_states.pt", "*/*_states.pt"))
 
 
 def megatron_kind(iteration: Path) -> str:

@@ -12,7 +12,7 @@ import torch
 from ee_scale.artifact.files import file_digest, write_json
 from ee_scale.artifact.hf_folder import copy_small_files, write_index
 from ee_scale.artifact.sidecar import SIDECAR_CONFIG, SIDECAR_WEIGHTS, read_sidecar
-from ee_scale.backbone.loading import SINGLE_NAME, fingerprint, load_config, weight_files
+from ee_scale.backbone.loading import INDEX_NAME, SINGLE_NAME, fingerprint, load_config, weight_files
 from ee_scale.convert.args import rope_of
 from ee_scale.convert.copying import Source
 from ee_scale.convert.files import SafetensorsFile, safetensors_extents
@@ -24,14 +24,15 @@ from ee_scale.exits.heads import ExitSpec
 from ee_scale.exits.modeling_early_exit import AUTO_MAP, CODE_FILES, PREFIX
 from ee_scale.files import write_text
 
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 DROPPED = ("rotary_emb.inv_freq",)  # buffers of old files
 
 
 def open_folder(folder: Path) -> Opened:
     """A model folder, with exits where its config names them. Raises `UserError`."""
     config = load_config(folder)
-    exits = ExitSpec.from_dict(config.early_exit) if getattr(config, "early_exit", None) else None
-    return _open(folder, config, exits, weight_files(folder))
+    exits = _exits(folder, config, config.early_exit) if getattr(config, "early_exit", None) else None
+    return _open(folder, config, exits, _weights(folder))
 
 
 def open_sidecar(folder: Path) -> Opened:
@@ -42,8 +43,32 @@ def open_sidecar(folder: Path) -> Opened:
         raise UserError(f"src={folder}: its base model {base} is not there")
     if fingerprint(base) != facts["base_fingerprint"]:
         raise UserError(f"src={folder}: {base} changed since the exits were trained")
-    exits = ExitSpec.from_dict(facts["early_exit"])
-    return _open(base, load_config(base), exits, [*weight_files(base), folder / SIDECAR_WEIGHTS])
+    config = load_config(base)
+    exits = _exits(folder, config, facts["early_exit"])
+    return _open(base, config, exits, [*_weights(base), folder / SIDECAR_WEIGHTS])
+
+
+def _exits(folder: Path, config: Any, values: Any) -> ExitSpec:
+    try:
+        spec = ExitSpec.from_dict(values)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder}: early_exit: {error}") from error
+    layers, last = list(spec.layers), config.num_hidden_layers
+    for k in layers:
+        if k not in range(1, last + 1):
+            raise UserError(f"{folder}: early_exit.layers={layers}: {k} is not in 1..{last}")
+        if layers.count(k) > 1:
+            raise UserError(f"{folder}: early_exit.layers={layers}: {k} twice")
+    if layers != sorted(layers):
+        raise UserError(f"{folder}: early_exit.layers={layers}: name the exits in order of depth")
+    return spec
+
+
+def _weights(folder: Path) -> list[Path]:
+    try:
+        return weight_files(folder)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / INDEX_NAME}: not a whole index of safetensors ({error})") from error
 
 
 def _open(folder: Path, config: Any, exits: ExitSpec | None, files: list[Path]) -> Opened:
@@ -109,6 +134,11 @@ def finish_folder(folder: Path, opened: Opened, dtype: torch.dtype, files: list[
 def copy_part(folder: Path, opened: Opened, dtype: torch.dtype) -> None:
     """Config and tokenizer without weights or exits: what Megatron's formats have no place for."""
     _write_small(folder, opened, config_values(opened, dtype))
+
+
+def has_tokenizer(opened: Opened) -> bool:
+    """Whether a tokenizer lies in the folder that came along."""
+    return opened.small is not None and any((opened.small / name).is_file() for name in TOKENIZERS)
 
 
 def check_base(folder: Path, opened: Opened) -> None:

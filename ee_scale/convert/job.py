@@ -5,6 +5,7 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import reduce
 from pathlib import Path
@@ -97,11 +98,12 @@ def run(
         _run(conversion, workers, moved, check)
 
 
-def _run(
-    conversion: Conversion, workers: int, moved: Callable[[int], None], check: Callable[[Path], None]
-) -> None:
+def _run(conversion: Conversion, workers: int, moved: Callable[[int], None], check: Callable[[Path], None]) -> None:
     out, partial = conversion.out, conversion.partial
-    journal = _Journal(partial, _identity(conversion))
+    try:
+        journal = _Journal(partial, _identity(conversion))
+    except OSError as error:
+        raise UserError(f"out={out}: cannot write there ({error.strerror or error})") from error
     try:
         left = [file for file in conversion.files if not journal.has(file)]
         moved(conversion.nbytes - sum(piece.nbytes for file in left for piece in file.pieces))
@@ -133,10 +135,7 @@ class _Journal:
             self.files = found["files"]
         else:
             shutil.rmtree(folder, ignore_errors=True)
-            try:
-                folder.mkdir(parents=True)
-            except OSError as error:
-                raise UserError(f"out={folder.parent}: cannot write there ({error.strerror or error})") from error
+            folder.mkdir(parents=True)
             self._write()
 
     def has(self, file: TargetFile) -> bool:
@@ -171,6 +170,8 @@ def _identity(conversion: Conversion) -> str:
     for path in sorted({stored.extent.path for stored in conversion.opened.stored}):
         status = path.stat()
         digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
+    if conversion.opened.model.config is not None:  # files of Megatron hold it too, as arguments
+        digest.update(conversion.opened.model.config.to_json_string().encode())
     for file in conversion.files:
         digest.update(json.dumps([file.name, [asdict(piece) for piece in file.pieces]], default=str).encode())
     return digest.hexdigest()

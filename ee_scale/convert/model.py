@@ -32,6 +32,7 @@ class Model:
     padded_vocab: int
 
     def __post_init__(self) -> None:
+        _ = self.map  # first of all the architecture must be known
         check_config(self.config)
 
     @property

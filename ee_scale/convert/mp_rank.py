@@ -280,7 +280,8 @@ def _check_args(args: Namespace, content: dict[str, Any], iteration: Path, tp: i
 
 def _chunks(content: dict[str, Any], path: Path) -> list[dict[str, torch.Tensor]]:
     """Flat tensors of each virtual chunk of a rank."""
-    names = ["model"] if "model" in content else sorted(key for key in content if re.fullmatch(r"model\d+", key))
+    virtual = sorted((key for key in content if re.fullmatch(r"model\d+", key)), key=lambda key: int(key[5:]))
+    names = ["model"] if "model" in content else virtual
     if not names:
         raise UserError(f"{path}: no 'model' in it")
     return [_flat(content[name]) for name in names]

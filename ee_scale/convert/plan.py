@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 
-from ee_scale.convert import huggingface, mp_rank, torch_dist
+from ee_scale.convert import deepspeed, huggingface, mp_rank, torch_dist
 from ee_scale.convert.args import flags_to_pass
 from ee_scale.convert.copying import Source
 from ee_scale.convert.exits import check_ee_llm
 from ee_scale.convert.files import TargetFile
-from ee_scale.convert.folders import HF_PART, TRACKER, detect, iteration_folder, megatron_kind
+from ee_scale.convert.folders import HF_PART, TRACKER, detect, iteration_folder, saved_by_deepspeed
 from ee_scale.convert.job import Conversion, check_source, with_dtypes
 from ee_scale.convert.model import Model, Opened, padded
 from ee_scale.errors import UserError
@@ -42,18 +42,38 @@ class Settings:
 
 def open_checkpoint(settings: Settings) -> Opened:
     """The source, whatever its format. Raises `UserError`."""
-    kind = detect(settings.src) if settings.source == "auto" else settings.source
+    kind = detect(settings.src, settings.iteration)
+    if settings.source == "deepspeed" and kind == "hf" and saved_by_deepspeed(settings.src):
+        kind = "deepspeed"  # both lie in a folder of transformers' Trainer
+    if settings.source not in ("auto", kind):
+        raise UserError(f"from={settings.source}: {settings.src} is of format {kind}")
     if kind == "sidecar":
         return huggingface.open_sidecar(settings.src)
     if kind == "hf":
         return huggingface.open_folder(settings.src)
+    if kind == "deepspeed":
+        return _open_deepspeed(settings)
     iteration = iteration_folder(settings.src, settings.iteration)
-    found = megatron_kind(iteration)
-    if found != kind:
-        raise UserError(f"from={kind}: {iteration} is of format {found}")
     reader = torch_dist if kind == "megatron_core" else mp_rank
     root = settings.src if iteration != settings.src else settings.src.parent
     return reader.open_folder(root, iteration, settings.model, settings.trust)
+
+
+def _open_deepspeed(settings: Settings) -> Opened:
+    if settings.iteration is not None:
+        raise UserError(
+            f"iteration={settings.iteration}: DeepSpeed saves under tags; give the folder of one tag as src"
+        )
+    if settings.to == "sidecar":
+        raise UserError("to=sidecar: not from DeepSpeed in one step; convert to=hf, and that folder to=sidecar")
+    return deepspeed.open_folder(
+        settings.src,
+        settings.out.with_name(f".{settings.out.name}.staging"),
+        model_folder=settings.model,
+        dtype=DTYPES.get(settings.dtype),
+        trust=settings.trust,
+        bare=settings.to == "hf",
+    )
 
 
 def open_result(settings: Settings, folder: Path) -> Opened:
@@ -72,6 +92,10 @@ def make_conversion(settings: Settings) -> Conversion:
     opened = open_checkpoint(settings)
     source = Source(opened.stored)
     dtype = DTYPES.get(settings.dtype)
+    if opened.model.config is None:
+        return deepspeed.bare_conversion(opened, settings.out, int(settings.shard_gb * 1e9), dtype)
+    if opened.format == "deepspeed":  # masters in fp32 beside frozen weights in bf16: one type for all
+        dtype = dtype or opened.model.dtype
     model = replace(opened.model, dtype=dtype or opened.model.dtype)
     if settings.to.startswith("megatron"):
         words = model.map.shape.vocab_size
@@ -84,8 +108,14 @@ def make_conversion(settings: Settings) -> Conversion:
         "megatron_legacy": _to_mp_rank,
     }[settings.to](settings, opened, model)
     with_dtypes(files, source, dtype or (torch.float32 if settings.to == "sidecar" else None), model.dtype)
-    conversion = Conversion(opened, source, files, finish, settings.out)
+    if settings.to == "megatron_core":
+        torch_dist.unify_dtypes(files)
+    conversion = Conversion(opened, source, files, finish, settings.out, list(opened.notes))
     check_source(conversion)
+    if settings.to == "hf" and not huggingface.has_tokenizer(opened):
+        conversion.notes.append(
+            f"no tokenizer came with {settings.src}: give model=<Hugging Face folder of the same model> to copy it"
+        )
     if settings.to.startswith("megatron"):
         flags = " ".join(flags_to_pass(model.config))
         conversion.notes.append(f"--use-checkpoint-args does not restore these, pass them to Megatron-LM: {flags}")

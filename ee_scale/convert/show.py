@@ -13,8 +13,9 @@ def summary(conversion: Conversion) -> str:
     opened, tensors = conversion.opened, sum(len(file.pieces) for file in conversion.files)
     model = opened.model
     exits = f", exits at {', '.join(map(str, model.exits.layers))}" if model.exits else ""
+    known = model.config and f"{model.config.model_type}, {model.map.shape.num_layers} layers"
     return (
-        f"{opened.format}: {model.config.model_type}, {model.map.shape.num_layers} layers{exits}, "
+        f"{opened.format}: {known or 'no config'}{exits}, "
         f"{len(opened.stored)} stored tensors -> {tensors} in {len(conversion.files)} files, "
         f"{conversion.nbytes / 1e9:.3f} GB"
     )

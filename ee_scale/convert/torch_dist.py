@@ -8,7 +8,7 @@ Other layouts are read too: a key per layer, and gates (`_w`) and ups (`_v`) und
 import re
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
@@ -85,6 +85,16 @@ def target_files(model: Model, tp: int, pp: int, iteration: str) -> list[Archive
     return files
 
 
+def unify_dtypes(files: list[ArchivesFile]) -> None:
+    """One number type for all chunks of a tensor, the widest: layers that are stacked cannot differ."""
+    widest: dict[str, torch.dtype] = {}
+    for piece in (piece for file in files for piece in file.pieces):
+        key = piece.key.rpartition("/")[0]
+        widest[key] = torch.promote_types(widest.get(key, piece.dtype), piece.dtype)
+    for file in files:
+        file.pieces = [replace(piece, dtype=widest[piece.key.rpartition("/")[0]]) for piece in file.pieces]
+
+
 def finish_folder(
     folder: Path, model: Model, dtype: torch.dtype, layout: tuple[int, int, int], files: list[ArchivesFile]
 ) -> None:
@@ -98,8 +108,6 @@ def finish_folder(
         for chunk in _rank_chunks(model, tp, pp, rank, stage):
             properties = TensorProperties(dtype=dtypes[chunk.piece.key])
             entry = tensors.setdefault(chunk.key, TensorStorageMetadata(properties, torch.Size(chunk.whole), []))
-            if entry.properties != properties:
-                raise UserError(f"'{chunk.key}': layers of different number types cannot be stacked; give dtype=")
             offsets = torch.Size(chunk.offsets)
             entry.chunks.append(ChunkStorageMetadata(offsets, torch.Size(chunk.piece.stored_shape)))
             index = MetadataIndex(chunk.key, offsets, len(entry.chunks) - 1)

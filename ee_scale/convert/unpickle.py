@@ -6,7 +6,7 @@ import pickle
 import signal
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -72,23 +72,26 @@ _LOCK = threading.Lock()
 
 
 @contextmanager
-def known_globals() -> Iterator[None]:
+def known_globals(more: Sequence[Any] = ()) -> Iterator[None]:
     """What `weights_only` loading accepts inside the block, one thread at a time: torch's list is the process's."""
-    allowed: list[Any] = [*PLAIN, *_numpy()]
+    allowed: list[Any] = [*PLAIN, *_numpy(), *more]
     allowed += [(_stand_in(name), name) for name in STAND_INS]
     with _LOCK, safe_globals(allowed):
         yield
 
 
-def load_safely(file: Path | IO[bytes], path: Path, *, trust: bool = False) -> Any:
-    """`torch.load` that runs nothing of the file; `trust` runs it. Raises `UserError` that names what it asks for."""
+def load_safely(file: Path | IO[bytes], path: Path, *, trust: bool = False, allowed: Sequence[Any] = ()) -> Any:
+    """`torch.load` that runs nothing of the file; `trust` runs it. `allowed`: classes that are harmless there.
+
+    Raises `UserError` that names what the file asks for.
+    """
     try:
-        with known_globals():
+        with known_globals(allowed):
             return torch.load(file, map_location="cpu", weights_only=not trust)
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: {_what(path, error)}; {TRUST}") from error
+        raise UserError(f"{path}: {_what(path, error, allowed)}; {TRUST}") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: not a whole file of torch.save ({str(error).splitlines()[0][:160]})") from error
+        raise UserError(f"{path}: not a whole file of torch.save ({_line(error)})") from error
 
 
 def load_index(path: Path) -> metadata.Metadata:
@@ -129,13 +132,18 @@ def _numpy() -> list[Any]:
     return [np.ndarray, np.dtype, type(np.dtype("uint32")), *((reconstruct, name) for name in names)]
 
 
-def _what(path: Path, error: Exception) -> str:
+def _what(path: Path, error: Exception, allowed: Sequence[Any] = ()) -> str:
     try:
-        with known_globals():
+        with known_globals(allowed):
             names = sorted(get_unsafe_globals_in_checkpoint(path))
     except Exception:
         names = []
     if names:
         shown = ", ".join(names[:4]) + (" ..." if len(names) > 4 else "")
         return f"asks for {shown}, which is not on the list of harmless names"
-    return str(error).splitlines()[0][:200]
+    return _line(error)
+
+
+def _line(error: Exception) -> str:
+    """What an error says first; one without words says what it is."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
