@@ -39,7 +39,6 @@ NEEDED = (
     "ffn_hidden_size",
     "num_attention_heads",
     "max_position_embeddings",
-    "padded_vocab_size",
 )
 
 
@@ -146,7 +145,7 @@ def to_config(args: Namespace, vocab_size: int | None) -> Any:
     words = vocab_size or getattr(args, "vocab_size", None)
     if words is None:
         raise UserError(
-            f"vocab_size: the checkpoint has {args.padded_vocab_size} padded rows and does not say how many are words; "
+            "vocab_size: the checkpoint has padded vocabulary matrices and does not say how many rows are words; "
             "give model=<Hugging Face folder with config and tokenizer>"
         )
     heads = args.num_attention_heads
