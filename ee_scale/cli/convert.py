@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from ee_scale.cli.console import console
+from ee_scale.convert.copying import differing_copies
 from ee_scale.convert.job import Conversion
 from ee_scale.convert.job import run as write_files
 from ee_scale.convert.plan import Settings, make_conversion, open_result
@@ -33,7 +34,11 @@ def run(config: Any, overrides: Sequence[str]) -> int:
             console().print(line, markup=False, highlight=False, soft_wrap=True)
         return 0
     err = console(stderr=True)
-    for note in conversion.notes:
+    copies = [
+        f"{item.extent.path}: '{item.piece.key}' differs from what it is a copy of, which is what counts"
+        for item in differing_copies(conversion.opened.stored, conversion.source)
+    ]
+    for note in [*copies, *conversion.notes]:
         err.print(note, markup=False, highlight=False, soft_wrap=True)
     _write(conversion, config.workers, err, _check(conversion, settings, err) if config.verify else lambda folder: None)
     err.print(f"wrote {settings.out}", markup=False, highlight=False, soft_wrap=True)
@@ -45,8 +50,11 @@ def _check(conversion: Conversion, settings: Settings, err: Console) -> Callable
 
     def check(folder: Path) -> None:
         result = open_result(settings, folder)
-        with err.status("comparing source and result"):
-            found = verify(conversion.opened, result)
+        try:
+            with err.status("comparing source and result"):
+                found = verify(conversion.opened, result)
+        except UserError as error:
+            raise UserError(f"{error}; what was written is in {folder}, under no other name") from error
         console().print(
             f"verified: {found.steps} points on {TOKENS} random tokens; largest relative difference: hidden states "
             f"{found.hidden:.2g}, logits {found.logits:.2g}; same top token {found.same_tokens:.1%}",

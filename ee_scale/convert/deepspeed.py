@@ -28,13 +28,12 @@ from ee_scale.convert.copying import Source
 from ee_scale.convert.deepspeed_files import harmless, scan, tag_folder
 from ee_scale.convert.files import reserve
 from ee_scale.convert.folders import hugging_face_part
-from ee_scale.convert.huggingface import DROPPED, target_files, whole_piece
+from ee_scale.convert.huggingface import DROPPED, check_tensors, exits_of, target_files, whole_piece
 from ee_scale.convert.job import SLACK, Conversion, check_source, with_dtypes
-from ee_scale.convert.model import Model, Opened, check_whole
+from ee_scale.convert.model import Model, Opened
 from ee_scale.convert.tensors import Extent, Piece, Stored, TensorInfo
 from ee_scale.convert.unpickle import known_globals
 from ee_scale.errors import UserError
-from ee_scale.exits.heads import ExitSpec
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -213,15 +212,9 @@ def _model(tag: Path, config: Any, extents: dict[str, Extent]) -> Model | Bare:
         return Bare({name: TensorInfo(extent.shape) for name, extent in extents.items()}, dtype)
     if config.tie_word_embeddings and extents.pop(HEAD, extents.get(EMBEDDING)) != extents.get(EMBEDDING):
         raise UserError(f"{tag}: '{HEAD}' is not tied to the embedding, but the config says tie_word_embeddings=true")
-    exits = ExitSpec.from_dict(config.early_exit) if getattr(config, "early_exit", None) else None
+    exits = exits_of(tag, config, getattr(config, "early_exit", None))
     model = Model(config, exits, dtype, config.vocab_size)
-    info = model.info()
-    check_whole(tag, extents, info)
-    for name, extent in extents.items():
-        if extent.shape != info[name].shape:
-            raise UserError(
-                f"{tag}: '{name}' has shape {list(extent.shape)}, but the config asks for {list(info[name].shape)}"
-            )
+    check_tensors(tag, extents, model.info())
     return model
 
 

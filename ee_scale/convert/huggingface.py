@@ -17,7 +17,7 @@ from ee_scale.convert.args import rope_of
 from ee_scale.convert.copying import Source
 from ee_scale.convert.files import SafetensorsFile, safetensors_extents
 from ee_scale.convert.model import Model, Opened, check_whole
-from ee_scale.convert.tensors import Piece, Span, Stored, TensorInfo
+from ee_scale.convert.tensors import Extent, Piece, Span, Stored, TensorInfo
 from ee_scale.errors import UserError
 from ee_scale.exits import modeling_early_exit
 from ee_scale.exits.heads import ExitSpec
@@ -31,7 +31,7 @@ DROPPED = ("rotary_emb.inv_freq",)  # buffers of old files
 def open_folder(folder: Path) -> Opened:
     """A model folder, with exits where its config names them. Raises `UserError`."""
     config = load_config(folder)
-    exits = _exits(folder, config, config.early_exit) if getattr(config, "early_exit", None) else None
+    exits = exits_of(folder, config, getattr(config, "early_exit", None))
     return _open(folder, config, exits, _weights(folder))
 
 
@@ -44,11 +44,14 @@ def open_sidecar(folder: Path) -> Opened:
     if fingerprint(base) != facts["base_fingerprint"]:
         raise UserError(f"src={folder}: {base} changed since the exits were trained")
     config = load_config(base)
-    exits = _exits(folder, config, facts["early_exit"])
+    exits = exits_of(folder, config, facts["early_exit"])
     return _open(base, config, exits, [*_weights(base), folder / SIDECAR_WEIGHTS])
 
 
-def _exits(folder: Path, config: Any, values: Any) -> ExitSpec:
+def exits_of(folder: Path, config: Any, values: Any) -> ExitSpec | None:
+    """`early_exit` of a config as a spec; None without it. Raises `UserError` for what the model cannot have."""
+    if not values:
+        return None
     try:
         spec = ExitSpec.from_dict(values)
     except (ValueError, TypeError, KeyError) as error:
@@ -81,15 +84,19 @@ def _open(folder: Path, config: Any, exits: ExitSpec | None, files: list[Path]) 
     first = extents.get("model.embed_tokens.weight")
     model = Model(config, exits, first.dtype if first else torch.float32, config.vocab_size)
     info = model.info()
+    check_tensors(folder, extents, info)
+    stored = [Stored(whole_piece(name, info[name]), extent) for name, extent in extents.items()]
+    return Opened("hf", folder, model, stored, small=folder)
+
+
+def check_tensors(folder: Path, extents: dict[str, Extent], info: dict[str, TensorInfo]) -> None:
+    """Raise `UserError` naming a tensor that is missing, not known, or of another shape than the config asks for."""
     check_whole(folder, extents, info)
     for name, extent in extents.items():
         if extent.shape != info[name].shape:
             raise UserError(
-                f"{extent.path}: '{name}' has shape {list(extent.shape)}, but the config asks for "
-                f"{list(info[name].shape)}"
+                f"{folder}: '{name}' has shape {list(extent.shape)}, but the config asks for {list(info[name].shape)}"
             )
-    stored = [Stored(whole_piece(name, info[name]), extent) for name, extent in extents.items()]
-    return Opened("hf", folder, model, stored, small=folder)
 
 
 def whole_piece(name: str, info: TensorInfo) -> Piece:

@@ -1,11 +1,12 @@
 """A conversion: what is read, which files are made of it, and how they are filled, checked and published."""
 
+import fcntl
 import hashlib
 import json
 import shutil
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import reduce
 from pathlib import Path
@@ -94,8 +95,28 @@ def run(
     if conversion.out.exists():
         raise UserError(f"out={conversion.out}: exists already; choose another folder")
     staging = conversion.opened.staging
-    with staging.filled() if staging else nullcontext():
+    with _alone(conversion), staging.filled() if staging else nullcontext():
         _run(conversion, workers, moved, check)
+
+
+@contextmanager
+def _alone(conversion: Conversion) -> Iterator[None]:
+    """Nobody else writes to the same `out` inside the block. Raises `UserError`."""
+    path = conversion.partial.with_suffix(".lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        raise UserError(f"out={conversion.out}: cannot write there ({error.strerror or error})") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"out={conversion.out}: another conversion is writing it ({path})") from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _run(conversion: Conversion, workers: int, moved: Callable[[int], None], check: Callable[[Path], None]) -> None:

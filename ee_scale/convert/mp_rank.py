@@ -4,37 +4,23 @@
 Megatron-LM before 0.18, nested; EE-LLM's exits exist there only. The names are in `names.py` and `exits.py`.
 """
 
-import re
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ee_scale.convert.args import check_agrees, to_args, to_config
-from ee_scale.convert.exits import exit_args, exit_rows, head_spans, numbers_in_file, own_heads, spec_of_args
-from ee_scale.convert.files import PickleFile, tensor_extent
-from ee_scale.convert.folders import hugging_face_part
-from ee_scale.convert.model import Model, Opened, check_whole
+from ee_scale.convert.args import to_args
+from ee_scale.convert.exits import exit_args, exit_rows, head_spans, own_heads
+from ee_scale.convert.files import PickleFile
+from ee_scale.convert.model import Model
 from ee_scale.convert.names import EMBEDDING, EXTRA_STATE, FINAL_NORM, HEAD, Row, Rule
-from ee_scale.convert.tensors import Piece, Stored
-from ee_scale.convert.unpickle import load_safely
+from ee_scale.convert.tensors import Piece
 from ee_scale.errors import UserError
 
 FILE = "model_optim_rng.pt"
-FOLDER = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?(_\d\d\d)?")
-OLD_NAMES = (  # before September 2023, and before 2021
-    ("language_model.transformer.", "language_model.encoder."),
-    (".attention.", ".self_attention."),
-    (".input_layernorm.", ".input_norm."),
-    (".post_attention_layernorm.", ".post_attention_norm."),
-    (".final_layernorm.", ".final_norm."),
-)
-IGNORED = ("_extra_state", "inv_freq")
 
 
 @dataclass(frozen=True)
@@ -60,50 +46,6 @@ class Layout:
     def layers(self, num_layers: int) -> int:
         """Layers of a chunk."""
         return num_layers // (self.pp * self.chunks)
-
-
-def open_folder(folder: Path, iteration: Path, model_folder: Path | None, trust: bool) -> Opened:
-    """Every rank's file of an iteration. `model_folder`: Hugging Face folder of the same model. Raises `UserError`."""
-    files = _rank_files(iteration)
-    tp, pp = (max(place[axis] for place in files) + 1 for axis in (0, 1))
-    contents = {}
-    for place in ((t, p) for t in range(tp) for p in range(pp)):
-        if place not in files:
-            raise UserError(f"{iteration}: mp_rank_{place[0]:02d}_{place[1]:03d} is missing of tp={tp} x pp={pp}")
-        with FakeTensorMode():
-            contents[place] = load_safely(files[place], files[place], trust=trust)
-        if not isinstance(contents[place], dict) or "args" not in contents[place]:
-            raise UserError(f"{files[place]}: no dict with 'args' in it; not a checkpoint of Megatron-LM")
-    args = contents[0, 0]["args"]
-    _check_args(args, contents[0, 0], iteration, tp, pp)
-    tensors = {place: _chunks(content, files[place]) for place, content in contents.items()}
-    small, config = hugging_face_part(folder, model_folder)
-    if config is None:
-        config = to_config(args, None)
-    else:
-        check_agrees(args, config, small)
-    first = tensors[0, 0][0]
-    legacy = any(key.startswith("language_model.") for key in first)
-    embedding = first.get("language_model.embedding.word_embeddings.weight" if legacy else EMBEDDING.core)
-    if embedding is None:
-        raise UserError(f"{files[0, 0]}: no word embeddings in it; keys start with {next(iter(first), 'nothing')!r}")
-    spec = spec_of_args(args, config)
-    model = Model(config, spec, embedding.dtype, embedding.shape[0] * tp)
-    layout = Layout(
-        tp,
-        pp,
-        chunks=len(tensors[0, 0]),
-        classes="legacy" if legacy else "core",
-        spec="local" if any(key.endswith("pre_mlp_layernorm.weight") for key in first) else "te",
-        exit_numbers=tuple(numbers_in_file(args)),
-        shift=int(bool(getattr(args, "pre_exit", False))),
-    )
-    check_layout(model, layout)
-    stored = []
-    for (rank, stage), chunks in tensors.items():
-        for chunk, found in enumerate(chunks):
-            stored += _match(model, layout, (rank, stage, chunk), files[rank, stage], found)
-    return Opened("megatron_legacy", folder, model, stored, args=args, small=small)
 
 
 def target_files(model: Model, layout: Layout, dtype: torch.dtype, divisor: int, iteration: str) -> list[PickleFile]:
@@ -147,7 +89,7 @@ def rank_pieces(model: Model, layout: Layout, rank: int, stage: int, chunk: int 
     """The tensors of one rank (of one virtual chunk) by their flat names."""
     names, shape = _Names(layout), model.map.shape
     first, count = layout.first_layer(shape.num_layers, stage, chunk), layout.layers(shape.num_layers)
-    hosted = _hosted(model, layout, first, count)
+    hosted = hosted_exits(model, layout, first, count)
     at_start, at_end = first == 0, first + count == shape.num_layers
     mine = lambda row, key, prefix="": _piece(model, row, key, prefix, rank, layout.tp)  # noqa: E731
     if at_start:
@@ -184,7 +126,7 @@ def _heads(
             yield Piece(key, 0, spans, (rows, model.map.shape.hidden_size))
 
 
-def _hosted(model: Model, layout: Layout, first: int, count: int) -> list[tuple[int, int, int]]:
+def hosted_exits(model: Model, layout: Layout, first: int, count: int) -> list[tuple[int, int, int]]:
     """(our layer k, local layer it sits at, number of its output matrix) of exits in layers [first, first + count)."""
     numbers = [n for n in layout.exit_numbers if first < n <= first + count]
     return [(n - layout.shift, n - 1 - first, index) for index, n in enumerate(numbers)]
@@ -252,85 +194,3 @@ def _nested(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         else:
             found["language_model"].setdefault(parts[1], OrderedDict())[".".join(parts[2:])] = tensor
     return found
-
-
-def _rank_files(iteration: Path) -> dict[tuple[int, int], Path]:
-    found = {}
-    for path in sorted(iteration.iterdir()):
-        if match := FOLDER.fullmatch(path.name):
-            if match[3]:
-                raise UserError(f"{path}: a third index (experts); models with experts cannot be converted")
-            if not (path / FILE).is_file():
-                raise UserError(f"{path / FILE}: missing")
-            found[int(match[1]), int(match[2] or 0)] = path / FILE
-    return found
-
-
-def _check_args(args: Namespace, content: dict[str, Any], iteration: Path, tp: int, pp: int) -> None:
-    for name, size in (("tensor", tp), ("pipeline", pp)):
-        told = getattr(args, f"{name}_model_parallel_size", size)
-        if told != size:
-            raise UserError(f"{iteration}: args say {name}_model_parallel_size={told}, but files for {size} are there")
-    if (number := content.get("checkpoint_version", 0)) < 2.0:
-        raise UserError(
-            f"{iteration}: checkpoint_version={number}: written before 2021 with another order of attention rows; "
-            "load and save it with Megatron-LM once"
-        )
-
-
-def _chunks(content: dict[str, Any], path: Path) -> list[dict[str, torch.Tensor]]:
-    """Flat tensors of each virtual chunk of a rank."""
-    virtual = sorted((key for key in content if re.fullmatch(r"model\d+", key)), key=lambda key: int(key[5:]))
-    names = ["model"] if "model" in content else virtual
-    if not names:
-        raise UserError(f"{path}: no 'model' in it")
-    return [_flat(content[name]) for name in names]
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{key}.")
-        elif isinstance(value, torch.Tensor) and not key.endswith(IGNORED):
-            found[_modern(f"{prefix}{key}")] = value
-    return found
-
-
-def _modern(key: str) -> str:
-    key = key.removeprefix("module.")
-    if key.startswith("language_model."):
-        for old, new in OLD_NAMES:
-            key = key.replace(old, new)
-    return key
-
-
-def _match(
-    model: Model, layout: Layout, place: tuple[int, int, int], path: Path, found: dict[str, torch.Tensor]
-) -> list[Stored]:
-    """Pair what a file holds with what the model needs of it."""
-    rank, stage, chunk = place
-    pieces = {piece.key: piece for piece in rank_pieces(model, layout, rank, stage, chunk)}
-    check_whole(path, found, pieces)
-    stored = []
-    for key, piece in pieces.items():
-        if tuple(found[key].shape) != piece.shape:
-            raise UserError(
-                f"{path}: '{key}' has shape {list(found[key].shape)}, but the model asks for {list(piece.shape)} at "
-                f"tp={layout.tp}"
-            )
-        stored.append(
-            Stored(piece, tensor_extent(path, found[key]), _whole_name(model, layout, stage, chunk, key), rank)
-        )
-    return stored
-
-
-def _whole_name(model: Model, layout: Layout, stage: int, chunk: int, key: str) -> str:
-    """A key with layers, and output matrices of exits, numbered over the whole model."""
-    layers = model.map.shape.num_layers
-    first = layout.first_layer(layers, stage, chunk)
-    if match := re.fullmatch(r"(?:decoder|language_model\.encoder)\.layers\.(\d+)\.(.*)", key):
-        return f"layers.{first + int(match[1])}.{match[2]}"
-    if match := re.fullmatch(r"language_model\.exit_output_layer\.(\d+)\.weight", key):
-        return f"exit_output_layer.{_hosted(model, layout, first, layout.layers(layers))[int(match[1])][0]}"
-    return key

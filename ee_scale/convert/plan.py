@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ee_scale.convert import deepspeed, huggingface, mp_rank, torch_dist
+from ee_scale.convert import deepspeed, huggingface, mp_rank, mp_rank_reader, torch_dist, torch_dist_reader
 from ee_scale.convert.args import flags_to_pass
 from ee_scale.convert.copying import Source
 from ee_scale.convert.exits import check_ee_llm
@@ -54,7 +54,7 @@ def open_checkpoint(settings: Settings) -> Opened:
     if kind == "deepspeed":
         return _open_deepspeed(settings)
     iteration = iteration_folder(settings.src, settings.iteration)
-    reader = torch_dist if kind == "megatron_core" else mp_rank
+    reader = torch_dist_reader if kind == "megatron_core" else mp_rank_reader
     root = settings.src if iteration != settings.src else settings.src.parent
     return reader.open_folder(root, iteration, settings.model, settings.trust)
 

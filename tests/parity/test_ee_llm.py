@@ -17,6 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
 import ee_scale
 from ee_scale.backbone.loading import TensorFolder
+from ee_scale.convert.copying import Source, differing_copies
 from ee_scale.convert.job import run
 from ee_scale.convert.plan import Settings, make_conversion, open_checkpoint, open_result
 from ee_scale.convert.verify import verify
@@ -116,6 +117,17 @@ def test_a_stale_copy_of_the_embedding_is_not_used(tmp_path: Path):
     content["model"]["word_embeddings_for_head"]["weight"].zero_()
     torch.save(content, path)
     same(convert(src, tmp_path / "hf", "hf"), tensors)
+    opened = open_checkpoint(Settings(src=src, out=tmp_path / "hf", to="hf"))
+    found = differing_copies(opened.stored, Source(opened.stored))
+    assert [item.piece.key for item in found] == ["word_embeddings_for_head.weight"]
+
+
+def test_copies_that_are_the_same(tmp_path: Path):
+    saved = EELLM(ee_config(tie_word_embeddings=True), (3,), untied_exits=False, tp=2, pp=2)
+    src, _ = built(saved, tmp_path / "ee")
+    opened = open_checkpoint(Settings(src=src, out=tmp_path / "hf", to="hf"))
+    assert any(stored.piece.copy for stored in opened.stored)
+    assert differing_copies(opened.stored, Source(opened.stored)) == []
 
 
 @pytest.mark.parametrize("kind", ["embedding", "norm", "layer"])

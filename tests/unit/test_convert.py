@@ -717,3 +717,16 @@ def test_small_files_come_along(hf: Path, tmp_path: Path):
         assert (back / name).read_text() == text
     assert not (back / "optimizer.bin").exists()
     assert not (back / "model.safetensors.index.json").exists()
+
+
+def test_two_conversions_to_the_same_folder(hf: Path, tmp_path: Path):
+    """The second is refused while the first is at work, and does no harm."""
+    settings = Settings(src=hf, out=tmp_path / "out", to="megatron_core")
+
+    def second(_: Path) -> None:
+        with pytest.raises(UserError, match=r"out=.*out: another conversion is writing it"):
+            run(make_conversion(settings), 1, lambda size: None)
+
+    run(make_conversion(settings), 1, lambda size: None, second)
+    assert (tmp_path / "out").is_dir()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
