@@ -79,21 +79,27 @@ def exit_args(model: Model) -> dict[str, Any]:
     }
 
 
-def check_ee_llm(model: Model) -> None:
-    """Raise `UserError` for what EE-LLM would compute otherwise: it has no argument for it."""
+def check_old_classes(model: Model) -> None:
+    """Raise `UserError` for what the old classes, or EE-LLM on top of them, would compute otherwise.
+
+    They build their rotary embedding from the share and the interpolation factor alone: no base, no other scaling.
+    """
     rope, config = rope_of(model.config), model.config
     window = window_of(config)
     for holds, reason in (
-        (config.model_type not in ("llama", "mistral"), f"model_type={config.model_type}: EE-LLM has Llama's layers"),
-        (rope["rope_theta"] != 1e4, f"rope_theta={rope['rope_theta']:g}: EE-LLM's is 10000 and cannot be set"),
+        (
+            model.exits is not None and config.model_type not in ("llama", "mistral"),
+            f"model_type={config.model_type}: EE-LLM has Llama's layers",
+        ),
+        (rope["rope_theta"] != 1e4, f"rope_theta={rope['rope_theta']:g}: their base is 10000 and cannot be set"),
         (
             rope["rope_type"] == "llama3" or rope.get("factor", 1) % 1 != 0,
-            f"rope_type={rope['rope_type']}, factor={rope.get('factor')}: EE-LLM knows linear by a whole factor",
+            f"rope_type={rope['rope_type']}, factor={rope.get('factor')}: they know linear by a whole factor",
         ),
-        (window is not None, f"sliding_window={window}: EE-LLM has none"),
+        (window is not None, f"sliding_window={window}: they have none"),
     ):
         if holds:
-            raise UserError(f"to=megatron_legacy with exits: {reason}; the model would answer otherwise there")
+            raise UserError(f"classes=legacy (also EE-LLM's): {reason}; the model would answer otherwise there")
 
 
 def exit_rows(spec: ExitSpec, layer_rows: tuple[Row, ...], k: int) -> Iterator[tuple[str, Row, str]]:

@@ -51,7 +51,7 @@ def open_folder(folder: Path, iteration: Path, model_folder: Path | None, trust:
         config = to_config(args, None)
     else:
         check_agrees(args, config, small)
-    first = tensors[0, 0][0]
+    first, notes = tensors[0, 0][0], []
     legacy = any(key.startswith("language_model.") for key in first)
     embedding = first.get("language_model.embedding.word_embeddings.weight" if legacy else EMBEDDING.core)
     if embedding is None:
@@ -72,7 +72,9 @@ def open_folder(folder: Path, iteration: Path, model_folder: Path | None, trust:
     for (rank, stage), chunks in tensors.items():
         for chunk, found in enumerate(chunks):
             stored += _match(model, layout, (rank, stage, chunk), files[rank, stage], found)
-    return Opened("megatron_legacy", folder, model, stored, args=args, small=small)
+    if legacy and getattr(args, "rotary_base", 10000) != 10000:
+        notes.append(f"args.rotary_base={args.rotary_base}: the old classes ignore it and compute with 10000")
+    return Opened("megatron_legacy", folder, model, stored, args=args, small=small, notes=notes)
 
 
 def _rank_files(iteration: Path) -> dict[tuple[int, int], Path]:

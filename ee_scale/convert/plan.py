@@ -1,5 +1,6 @@
 """From settings to a conversion: open the source, choose the target's files."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from ee_scale.convert import deepspeed, huggingface, mp_rank, mp_rank_reader, torch_dist, torch_dist_reader
 from ee_scale.convert.args import flags_to_pass
 from ee_scale.convert.copying import Source
-from ee_scale.convert.exits import check_ee_llm
+from ee_scale.convert.exits import check_old_classes
 from ee_scale.convert.files import TargetFile
 from ee_scale.convert.folders import HF_PART, TRACKER, detect, iteration_folder, saved_by_deepspeed
 from ee_scale.convert.job import Conversion, check_source, with_dtypes
@@ -18,6 +19,7 @@ from ee_scale.files import write_text
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 RELEASE, FIRST = "release", "iter_0000001"  # EE-LLM cannot load a release
+Finish = Callable[[Path], None]
 
 
 @dataclass(frozen=True)
@@ -122,12 +124,12 @@ def make_conversion(settings: Settings) -> Conversion:
     return conversion
 
 
-def _to_hf(settings: Settings, opened: Opened, model: Model) -> tuple[list[TargetFile], object]:
+def _to_hf(settings: Settings, opened: Opened, model: Model) -> tuple[list[TargetFile], Finish]:
     files = huggingface.target_files(model, model.dtype.itemsize, int(settings.shard_gb * 1e9))
     return files, lambda folder: huggingface.finish_folder(folder, opened, model.dtype, files)
 
 
-def _to_sidecar(settings: Settings, opened: Opened, model: Model) -> tuple[list[TargetFile], object]:
+def _to_sidecar(settings: Settings, opened: Opened, model: Model) -> tuple[list[TargetFile], Finish]:
     if model.exits is None:
         raise UserError(f"to=sidecar: {settings.src} has no exits")
     if settings.model is None:
@@ -137,7 +139,7 @@ def _to_sidecar(settings: Settings, opened: Opened, model: Model) -> tuple[list[
     return files, lambda folder: huggingface.finish_sidecar(folder, model, settings.model)
 
 
-def _to_torch_dist(settings: Settings, opened: Opened, model: Model) -> tuple[list[TargetFile], object]:
+def _to_torch_dist(settings: Settings, opened: Opened, model: Model) -> tuple[list[TargetFile], Finish]:
     files = torch_dist.target_files(model, settings.tp, settings.pp, RELEASE)
 
     def finish(folder: Path) -> None:
@@ -148,12 +150,12 @@ def _to_torch_dist(settings: Settings, opened: Opened, model: Model) -> tuple[li
     return files, finish
 
 
-def _to_mp_rank(settings: Settings, opened: Opened, model: Model) -> tuple[list[TargetFile], object]:
+def _to_mp_rank(settings: Settings, opened: Opened, model: Model) -> tuple[list[TargetFile], Finish]:
     classes = settings.classes
     if classes == "auto":
         classes = "legacy" if model.exits else "core"
-    if model.exits:
-        check_ee_llm(model)
+    if classes == "legacy":
+        check_old_classes(model)
     layout = mp_rank.Layout(
         settings.tp,
         settings.pp,

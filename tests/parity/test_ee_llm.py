@@ -463,21 +463,21 @@ def test_a_sidecar_needs_exits_and_their_own_base(tmp_path: Path):
                     "original_max_position_embeddings": 8192,
                 }
             },
-            "rope_type=llama3, factor=8.0: EE-LLM knows linear",
+            "rope_type=llama3, factor=8.0: they know linear",
         ),
         (
             "llama",
             {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}},
-            "rope_type=linear, factor=2.5: EE-LLM knows linear by a whole factor",
+            "rope_type=linear, factor=2.5: they know linear by a whole factor",
         ),
         ("qwen2", {}, "model_type=qwen2: EE-LLM has Llama's layers"),
         ("qwen3", {}, "model_type=qwen3: EE-LLM has Llama's layers"),
-        ("mistral", {}, "sliding_window=8: EE-LLM has none"),
+        ("mistral", {}, "sliding_window=8: they have none"),
     ],
 )
 def test_what_ee_llm_would_compute_otherwise_is_refused(tmp_path: Path, family: str, changes: dict, message: str):
     src = random_exits(tmp_path / "src", family, **changes)
-    with pytest.raises(UserError, match=f"to=megatron_legacy with exits: {message}"):
+    with pytest.raises(UserError, match=rf"classes=legacy \(also EE-LLM's\): {message}"):
         make_conversion(Settings(src=src, out=tmp_path / "out", to="megatron_legacy"))
     plain = make_conversion(Settings(src=src, out=tmp_path / "out", to="hf"))
     assert plain.opened.model.exits.layers == (2,)

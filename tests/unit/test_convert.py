@@ -271,6 +271,33 @@ def test_families_without_a_map(tmp_path: Path, family: str):
     refused(write_model(tmp_path / "src", family, num_hidden_layers=2), family, "megatron_core")
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("qwen3", {}, "qwen3 has self_attention.q_layernorm.weight, which those classes lack; use classes=core"),
+        ("mistral", {}, "sliding_window=8: they have none"),
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rope_theta=500000: their base is"),
+    ],
+)
+def test_what_the_old_classes_lack(tmp_path: Path, family: str, changes: dict, message: str):
+    src = write_model(tmp_path / "src", family, num_hidden_layers=2, **changes)
+    refused(src, message, "megatron_legacy", classes="legacy")
+    make_conversion(Settings(src=src, out=tmp_path / "out", to="megatron_legacy"))
+
+
+def test_a_base_that_the_old_classes_ignore(copy):
+    """Another converter may have written one; what trains on such a file does not look at it."""
+    src = copy("legacy")
+    shutil.rmtree(src / "huggingface")
+    assert not make_conversion(Settings(src=src, out=src.with_name("out"), to="hf")).opened.notes
+    path = src / "release" / "mp_rank_00_000" / "model_optim_rng.pt"  # the args of rank 0 count
+    content = torch.load(path, weights_only=False)
+    content["args"].rotary_base = 500000
+    torch.save(content, path)
+    notes = make_conversion(Settings(src=src, out=src.with_name("out"), to="hf")).opened.notes
+    assert notes == ["args.rotary_base=500000: the old classes ignore it and compute with 10000"]
+
+
 # -- foreign code ------------------------------------------------------------------------------------------------------
 
 
