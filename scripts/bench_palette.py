@@ -60,6 +60,7 @@ class Case:
     steps: tuple[int, int, int]  # of the teacher, the widths, widths and depths
     lr: float  # of the factors; whole matrices take a tenth of it
     samples: int  # held-out sequences; 0: all
+    rank: int  # of the factors behind the teacher's
     ablations: bool
 
 
@@ -79,7 +80,7 @@ class Bench:
     def __init__(self, case: Case, grid: Grid, out: Console):
         self.case, self.grid, self.out = case, grid, out
         self.folder = Path(tempfile.mkdtemp())
-        plan = self.plan(self.recipe(8))
+        plan = self.plan(self.recipe(case.rank))
         prepare_data(plan, progress=False)
         self.order: UnitOrder = unit_order(plan, build_stage(plan, grid), Data(plan, grid), self.folder / "order.st")
         space = plan.space(self.order)
@@ -135,14 +136,15 @@ class Bench:
             run = self.begin(self.plan(self.stages(("teacher", "[]", self.case.steps[0], 8))))
             self.teacher_seconds = timed(lambda: self._train(run))
             self.teacher = {name: p.detach().clone() for name, p in run.factors[0].named.items()}
-        run = self.begin(self.plan(self.recipe(8)))
+        run = self.begin(self.plan(self.recipe(self.case.rank)))
         self.teacher_quality = self.judge(run, self.full)
         sliced = Result("sliced", 0.0, 0, [self.judge(run, spec) for spec in self.sizes])
         self.say(f"teacher: {self.teacher_seconds:.0f} s, quality {self.teacher_quality:.4f}")
         self.add(sliced)
 
-    def supernet(self, name: str, *settings: str, rank: int = 8, one_stage: bool = False) -> None:
+    def supernet(self, name: str, *settings: str, whole: bool = False, one_stage: bool = False) -> None:
         """All sizes from one run."""
+        rank = 0 if whole else self.case.rank
         plan = self.plan(self.recipe(rank, one_stage), *settings)
         run = self.begin(plan)
         seconds = timed(lambda: self._train(run)) + (0.0 if one_stage else self.teacher_seconds)
@@ -153,7 +155,7 @@ class Bench:
 
     def separate(self) -> None:
         """A run per size: the same losses, teacher and number of steps, on that size alone."""
-        plan = self.plan(self.recipe(8))
+        plan = self.plan(self.recipe(self.case.rank))
         index = plan.recipe.teacher_stages
         result = Result("separate", self.teacher_seconds, 0)
         for spec in self.sizes:
@@ -198,7 +200,7 @@ class Bench:
         self.train_teacher()
         self.supernet("supernet")
         self.separate()
-        self.supernet("whole weights", rank=0)
+        self.supernet("whole weights", whole=True)
         if self.case.ablations:
             self.supernet("gamma 0", "sampling.gamma=0")
             self.supernet("gamma 1", "sampling.gamma=1")
@@ -237,13 +239,15 @@ def cases(args: argparse.Namespace) -> list[Case]:
         settings += ["space.hidden=[1.0]", "space.ffn=[1536,1152,768,384]", "space.depth=[6,4,3,2]"]
         settings += ["data.seq_length=32", "train.micro_batch_size=16", "train.global_batch_size=16"]
         sizes = ((1152, 6), (768, 4), (384, 4), (768, 3), (384, 3), (384, 2))
-        found.append(Case("encoder, docstrings", [*settings, *common], sizes, scale(400, 60, 300), 3e-3, 0, True))
+        found.append(
+            Case("encoder, docstrings", [*settings, *common], sizes, scale(400, 60, 300), 3e-3, 0, args.rank, True)
+        )
     if args.decoder:
         settings = [f"model={args.decoder}", f"data={args.train}", f"data.valid={args.valid}"]
         settings += ["space.hidden=[1.0]", "space.ffn=[1.0,0.75,0.5]", "space.depth=[12,10,8]"]
         settings += ["data.seq_length=128", "train.micro_batch_size=4", "train.global_batch_size=4"]
         sizes = ((384, 12), (512, 10), (384, 10), (256, 10), (384, 8), (256, 8))
-        found.append(Case("decoder, code", [*settings, *common], sizes, scale(0, 30, 90), 1e-3, 256, False))
+        found.append(Case("decoder, code", [*settings, *common], sizes, scale(0, 30, 90), 1e-3, 256, args.rank, False))
     if args.samples is not None:
         found = [replace(case, samples=args.samples) for case in found]
     return found
@@ -261,6 +265,7 @@ def main() -> None:
     parser.add_argument("--valid", help="text to judge them on")
     parser.add_argument("--samples", type=int, help="held-out sequences to judge on; default: of each case")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every number of steps")
+    parser.add_argument("--rank", type=int, default=8, help="of all low-rank factors behind the teacher's")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)

@@ -145,5 +145,5 @@ def _what(path: Path, error: Exception, allowed: Sequence[Any] = ()) -> str:
 
 
 def _line(error: Exception) -> str:
-    """What an error says first; one without words says what it is."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """The first sentence of an error; one without words says what it is."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0][:200]
