@@ -96,7 +96,10 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / SINGLE_NAME]
     if not (folder / INDEX_NAME).is_file():
         raise UserError(f"model.path={folder}: neither {SINGLE_NAME} nor {INDEX_NAME} in it")
-    names = sorted(set(json.loads((folder / INDEX_NAME).read_text())["weight_map"].values()))
+    try:
+        names = sorted(set(json.loads((folder / INDEX_NAME).read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / INDEX_NAME}: not a whole index of safetensors ({error})") from error
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise UserError(f"model.path={folder}: {INDEX_NAME} names {missing[0]}, which is not there")

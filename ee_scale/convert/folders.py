@@ -11,7 +11,6 @@ from ee_scale.errors import UserError
 TRACKER = "latest_checkpointed_iteration.txt"
 DIST_MARKER = "metadata.json"  # written last by Megatron-Core: its presence says that the save was finished
 HF_PART = "huggingface"  # config and tokenizer that this converter puts beside Megatron's folder
-FORMATS = ("hf", "megatron_core", "megatron_legacy", "deepspeed")
 
 
 def detect(folder: Path, iteration: int | None) -> str:

@@ -12,7 +12,7 @@ import torch
 from ee_scale.artifact.files import file_digest, write_json
 from ee_scale.artifact.hf_folder import copy_small_files, write_index
 from ee_scale.artifact.sidecar import SIDECAR_CONFIG, SIDECAR_WEIGHTS, read_sidecar
-from ee_scale.backbone.loading import INDEX_NAME, SINGLE_NAME, fingerprint, load_config, weight_files
+from ee_scale.backbone.loading import SINGLE_NAME, fingerprint, load_config, weight_files
 from ee_scale.convert.args import rope_of
 from ee_scale.convert.copying import Source
 from ee_scale.convert.files import SafetensorsFile, safetensors_extents
@@ -22,6 +22,7 @@ from ee_scale.errors import UserError
 from ee_scale.exits import modeling_early_exit
 from ee_scale.exits.heads import ExitSpec
 from ee_scale.exits.modeling_early_exit import AUTO_MAP, CODE_FILES, PREFIX
+from ee_scale.exits.placement import resolve_exit_layers
 from ee_scale.files import write_text
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -32,7 +33,7 @@ def open_folder(folder: Path) -> Opened:
     """A model folder, with exits where its config names them. Raises `UserError`."""
     config = load_config(folder)
     exits = exits_of(folder, config, getattr(config, "early_exit", None))
-    return _open(folder, config, exits, _weights(folder))
+    return _open(folder, config, exits, weight_files(folder))
 
 
 def open_sidecar(folder: Path) -> Opened:
@@ -45,7 +46,7 @@ def open_sidecar(folder: Path) -> Opened:
         raise UserError(f"src={folder}: {base} changed since the exits were trained")
     config = load_config(base)
     exits = exits_of(folder, config, facts["early_exit"])
-    return _open(base, config, exits, [*_weights(base), folder / SIDECAR_WEIGHTS])
+    return _open(base, config, exits, [*weight_files(base), folder / SIDECAR_WEIGHTS])
 
 
 def exits_of(folder: Path, config: Any, values: Any) -> ExitSpec | None:
@@ -56,22 +57,11 @@ def exits_of(folder: Path, config: Any, values: Any) -> ExitSpec | None:
         spec = ExitSpec.from_dict(values)
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder}: early_exit: {error}") from error
-    layers, last = list(spec.layers), config.num_hidden_layers
-    for k in layers:
-        if k not in range(1, last + 1):
-            raise UserError(f"{folder}: early_exit.layers={layers}: {k} is not in 1..{last}")
-        if layers.count(k) > 1:
-            raise UserError(f"{folder}: early_exit.layers={layers}: {k} twice")
-    if layers != sorted(layers):
-        raise UserError(f"{folder}: early_exit.layers={layers}: name the exits in order of depth")
-    return spec
-
-
-def _weights(folder: Path) -> list[Path]:
     try:
-        return weight_files(folder)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / INDEX_NAME}: not a whole index of safetensors ({error})") from error
+        resolve_exit_layers(list(spec.layers), config.num_hidden_layers)
+    except UserError as error:
+        raise UserError(f"{folder}: early_exit: {error}") from error
+    return spec
 
 
 def _open(folder: Path, config: Any, exits: ExitSpec | None, files: list[Path]) -> Opened:

@@ -86,6 +86,8 @@ def _rank_files(iteration: Path) -> dict[tuple[int, int], Path]:
             if not (path / FILE).is_file():
                 raise UserError(f"{path / FILE}: missing")
             found[int(match[1]), int(match[2] or 0)] = path / FILE
+    if not found:
+        raise UserError(f"{iteration}: no folder called mp_rank_00 or mp_rank_00_000 in it")
     return found
 
 

@@ -65,13 +65,17 @@ def _common(iteration: Path, index: Metadata, trust: bool) -> dict[str, Any]:
         key = next((key for key in index.state_dict_metadata if key.startswith("common_state/")), None)
         if key is None:
             return {}
-        info = index.storage_data[MetadataIndex(key)]
-        path = iteration / info.relative_path
-        with path.open("rb") as file:
-            file.seek(info.offset)
-            found = load_safely(BytesIO(file.read(info.length)), path, trust=trust)
+        with _Files(iteration) as files:
+            found = files.item(_place(iteration, index, MetadataIndex(key)), trust)
     found = found[0] if isinstance(found, list) and found else found
     return found if isinstance(found, dict) else {}
+
+
+def _place(iteration: Path, index: Metadata, entry: MetadataIndex) -> _StorageInfo:
+    """Where an entry of the index lies. Raises `UserError`."""
+    if entry not in (index.storage_data or {}):
+        raise UserError(f"{iteration / '.metadata'}: does not say where '{entry.fqn}' at {entry.offset} lies")
+    return index.storage_data[entry]
 
 
 def _weights(index: Metadata) -> dict[str, str]:
@@ -100,8 +104,7 @@ def _stored(iteration: Path, index: Metadata, entries: dict[str, str], model: Mo
             entry, meaning = index.state_dict_metadata[key], known[plain]
             _check_size(iteration, plain, entry.size, meaning, model)
             for chunk in entry.chunks:
-                info = index.storage_data[MetadataIndex(key, chunk.offsets)]
-                extent = files.extent(info)
+                extent = files.extent(_place(iteration, index, MetadataIndex(key, chunk.offsets)))
                 if extent.shape != tuple(chunk.sizes):
                     raise UserError(
                         f"{extent.path}: '{plain}' at {list(chunk.offsets)} has shape {list(extent.shape)}, "
@@ -211,6 +214,13 @@ class _Files:
         """Where the tensor of an entry lies. Raises `UserError`."""
         path = self.folder / info.relative_path
         return archive_extent(path, self._file(path), info.offset, info.length)
+
+    def item(self, info: _StorageInfo, trust: bool) -> Any:
+        """An entry that is no tensor. Raises `UserError`."""
+        path = self.folder / info.relative_path
+        file = self._file(path)
+        file.seek(info.offset)
+        return load_safely(BytesIO(file.read(info.length)), path, trust=trust)
 
     def _file(self, path: Path) -> IO[bytes]:
         if path not in self._open:

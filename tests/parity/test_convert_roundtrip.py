@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.convert import convert
 from helpers.models import VOCAB, tiny_config
 from safetensors.torch import load_file, save_file
 
 from ee_scale.backbone.loading import TensorFolder
-from ee_scale.convert.job import run
 from ee_scale.convert.model import Model
-from ee_scale.convert.plan import Settings, make_conversion
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 SIZES = (1, 2, 4)
@@ -33,11 +32,6 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     assert start < 2**24  # whole numbers that fp32 tells apart
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
-
-
-def convert(src: Path, out: Path, to: str, **changes: object) -> Path:
-    run(make_conversion(Settings(src=src, out=out, to=to, **changes)), 2, lambda size: None)
-    return out
 
 
 def same(folder: Path, other: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from helpers.convert import convert
 from helpers.megatron import VARIANTS, Grid, RankFiles, Sharded, take_rank_files, take_sharded
 from helpers.models import load_whole, tiny_config, write_model
 from helpers.spawn import spawn
@@ -23,8 +24,6 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ee_scale.backbone.loading import TensorFolder
 from ee_scale.convert.args import to_args, to_config
-from ee_scale.convert.job import run
-from ee_scale.convert.plan import Settings, make_conversion
 from ee_scale.errors import UserError
 
 VOCAB, LAYERS, LENGTH = 250, 4, 40
@@ -141,11 +140,6 @@ class Results:
 
 def tokens() -> torch.Tensor:
     return torch.randint(VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(0))
-
-
-def convert(src: Path, out: Path, to: str, **changes: Any) -> Path:
-    run(make_conversion(Settings(src=src, out=out, to=to, **changes)), 1, lambda size: None)
-    return out
 
 
 def same_model(folder: Path, model: Path) -> None:

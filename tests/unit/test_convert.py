@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.convert import convert
 from helpers.models import SLIDING_WINDOW, VOCAB, load_whole, tiny_config, write_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
@@ -30,11 +31,6 @@ FORMATS = {
     "core": {"to": "megatron_legacy", "tp": 2, "pp": 2},
     "legacy": {"to": "megatron_legacy", "classes": "legacy", "tp": 2, "pp": 2},
 }
-
-
-def convert(src: Path, out: Path, to: str, **changes: Any) -> Path:
-    run(make_conversion(Settings(src=src, out=out, to=to, **changes)), 2, lambda size: None)
-    return out
 
 
 def refused(src: Path, message: str, to: str = "hf", **changes: Any) -> None:
@@ -124,6 +120,22 @@ def test_a_missing_shard(copy):
     path = sorted(src.glob("model-*.safetensors"))[1]
     path.unlink()
     refused(src, f"model.safetensors.index.json names {path.name}, which is not there")
+
+
+def test_a_folder_of_ranks_by_another_name(copy):
+    src = copy("core")
+    for path in (src / "release").glob("mp_rank_*"):
+        path.rename(path.with_name(f"{path.name}_old"))
+    refused(src, "no folder called mp_rank_00 or mp_rank_00_000 in it")
+
+
+def test_an_index_that_lost_a_place(copy):
+    src = copy("torch_dist")
+    path = src / "release" / ".metadata"
+    index = pickle.loads(path.read_bytes())
+    index.storage_data.pop(next(entry for entry in index.storage_data if entry.fqn.endswith("linear_fc2.weight")))
+    path.write_bytes(pickle.dumps(index))
+    refused(src, "does not say where 'decoder.layers.mlp.linear_fc2.weight' at")
 
 
 def test_missing_rank_folders(copy, tmp_path: Path):
@@ -227,9 +239,15 @@ def test_an_index_that_does_not_fit_the_config(copy, tmp_path: Path):
         ({"layers": [1], "kind": "deep"}, "src: early_exit: .*kind='deep'"),
         ({"layers": [1], "colour": 1}, "src: early_exit: .*colour"),
         ({"kind": "norm"}, "src: early_exit: 'layers'"),
-        ({"layers": [3], "kind": "norm", "head": "tied"}, r"early_exit.layers=\[3\]: 3 is not in 1..2"),
-        ({"layers": [1, 1], "kind": "norm", "head": "tied"}, r"early_exit.layers=\[1, 1\]: 1 twice"),
-        ({"layers": [2, 1], "kind": "norm", "head": "tied"}, r"early_exit.layers=\[2, 1\]: name the exits in order"),
+        ({"layers": [3], "kind": "norm", "head": "tied"}, "src: early_exit: exits.layers: 3 is not in 1..2"),
+        (
+            {"layers": [1, 1], "kind": "norm", "head": "tied"},
+            r"early_exit: exits.layers=\[1, 1\]: layer 1 is named",
+        ),
+        (
+            {"layers": [2, 1], "kind": "norm", "head": "tied"},
+            r"early_exit: exits.layers=\[2, 1\]: name the exits",
+        ),
         ({"layers": [1], "kind": "norm", "head": "tied"}, "1 tensor missing: exit_heads.1.norm.weight"),
     ],
 )
