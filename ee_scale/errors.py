@@ -1,8 +1,21 @@
-"""The one error type that a person is meant to read."""
+"""How a run ends when it does not end well: what a person reads, and the exit code."""
+
+BAD_INPUT, FAILED, REQUEUE = 2, 1, 75  # 75: EX_TEMPFAIL of sysexits.h, "try again later"
 
 
 class UserError(ValueError):
     """Bad input (config, file, request), in one line that names the field, its value and the numbers in conflict.
 
     The CLI prints the line and leaves with exit code 2.
+    """
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on (losses are no numbers, a rank hangs), in one line. Exit code 1."""
+
+
+class Requeue(SystemExit):
+    """A signal asked the run to leave; its state is saved, the same command goes on. Exit code 75.
+
+    No `Exception`, so that nothing on the way up takes it for a failure.
     """

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from ee_scale.cli.console import console
 from ee_scale.config.compose import group_options, has_groups
-from ee_scale.config.schema import VERBS
+from ee_scale.config.schema import PREFIXES, VERBS
 
 EXAMPLES = {
     "tune": (
@@ -54,6 +54,19 @@ EXAMPLES = {
 }
 
 
+PREFIX_EXAMPLES = {
+    "check": (
+        "ee-scale check tune model=<HF dir> data=corpus.txt parallel.tp=2 parallel.pp=4 backbone=full",
+        "ee-scale check supernet +debug=supernet_cpu",
+    ),
+    "trace": ("ee-scale trace tune +debug=cpu logging.trace_steps=2",),
+    "launch": (
+        "ee-scale launch tune model=<HF dir> data=corpus.txt parallel.pp=4 launcher=slurm launcher.nodes=2 --dry-run",
+        "ee-scale launch tune model=<HF dir> data=corpus.txt launcher=torchrun launcher.nodes=2 launcher.head=node0",
+    ),
+}
+
+
 def overview() -> None:
     """The commands, one line each."""
     out = console()
@@ -62,7 +75,21 @@ def overview() -> None:
     for verb, schema in VERBS.items():
         table.add_row(f"  [bold]{verb}[/]", schema.__doc__)
     out.print(table)
+    out.print("\nIn front of tune and supernet:\n")
+    table = Table.grid(padding=(0, 3))
+    for prefix, text in PREFIXES.items():
+        table.add_row(f"  [bold]{prefix}[/]", text)
+    out.print(table)
     out.print("\nee-scale <command> --help lists its settings; --cfg prints the resolved config and stops.")
+
+
+def prefix_help(prefix: str) -> None:
+    """What a word in front of a training command does."""
+    out = console()
+    out.print(f"[bold]ee-scale {prefix}[/] tune|supernet key=value ...: {PREFIXES[prefix]}\n")
+    for example in PREFIX_EXAMPLES[prefix]:
+        out.print(f"  {example}", markup=False, highlight=False)
+    out.print("\nIts settings are those of the command: ee-scale tune --help, ee-scale supernet --help.")
 
 
 def verb_help(verb: str) -> None:

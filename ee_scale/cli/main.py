@@ -7,22 +7,25 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from ee_scale.cli.help import overview, verb_help
+from ee_scale.cli.help import overview, prefix_help, verb_help
 from ee_scale.config.compose import compose_config, to_yaml
-from ee_scale.config.schema import VERBS
-from ee_scale.errors import UserError
+from ee_scale.config.schema import PREFIXES, TRAINING_VERBS, VERBS
+from ee_scale.errors import BAD_INPUT, FAILED, REQUEUE, Requeue, RunError, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point. Returns the exit code: 0, 2 for bad input (one line on stderr), 130 when interrupted."""
+    """Entry point. Returns the exit code: 0, 2 for bad input (one line on stderr), 1 for a run that cannot go on,
+    75 for one that a signal stopped after it had saved, 130 when interrupted.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         overview()
         return 0
-    verb, *rest = arguments
     try:
-        if verb not in VERBS:
-            raise UserError(f"unknown command '{verb}'; choose one of {', '.join(VERBS)}")
+        prefix, verb, rest = split_command(arguments)
+        if verb is None:
+            prefix_help(prefix)
+            return 0
         if "-h" in rest or "--help" in rest:
             verb_help(verb)
             return 0
@@ -33,13 +36,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         _prepare_libraries()
         _pick_accelerator(config)
+        if prefix is not None:
+            return importlib.import_module(f"ee_scale.cli.{prefix}").run(verb, config, rest) or 0
         return importlib.import_module(f"ee_scale.cli.{verb}").run(config, rest) or 0
     except KeyboardInterrupt:
         return 130
+    except Requeue as left:
+        return _say(str(left), REQUEUE)
+    except RunError as error:
+        return _say(f"error: {error}", FAILED)
     except UserError as error:
-        if _speaks():
-            sys.stderr.write(f"error: {error}\n")
-        return 2
+        return _say(f"error: {error}", BAD_INPUT)
+
+
+def split_command(arguments: Sequence[str]) -> tuple[str | None, str | None, list[str]]:
+    """(prefix, verb, overrides) of 'check tune model=...' or 'tune model=...'; no verb: help on the prefix is wanted.
+
+    Raises `UserError` for words that are no command.
+    """
+    prefix, (first, *rest) = None, arguments
+    if first in PREFIXES:
+        prefix = first
+        if not rest or rest[0] in ("-h", "--help"):
+            return prefix, None, []
+        first, *rest = rest
+        if first not in TRAINING_VERBS:
+            raise UserError(f"ee-scale {prefix} {first}: give a command that trains: {' or '.join(TRAINING_VERBS)}")
+    if first not in VERBS:
+        raise UserError(f"unknown command '{first}'; choose one of {', '.join([*VERBS, *PREFIXES])}")
+    return prefix, first, rest
+
+
+def _say(line: str, code: int) -> int:
+    if _speaks():
+        sys.stderr.write(f"{line}\n")
+    return code
 
 
 def _speaks() -> bool:

@@ -93,6 +93,8 @@ def expand_shorthand(verb: str, override: str) -> str:
     key, equals, value = override.partition("=")
     if not equals:
         raise UserError(f"argument {override!r} is not of the form key=value")
+    if key == "dry_run" and has_groups(verb):
+        key = "launcher.dry_run"
     key = next((field.name for field in fields(VERBS[verb]) if field.metadata.get("written") == key), key)
     if key in TEXTS:
         return f"{key}={value if _is_list(override) else _quote_text(value)}"

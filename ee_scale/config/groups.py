@@ -70,6 +70,33 @@ class LoggingConfig:
     wandb: str = setting("disabled", "Weights & Biases mode", choices=("disabled", "offline", "online"))
     wandb_project: str = setting("ee_scale", "wandb project")
     wandb_name: str | None = setting(None, "wandb run name; null: name of the output folder")
+    wandb_group: str | None = setting(None, "wandb group that the runs of a sweep share; null: none")
+    peak_tflops: float | None = setting(
+        None, "peak of one device for MFU; null: the data sheet's for known GPUs, measured once on a CPU"
+    )
+    trace_after: int = setting(3, "ee-scale trace: steps before the window that is recorded")
+    trace_steps: int = setting(2, "ee-scale trace: steps that are recorded")
+
+
+@dataclass
+class LauncherConfig:
+    kind: str = setting(
+        "local",
+        "how `ee-scale launch` starts the ranks: on this machine, by torchrun on several, or as a SLURM job",
+        choices=("local", "torchrun", "slurm"),
+    )
+    nodes: int = setting(1, "machines")
+    processes_per_node: int | None = setting(None, "ranks (GPUs) per machine; null: the grid's size / nodes")
+    head: str | None = setting(None, "torchrun: host name of the first machine; slurm finds it itself")
+    port: int | None = setting(None, "rendezvous port; null: derived from the job id, or free on one machine")
+    max_restarts: int = setting(0, "times that torchrun starts all ranks again after one died")
+    partition: str | None = setting(None, "slurm: partition")
+    account: str | None = setting(None, "slurm: account")
+    time: str = setting("24:00:00", "slurm: time limit of one attempt")
+    signal_seconds: int = setting(180, "slurm: seconds before the limit at which ranks are told to save and leave")
+    setup: list[str] = setting([], "slurm, torchrun: shell lines before the start (modules, environment)")
+    sbatch: list[str] = setting([], "slurm: more #SBATCH options, without the leading --")
+    dry_run: bool = setting(False, "print the exact script and stop (--dry-run)")
 
 
 @dataclass
@@ -84,3 +111,8 @@ class BatchConfig:
     )
     seed: int = setting(1234, "random start of what is trained, and which subnets are drawn")
     verify_frozen: bool = setting(True, "check that what is frozen has the same digest before and after")
+    async_save: bool = setting(True, "write checkpoints in the background while training goes on")
+    spike_factor: float = setting(
+        10.0, "leave out an update whose loss is above this many times its running mean; 0: only what is not a number"
+    )
+    max_skipped: int = setting(10, "stop after this many updates in a row that were left out")

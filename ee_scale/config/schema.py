@@ -13,6 +13,7 @@ from ee_scale.config.convert import ConvertConfig
 from ee_scale.config.groups import (
     BatchConfig,
     DataConfig,
+    LauncherConfig,
     LoggingConfig,
     ModelConfig,
     OptimConfig,
@@ -52,6 +53,22 @@ class ExitsConfig:
 
 
 @dataclass
+class BackboneConfig:
+    mode: str = setting(
+        "frozen",
+        "what trains beside the exits: nothing, low-rank adapters on the backbone, or all of it (EE-LLM); "
+        "choose with backbone=",
+        choices=("frozen", "low_rank", "full"),
+    )
+    rank: int = setting(8, "rank r of the adapters")
+    targets: list[str] = setting(["attention", "mlp"], "projections that get an adapter, of attention and mlp")
+    final_weight: float = setting(1.0, "weight of the model's own loss beside those of the exits")
+    activation_checkpointing: bool = setting(
+        False, "keep only each layer's input for the backward pass and compute the rest again"
+    )
+
+
+@dataclass
 class TrainConfig(BatchConfig):
     steps: int = setting(1000, "optimizer steps")
     zero: int = setting(1, "DeepSpeed ZeRO stage of the exits' optimizer state")
@@ -59,16 +76,18 @@ class TrainConfig(BatchConfig):
 
 @dataclass
 class TuneConfig:
-    """Train early exits on a frozen Hugging Face model."""
+    """Train early exits on a frozen Hugging Face model, or together with it."""
 
     out: str = setting("runs/tune", "output folder of the run")
     model: ModelConfig = field(default_factory=ModelConfig)
     exits: ExitsConfig = field(default_factory=ExitsConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
 
 
 @dataclass
@@ -264,3 +283,10 @@ VERBS = {
     "generate": GenerateConfig,
     "demo": DemoConfig,
 }
+# Words in front of a command that trains: what to do with its config instead of running it here and now.
+PREFIXES = {
+    "check": "Show what a run would be: stages, memory, communication; refuse what cannot fit.",
+    "trace": "Run a few steps and write what every stage did when: Chrome traces and a timeline.",
+    "launch": "Start a run here, on several machines, or as a SLURM job (launcher=local|torchrun|slurm).",
+}
+TRAINING_VERBS = ("tune", "supernet")

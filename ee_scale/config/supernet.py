@@ -8,6 +8,7 @@ from omegaconf import MISSING
 from ee_scale.config.groups import (
     BatchConfig,
     DataConfig,
+    LauncherConfig,
     LoggingConfig,
     ModelConfig,
     OptimConfig,
@@ -108,6 +109,7 @@ class SupernetConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: BatchConfig = field(default_factory=BatchConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
 
 
 @dataclass

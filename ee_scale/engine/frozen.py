@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.schedule import ForwardPass, LoadMicroBatch, OptimizerStep
 
 from ee_scale.engine.clipping import CLIP_KEY, clip_groups
+from ee_scale.engine.observed import ObservedEngine
 from ee_scale.engine.schedule import FrozenSchedule, ShareFinalHidden, TrainExits
 from ee_scale.engine.setup import OptimizerSettings, build_engine, count_in_norms
 from ee_scale.engine.state import start_moments
@@ -30,7 +30,7 @@ class EngineSettings:
     flush: bool = False  # wait for all stages after every batch; only the benchmark wants that
 
 
-class FrozenPipelineEngine(PipelineEngine):
+class FrozenPipelineEngine(ObservedEngine):
     """One stage of exit tuning. `train_step` runs a batch; no gradient ever crosses stages."""
 
     @classmethod
@@ -134,7 +134,7 @@ class FrozenPipelineEngine(PipelineEngine):
         self._exec_optimizer_step()
 
     _INSTRUCTION_MAP: dict[type, Callable[..., None]] = {  # noqa: RUF012 (the base class's own pattern)
-        **PipelineEngine._INSTRUCTION_MAP,
+        **ObservedEngine._INSTRUCTION_MAP,
         LoadMicroBatch: _load,
         ForwardPass: _forward,
         ShareFinalHidden: _share_final,

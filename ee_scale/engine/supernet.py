@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.pipe import p2p
-from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.schedule import (
     BackwardPass,
     ForwardPass,
@@ -22,6 +21,7 @@ from ee_scale.elastic.factors import FactorSet
 from ee_scale.elastic.sampling import FULL, ROLES, Draw
 from ee_scale.elastic.stage import ElasticStage
 from ee_scale.engine.clipping import CLIP_KEY, clip_groups
+from ee_scale.engine.observed import ObservedEngine
 from ee_scale.engine.schedule import SupernetSchedule, Teach
 from ee_scale.engine.setup import OptimizerSettings, build_engine, count_in_norms
 from ee_scale.engine.state import start_moments
@@ -55,7 +55,7 @@ class _Taught:
     logits: torch.Tensor | None = None  # last stage of a classifier: [B, C]
 
 
-class SupernetEngine(PipelineEngine):
+class SupernetEngine(ObservedEngine):
     """One stage of supernet training. The hidden width changes from pair to pair: each rank knows every shape."""
 
     @classmethod
@@ -126,7 +126,8 @@ class SupernetEngine(PipelineEngine):
             x = batch["tokens"]
             if not self.is_first_stage():
                 x = self._empty(micro_batch, self.stage.map.shape.hidden)
-                p2p.recv(x, self.prev_stage)
+                with self.during("RecvActivation"):
+                    p2p.recv(x, self.prev_stage)
             hidden, states = self.stage(x, batch, features=self._features is not None)
             self._keep(taught, hidden, states)
         if not self.is_last_stage():
@@ -222,7 +223,7 @@ class SupernetEngine(PipelineEngine):
         self._exec_optimizer_step()
 
     _INSTRUCTION_MAP: dict[type, Callable[..., None]] = {  # noqa: RUF012 (the base class's own pattern)
-        **PipelineEngine._INSTRUCTION_MAP,
+        **ObservedEngine._INSTRUCTION_MAP,
         Teach: _teach,
         ForwardPass: _forward,
         BackwardPass: _backward,

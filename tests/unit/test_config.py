@@ -5,7 +5,7 @@ import pytest
 from ee_scale.cli.main import main
 from ee_scale.config.checks import check_batch, check_supernet, check_tune
 from ee_scale.config.compose import compose_config, config_dir, group_options, known_keys, to_yaml
-from ee_scale.config.schema import VERBS
+from ee_scale.config.schema import PREFIXES, VERBS
 from ee_scale.errors import UserError
 
 GIVEN = ["model=m", "data=d.txt"]
@@ -33,7 +33,7 @@ def test_no_shipped_config_is_left_out():
 
 def test_help_lists_the_groups_of_the_verb_alone(capsys):
     groups = {verb: group_options(verb) for verb in CHECKS}
-    assert {"exits", "train"} == set(groups["tune"]) - set(groups["supernet"])
+    assert {"backbone", "exits", "train"} == set(groups["tune"]) - set(groups["supernet"])
     assert {"space", "recipe"} == set(groups["supernet"]) - set(groups["tune"])
     assert groups["tune"]["debug"] == ["cpu", "single_gpu"]
     assert groups["supernet"]["debug"] == ["supernet_cpu"]
@@ -113,7 +113,9 @@ def test_help_and_unknown_command(capsys):
     assert main([]) == 0
     assert "tune" in capsys.readouterr().out
     assert main(["tunes"]) == 2
-    assert capsys.readouterr().err == f"error: unknown command 'tunes'; choose one of {', '.join(VERBS)}\n"
+    assert (
+        capsys.readouterr().err == f"error: unknown command 'tunes'; choose one of {', '.join([*VERBS, *PREFIXES])}\n"
+    )
 
 
 def test_cfg_prints_the_resolved_config(capsys):
