@@ -86,6 +86,7 @@ class Grid:
     rank: int
     device: torch.device
     metrics_group: Any  # gloo over all ranks: small CPU messages beside the training traffic
+    save_group: Any  # the same for the thread that writes checkpoints
 
     @property
     def stage(self) -> int:
@@ -147,7 +148,8 @@ def join_grid(
         raise UserError(world_size_message(layout, dist.get_world_size()))
     _join_deepspeed(device)
     parallel_state.initialize_model_parallel(layout.tp, layout.pp)
-    grid = Grid(layout, dist.get_rank(), device, dist.new_group(backend="gloo", timeout=timeout))
+    metrics_group, save_group = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
+    grid = Grid(layout, dist.get_rank(), device, metrics_group, save_group)
     _assert_one_order(grid)
     return grid
 

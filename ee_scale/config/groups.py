@@ -33,6 +33,9 @@ class ParallelConfig:
     stages: list[int] | None = setting(None, "layers per stage, e.g. [4,4,2,2]; null balances stages by cost")
     device: str = setting("auto", "where to run", choices=("auto", "cpu", "cuda"))
     timeout_minutes: float = setting(30.0, "how long a rank waits for the others before it gives up")
+    device_memory_gb: float | None = setting(
+        None, "memory of one device, for ee-scale check on a machine without it; null: this machine's"
+    )
 
 
 @dataclass
