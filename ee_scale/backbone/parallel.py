@@ -10,12 +10,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core import ModelParallelConfig
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
+)
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region as copy_to,
+)
+from megatron.core.tensor_parallel.mappings import (
+    reduce_from_tensor_model_parallel_region as reduce_from,
 )
 from torch import nn
 
@@ -151,6 +158,23 @@ def vocab_embedding(
     embedding.scale = scale
     set_tensor_model_parallel_attributes(embedding.weight, True, 0, 1)
     return embedding
+
+
+def low_rank_update(
+    x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, style: str | None, group: Any
+) -> torch.Tensor:
+    """up (down x), the update beside a projection of that style (COLUMN, ROW, None: whole everywhere): [..., out].
+
+    Only [..., r] crosses ranks, at the place where it makes both gradients whole. COLUMN: `down` is whole on every
+    rank, so the gradient of down x is summed before it reaches `down`. ROW: `down` is cut, so down x is summed before
+    `up`, which is whole, sees it.
+    """
+    low = F.linear(x, down)
+    if style == COLUMN:
+        low = copy_to(low, group)
+    elif style == ROW and group.size() > 1:
+        low = reduce_from(low, group)
+    return F.linear(low, up)
 
 
 def cut_dim(parameter: torch.Tensor) -> int | None:

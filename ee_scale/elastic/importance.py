@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from ee_scale.backbone.parallel import ROW
 from ee_scale.elastic.modules import ElasticLinear, ElasticNorm
 from ee_scale.elastic.order import UnitOrder, undeal
 from ee_scale.elastic.stage import ElasticStage
@@ -42,7 +43,7 @@ class _Scores:
         self._hooks = []
         for name, module in stage.elastic.items():
             layer = next((int(part) for part in name.split(".") if part.isdigit()), None)
-            if isinstance(module, ElasticLinear) and module.style == "row":
+            if isinstance(module, ElasticLinear) and module.style == ROW:
                 self._hooks.append(module.register_forward_pre_hook(self._contribution(module, layer)))
             elif isinstance(module, ElasticNorm) and module.axes == ("hidden",):
                 self._hooks.append(module.register_forward_hook(self._width))

@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import nn
 from torch.func import functional_call
 
+from ee_scale.backbone.parallel import COLUMN, ROW, low_rank_update
 from ee_scale.elastic.architecture import SHARDED, VOCAB
 from ee_scale.elastic.subnet import ElasticShape, SubnetSpec
 
@@ -103,32 +104,23 @@ class ElasticModule(nn.Module):
 class ElasticLinear(ElasticModule):
     """[..., in'] -> [..., out'].
 
-    'column': outputs are dealt to the tensor ranks, 'row': inputs are, summed over the group; None: whole everywhere.
+    COLUMN: outputs are dealt to the tensor ranks, ROW: inputs are, summed over the group; None: whole everywhere.
     """
 
     def __init__(self, *args: Any):
         super().__init__(*args)
         column = self.axes[0] in (*SHARDED, VOCAB)
-        self.style = "column" if column else "row" if self.axes[1] in SHARDED else None
+        self.style = COLUMN if column else ROW if self.axes[1] in SHARDED else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Along the factors only [..., r] crosses ranks, at the place where it makes both gradients whole:
-
-        column: B is whole on every rank, so the gradient of u = B x is summed before it reaches B;
-        row: B is dealt, so u = B x is summed before A, which is whole, sees it.
-        """
-        bias, row = self._tensor("bias"), self.style == "row" and self.group.size() > 1
-        source = copy_to(x, self.group) if self.style == "column" else x
+        """The frozen part, and the pairs as `low_rank_update` adds them."""
+        bias, row = self._tensor("bias"), self.style == ROW and self.group.size() > 1
+        source = copy_to(x, self.group) if self.style == COLUMN else x
         y = F.linear(source, self._tensor("weight"), None if row else bias)
         if row:
             y = reduce_from(y, self.group)
         for up, down in self._pairs():
-            low = F.linear(x, down)
-            if self.style == "column":
-                low = copy_to(low, self.group)
-            elif row:
-                low = reduce_from(low, self.group)
-            y = y + F.linear(low, up)
+            y = y + low_rank_update(x, down, up, self.style, self.group)
         return y + bias if row and bias is not None else y
 
 

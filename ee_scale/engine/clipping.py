@@ -13,35 +13,55 @@ import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
 from ee_scale.backbone.parallel import cut_dim
+from ee_scale.engine.guard import UpdateGuard
 from ee_scale.grid import Grid
 
 CLIP_KEY = "clip_group"  # key of a param group: groups with the same number (an exit's layer) share one norm
+COPY = "is_copy"  # attribute of a parameter whose original lies on another stage
+ALL = 0  # the number of the one group where everything belongs together
 
 
 @torch.no_grad()
-def clip_groups(optimizer: Any, max_norm: float, grid: Grid, *, across_stages: bool = False) -> dict[int, torch.Tensor]:
+def clip_groups(
+    optimizer: Any,
+    max_norm: float,
+    grid: Grid,
+    guard: UpdateGuard,
+    losses: dict[int, torch.Tensor],
+    across_stages: bool = False,
+) -> dict[int, torch.Tensor]:
     """Scale each group's gradient to an L2 norm of at most `max_norm` (0: leave it). Returns the norms before.
 
-    `across_stages`: every pipeline stage holds a part of the same groups.
+    losses: of each group, a scalar of this replica and stage; `guard` decides by them, and by the norms, which groups
+    are not updated: their gradients become zero and they are marked for `GuardedAdamW`.
+    across_stages: every pipeline stage holds a part of the same groups.
     """
     groups = optimizer.optimizer.param_groups
     keys = sorted({group[CLIP_KEY] for group in groups})
+    totals = torch.stack([losses[key].float() for key in keys])
+    dist.all_reduce(totals, group=grid.dp_group)
     squares = torch.zeros(len(keys), device=grid.device)
     for index, group in enumerate(groups):
         for parameter, gradient in _gradients(optimizer, index):
-            # A parameter that is whole on every tensor rank counts once.
-            if cut_dim(parameter) is not None or grid.tp_rank == 0:
+            # A parameter that is whole on every tensor rank, or has copies on other stages, counts once.
+            if (cut_dim(parameter) is not None or grid.tp_rank == 0) and not getattr(parameter, COPY, False):
                 squares[keys.index(group[CLIP_KEY])] += gradient.float().pow(2).sum()
     dist.all_reduce(squares, group=grid.tp_group)
     if not isinstance(optimizer, BF16_Optimizer):
         dist.all_reduce(squares, group=grid.dp_group)
     if across_stages:
-        dist.all_reduce(squares, group=grid.pp_group)
+        both = torch.stack([squares, totals])
+        dist.all_reduce(both, group=grid.pp_group)
+        squares, totals = both
     norms = dict(zip(keys, squares.sqrt(), strict=True))
-    if max_norm > 0:
-        for index, group in enumerate(groups):
-            factor = (max_norm / (norms[group[CLIP_KEY]] + 1e-6)).clamp(max=1.0)
-            for _, gradient in _gradients(optimizer, index):
+    skipped = guard.judge(keys, totals / grid.layout.dp, squares)
+    for index, group in enumerate(groups):
+        group["skipped"] = group[CLIP_KEY] in skipped
+        factor = (max_norm / (norms[group[CLIP_KEY]] + 1e-6)).clamp(max=1.0)
+        for _, gradient in _gradients(optimizer, index):
+            if group["skipped"]:
+                gradient.zero_()  # 0 x inf is no number, and DeepSpeed would drop the other groups' update too
+            elif max_norm > 0:
                 gradient.mul_(factor)
     return norms
 

@@ -8,10 +8,11 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.schedule import ForwardPass, LoadMicroBatch, OptimizerStep
 
-from ee_scale.engine.clipping import CLIP_KEY, clip_groups
+from ee_scale.engine.clipping import clip_groups
+from ee_scale.engine.guard import UpdateGuard
 from ee_scale.engine.observed import ObservedEngine
 from ee_scale.engine.schedule import FrozenSchedule, ShareFinalHidden, TrainExits
-from ee_scale.engine.setup import OptimizerSettings, build_engine, count_in_norms
+from ee_scale.engine.setup import OptimizerSettings, build_engine, guarded_adamw
 from ee_scale.engine.state import start_moments
 from ee_scale.exits.losses import LossSettings, exit_backward
 from ee_scale.exits.stage import TuningStage
@@ -27,6 +28,7 @@ class EngineSettings:
     losses: LossSettings
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     bf16: bool = False
+    spike_factor: float = 0.0
     flush: bool = False  # wait for all stages after every batch; only the benchmark wants that
 
 
@@ -38,7 +40,8 @@ class FrozenPipelineEngine(ObservedEngine):
         """Wrap this rank's stage. All ranks call it."""
         trains = bool(stage.exit_layers)
         # A stage without exits gets no optimizer at all: DeepSpeed refuses an empty one.
-        optimizer = exit_optimizer(stage, settings.optimizer) if trains else None
+        groups = {k: list(stage.exit_heads[str(k)].parameters()) for k in stage.exit_layers}
+        optimizer = guarded_adamw(groups, settings.optimizer) if trains else None
         engine = build_engine(
             cls, stage, grid, optimizer, settings.micro_batch_size, settings.num_micro_batches, settings.bf16
         )
@@ -52,6 +55,7 @@ class FrozenPipelineEngine(ObservedEngine):
         self.loss_weights = dict.fromkeys(stage.exit_layers, 1.0)
         if stage.exit_layers:
             start_moments(self.optimizer)
+        self.guard = UpdateGuard(settings.spike_factor)
         self.grad_norms: dict[int, torch.Tensor] = {}
         self._losses: dict[int, torch.Tensor] = {}
         self._micro_batches: Iterator[dict[str, torch.Tensor]] = iter(())
@@ -130,7 +134,9 @@ class FrozenPipelineEngine(ObservedEngine):
         self._final[buffer_id] = self._batch[buffer_id] = None
 
     def _step(self) -> None:
-        self.grad_norms = clip_groups(self.optimizer, self.settings.optimizer.clip_grad, self.process_grid)
+        losses = {k: values.sum() for k, values in self._losses.items()}
+        clip = self.settings.optimizer.clip_grad
+        self.grad_norms = clip_groups(self.optimizer, clip, self.process_grid, self.guard, losses)
         self._exec_optimizer_step()
 
     _INSTRUCTION_MAP: dict[type, Callable[..., None]] = {  # noqa: RUF012 (the base class's own pattern)
@@ -141,18 +147,3 @@ class FrozenPipelineEngine(ObservedEngine):
         TrainExits: _train_exits,
         OptimizerStep: _step,
     }
-
-
-def exit_optimizer(stage: TuningStage, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """AdamW with two groups per exit: matrices, and vectors (norms, biases) without weight decay."""
-    groups = []
-    for k in stage.exit_layers:
-        parameters = list(stage.exit_heads[str(k)].parameters())
-        count_in_norms(parameters)
-        for decay, members in (
-            (settings.weight_decay, [p for p in parameters if p.ndim > 1]),
-            (0.0, [p for p in parameters if p.ndim <= 1]),
-        ):
-            if members:
-                groups.append({"params": members, "weight_decay": decay, CLIP_KEY: k})
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=tuple(settings.betas), eps=settings.eps, fused=True)

@@ -12,6 +12,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
 from torch import nn
 
+from ee_scale.engine.clipping import CLIP_KEY
 from ee_scale.grid import Grid
 
 EngineType = TypeVar("EngineType", bound=PipelineEngine)
@@ -26,6 +27,34 @@ class OptimizerSettings:
     eps: float = 1e-5
     weight_decay: float = 0.01
     clip_grad: float = 1.0
+
+
+class GuardedAdamW(torch.optim.AdamW):
+    """AdamW that leaves out the groups marked `skipped`: their weights, moments and step counts stay as they are."""
+
+    def step(self, closure: Any = None) -> None:
+        """One update of the other groups."""
+        left_out = [p for group in self.param_groups if group.get("skipped") for p in group["params"]]
+        gradients = [parameter.grad for parameter in left_out]
+        for parameter in left_out:
+            parameter.grad = None
+        super().step(closure)
+        for parameter, gradient in zip(left_out, gradients, strict=True):
+            parameter.grad = gradient
+
+
+def guarded_adamw(groups: dict[int, list[nn.Parameter]], settings: OptimizerSettings) -> GuardedAdamW:
+    """AdamW over clip groups, each as two param groups: matrices, and vectors (norms, biases) without weight decay."""
+    param_groups = []
+    for key, parameters in groups.items():
+        count_in_norms(parameters)
+        for decay, members in (
+            (settings.weight_decay, [p for p in parameters if p.ndim > 1]),
+            (0.0, [p for p in parameters if p.ndim <= 1]),
+        ):
+            if members:
+                param_groups.append({"params": members, "weight_decay": decay, CLIP_KEY: key})
+    return GuardedAdamW(param_groups, lr=settings.lr, betas=tuple(settings.betas), eps=settings.eps, fused=True)
 
 
 class StageMpu:

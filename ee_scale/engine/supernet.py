@@ -20,10 +20,11 @@ from ee_scale.elastic.distill import FROZEN, DistillSettings, FeatureLoss, head_
 from ee_scale.elastic.factors import FactorSet
 from ee_scale.elastic.sampling import FULL, ROLES, Draw
 from ee_scale.elastic.stage import ElasticStage
-from ee_scale.engine.clipping import CLIP_KEY, clip_groups
+from ee_scale.engine.clipping import ALL, clip_groups
+from ee_scale.engine.guard import UpdateGuard
 from ee_scale.engine.observed import ObservedEngine
 from ee_scale.engine.schedule import SupernetSchedule, Teach
-from ee_scale.engine.setup import OptimizerSettings, build_engine, count_in_norms
+from ee_scale.engine.setup import OptimizerSettings, build_engine, guarded_adamw
 from ee_scale.engine.state import start_moments
 from ee_scale.grid import Grid
 
@@ -43,6 +44,7 @@ class SupernetEngineSettings:
     teacher_stages: int | None
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     bf16: bool = False
+    spike_factor: float = 0.0
     seed: int = 1234
 
 
@@ -63,7 +65,7 @@ class SupernetEngine(ObservedEngine):
         cls, stage: ElasticStage, factors: FactorSet, grid: Grid, settings: SupernetEngineSettings
     ) -> "SupernetEngine":
         """Wrap this rank's factors. All ranks call it."""
-        optimizer = factor_optimizer(factors, settings.optimizer)
+        optimizer = guarded_adamw({ALL: list(factors.parameters())}, settings.optimizer)
         engine = build_engine(
             cls, factors, grid, optimizer, settings.micro_batch_size, settings.num_micro_batches, settings.bf16
         )
@@ -80,6 +82,7 @@ class SupernetEngine(ObservedEngine):
             width, dim = stage.map.shape.hidden, settings.distill.feature_dim
             self._features = FeatureLoss(width, dim, settings.seed, grid.device, stage.dtype)
         self._teaches = distills and settings.distill.teacher == FROZEN
+        self.guard = UpdateGuard(settings.spike_factor)
         self.grad_norm = torch.zeros(())
         self._batches: list[dict[str, torch.Tensor]] = []
         self._stream: Sequence[Draw] = ()
@@ -219,7 +222,9 @@ class SupernetEngine(ObservedEngine):
 
     def _step(self) -> None:
         clip = self.settings.optimizer.clip_grad
-        self.grad_norm = clip_groups(self.optimizer, clip, self.process_grid, across_stages=True)[0]
+        losses = {ALL: self._losses.sum()}
+        norms = clip_groups(self.optimizer, clip, self.process_grid, self.guard, losses, across_stages=True)
+        self.grad_norm = norms[ALL]
         self._exec_optimizer_step()
 
     _INSTRUCTION_MAP: dict[type, Callable[..., None]] = {  # noqa: RUF012 (the base class's own pattern)
@@ -233,21 +238,6 @@ class SupernetEngine(ObservedEngine):
         RecvGrad: _recv_grad,
         OptimizerStep: _step,
     }
-
-
-def factor_optimizer(factors: FactorSet, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """AdamW with two groups: matrices, and vectors (norms, biases) without weight decay; one norm for clipping."""
-    parameters = list(factors.parameters())
-    count_in_norms(parameters)
-    groups = [
-        {"params": members, "weight_decay": decay, CLIP_KEY: 0}
-        for decay, members in (
-            (settings.weight_decay, [p for p in parameters if p.ndim > 1]),
-            (0.0, [p for p in parameters if p.ndim <= 1]),
-        )
-        if members
-    ]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=tuple(settings.betas), eps=settings.eps, fused=True)
 
 
 def _to(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:

@@ -89,10 +89,10 @@ def train_on_grid(engine: FrozenPipelineEngine, job: Job, grid: Grid) -> Record:
     """Run the job. Losses are this replica's; tensors are `Shards`, on the first replica only."""
     record = Record()
 
-    def clip_and_keep(*args: Any) -> dict[int, torch.Tensor]:
+    def clip_and_keep(*args: Any, **options: Any) -> dict[int, torch.Tensor]:
         if not record.gradients:
             record.gradients = shards(engine.stage, safe_get_full_grad)
-        return clip_groups(*args)
+        return clip_groups(*args, **options)
 
     clip_groups = frozen.clip_groups
     with mock.patch.object(frozen, "clip_groups", clip_and_keep):

@@ -1,0 +1,49 @@
+"""Which updates are left out: those whose loss or gradient is no number, or whose loss exploded."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import isfinite
+
+import torch
+
+WARM_UP = 20  # updates until a running mean is trusted
+DECAY = 0.95  # of the running mean
+
+
+@dataclass
+class UpdateGuard:
+    """Judges each group of parameters (an exit, or everything) at each step, the same on all ranks that hold it.
+
+    Attributes:
+        spike_factor: a loss above this many times its running mean is left out; 0: only what is not a number.
+        skipped: updates that were left out, by group.
+        in_a_row: of these, the newest ones without an update between.
+    """
+
+    spike_factor: float = 0.0
+    skipped: Counter[int] = field(default_factory=Counter)
+    in_a_row: Counter[int] = field(default_factory=Counter)
+    _means: dict[int, float] = field(default_factory=dict)
+    _seen: Counter[int] = field(default_factory=Counter)
+
+    def judge(self, keys: Sequence[int], losses: torch.Tensor, squares: torch.Tensor) -> set[int]:
+        """Groups that are not updated; `losses` and squared gradient norms [keys]. Waits for both (they are small)."""
+        left_out = set()
+        for key, (loss, square) in zip(keys, torch.stack([losses, squares], -1).tolist(), strict=True):
+            if not isfinite(loss) or not isfinite(square) or self._is_spike(key, loss):
+                left_out.add(key)
+                self.skipped[key] += 1
+                self.in_a_row[key] += 1
+            else:
+                self.in_a_row[key] = 0
+                self._learn(key, loss)
+        return left_out
+
+    def _is_spike(self, key: int, loss: float) -> bool:
+        return 0 < self.spike_factor * self._means.get(key, 0.0) < loss and self._seen[key] >= WARM_UP
+
+    def _learn(self, key: int, loss: float) -> None:
+        self._seen[key] += 1
+        mean = self._means.get(key, loss)
+        self._means[key] = DECAY * mean + (1 - DECAY) * loss
