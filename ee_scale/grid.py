@@ -4,6 +4,7 @@ The only file that makes process groups or reads the launcher's environment (RAN
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -115,6 +116,19 @@ class Grid:
     def writes_stage(self) -> bool:
         """Whether this rank writes and reports for its stage (the others of the stage hold shards or copies)."""
         return self.dp_rank == 0 and self.tp_rank == 0
+
+    def stages_group(self, stages: Sequence[int]) -> dist.ProcessGroup | None:
+        """The ranks of those stages at this rank's place in replica and tensor group; None: its stage is not one.
+
+        All ranks call it with the same stages.
+        """
+        mine = None
+        for dp in range(self.layout.dp):
+            for tp in range(self.layout.tp):
+                ranks = [self.layout.rank(stage, dp, tp) for stage in stages]
+                group = dist.new_group(ranks) if len(ranks) > 1 else None
+                mine = group if self.rank in ranks else mine
+        return mine
 
     def from_rank_0(self, value: Any) -> Any:
         """A small Python value of rank 0, on every rank."""

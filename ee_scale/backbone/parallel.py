@@ -47,12 +47,18 @@ class RowLinear(RowParallelLinear):
 
 
 class VocabEmbedding(VocabParallelEmbedding):
-    """[B, S] ids -> [B, S, D]; each rank holds V/tp rows. `scale` multiplies the output (Gemma)."""
+    """[B, S] ids -> [B, S, D]; each rank holds V/tp rows.
+
+    `scale` multiplies the output (Gemma); looking `padding_id` up gives its row no gradient (as in `nn.Embedding`).
+    """
 
     scale: float | None = None
+    padding_id: int | None = None
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         embeddings = super().forward(ids)
+        if self.padding_id is not None and embeddings.requires_grad:
+            embeddings = torch.where((ids == self.padding_id).unsqueeze(-1), embeddings.detach(), embeddings)
         return embeddings if self.scale is None else embeddings * torch.tensor(self.scale, dtype=embeddings.dtype)
 
 
@@ -149,13 +155,11 @@ def row_linear(in_features: int, out_features: int, bias: bool, group: Any, dtyp
     return layer
 
 
-def vocab_embedding(
-    vocab_size: int, hidden_size: int, scale: float | None, group: Any, dtype: torch.dtype
-) -> nn.Module:
-    """An embedding whose rows are cut over the group, padded to a multiple of tp."""
-    rows = padded_vocab(vocab_size, group.size())
-    embedding = VocabEmbedding(rows, hidden_size, init_method=_no_init, config=_config(group, dtype), tp_group=group)
-    embedding.scale = scale
+def vocab_embedding(whole: nn.Embedding, scale: float | None, group: Any, dtype: torch.dtype) -> nn.Module:
+    """An embedding like `whole` whose rows are cut over the group, padded to a multiple of tp."""
+    rows, config = padded_vocab(whole.num_embeddings, group.size()), _config(group, dtype)
+    embedding = VocabEmbedding(rows, whole.embedding_dim, init_method=_no_init, config=config, tp_group=group)
+    embedding.scale, embedding.padding_id = scale, whole.padding_idx
     set_tensor_model_parallel_attributes(embedding.weight, True, 0, 1)
     return embedding
 

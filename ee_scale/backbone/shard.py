@@ -80,14 +80,15 @@ class BackboneStage(nn.Module):
     def _swap(self, grid: Grid, dtype: torch.dtype, with_lm_head: bool) -> None:
         config, group = self.model_config, grid.tp_group
         plan = tensor_plan(config, group.size())
-        scale = getattr(self.base.embed_tokens, self.family.embedding_scale) if self.family.embedding_scale else None
+        embedding = self.base.embed_tokens
+        scale = getattr(embedding, self.family.embedding_scale) if self.family.embedding_scale else None
         with torch.device(grid.device):
             for layer in self.base.layers:
                 swap_projections(layer, plan, "", group, dtype)
             self.base.rotary_emb = type(self.base.rotary_emb)(config=config)
             self.base.embed_tokens = None
             if grid.stage == 0:
-                self.base.embed_tokens = vocab_embedding(config.vocab_size, config.hidden_size, scale, group, dtype)
+                self.base.embed_tokens = vocab_embedding(embedding, scale, group, dtype)
             self.lm_head = None
             if with_lm_head:
                 rows = padded_vocab(config.vocab_size, group.size())
@@ -106,8 +107,10 @@ class BackboneStage(nn.Module):
 
     def source_name(self, name: str, tensors: TensorFolder) -> str:
         """Hugging Face name of a parameter of this module ('base.layers.0.x' on stage 1 -> 'model.layers.6.x')."""
-        if name == "lm_head.weight":
-            return output_matrix_name(tensors)
+        return output_matrix_name(tensors) if name == "lm_head.weight" else self.full_name(name)
+
+    def full_name(self, name: str) -> str:
+        """The same for everything but the lm_head, whose place depends on the folder."""
         parts = name.split(".")
         if parts[1] == "layers":
             parts[2] = str(self.layer_indices[int(parts[2])])

@@ -1,7 +1,7 @@
 """Train exits on a frozen backbone with DeepSpeed's pipeline engine."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,13 @@ class EngineSettings:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     bf16: bool = False
     spike_factor: float = 0.0
+    final_weight: float = 1.0  # of the model's own loss in joint training
     flush: bool = False  # wait for all stages after every batch; only the benchmark wants that
+
+    @property
+    def final_losses(self) -> LossSettings:
+        """The model's own loss weighs every token the same."""
+        return replace(self.losses, confidence_weighting=False)
 
 
 class FrozenPipelineEngine(ObservedEngine):
@@ -118,19 +124,20 @@ class FrozenPipelineEngine(ObservedEngine):
         taps, batch = self._taps[buffer_id], self._batch[buffer_id]
         for k in self.stage.exit_layers:
             with torch.enable_grad():
-                self._losses[k] += (
-                    exit_backward(
-                        self.stage.exit_heads[str(k)],
-                        self.stage.exit_hidden(k, taps.pop(k)),
-                        batch["labels"],
-                        batch["loss_mask"],
-                        self.stage.backbone.lm_head,
-                        self.settings.losses,
-                        scale=self.loss_weights[k] / self.micro_batches,
-                        final_hidden=self._final[buffer_id],
-                    )
-                    / self.micro_batches
+                hidden = self.stage.exit_hidden(k, taps.pop(k))
+                means, gradient = exit_backward(
+                    self.stage.exit_heads[str(k)],
+                    hidden,
+                    batch["labels"],
+                    batch["loss_mask"],
+                    self.stage.backbone.lm_head,
+                    self.settings.losses,
+                    scale=self.loss_weights[k] / self.micro_batches,
+                    final_hidden=self._final[buffer_id],
                 )
+                if hidden.requires_grad:
+                    hidden.backward(gradient)
+            self._losses[k] += means / self.micro_batches
         self._final[buffer_id] = self._batch[buffer_id] = None
 
     def _step(self) -> None:

@@ -65,6 +65,18 @@ class FrozenSchedule(PipeSchedule):
         return self.micro_batches if self.share_final else 1
 
 
+class JointSchedule(TrainSchedule):
+    """DeepSpeed's 1F1B in which every stage loads its micro-batch, before it receives: each has losses of its own."""
+
+    def steps(self) -> Iterator[list[PipeInstruction]]:
+        """Instructions of one batch."""
+        first = ForwardPass if self.is_first_stage else RecvActivation
+        for commands in super().steps():
+            kept = [command for command in commands if not isinstance(command, LoadMicroBatch)]
+            load = {command: [LoadMicroBatch(command.buffer_id)] for command in kept if isinstance(command, first)}
+            yield [new for command in kept for new in (*load.get(command, []), command)]
+
+
 class Teach(PipeInstruction):
     """Forward of the frozen teacher on one micro-batch, with its receive and send."""
 

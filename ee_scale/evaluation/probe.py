@@ -112,7 +112,7 @@ def read_exits(model: Any, passages: Iterable[Passage], temperature: float, boun
 def _logits(model: Any, states: dict[int, torch.Tensor]) -> Iterable[tuple[torch.Tensor, Iterable]]:
     """Chunks of positions [n, D]: the final layer's logits fp32 [n, V], and (exit, logits) one exit at a time."""
     lm_head, heads = model.get_output_embeddings(), model.exit_heads
-    capped = next(iter(heads.values())).capped
+    capped = next(iter(heads.values())).spec.capped
     size = max(1, CHUNK_LOGITS // lm_head.weight.shape[0])
     for start in range(0, len(states[0]), size):
         part = {k: hidden[start : start + size] for k, hidden in states.items()}

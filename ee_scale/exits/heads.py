@@ -45,6 +45,11 @@ class ExitSpec:
             raise ValueError(f"early_exit: kind={spec.kind!r} (of {KINDS}), head={spec.head!r} (of {HEADS})")
         return spec
 
+    def capped(self, logits: torch.Tensor) -> torch.Tensor:
+        """cap x tanh(logits / cap) for models that cap their logits (Gemma-2)."""
+        cap = self.logit_softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
         return {**asdict(self), "layers": list(self.layers)}
@@ -158,12 +163,7 @@ class ExitHead(nn.Module):
             logits = self.head(hidden, lm_head)
         else:
             logits = self.head(hidden)
-        return self.capped(logits)
-
-    def capped(self, logits: torch.Tensor) -> torch.Tensor:
-        """cap x tanh(logits / cap) for models that cap their logits (Gemma-2)."""
-        cap = self.spec.logit_softcap
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return self.spec.capped(logits)
 
 
 def build_exit_heads(spec: ExitSpec, layers: Sequence[nn.Module], norm: nn.Module, vocab_size: int) -> nn.ModuleDict:

@@ -279,7 +279,7 @@ class ShortHead:
         """ids [N]: the tokens, in the order of the logits."""
         head, lm_head = model.exit_heads[str(k)], model.get_output_embeddings()
         self.ids = ids
-        self.capped = head.capped
+        self.capped = head.spec.capped
         self.down = self.up = None
         if isinstance(head.head, LowRankHead):
             self.down, self.up = head.head.down, head.head.up.weight[ids]

@@ -32,24 +32,22 @@ def exit_backward(
     settings: LossSettings,
     scale: float,
     final_hidden: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Add the gradient of `scale` x loss (see `token_backward`) to the exit's parameters.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add the gradient of `scale` x loss (see `token_backward`) to the parameters behind `hidden`.
 
-    hidden [B, S, D]: the exit's own, with its graph; labels, loss_mask [B, S]; final_hidden [B, S, D]: what the
-    lm_head reads after the last layer (the teacher), for the KL term. Returns fp32 [2]: mean cross entropy, mean KL.
+    hidden [B, S, D]: the exit's own; labels, loss_mask [B, S]; final_hidden [B, S, D]: what the lm_head reads after
+    the last layer (the teacher), for the KL term. Returns fp32 [2] (mean cross entropy, mean KL), and the gradient of
+    `hidden` for the modules in front of it.
     """
-    means, gradient = token_backward(
+    return token_backward(
         lambda piece: head.logits(piece, lm_head),
         hidden,
         labels,
         loss_mask,
         settings,
         scale,
-        (lambda piece: head.capped(lm_head(piece)), final_hidden) if settings.kl_weight else None,
+        (lambda piece: head.spec.capped(lm_head(piece)), final_hidden) if settings.kl_weight else None,
     )
-    if hidden.requires_grad:
-        hidden.backward(gradient)
-    return means
 
 
 def token_backward(

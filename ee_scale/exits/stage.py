@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from math import sqrt
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,8 @@ from ee_scale.backbone.shard import BackboneStage, is_vocabulary, load_task, met
 from ee_scale.backbone.stages import StagePlan
 from ee_scale.exits.heads import ExitHead, ExitSpec, ExitTaps, Tap, build_exit_heads, run_single_layer
 from ee_scale.grid import Grid
+
+StageType = TypeVar("StageType", bound="TuningStage")
 
 
 class TuningStage(nn.Module):
@@ -94,11 +96,12 @@ def build_stage(
     attn_implementation: str | None = None,
     teacher: bool = False,
     decoding: bool = False,
-) -> TuningStage:
+    cls: type[StageType] = TuningStage,
+) -> StageType:
     """Meta model -> exits copied -> stage cut -> tensor axis swapped. Weights are still empty: see `load_stage`.
 
     `teacher` keeps the final norm on the last stage and the lm_head on every stage with exits (KL term);
-    `decoding` keeps both on the last stage, for the model's own logits.
+    `decoding` keeps both on the last stage, for the model's own logits; `cls`: the class of the stage.
     """
     model = meta_model(config, dtype, attn_implementation)
     mine = plan.exits(grid.stage)
@@ -110,7 +113,7 @@ def build_stage(
     tensor_axis = tensor_plan(config, grid.layout.tp)
     for head in heads.values():
         _shard_exit(head, tensor_axis, config, grid, dtype)
-    return TuningStage(backbone, heads, spec)
+    return cls(backbone, heads, spec)
 
 
 def _shard_exit(head: ExitHead, plan: dict[str, str], config: Any, grid: Grid, dtype: torch.dtype) -> None:
