@@ -1,5 +1,6 @@
 """How a run ends when it does not end well: what a person reads, and the exit code."""
 
+STOPPED = "stopped.json"  # in a run's output folder: why it left before its end, for whoever would start it again
 BAD_INPUT, FAILED, REQUEUE = 2, 1, 75  # 75: EX_TEMPFAIL of sysexits.h, "try again later"
 
 

@@ -1,8 +1,10 @@
 """Exports of a run: the exits alone (sidecar), or one Hugging Face folder with base model and exits."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ from ee_scale.artifact.files import file_digest, new_folder, write_json
 from ee_scale.artifact.hf_folder import copy_small_files, write_index
 from ee_scale.artifact.run_folder import CHECKPOINTS, read_run
 from ee_scale.artifact.sidecar import SIDECAR_CONFIG, SIDECAR_WEIGHTS
-from ee_scale.backbone.loading import SINGLE_NAME, fingerprint, weight_files
+from ee_scale.artifact.trained_base import TrainedBase
+from ee_scale.backbone.loading import SINGLE_NAME, fingerprint, load_config, weight_files
 from ee_scale.errors import UserError
 from ee_scale.exits import modeling_early_exit
 from ee_scale.exits.modeling_early_exit import AUTO_MAP, CODE_FILES
@@ -25,8 +28,35 @@ from ee_scale.files import write_text
 EXITS_SHARD = "model-exit-heads.safetensors"
 
 
-def trained_exits(run: Path, step: int | None) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """(fp32 exit tensors, facts) of a checkpoint of a run. Raises `UserError` if there is none or it is damaged."""
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint of a tune run.
+
+    Attributes:
+        exits: fp32 tensors, 'exit_heads.*'.
+        facts: step, base model and its fingerprint, exits.
+        files: of the checkpoint, with what trained of the backbone.
+    """
+
+    run: Path
+    checkpoint: Path
+    exits: dict[str, torch.Tensor]
+    facts: dict[str, Any]
+    files: list[str]
+
+    def base(self) -> TrainedBase:
+        """The base model with what the run trained of it. Raises `UserError` if it is gone or changed."""
+        base = Path(self.facts["base_model"])
+        if not base.is_dir():
+            raise UserError(f"src={self.run}: its base model {base} is not there any more")
+        if fingerprint(base) != self.facts["base_fingerprint"]:
+            raise UserError(f"src={self.run}: {base} changed since the exits were trained")
+        tied = bool(load_config(base).tie_word_embeddings)
+        return TrainedBase(base, self.checkpoint, self.files, tied=tied)
+
+
+def open_trained(run: Path, step: int | None) -> Trained:
+    """What a checkpoint of a run holds. Raises `UserError` if there is none or it is damaged."""
     identity = read_run(run)
     found = checkpoints(run / CHECKPOINTS)
     if not found:
@@ -39,41 +69,44 @@ def trained_exits(run: Path, step: int | None) -> tuple[dict[str, torch.Tensor],
         if name.startswith("exits_"):
             with safe_open(folder / name, framework="pt") as file:
                 tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    files = [name for name in state["files"] if re.fullmatch(r"backbone_\d+\.safetensors", name)]
     keys = ("base_model", "base_fingerprint", "early_exit")
-    return tensors, {"step": state["step"], **{key: identity[key] for key in keys}}
+    facts = {"step": state["step"], **{key: identity[key] for key in keys}}
+    return Trained(run, folder, tensors, facts, files)
 
 
 def export_sidecar(run: Path, out: Path, step: int | None) -> None:
     """`exits.safetensors` and `exits.json`, which names the base model and its fingerprint."""
-    tensors, facts = trained_exits(run, step)
+    trained = open_trained(run, step)
+    if trained.files:
+        raise UserError(
+            f"kind=sidecar: {run} trained its backbone too, and a sidecar holds the exits alone; use kind=early_exit"
+        )
     with new_folder(out) as folder:
-        save_file(tensors, folder / SIDECAR_WEIGHTS, metadata={"format": "pt"})
-        facts["files"] = {SIDECAR_WEIGHTS: file_digest(folder / SIDECAR_WEIGHTS)}
+        save_file(trained.exits, folder / SIDECAR_WEIGHTS, metadata={"format": "pt"})
+        facts = trained.facts | {"files": {SIDECAR_WEIGHTS: file_digest(folder / SIDECAR_WEIGHTS)}}
         write_json(folder / SIDECAR_CONFIG, facts)
 
 
 def export_early_exit(run: Path, out: Path, step: int | None, copied: Callable[[int], None] = lambda _: None) -> None:
     """One folder: stock architecture for plain transformers, early-exit model for ee_scale or trusted code.
 
-    Base tensors are copied byte for byte; `copied` is told the bytes as they go. Raises `UserError`.
+    Base tensors are copied byte for byte, but for those that the run trained; `copied` is told the bytes as they go.
+    Raises `UserError`.
     """
-    tensors, facts = trained_exits(run, step)
-    base = Path(facts["base_model"])
-    if not base.is_dir():
-        raise UserError(f"src={run}: its base model {base} is not there any more")
-    if fingerprint(base) != facts["base_fingerprint"]:
-        raise UserError(f"src={run}: {base} changed since the exits were trained")
+    trained = open_trained(run, step)
+    base = trained.base()
     with new_folder(out) as folder:
         weight_map = _copy_base(base, folder, copied)
-        dtype = _dtype(base / weight_files(base)[0].name)
-        tensors = {name: value.to(dtype) for name, value in tensors.items()}
+        dtype = _dtype(weight_files(base.folder)[0])
+        tensors = {name: value.to(dtype) for name, value in trained.exits.items()}
         save_file(tensors, folder / EXITS_SHARD, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, EXITS_SHARD)
         write_index(folder, weight_map)
-        _write_config(base, folder, facts["early_exit"])
+        _write_config(base.folder, folder, trained.facts["early_exit"])
         for name in CODE_FILES:
             shutil.copyfile(Path(modeling_early_exit.__file__).with_name(name), folder / name)
-        write_text(folder / "README.md", _model_card(base, out, facts))
+        write_text(folder / "README.md", _model_card(out, trained))
 
 
 def export_bytes(run: Path) -> int:
@@ -82,21 +115,30 @@ def export_bytes(run: Path) -> int:
     return sum(path.stat().st_size for path in weight_files(base)) if base.is_dir() else 0
 
 
-def _copy_base(base: Path, folder: Path, copied: Callable[[int], None]) -> dict[str, str]:
+def _copy_base(base: TrainedBase, folder: Path, copied: Callable[[int], None]) -> dict[str, str]:
     """Copy weights and small files; returns tensor name -> file. A single file gets a shard's name, because
     transformers reads `model.safetensors` alone wherever it finds one.
     """
     weight_map = {}
-    for path in weight_files(base):
+    for path in weight_files(base.folder):
         name = "model-00001-of-00001.safetensors" if path.name == SINGLE_NAME else path.name
-        with path.open("rb") as source, (folder / name).open("wb") as target:
-            while block := source.read(1 << 24):
-                target.write(block)
-                copied(len(block))
-        with safe_open(folder / name, framework="pt") as file:
-            weight_map |= dict.fromkeys(file.keys(), name)
-    copy_small_files(base, folder)
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+        if any(map(base.is_trained, names)):
+            save_file({key: base.read(key).contiguous() for key in names}, folder / name, metadata={"format": "pt"})
+            copied(path.stat().st_size)
+        else:
+            _copy_file(path, folder / name, copied)
+        weight_map |= dict.fromkeys(names, name)
+    copy_small_files(base.folder, folder)
     return weight_map
+
+
+def _copy_file(path: Path, target: Path, copied: Callable[[int], None]) -> None:
+    with path.open("rb") as source, target.open("wb") as file:
+        while block := source.read(1 << 24):
+            file.write(block)
+            copied(len(block))
 
 
 def _write_config(base: Path, folder: Path, early_exit: dict[str, Any]) -> None:
@@ -112,22 +154,24 @@ def _dtype(path: Path) -> torch.dtype:
         return file.get_tensor(next(iter(file.keys()))).dtype
 
 
-def _model_card(base: Path, out: Path, facts: dict[str, Any]) -> str:
-    spec = facts["early_exit"]
+def _model_card(out: Path, trained: Trained) -> str:
+    spec = trained.facts["early_exit"]
     layers = ", ".join(map(str, spec["layers"]))
+    how = "together with the model" if trained.files else "on the frozen model"
+    stock = "the model alone" if trained.files else "the base model, unchanged"
     return f"""---
 library_name: transformers
 tags: [early-exit, ee_scale]
 ---
 # {out.name}
 
-`{base.name}` with early exits after layers {layers} (kind `{spec["kind"]}`, head `{spec["head"]}`), trained for
-{facts["step"]} steps on the frozen model with ee_scale {version("ee-scale")}.
+`{Path(trained.facts["base_model"]).name}` with early exits after layers {layers} (kind `{spec["kind"]}`,
+head `{spec["head"]}`), trained for {trained.facts["step"]} steps {how} with ee_scale {version("ee-scale")}.
 
 ```python
 from transformers import AutoModelForCausalLM
 
-stock = AutoModelForCausalLM.from_pretrained("{out.name}")                                # the base model, unchanged
+stock = AutoModelForCausalLM.from_pretrained("{out.name}")                                # {stock}
 model = AutoModelForCausalLM.from_pretrained("{out.name}", trust_remote_code=True)        # with exits
 model(input_ids).exit_logits                                                              # {{layer: logits}}
 ```

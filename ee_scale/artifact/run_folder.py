@@ -11,7 +11,8 @@ from ee_scale.artifact.checkpoint import checkpoints, read_checkpoint
 from ee_scale.artifact.files import read_json, write_json
 from ee_scale.backbone.loading import fingerprint
 from ee_scale.config.compose import as_dict, to_yaml
-from ee_scale.errors import UserError
+from ee_scale.errors import STOPPED, UserError
+from ee_scale.exits.joint import FROZEN
 from ee_scale.files import write_text
 from ee_scale.training.plan import TunePlan
 
@@ -19,14 +20,16 @@ CONFIG, IDENTITY, METRICS, CHECKPOINTS = "config.yaml", "run.json", "metrics.jso
 
 # What makes a run that run. Everything else (grid, steps, precision, logging, ...) may change when it goes on.
 IDENTITY_KEYS = {
-    "tune": ("exits", "data", "optim", "train.global_batch_size", "train.seed"),
+    "tune": ("exits", "backbone", "data", "optim", "train.global_batch_size", "train.seed"),
     "supernet": (
         *("task", "space", "stages", "factors", "sampling", "distill", "importance"),
         *("data", "optim", "train.global_batch_size", "train.seed"),
     ),
 }
+BACKBONE = "backbone.mode"
 MAY_CHANGE = (
     *("exits.layers", "exits.loss_chunk_tokens", "distill.loss_chunk_tokens"),
+    "backbone.activation_checkpointing",
     *("data.cache_dir", "data.num_workers", "data.valid"),
 )
 
@@ -55,6 +58,9 @@ def run_identity(kind: str, config: Any, model_dir: Path) -> dict[str, Any]:
             found = found[part]
         group = isinstance(found, dict)
         settings |= {f"{key}.{name}": value for name, value in found.items()} if group else {key: found}
+    if settings.get(BACKBONE) == FROZEN:  # then the rest of that group means nothing
+        settings = {key: value for key, value in settings.items() if not key.startswith("backbone.")}
+        settings[BACKBONE] = FROZEN
     return {
         "kind": kind,
         "base_model": str(model_dir.resolve()),
@@ -88,6 +94,7 @@ def open_run(out: Path, config: Any, identity: dict[str, Any]) -> OpenedRun:
     else:
         identity["run_id"] = uuid4().hex[:8]
         write_json(out / IDENTITY, identity)
+    (out / STOPPED).unlink(missing_ok=True)
     write_text(out / CONFIG, to_yaml(config))
     folder = max(checkpoints(out / CHECKPOINTS).items(), default=(0, None))[1]
     state = read_checkpoint(folder) if folder else {}
@@ -133,6 +140,7 @@ def _check_same(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
         refuse("exits.layers", old["early_exit"]["layers"], new["early_exit"]["layers"])
     if new.get("labels") != old.get("labels"):
         refuse("labels", old.get("labels"), new.get("labels"))
+    before = {BACKBONE: FROZEN, **old["settings"]} if new["kind"] == "tune" else old["settings"]  # of an older version
     for key, value in new["settings"].items():
-        if old["settings"].get(key) != value:
-            refuse(key, old["settings"].get(key), value)
+        if before.get(key) != value:
+            refuse(key, before.get(key), value)

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from ee_scale.artifact.export import trained_exits
+from ee_scale.artifact.export import open_trained
 from ee_scale.artifact.files import new_folder
-from ee_scale.backbone.loading import INDEX_NAME, SINGLE_NAME, TensorFolder, fingerprint, load_config
+from ee_scale.backbone.loading import INDEX_NAME, SINGLE_NAME, TensorFolder, load_config
 from ee_scale.backbone.shard import meta_model, output_matrix_name
 from ee_scale.errors import UserError
 from ee_scale.exits.heads import ExitSpec
@@ -74,18 +74,18 @@ def export_submodel(run: Path, out: Path, exit_layer: int, step: int | None = No
     Its logits are the exit's own. Raises `UserError` if the run has no such exit, if a stock model cannot express it,
     or if the base model is gone or changed.
     """
-    tensors, facts = trained_exits(run, step)
-    spec = ExitSpec.from_dict(facts["early_exit"])
+    trained = open_trained(run, step)
+    spec = ExitSpec.from_dict(trained.facts["early_exit"])
     _check(run, spec, exit_layer)
-    base = _base_model(run, facts)
+    base = trained.base()
     prefix = f"exit_heads.{exit_layer}."
-    own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    submodel = Submodel(exit_layer, spec, own, TensorFolder(base))
+    own = {name.removeprefix(prefix): value for name, value in trained.exits.items() if name.startswith(prefix)}
+    submodel = Submodel(exit_layer, spec, own, base)
     with new_folder(out) as folder:
-        write_text(folder / "config.json", json.dumps(_cut_config(base, submodel), indent=2) + "\n")
-        copy_small_files(base, folder)
+        write_text(folder / "config.json", json.dumps(_cut_config(base.folder, submodel), indent=2) + "\n")
+        copy_small_files(base.folder, folder)
         _write_weights(folder, submodel)
-        write_text(folder / "README.md", _model_card(base, out, submodel, facts["step"]))
+        write_text(folder / "README.md", _model_card(base.folder, out, submodel, trained.facts["step"]))
 
 
 def copy_small_files(source: Path, folder: Path) -> None:
@@ -106,15 +106,6 @@ def _check(run: Path, spec: ExitSpec, exit_layer: int) -> None:
             "norm; a stock model always normalises in front of its head, so it cannot say the same; "
             "use kind=early_exit or kind=sidecar"
         )
-
-
-def _base_model(run: Path, facts: dict[str, Any]) -> Path:
-    base = Path(facts["base_model"])
-    if not base.is_dir():
-        raise UserError(f"src={run}: its base model {base} is not there any more")
-    if fingerprint(base) != facts["base_fingerprint"]:
-        raise UserError(f"src={run}: {base} changed since the exits were trained")
-    return base
 
 
 def _cut_config(base: Path, submodel: Submodel) -> dict[str, Any]:

@@ -42,12 +42,14 @@ def plan_stages(
     given: Sequence[int] | None = None,
     layer_cost: float = 1.0,
     exit_cost: float = 0.0,
+    last_cost: float = 0.0,
     whole_model: bool = False,
 ) -> StagePlan:
     """Cut `num_layers` into `pp` stages and launch those up to the deepest exit.
 
     Without `given` (layers per stage) the ceil(pp x deepest / num_layers) stages that run are balanced by cost;
-    the others share the remaining layers evenly. `whole_model` launches everything (the final layer teaches).
+    the others share the remaining layers evenly. `whole_model` launches everything (the final layer teaches, or
+    trains: `last_cost` is that of its own loss).
     Raises `UserError` naming the numbers.
     """
     if pp > num_layers:
@@ -60,6 +62,7 @@ def plan_stages(
     else:
         launched = ceil(pp * depth / num_layers)
         costs = [layer_cost + exit_cost * (k in exit_layers) for k in range(1, depth + 1)]
+        costs[-1] += last_cost
         bounds = balanced_bounds(costs, launched)
         if launched < pp:
             rest = balanced_bounds([1.0] * (num_layers - depth), pp - launched)

@@ -10,7 +10,7 @@ from ee_scale.cli.console import console
 from ee_scale.cli.generate_job import Job, check_config, check_model, check_prompts
 from ee_scale.cli.generate_run import Answers, decode_here, decode_on_grid
 from ee_scale.cli.inputs import load_tokenizer
-from ee_scale.cli.launch import run_ranks
+from ee_scale.cli.ranks import run_ranks
 from ee_scale.errors import UserError
 from ee_scale.evaluation.colours import PieceStreamer, legend, paint
 from ee_scale.files import write_text

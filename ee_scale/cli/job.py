@@ -1,17 +1,24 @@
 """What every training command does around its run: check, prepare once, start the ranks, tell the numbers."""
 
+import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ee_scale.artifact.run_folder import METRICS, OpenedRun
-from ee_scale.cli.launch import run_ranks
+from ee_scale.artifact.run_folder import CHECKPOINTS, METRICS, OpenedRun
+from ee_scale.artifact.writer import CheckpointWriter
+from ee_scale.cli.ranks import run_ranks
 from ee_scale.config.compose import as_dict
-from ee_scale.errors import UserError
+from ee_scale.errors import REQUEUE, STOPPED, Requeue, RunError, UserError
 from ee_scale.grid import Grid, Layout, join_grid, launch_info, pick_device, world_size_message
 from ee_scale.log import configure_logging, log
+from ee_scale.training.loop import Loop
+from ee_scale.training.metrics import MetricsStream, StepMetrics
+from ee_scale.training.parts import Run
 from ee_scale.training.report import MetricsFile, ProgressLine, Reporter, WandbSink
+from ee_scale.training.watchdog import Watchdog
 
 
 def log_as_rank(config: Any) -> None:
@@ -43,6 +50,8 @@ class Job:
         run, which knows the opened folder on rank 0 only. Returns the exit code.
         """
         config, launched = self.config, launch_info()
+        if launched is not None:
+            _leave_again(Path(config.out).expanduser())
         if launched is not None and launched.world_size != self.layout.world_size:
             raise UserError(world_size_message(self.layout, launched.world_size))
         device = pick_device(config.parallel.device, launched.local_rank if launched else 0)
@@ -55,12 +64,34 @@ class Job:
                 return 0
         code = 0
         if launched is None and self.layout.world_size > 1:
-            code = run_ranks(self.verb, self.overrides, self.layout.world_size, device)
+            out, restarts = Path(config.out).expanduser(), config.launcher.max_restarts
+            code = run_ranks(self.verb, self.overrides, self.layout.world_size, device, out, restarts)
         else:
             train_rank(join_grid(self.layout, device, config.parallel.timeout_minutes), opened)
         if launched is None and code == 0:
             log.info("done; next: ee-scale %s src=%s out=<folder>", self.next_verb, config.out)
         return code
+
+
+def _leave_again(out: Path) -> None:
+    """torchrun starts ranks again however they left; those of a run that stopped on purpose leave at once."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and (out / STOPPED).is_file():
+        stopped = json.loads((out / STOPPED).read_text(encoding="utf-8"))
+        raise Requeue(stopped["reason"]) if stopped["code"] == REQUEUE else RunError(stopped["reason"])
+
+
+def training_loop(
+    run: Run,
+    opened: OpenedRun,
+    stream: MetricsStream,
+    report: Callable[[StepMetrics], None],
+    facts: Callable[[], dict[str, Any]],
+) -> Loop:
+    """The loop of a run's rank, with its writer of checkpoints and its watchdog."""
+    config, grid = run.config, run.grid
+    writer = CheckpointWriter(opened.out / CHECKPOINTS, grid, config.train.keep, background=config.train.async_save)
+    watchdog = Watchdog(grid, 60 * config.parallel.timeout_minutes, opened.out)
+    return Loop(run, opened.out, stream, report, writer, watchdog, facts)
 
 
 def reporter(config: Any, grid: Grid, opened: OpenedRun, steps: int, step: int, keyed_by: str) -> Reporter:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 
 from ee_scale.cli.help import overview, prefix_help, verb_help
+from ee_scale.cli.ranks import STOPPING
 from ee_scale.config.compose import compose_config, to_yaml
 from ee_scale.config.schema import PREFIXES, TRAINING_VERBS, VERBS
 from ee_scale.errors import BAD_INPUT, FAILED, REQUEUE, Requeue, RunError, UserError
@@ -22,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         overview()
         return 0
     try:
+        if signal := os.environ.get(STOPPING):
+            raise Requeue(f"{signal} asked the run to leave; its ranks are not started again")
         prefix, verb, rest = split_command(arguments)
         if verb is None:
             prefix_help(prefix)
@@ -29,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "-h" in rest or "--help" in rest:
             verb_help(verb)
             return 0
+        if "-m" in rest or "--multirun" in rest:
+            _prepare_libraries()
+            return importlib.import_module("ee_scale.cli.multirun").run(prefix, verb, rest)
         shows = _take_cfg_flag(rest)
         config = compose_config(verb, rest)
         if shows:
@@ -42,11 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except Requeue as left:
-        return _say(str(left), REQUEUE)
+        return _say(str(left), REQUEUE, speaks=_is_first())
     except RunError as error:
-        return _say(f"error: {error}", FAILED)
+        return _say(f"error: {error}", FAILED, speaks=_is_first())
     except UserError as error:
-        return _say(f"error: {error}", BAD_INPUT)
+        return _say(f"error: {error}", BAD_INPUT, speaks=_speaks())
 
 
 def split_command(arguments: Sequence[str]) -> tuple[str | None, str | None, list[str]]:
@@ -67,16 +73,21 @@ def split_command(arguments: Sequence[str]) -> tuple[str | None, str | None, lis
     return prefix, first, rest
 
 
-def _say(line: str, code: int) -> int:
-    if _speaks():
+def _say(line: str, code: int, *, speaks: bool) -> int:
+    if speaks:
         sys.stderr.write(f"{line}\n")
     return code
+
+
+def _is_first() -> bool:
+    """What all ranks raise together, rank 0 says."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _speaks() -> bool:
     """Before the ranks meet all of them see the same error and rank 0 says it; after that each has its own."""
     torch = sys.modules.get("torch")
-    return os.environ.get("RANK", "0") == "0" or (torch is not None and torch.distributed.is_initialized())
+    return _is_first() or (torch is not None and torch.distributed.is_initialized())
 
 
 def _take_cfg_flag(arguments: list[str]) -> bool:

@@ -6,11 +6,11 @@ from typing import Any
 
 from rich.table import Table
 
-from ee_scale.artifact.run_folder import CHECKPOINTS, OpenedRun, open_run, run_identity
-from ee_scale.artifact.save import load_checkpoint, load_frozen, save_checkpoint
+from ee_scale.artifact.run_folder import OpenedRun, open_run, run_identity
+from ee_scale.artifact.save import load_checkpoint, load_frozen
 from ee_scale.backbone.loading import TensorFolder, find_model, read_config
 from ee_scale.cli.console import console
-from ee_scale.cli.job import Job, log_as_rank, reporter
+from ee_scale.cli.job import Job, log_as_rank, reporter, training_loop
 from ee_scale.cli.supernet_data import Data, prepare_data, read_labels
 from ee_scale.data.builtin import TINY, tiny_model
 from ee_scale.elastic.importance import measure_order
@@ -20,7 +20,15 @@ from ee_scale.errors import UserError
 from ee_scale.files import sync
 from ee_scale.grid import Grid
 from ee_scale.log import log
-from ee_scale.training.supernet import SupernetRun, begin_stage, build_stage, open_stages, start_run, train
+from ee_scale.training.supernet import (
+    SupernetRun,
+    begin_stage,
+    build_stage,
+    metrics_stream,
+    open_stages,
+    start_run,
+    train,
+)
 from ee_scale.training.supernet_plan import SupernetPlan, plan_supernet, recipe_rows, task_of
 
 ORDER = "order.safetensors"
@@ -74,8 +82,13 @@ def train_rank(plan: SupernetPlan, grid: Grid, opened: OpenedRun | None) -> None
     supernet = start_run(plan, grid, stage, order)
     if opened.checkpoint is not None:
         resume(supernet, opened)
+
+    def facts() -> dict[str, Any]:
+        return {"recipe_stage": supernet.index, "new": sorted(stage.new)}
+
     with reporter(plan.config, grid, opened, plan.recipe.total_steps, supernet.step, "subnet") as report:
-        train(supernet, data.micro_batches, report, lambda finished: _save(finished, opened.out))
+        drawn = lambda metrics: report(metrics.only(supernet.roles))  # noqa: E731
+        train(supernet, data.micro_batches, training_loop(supernet, opened, metrics_stream(supernet), drawn, facts))
 
 
 def unit_order(plan: SupernetPlan, stage: ElasticStage, data: Data, path: Path) -> UnitOrder:
@@ -100,11 +113,6 @@ def resume(supernet: SupernetRun, opened: OpenedRun) -> None:
     begin_stage(supernet)
     load_checkpoint(opened.checkpoint, supernet, opened.state)
     log.info("continuing from %s", opened.checkpoint)
-
-
-def _save(supernet: SupernetRun, out: Path) -> None:
-    facts = {"recipe_stage": supernet.index, "new": sorted(supernet.stage.new)}
-    save_checkpoint(out / CHECKPOINTS, supernet, facts, supernet.config.train.keep)
 
 
 def show_plan(plan: SupernetPlan) -> None:

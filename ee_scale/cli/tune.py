@@ -6,12 +6,12 @@ from typing import Any
 
 from rich.table import Table
 
-from ee_scale.artifact.run_folder import CHECKPOINTS, OpenedRun, open_run, tune_identity
-from ee_scale.artifact.save import load_checkpoint, save_checkpoint
+from ee_scale.artifact.run_folder import OpenedRun, open_run, tune_identity
+from ee_scale.artifact.save import load_checkpoint
 from ee_scale.backbone.loading import TensorFolder, find_model, load_config
 from ee_scale.cli.console import console
 from ee_scale.cli.inputs import load_tokenizer, sources, text_dataset
-from ee_scale.cli.job import Job, log_as_rank, reporter
+from ee_scale.cli.job import Job, log_as_rank, reporter, training_loop
 from ee_scale.data.builtin import TINY, tiny_model
 from ee_scale.data.dataset import check_tokens
 from ee_scale.data.text import prepare_text
@@ -19,7 +19,7 @@ from ee_scale.errors import UserError
 from ee_scale.grid import Grid
 from ee_scale.log import log
 from ee_scale.training.plan import TunePlan, plan_tune, stage_rows
-from ee_scale.training.tune import TuneRun, start_run, train
+from ee_scale.training.tune import TuneRun, metrics_stream, start_run, train
 
 
 def run(config: Any, overrides: Sequence[str]) -> int:
@@ -66,8 +66,9 @@ def train_rank(config: Any, plan: TunePlan, grid: Grid, opened: OpenedRun | None
     tune_run = start_run(config, plan, grid)
     if opened.checkpoint is not None:
         resume(tune_run, opened)
+    facts = {"steps": config.train.steps, "early_exit": plan.spec.to_dict(), "backbone": plan.backbone.mode}
     with reporter(config, grid, opened, config.train.steps, tune_run.step, "exit") as report:
-        train(tune_run, dataset, report, lambda finished: _save(finished, opened.out))
+        train(tune_run, dataset, training_loop(tune_run, opened, metrics_stream(tune_run), report, lambda: facts))
 
 
 def resume(tune_run: TuneRun, opened: OpenedRun) -> None:
@@ -75,13 +76,8 @@ def resume(tune_run: TuneRun, opened: OpenedRun) -> None:
     load_checkpoint(opened.checkpoint, tune_run, opened.state)
     log.info("continuing from %s", opened.checkpoint)
     steps = opened.state["steps"]
-    if steps != tune_run.config.train.steps:
+    if steps != tune_run.config.train.steps and tune_run.grid.rank == 0:
         log.warning("train.steps was %d: learning rate and order of the data now follow the new value", steps)
-
-
-def _save(tune_run: TuneRun, out: Path) -> None:
-    facts = {"steps": tune_run.config.train.steps, "early_exit": tune_run.plan.spec.to_dict()}
-    save_checkpoint(out / CHECKPOINTS, tune_run, facts, tune_run.config.train.keep)
 
 
 def show_plan(plan: TunePlan) -> None:

@@ -11,6 +11,7 @@ def check_tune(config: Any) -> None:
     _at_least(1, config, "train.steps", "train.micro_batch_size", "train.global_batch_size", "train.save_every")
     _at_least(1, config, "train.keep", "logging.every", "data.seq_length")
     _at_least(0, config, "optim.lr", "exits.kl_weight", "exits.loss_weight_warmup_steps", "data.num_workers")
+    _check_run(config)
     _check_optim(config.optim)
     check_batch(config.train.global_batch_size, config.train.micro_batch_size, config.parallel.dp)
     if config.train.zero != 1:
@@ -20,8 +21,26 @@ def check_tune(config: Any) -> None:
         )
     if config.optim.min_lr > config.optim.lr:
         raise UserError(f"optim.min_lr={config.optim.min_lr} is above optim.lr={config.optim.lr}")
+    _check_backbone(config)
     if config.exits.kl_temperature <= 0:
         raise UserError(f"exits.kl_temperature={config.exits.kl_temperature}: must be above 0")
+
+
+def _check_backbone(config: Any) -> None:
+    backbone = config.backbone
+    if backbone.rank < 1 or backbone.final_weight < 0:
+        raise UserError(
+            f"backbone.rank={backbone.rank}, backbone.final_weight={backbone.final_weight}: at least 1 and at least 0"
+        )
+    if backbone.mode == "frozen":
+        return
+    if not backbone.targets or set(backbone.targets) - {"attention", "mlp"}:
+        raise UserError(f"backbone.targets={list(backbone.targets)}: choose of attention and mlp")
+    if config.exits.kl_weight > 0:
+        raise UserError(
+            f"exits.kl_weight={config.exits.kl_weight} with backbone.mode={backbone.mode}: exits can learn from the "
+            "final layer of a frozen backbone only; use exits.kl_weight=0 or backbone=frozen"
+        )
 
 
 def check_supernet(config: Any) -> None:
@@ -30,6 +49,7 @@ def check_supernet(config: Any) -> None:
     _at_least(1, config, "train.micro_batch_size", "train.global_batch_size", "train.save_every", "train.keep")
     _at_least(1, config, "logging.every", "data.seq_length", "distill.loss_chunk_tokens", "importance.batch_size")
     _at_least(0, config, "distill.feature_weight", "sampling.randoms", "data.num_workers")
+    _check_run(config)
     _check_optim(config.optim)
     check_batch(config.train.global_batch_size, config.train.micro_batch_size, config.parallel.dp)
     if not config.stages:
@@ -70,6 +90,18 @@ def check_batch(global_batch_size: int, micro_batch_size: int, dp: int) -> int:
             f"train.micro_batch_size x parallel.dp = {micro_batch_size} x {dp}"
         )
     return global_batch_size // (micro_batch_size * dp)
+
+
+def _check_run(config: Any) -> None:
+    """What every run that trains has."""
+    _at_least(1, config, "train.max_skipped", "logging.trace_after", "logging.trace_steps", "launcher.nodes")
+    _at_least(0, config, "train.spike_factor", "launcher.max_restarts")
+    if config.logging.peak_tflops is not None and config.logging.peak_tflops <= 0:
+        raise UserError(f"logging.peak_tflops={config.logging.peak_tflops}: must be above 0")
+    if config.parallel.device_memory_gb is not None and config.parallel.device_memory_gb <= 0:
+        raise UserError(f"parallel.device_memory_gb={config.parallel.device_memory_gb}: must be above 0")
+    if config.parallel.timeout_minutes <= 0:
+        raise UserError(f"parallel.timeout_minutes={config.parallel.timeout_minutes}: must be above 0")
 
 
 def _check_optim(optim: Any) -> None:

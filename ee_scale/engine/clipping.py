@@ -18,7 +18,7 @@ from ee_scale.grid import Grid
 
 CLIP_KEY = "clip_group"  # key of a param group: groups with the same number (an exit's layer) share one norm
 COPY = "is_copy"  # attribute of a parameter whose original lies on another stage
-ALL = 0  # the number of the one group where everything belongs together
+ALL, TOGETHER = 0, "all"  # number of the one group where everything belongs together; its key in metrics
 
 
 @torch.no_grad()

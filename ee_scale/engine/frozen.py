@@ -92,6 +92,11 @@ class FrozenPipelineEngine(ObservedEngine):
             dist.barrier(self.process_grid.pp_group)
         return self._losses
 
+    @property
+    def skipped(self) -> dict[int, int]:
+        """Updates that were left out so far, by exit."""
+        return {k: self.guard.skipped[k] for k in self.stage.exit_layers}
+
     def set_lr(self, lr: float) -> None:
         """Learning rate of the next step."""
         for group in self.param_groups():

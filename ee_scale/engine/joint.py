@@ -25,7 +25,7 @@ from deepspeed.runtime.pipe.schedule import (
     SendGrad,
 )
 
-from ee_scale.engine.clipping import ALL, COPY, clip_groups
+from ee_scale.engine.clipping import ALL, COPY, TOGETHER, clip_groups
 from ee_scale.engine.frozen import EngineSettings
 from ee_scale.engine.guard import UpdateGuard
 from ee_scale.engine.observed import ObservedEngine
@@ -89,6 +89,16 @@ class JointPipelineEngine(ObservedEngine):
         self._micro_batches, self._slots = micro_batches, {}
         self._exec_schedule(JointSchedule(self.micro_batches, self.num_stages, self.stage_id))
         return self._losses
+
+    @property
+    def grad_norms(self) -> dict[str, torch.Tensor]:
+        """Norm before clipping, told by the last stage for all."""
+        return {TOGETHER: self.grad_norm} if self.is_last_stage() else {}
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Updates that were left out so far; the last stage tells."""
+        return {TOGETHER: self.guard.skipped[ALL]} if self.is_last_stage() else {}
 
     def set_lr(self, lr: float) -> None:
         """Learning rate of the next step."""

@@ -1,12 +1,15 @@
 """A pipeline engine that tells observers what it does: idle time, traces and the watchdog read the same stream."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import torch
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
-WAITS = ("RecvActivation", "RecvGrad", "ShareFinalHidden")  # what waits for another stage
+# What waits for another stage. A send does too: gloo and NCCL hand a tensor over when the other side takes it.
+WAITS = ("RecvActivation", "RecvGrad", "SendActivation", "SendGrad", "ShareFinalHidden")
 
 
 class Observer(Protocol):
@@ -39,3 +42,47 @@ class ObservedEngine(PipelineEngine):
             for command in commands:
                 with self.during(command.name, **command.kwargs):
                     self._INSTRUCTION_MAP[type(command)](self, **command.kwargs)
+
+
+class Clock(Protocol):
+    """Marks in what a device does, in order; read when it has got there."""
+
+    def mark(self) -> Any: ...
+
+    def reached(self, mark: Any) -> bool: ...
+
+    def seconds(self, start: Any, end: Any) -> float:
+        """Between two marks that were reached."""
+
+
+class HostClock:
+    """For a CPU: every instruction, gloo's sends and receives too, is over when its call returns."""
+
+    def mark(self) -> int:
+        return time.perf_counter_ns()
+
+    def reached(self, mark: int) -> bool:
+        return True
+
+    def seconds(self, start: int, end: int) -> float:
+        return (end - start) / 1e9
+
+
+class DeviceClock:
+    """For a GPU: the host runs ahead, so marks are events on its stream (which waits for NCCL), read without a sync."""
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def reached(self, mark: torch.cuda.Event) -> bool:
+        return mark.query()
+
+    def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        return start.elapsed_time(end) / 1e3
+
+
+def clock_of(device: torch.device) -> Clock:
+    """The clock that tells when a device did what."""
+    return DeviceClock() if device.type == "cuda" else HostClock()

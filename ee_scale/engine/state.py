@@ -12,6 +12,8 @@ from deepspeed.utils import (
 )
 from torch import nn
 
+from ee_scale.engine.clipping import CLIP_KEY
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 # (name, parameter, this rank's part) -> the whole tensor, and back: how a kind of run cuts tensors over tensor ranks.
@@ -19,8 +21,8 @@ Gather = Callable[[str, nn.Parameter, torch.Tensor], torch.Tensor]
 Local = Callable[[str, nn.Parameter, torch.Tensor], torch.Tensor]
 
 
-def start_moments(optimizer: Any, step: int = 0) -> None:
-    """Give AdamW its moments now, and tell DeepSpeed where they lie.
+def start_moments(optimizer: Any, updates: Callable[[int], int] = lambda group: 0) -> None:
+    """Give AdamW its moments now, and tell DeepSpeed where they lie. `updates`: made so far, by clip group.
 
     DeepSpeed links them after the first step of the first group, when those of later groups do not exist yet.
     """
@@ -28,7 +30,7 @@ def start_moments(optimizer: Any, step: int = 0) -> None:
     for group in adam.param_groups:
         for parameter in group["params"]:
             state = adam.state[parameter]
-            state["step"] = torch.tensor(float(step), device=parameter.device)
+            state["step"] = torch.tensor(float(updates(group[CLIP_KEY])), device=parameter.device)
             for name in MOMENTS:
                 state.setdefault(name, torch.zeros_like(parameter))
     optimizer._lazy_init_hp_params_optimizer_state()
@@ -52,10 +54,10 @@ def restore_tensors(
     read: Callable[[str, str], torch.Tensor],
     local: Local,
     optimizer: Any,
-    step: int,
+    updates: Callable[[int], int],
 ) -> None:
     """Fill all parameters of a stage and their moments from `read(name, 'param' | 'exp_avg' | 'exp_avg_sq')`, whole."""
-    start_moments(optimizer, step)
+    start_moments(optimizer, updates)
     for name, parameter in parameters:
         for key in ("param", *MOMENTS):
             part = local(name, parameter, read(name, key)).to(parameter.device)

@@ -20,7 +20,7 @@ from ee_scale.elastic.distill import FROZEN, DistillSettings, FeatureLoss, head_
 from ee_scale.elastic.factors import FactorSet
 from ee_scale.elastic.sampling import FULL, ROLES, Draw
 from ee_scale.elastic.stage import ElasticStage
-from ee_scale.engine.clipping import ALL, clip_groups
+from ee_scale.engine.clipping import ALL, TOGETHER, clip_groups
 from ee_scale.engine.guard import UpdateGuard
 from ee_scale.engine.observed import ObservedEngine
 from ee_scale.engine.schedule import SupernetSchedule, Teach
@@ -106,6 +106,16 @@ class SupernetEngine(ObservedEngine):
         counts = torch.tensor([max(1, roles.count(role)) for role in ROLES], device=self.device)
         return self._losses / counts.unsqueeze(-1)
 
+    @property
+    def grad_norms(self) -> dict[str, torch.Tensor]:
+        """Norm before clipping, told by the last stage for all."""
+        return {TOGETHER: self.grad_norm} if self.is_last_stage() else {}
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Updates that were left out so far; the last stage tells."""
+        return {TOGETHER: self.guard.skipped[ALL]} if self.is_last_stage() else {}
+
     def set_lr(self, lr: float) -> None:
         """Learning rate of the next step."""
         for group in self.optimizer.optimizer.param_groups:
@@ -134,7 +144,8 @@ class SupernetEngine(ObservedEngine):
             hidden, states = self.stage(x, batch, features=self._features is not None)
             self._keep(taught, hidden, states)
         if not self.is_last_stage():
-            p2p.send(hidden.contiguous(), self.next_stage)
+            with self.during("SendActivation"):
+                p2p.send(hidden.contiguous(), self.next_stage)
 
     @torch.no_grad()
     def _keep(self, taught: _Taught, hidden: torch.Tensor, states: dict[int, torch.Tensor]) -> None:

@@ -18,12 +18,16 @@ class SavedPart:
     Attributes:
         training: parameters with moments, which go to `moments_file`.
         frozen: parameters that were trained before.
+        copies: training ones that another stage saves.
+        group: the clip group of `training`; its count of updates goes to `moments_file` too.
     """
 
     file: str
     moments_file: str
     training: Named
     frozen: Named = field(default_factory=list)
+    copies: Named = field(default_factory=list)
+    group: int = 0
 
 
 class Run(Protocol):

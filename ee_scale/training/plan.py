@@ -12,6 +12,7 @@ from ee_scale.backbone.stages import StagePlan, plan_stages
 from ee_scale.config.checks import check_batch, check_tune
 from ee_scale.errors import UserError
 from ee_scale.exits.heads import ExitSpec
+from ee_scale.exits.joint import FROZEN, FULL, LOW_RANK, BackbonePlan
 from ee_scale.exits.placement import (
     exit_cost,
     exit_parameters,
@@ -20,6 +21,9 @@ from ee_scale.exits.placement import (
     resolve_loss_weights,
 )
 from ee_scale.grid import Layout
+
+# Passes over a layer's matrices per token: forward; and gradient of the input; and gradient of the weights.
+LAYER_PASSES = {FROZEN: 1.0, LOW_RANK: 2.0, FULL: 3.0}
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class TunePlan:
         layout: the processes that are launched (stages after the deepest exit are not).
         loss_weights: final weight of each exit's loss.
         num_micro_batches: per optimizer step and rank.
+        backbone: what trains beside the exits.
     """
 
     model_dir: Path
@@ -40,6 +45,12 @@ class TunePlan:
     layout: Layout
     loss_weights: dict[int, float]
     num_micro_batches: int
+    backbone: BackbonePlan
+
+    @property
+    def trains_backbone(self) -> bool:
+        """Whether gradients cross stages; then all stages run, and the model's own loss counts."""
+        return self.backbone.trains
 
 
 def plan_tune(config: Any, model_dir: Path, model_config: Any) -> TunePlan:
@@ -50,14 +61,16 @@ def plan_tune(config: Any, model_dir: Path, model_config: Any) -> TunePlan:
     tensor_plan(model_config, parallel.tp)
     layers = resolve_exit_layers(exits.layers, shape.num_layers, parallel.pp, parallel.stages)
     spec = exit_spec(model_config, layers, exits.kind, exits.head, exits.rank)
+    backbone = backbone_plan(config.backbone)
     stages = plan_stages(
         shape.num_layers,
         parallel.pp,
         layers,
         given=parallel.stages,
-        layer_cost=shape.layer_parameters,
+        layer_cost=LAYER_PASSES[backbone.mode] * shape.layer_parameters,
         exit_cost=exit_cost(spec, shape),
-        whole_model=exits.kl_weight > 0,
+        last_cost=3.0 * shape.vocab_size * shape.hidden_size if backbone.trains else 0.0,
+        whole_model=exits.kl_weight > 0 or backbone.trains,
     )
     return TunePlan(
         model_dir=model_dir,
@@ -68,6 +81,18 @@ def plan_tune(config: Any, model_dir: Path, model_config: Any) -> TunePlan:
         layout=Layout(parallel.tp, stages.launched, parallel.dp),
         loss_weights=resolve_loss_weights(exits.loss_weights, layers),
         num_micro_batches=check_batch(config.train.global_batch_size, config.train.micro_batch_size, parallel.dp),
+        backbone=backbone,
+    )
+
+
+def backbone_plan(backbone: Any) -> BackbonePlan:
+    """From the config group of that name."""
+    return BackbonePlan(
+        backbone.mode,
+        backbone.rank,
+        tuple(backbone.targets),
+        backbone.final_weight,
+        backbone.activation_checkpointing,
     )
 
 

@@ -38,7 +38,7 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def __call__(self, metrics: StepMetrics) -> None:
-        self._file.write(json.dumps(metrics.to_json()) + "\n")
+        self._file.write(json.dumps(metrics.to_json(), allow_nan=False) + "\n")
 
     def close(self) -> None:
         """Flush and close."""
@@ -64,7 +64,7 @@ class ProgressLine:
 
     def __call__(self, metrics: StepMetrics) -> None:
         losses = "  ".join(f"{key}:{loss:.3f}" for key, loss in metrics.values["loss"].items())
-        text = f"loss by {self._keyed_by} {losses}  {metrics.tokens_per_second:,.0f} tokens/s"
+        text = f"loss by {self._keyed_by} {losses}  {metrics.tokens_per_second:,.0f} tokens/s{_utilisation(metrics)}"
         if self._bar is not None:
             self._bar.update(self._task, completed=metrics.step, description=text)
         elif metrics.step % self._every == 0 or metrics.step in (1, self._steps):
@@ -76,15 +76,32 @@ class ProgressLine:
             self._bar.stop()
 
 
+def _utilisation(metrics: StepMetrics) -> str:
+    """MFU, the stage that waits most, updates left out: what there is of them."""
+    text = "" if metrics.mfu is None else f"  mfu {metrics.mfu:.1%}"
+    idle = metrics.stages.get("idle", {})
+    if len(idle) > 1:
+        stage = max(idle, key=idle.__getitem__)
+        text += f"  idle {idle[stage]:.0%} (stage {stage})"
+    if metrics.skipped:
+        text += f"  skipped {max(metrics.skipped.values())}"
+    return text
+
+
 class WandbSink:
-    """Weights & Biases. Whatever fails there is said once and never stops the run."""
+    """Weights & Biases. Whatever fails there is said once and never stops the run.
+
+    A run that goes on has the same id. It may repeat steps that were logged before it was killed, and wandb drops what
+    is not above its own last step: so that one goes on counting, and the run's step is the x axis of every chart.
+    """
 
     def __init__(self, out: Path, logging: Any, config: dict[str, Any], run_id: str, keyed_by: str):
-        self._run, self._keyed_by = None, keyed_by
+        self._run, self._keyed_by, self._repeated = None, keyed_by, None
         try:
             self._run = wandb.init(
                 project=logging.wandb_project,
                 name=logging.wandb_name or out.name,
+                group=logging.wandb_group,
                 mode=logging.wandb,
                 dir=str(out),
                 id=run_id,
@@ -92,20 +109,18 @@ class WandbSink:
                 config=config,
                 settings=wandb.Settings(silent=True),
             )
+            self._run.define_metric("step")
+            self._run.define_metric("*", step_metric="step")
         except Exception as error:
             self._give_up(error)
 
     def __call__(self, metrics: StepMetrics) -> None:
         if self._run is None:
             return
-        values = {
-            f"{name}/{self._keyed_by}_{key}": value
-            for name, column in metrics.values.items()
-            for key, value in column.items()
-        }
-        values |= {name: getattr(metrics, name) for name in ("tokens", "learning_rate", "tokens_per_second")}
         try:
-            self._run.log(values, step=metrics.step)
+            if self._repeated is None:
+                self._repeated = max(0, self._run.starting_step - metrics.step)
+            self._run.log(_series(metrics, self._keyed_by), step=metrics.step + self._repeated)
         except Exception as error:
             self._give_up(error)
 
@@ -122,3 +137,12 @@ class WandbSink:
         log.warning(
             "wandb failed and is off for the rest of the run: %s", str(error).splitlines()[0] if str(error) else error
         )
+
+
+def _series(metrics: StepMetrics, keyed_by: str) -> dict[str, float]:
+    """Names of charts, grouped by what is in front of the slash."""
+    columns = metrics.values | {"grad_norm": metrics.grad_norms, "skipped": metrics.skipped}
+    values = {f"{name}/{keyed_by}_{key}": value for name, column in columns.items() for key, value in column.items()}
+    values |= {f"{name}/stage_{s}": value for name, column in metrics.stages.items() for s, value in column.items()}
+    values |= {name: getattr(metrics, name) for name in ("step", "tokens", "learning_rate", "tokens_per_second")}
+    return values if metrics.mfu is None else values | {"mfu": metrics.mfu}

@@ -1,6 +1,6 @@
 """The recipe `supernet`: factors of a weight-sharing supernet, stage after stage."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +14,15 @@ from ee_scale.elastic.order import UnitOrder
 from ee_scale.elastic.sampling import ROLES, draw_stream
 from ee_scale.elastic.stage import ElasticStage
 from ee_scale.elastic.subnet import SearchSpace
+from ee_scale.engine.clipping import TOGETHER
 from ee_scale.engine.setup import OptimizerSettings
 from ee_scale.engine.supernet import SupernetEngine, SupernetEngineSettings
 from ee_scale.grid import Grid
 from ee_scale.log import log
-from ee_scale.training.metrics import MetricsStream, StepMetrics
+from ee_scale.training.cost import flops_per_token
+from ee_scale.training.loop import Loop
+from ee_scale.training.meter import StageMeter, peak_flops
+from ee_scale.training.metrics import MetricsStream
 from ee_scale.training.parts import Named, SavedPart
 from ee_scale.training.plan import uses_bf16
 from ee_scale.training.schedules import LearningRate
@@ -32,7 +36,7 @@ Batches = Callable[[int], Iterator[dict[str, torch.Tensor]]]
 
 @dataclass
 class SupernetRun:
-    """One rank's live run. `step` counts finished optimizer steps over all recipe stages."""
+    """One rank's live run. `step` counts finished optimizer steps over all recipe stages, `roles` were drawn last."""
 
     plan: SupernetPlan
     grid: Grid
@@ -42,6 +46,7 @@ class SupernetRun:
     factors: list[FactorSet] = field(default_factory=list)
     engine: SupernetEngine | None = None
     step: int = 0
+    roles: Sequence[str] = ROLES
 
     @property
     def config(self) -> Any:
@@ -115,58 +120,59 @@ def begin_stage(run: SupernetRun) -> None:
         teacher_stages=teacher if recipe.axes else None,
         optimizer=OptimizerSettings(peak, tuple(optim.betas), optim.eps, optim.weight_decay, optim.clip_grad),
         bf16=run.stage.dtype == torch.bfloat16,
+        spike_factor=train.spike_factor,
         seed=train.seed,
     )
     run.engine = SupernetEngine.build(run.stage, run.factors[-1], run.grid, settings)
 
 
-def train(
-    run: SupernetRun,
-    data: Batches,
-    report: Callable[[StepMetrics], None],
-    save: Callable[[SupernetRun], None],
-) -> None:
-    """Run the remaining steps of all stages. `report` is called on rank 0, `save` on all ranks when it is time."""
-    recipe = run.plan.recipe
-    stream = MetricsStream(run.grid, ROLES, run.config.train.global_batch_size * run.config.data.seq_length, MEASURES)
+def metrics_stream(run: SupernetRun) -> MetricsStream:
+    """Losses by role of the subnet, and how well the devices are used."""
+    config, grid = run.config, run.grid
+    width, peak = run.plan.map.shape.hidden, config.logging.peak_tflops
+    return MetricsStream(
+        grid,
+        ROLES,
+        config.train.global_batch_size * config.data.seq_length,
+        MEASURES,
+        meter=StageMeter(grid.device),
+        norm_keys=[TOGETHER],
+        peak_flops=peak_flops(grid.device, peak, width, run.stage.dtype) if grid.rank == 0 else None,
+    )
+
+
+def train(run: SupernetRun, data: Batches, loop: Loop) -> None:
+    """Run the remaining steps of all stages. Raises what `loop` does."""
     micro_batches = data(run.consumed_samples)
-    while run.step < recipe.total_steps:
-        if run.engine is None or recipe.index_at(run.step) != run.index:
-            open_stages(run, recipe.index_at(run.step))
-            begin_stage(run)
-        _train_stage(run, micro_batches, stream, report, save)
+    if run.engine is not None:  # a resumed run
+        loop.watch(run.engine)
+    with loop.running():
+        while run.step < run.plan.recipe.total_steps:
+            if run.engine is None or run.plan.recipe.index_at(run.step) != run.index:
+                open_stages(run, run.plan.recipe.index_at(run.step))
+                begin_stage(run)
+                loop.watch(run.engine)
+            loop.stream.flops_per_token = sum(flops_per_token(run.plan, run.config, run.index))
+            _train_stage(run, micro_batches, loop)
 
 
-def _train_stage(
-    run: SupernetRun,
-    micro_batches: Iterator[dict[str, torch.Tensor]],
-    stream: MetricsStream,
-    report: Callable[[StepMetrics], None],
-    save: Callable[[SupernetRun], None],
-) -> None:
+def _train_stage(run: SupernetRun, micro_batches: Iterator[dict[str, torch.Tensor]], loop: Loop) -> None:
     """The rest of the current recipe stage. Raises RuntimeError if something frozen changed."""
     config, stage, end = run.config, run.plan.recipe.stages[run.index], run.plan.recipe.ends[run.index]
     before = run.stage.frozen_digest() if config.train.verify_frozen else ""
     rate = LearningRate(SimpleNamespace(**{**dict(config.optim), "lr": run.plan.learning_rate(run.index)}), stage.steps)
     trainable = FactorPlan(run.plan.map, run.plan.factor_settings(run.index), run.stage.new).parameters
     while run.step < end:
+        loop.begin()
         learning_rate = rate.at(run.optimizer_steps)
         run.engine.set_lr(learning_rate)
         draws = draw_stream(run.space, stage.axes, run.step, run.plan.num_micro_batches, run.plan.sampling, trainable)
+        run.roles = [role for role in ROLES if any(draw.role == role for draw in draws)]
         losses = run.engine.train_step(micro_batches, draws)
-        run.step += 1
-        stream.add(run.step, learning_rate, dict(zip(ROLES, losses, strict=True)))
-        saves = run.step == end or run.step % config.train.save_every == 0
-        if saves or run.step % config.logging.every == 0:
-            stream.flush()
-        for metrics in stream.ready(wait=saves):
-            if run.grid.rank == 0:
-                report(metrics.only([role for role in ROLES if any(draw.role == role for draw in draws)]))
-        if run.step == end and config.train.verify_frozen:
+        last = run.step + 1 == end
+        if last and config.train.verify_frozen:
             _check_frozen(run, before)
-        if saves:
-            save(run)
-            stream.restart_clock()
+        loop.end(learning_rate, dict(zip(ROLES, losses, strict=True)), last=last)
 
 
 def _check_frozen(run: SupernetRun, before: str) -> None:

@@ -1,6 +1,6 @@
 """The recipe `tune`: exits on a frozen backbone."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +10,19 @@ from torch.utils.data import Dataset
 
 from ee_scale.backbone.loading import TensorFolder
 from ee_scale.data.loader import batches
+from ee_scale.engine.clipping import ALL, TOGETHER
 from ee_scale.engine.frozen import EngineSettings, FrozenPipelineEngine
+from ee_scale.engine.joint import FINAL, JointPipelineEngine
 from ee_scale.engine.setup import OptimizerSettings
+from ee_scale.exits.joint import FULL, JointStage, output_copies
 from ee_scale.exits.losses import LossSettings
 from ee_scale.exits.stage import TuningStage, build_stage, gather_whole, load_stage, local_slice
 from ee_scale.grid import Grid
 from ee_scale.log import log
-from ee_scale.training.metrics import MetricsStream, StepMetrics
+from ee_scale.training.cost import flops_per_token
+from ee_scale.training.loop import Loop
+from ee_scale.training.meter import StageMeter, peak_flops
+from ee_scale.training.metrics import MetricsStream
 from ee_scale.training.parts import SavedPart
 from ee_scale.training.plan import TunePlan, uses_bf16
 from ee_scale.training.schedules import LearningRate, loss_weights_at
@@ -30,7 +36,7 @@ class TuneRun:
     plan: TunePlan
     grid: Grid
     stage: TuningStage
-    engine: FrozenPipelineEngine
+    engine: FrozenPipelineEngine | JointPipelineEngine
     step: int = 0
 
     @property
@@ -42,12 +48,18 @@ class TuneRun:
         return self.step
 
     def saved_parts(self) -> list[SavedPart]:
-        """A pair of files per exit."""
-        parts = []
+        """A pair of files per exit, and one for what trains of the stage's backbone."""
+        parts, together = [], self.plan.trains_backbone
         for k in self.stage.exit_layers:
             named = self.stage.exit_heads[str(k)].named_parameters()
             training = [(f"exit_heads.{k}.{name}", parameter) for name, parameter in named]
-            parts.append(SavedPart(exits_name(k), optimizer_name(k), training))
+            parts.append(SavedPart(exits_name(k), optimizer_name(k), training, group=ALL if together else k))
+        if together:
+            trained = self.stage.trained
+            copies = {} if self.stage.is_original else {self.stage.copied: trained[self.stage.copied]}
+            own = [(name, parameter) for name, parameter in trained.items() if name not in copies]
+            file, moments = f"backbone_{self.grid.stage:03d}.safetensors", f"backbone_moments_{self.grid.stage:03d}"
+            parts.append(SavedPart(file, f"{moments}.safetensors", own, copies=list(copies.items()), group=ALL))
         return parts
 
     def gather(self, name: str, parameter: nn.Parameter, part: torch.Tensor) -> torch.Tensor:
@@ -80,10 +92,16 @@ def start_run(config: Any, plan: TunePlan, grid: Grid) -> TuneRun:
         torch.bfloat16 if bf16 else torch.float32,
         attn_implementation=config.model.attn_implementation,
         teacher=config.exits.kl_weight > 0,
+        decoding=plan.trains_backbone,
+        cls=JointStage if plan.trains_backbone else TuningStage,
     )
     load_stage(stage, TensorFolder(plan.model_dir), grid, init=config.exits.init, seed=config.train.seed)
-    engine = FrozenPipelineEngine.build(stage, grid, engine_settings(config, plan, bf16))
-    return TuneRun(config, plan, grid, stage, engine)
+    settings = engine_settings(config, plan, bf16)
+    if not plan.trains_backbone:
+        return TuneRun(config, plan, grid, stage, FrozenPipelineEngine.build(stage, grid, settings))
+    copies = output_copies(plan.stages, plan.spec, plan.shape.tied_embeddings)
+    stage.train_backbone(plan.backbone, copies, grid, config.train.seed)
+    return TuneRun(config, plan, grid, stage, JointPipelineEngine.build(stage, grid, settings))
 
 
 def engine_settings(config: Any, plan: TunePlan, bf16: bool) -> EngineSettings:
@@ -101,51 +119,52 @@ def engine_settings(config: Any, plan: TunePlan, bf16: bool) -> EngineSettings:
         ),
         optimizer=OptimizerSettings(optim.lr, tuple(optim.betas), optim.eps, optim.weight_decay, optim.clip_grad),
         bf16=bf16,
+        spike_factor=config.train.spike_factor,
+        final_weight=plan.backbone.final_weight,
     )
 
 
-def train(
-    run: TuneRun,
-    dataset: Dataset,
-    report: Callable[[StepMetrics], None],
-    save: Callable[[TuneRun], None],
-) -> None:
-    """Run the remaining steps. `report` is called on rank 0 for every step, `save` on all ranks when it is time.
-
-    Raises RuntimeError if the frozen backbone changed.
-    """
-    config, grid, engine = run.config, run.grid, run.engine
-    before = run.stage.frozen_digest() if config.train.verify_frozen else ""
-    rate = LearningRate(config.optim, config.train.steps)
-    stream = MetricsStream(
+def metrics_stream(run: TuneRun) -> MetricsStream:
+    """Losses by exit (and of the model itself, if it trains), and how well the devices are used."""
+    config, plan, grid = run.config, run.plan, run.grid
+    layers, dtype = list(plan.spec.layers), next(run.stage.backbone.parameters()).dtype
+    tokens = config.train.global_batch_size * config.data.seq_length
+    peak = config.logging.peak_tflops
+    return MetricsStream(
         grid,
-        run.plan.spec.layers,
-        config.train.global_batch_size * config.data.seq_length,
+        [*layers, FINAL] if plan.trains_backbone else layers,
+        tokens,
         ("loss", "kl") if config.exits.kl_weight > 0 else ("loss",),
+        meter=StageMeter(grid.device),
+        norm_keys=[TOGETHER] if plan.trains_backbone else layers,
+        flops_per_token=sum(flops_per_token(plan, config)),
+        peak_flops=peak_flops(grid.device, peak, plan.shape.hidden_size, dtype) if grid.rank == 0 else None,
     )
-    micro_batches = _micro_batches(run, dataset)
-    while run.step < config.train.steps:
-        learning_rate = rate.at(run.step)
-        engine.set_lr(learning_rate)
-        engine.loss_weights = loss_weights_at(run.step, run.plan.loss_weights, config.exits)
-        losses = engine.train_step(micro_batches)
-        run.step += 1
-        last = run.step == config.train.steps
-        stream.add(run.step, learning_rate, losses)
-        saves = last or run.step % config.train.save_every == 0
-        if saves or run.step % config.logging.every == 0:
-            stream.flush()
-        for metrics in stream.ready(wait=saves):
-            if grid.rank == 0:
-                report(metrics)
-        if last and config.train.verify_frozen:
-            _check_frozen(run, before)
-        if saves:
-            save(run)
-            stream.restart_clock()
 
 
-def _micro_batches(run: TuneRun, dataset: Dataset) -> Iterator[dict[str, torch.Tensor]]:
+def train(run: TuneRun, dataset: Dataset, loop: Loop) -> None:
+    """Run the remaining steps. Raises RuntimeError if the frozen part of the backbone changed, and what `loop` does."""
+    config, engine = run.config, run.engine
+    verifies = config.train.verify_frozen and run.plan.backbone.mode != FULL
+    before = run.stage.frozen_digest() if verifies else ""
+    rate = LearningRate(config.optim, config.train.steps)
+    micro_batches = micro_batches_of(run, dataset)
+    loop.watch(engine)
+    with loop.running():
+        while run.step < config.train.steps:
+            loop.begin()
+            learning_rate = rate.at(run.step)
+            engine.set_lr(learning_rate)
+            engine.loss_weights = loss_weights_at(run.step, run.plan.loss_weights, config.exits)
+            losses = engine.train_step(micro_batches)
+            last = run.step + 1 == config.train.steps
+            if last and verifies:
+                _check_frozen(run, before)
+            loop.end(learning_rate, losses, last=last)
+
+
+def micro_batches_of(run: TuneRun, dataset: Dataset) -> Iterator[dict[str, torch.Tensor]]:
+    """This replica's, from where the run stands."""
     return batches(
         dataset,
         micro_batch_size=run.config.train.micro_batch_size,

@@ -1,11 +1,15 @@
 """Real processes, the way a person starts them."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from helpers.slurm import end
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
 
@@ -16,10 +20,25 @@ def start(command: list[str], folder: Path) -> subprocess.CompletedProcess:
     )
 
 
-def test_debug_config_starts_its_own_ranks(tmp_path):
-    finished = start([sys.executable, "-m", "ee_scale", "tune", "+debug=cpu", "train.steps=4"], tmp_path)
+def test_debug_config_starts_its_own_ranks_and_passes_signals_on(tmp_path):
+    command = [sys.executable, "-m", "ee_scale", "tune", "+debug=cpu", "train.steps=60", "logging.every=1"]
+    metrics = tmp_path / "runs/debug_cpu/metrics.jsonl"
+    options = {"cwd": tmp_path, "env": ENVIRONMENT, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **options) as first:
+        try:
+            while first.poll() is None and not (metrics.is_file() and metrics.read_text().count("\n") >= 3):
+                time.sleep(0.02)
+            first.send_signal(signal.SIGTERM)
+            told = first.communicate(timeout=120)[1]
+        finally:
+            end(first.pid)
+    assert first.returncode == 75, told
+    assert "Traceback" not in told
+    assert json.loads((tmp_path / "runs/debug_cpu/stopped.json").read_text())["code"] == 75
+    finished = start(command, tmp_path)
     assert finished.returncode == 0, finished.stderr
-    assert len((tmp_path / "runs/debug_cpu/metrics.jsonl").read_text().splitlines()) == 4
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(1, 61))
     assert "next: ee-scale export src=runs/debug_cpu" in finished.stderr
     assert os.listdir(tmp_path) == ["runs"]
 

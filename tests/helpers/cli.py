@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,17 +42,19 @@ def run_cli(
     die_at_step: int = 0,
     die_in_save: bool = False,
     measure_here: bool = False,
+    inject: Callable[[int], None] | None = None,
 ) -> Finished:
     """Run a command with `folder` as working directory; with several ranks, each under torchrun's variables.
 
     `die_at_step` and `die_in_save` kill rank 0 (signal 9) after that step, or when all files of a checkpoint are
     written and only the rename is missing. `measure_here`: a palette's folders are measured in the command's own
-    process, which saves seconds for each, and their memory is said to be twice their weights.
+    process, which saves seconds for each, and their memory is said to be twice their weights. `inject`: called with the
+    rank in each process before the command runs (an importable function).
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(MODULES)
     port = _free_port()
-    options = (arguments, folder, die_at_step, die_in_save, measure_here)
+    options = (arguments, folder, die_at_step, die_in_save, measure_here, inject)
     ranks = [
         context.Process(target=_rank, args=(rank, world_size, port, *options), daemon=True)
         for rank in range(world_size)
@@ -81,6 +84,7 @@ def _rank(
     die_at_step: int,
     die_in_save: bool,
     measure_here: bool,
+    inject: Callable[[int], None] | None,
 ) -> None:
     os.environ.update(CHILD_ENVIRONMENT)
     if world_size > 1:
@@ -106,6 +110,8 @@ def _rank(
         save._publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     if measure_here:
         _measure_here()
+    if inject is not None:
+        inject(rank)
     code = main(arguments)
     os._exit(code)
 

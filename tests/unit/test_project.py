@@ -99,7 +99,7 @@ def test_exported_code_stands_alone():
 def test_every_package_is_listed_for_the_wheel():
     listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
     found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "ee_scale").rglob("__init__.py")}
-    assert listed == found | {"ee_scale.configs"}
+    assert listed == found | {"ee_scale.configs", "ee_scale.launch"}
 
 
 def test_nothing_is_named_like_the_builtin():

@@ -1,0 +1,39 @@
+"""A base model's tensors with what a run trained of them: whole weights, or adapters that are merged."""
+
+from pathlib import Path
+
+import torch
+
+from ee_scale.backbone.adapters import DOWN, UP, merged
+from ee_scale.backbone.loading import TensorFolder
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+class TrainedBase(TensorFolder):
+    """Reads like the base folder. A trained tensor has the base tensor's number type, rounded once from fp32."""
+
+    def __init__(self, base: Path, checkpoint: Path, files: list[str], *, tied: bool):
+        """`files`: of the checkpoint, with what was trained of the backbone; none: the base model as it is."""
+        super().__init__(base)
+        self._trained = TensorFolder(checkpoint, [checkpoint / name for name in files])
+        self._tied = tied
+
+    def is_trained(self, name: str) -> bool:
+        """Whether the tensor differs from the base folder's."""
+        return self._key(name) in self._trained or name.removesuffix(".weight") + UP in self._trained
+
+    def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """As `TensorFolder.read`."""
+        if not self.is_trained(name):
+            return super().read(name, dim, start, stop)
+        if self._key(name) in self._trained:
+            whole = self._trained.read(self._key(name)).to(super().read(name, 0, 0, 1).dtype)
+        else:
+            pair = (self._trained.read(name.removesuffix(".weight") + part) for part in (DOWN, UP))
+            whole = merged(super().read(name), *pair)
+        return whole if dim is None else whole[(slice(None),) * dim + (slice(start, stop),)]
+
+    def _key(self, name: str) -> str:
+        # A folder of a tied model may hold its one matrix under both names.
+        return EMBEDDING if name == HEAD and self._tied else name

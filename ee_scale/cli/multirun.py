@@ -1,0 +1,184 @@
+"""`ee-scale tune -m optim.lr=1e-4,3e-4 exits.rank=8,16`: every combination, one after the other or as a SLURM array."""
+
+import itertools
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from rich.table import Table
+
+from ee_scale.cli.console import console
+from ee_scale.cli.launch import Task, check_task, start
+from ee_scale.cli.ranks import passing_on
+from ee_scale.config.compose import compose_config
+from ee_scale.config.schema import TRAINING_VERBS
+from ee_scale.errors import FAILED, REQUEUE, UserError
+from ee_scale.log import configure_logging, log
+
+FLAGS = ("-m", "--multirun")
+LONGEST_NAME = 80
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One run of a sweep: name (also of its folder), the words for `ee-scale <verb>`, and what they compose to."""
+
+    name: str
+    overrides: list[str]
+    config: Any
+
+
+def run(prefix: str | None, verb: str, arguments: Sequence[str]) -> int:
+    """Run or launch every combination. Returns 0, 1 if one failed, 75 if one was stopped.
+
+    All of them are composed and checked (`UserError`) before the first one starts.
+    """
+    if verb not in TRAINING_VERBS or prefix not in (None, "launch"):
+        raise UserError(f"-m: goes with {', '.join(TRAINING_VERBS)} and launch, not with {prefix or verb}")
+    combinations = expand(verb, [word for word in arguments if word not in FLAGS])
+    config = combinations[0].config
+    configure_logging(0, config.logging.level)
+    launcher, base = config.launcher, Path(config.out).expanduser().absolute().parent
+    if prefix == "launch" and launcher.kind == "torchrun":
+        raise UserError("launcher=torchrun: -m goes with launcher=local and launcher=slurm")
+    tasks = check(verb, combinations, launched=prefix == "launch")
+    if prefix == "launch" and launcher.kind == "slurm":
+        return start(launcher, tasks, base, config.parallel.device)
+    commands = [[sys.executable, "-m", "ee_scale", *task.words] for task in tasks]
+    if prefix == "launch" and launcher.dry_run:
+        sys.stdout.write("".join(shlex.join(["ee-scale", *task.words]) + "\n" for task in tasks))
+        return 0
+    codes = run_all(combinations, commands)
+    show(combinations, codes)
+    if INTERRUPTED in codes:
+        return INTERRUPTED
+    if REQUEUE in codes or None in codes:
+        return REQUEUE
+    return FAILED if any(codes) else 0
+
+
+def expand(verb: str, arguments: Sequence[str]) -> list[Combination]:
+    """The combinations of all settings with several values, composed. Raises `UserError`."""
+    parsed = [_parse(word) for word in arguments]
+    swept = [override for override in parsed if override is not None and override.is_sweep_override()]
+    if not swept:
+        raise UserError("-m: no setting has several values; give some, e.g. optim.lr=1e-4,3e-4")
+    keys = [override.get_key_element() for override in swept]
+    for key, override in zip(keys, swept, strict=True):
+        if key == "out" or key.startswith("launcher"):
+            raise UserError(f"{override.input_line}: cannot be swept; every combination gets its own folder below out")
+    choices = [
+        _values(word, override) if override is not None and override.is_sweep_override() else [word]
+        for word, override in zip(arguments, parsed, strict=True)
+    ]
+    products = [list(words) for words in itertools.product(*choices)]
+    first = compose_config(verb, products[0])
+    group = [f"logging.wandb_group={Path(first.out).name}"] if first.logging.wandb_group is None else []
+    shorts = [key.rsplit(".", 1)[-1].lstrip("+") for key in keys]
+    names = [short if shorts.count(short) == 1 else key.lstrip("+") for key, short in zip(keys, shorts, strict=True)]
+    at = [i for i, override in enumerate(parsed) if override in swept]
+    found = []
+    for number, words in enumerate(products):
+        values = [words[i].partition("=")[2] for i in at]
+        name = folder_name(number, len(products), list(zip(names, values, strict=True)))
+        overrides = [*(word for word in words if not word.startswith("out=")), *group, f"out={first.out}/{name}"]
+        found.append(Combination(name, overrides, _compose(verb, name, overrides)))
+    return found
+
+
+def folder_name(number: int, count: int, differs: Sequence[tuple[str, str]]) -> str:
+    """`3_lr=1e-4_rank=8`: the same for the same command, in the order of the sweep, safe as a name of a folder."""
+    pairs = [f"{key}=" + re.sub(r"[^\w.+-]+", "-", value).strip("-") for key, value in differs]
+    return f"{number:0{len(str(count - 1))}d}_{'_'.join(pairs)[:LONGEST_NAME]}"
+
+
+def _parse(word: str) -> Override | None:
+    """What Hydra reads, or None for what only `expand_shorthand` understands (flags, paths with odd characters)."""
+    if word.startswith("--") or "=" not in word:
+        return None
+    try:
+        return OverridesParser.create().parse_override(word)
+    except HydraException:
+        return None
+
+
+def _values(word: str, override: Override) -> list[str]:
+    try:
+        return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+    except HydraException as error:
+        raise UserError(f"{word}: -m takes lists of values (a,b), choice() and range()") from error
+
+
+def _compose(verb: str, name: str, overrides: Sequence[str]) -> Any:
+    try:
+        return compose_config(verb, overrides)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+
+
+def check(verb: str, combinations: Sequence[Combination], *, launched: bool) -> list[Task]:
+    """Every combination against its model and grid. Raises `UserError` that begins with its name."""
+    tasks = []
+    for combination in combinations:
+        try:
+            if not launched:  # as if by hand: whatever group launcher says of other machines
+                combination.config.launcher.kind, combination.config.launcher.nodes = "local", 1
+            tasks.append(check_task(verb, combination.config, combination.overrides))
+        except UserError as error:
+            raise UserError(f"{combination.name}: {error}") from error
+    sizes = [task.processes for task in tasks]
+    if launched and combinations[0].config.launcher.kind == "slurm" and len(set(sizes)) > 1:
+        other = next(i for i, size in enumerate(sizes) if size != sizes[0])
+        raise UserError(
+            f"{combinations[other].name}: {sizes[other]} ranks per node, {sizes[0]} for {combinations[0].name}; "
+            "the elements of one array job are of one size"
+        )
+    return tasks
+
+
+def run_all(combinations: Sequence[Combination], commands: Sequence[Sequence[str]]) -> list[int | None]:
+    """Exit codes; None for what a stop left out. A signal goes on to the run that is there, and ends the sweep."""
+    codes: list[int | None] = [None] * len(commands)
+    for number, command in enumerate(commands):
+        log.info("run %d of %d: %s", number + 1, len(commands), combinations[number].name)
+        signals: list[int] = []
+        with passing_on(signals):
+            codes[number] = subprocess.run(command, check=False).returncode
+        if signals or codes[number] in (REQUEUE, INTERRUPTED):
+            break
+    return codes
+
+
+def show(combinations: Sequence[Combination], codes: Sequence[int | None]) -> None:
+    """Name, exit code and last losses of every run."""
+    losses = [last_losses(Path(combination.config.out).expanduser()) for combination in combinations]
+    keys = list(dict.fromkeys(key for found in losses for key in found))
+    table = Table()
+    table.add_column("run")
+    for column in ("code", "step", *(f"loss {key}" for key in keys if key != "step")):
+        table.add_column(column, justify="right")
+    for combination, code, found in zip(combinations, codes, losses, strict=True):
+        cells = [f"{found[key]:.4f}" if key in found else "" for key in keys if key != "step"]
+        table.add_row(combination.name, "" if code is None else str(code), f"{found.get('step', '')}", *cells)
+    console().print(table)
+
+
+def last_losses(out: Path) -> dict[str, float]:
+    """Step and losses, by exit or subnet, of the last line of metrics.jsonl; empty if there is none."""
+    try:
+        last = json.loads((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    except (OSError, ValueError, IndexError):
+        return {}
+    losses = last.get("loss")
+    losses = losses if isinstance(losses, dict) else {"": losses}
+    return {"step": last["step"], **{key: value for key, value in losses.items() if isinstance(value, float)}}

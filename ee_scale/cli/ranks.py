@@ -1,0 +1,178 @@
+"""torchrun's agent, in this process, with signals passed on to the ranks.
+
+torchrun answers a signal by ending its ranks, 30 s later by force. Here SIGTERM and SIGUSR1 reach the ranks: they agree
+on a step, save and leave with code 75 (`ee_scale.training.loop`); the agent only waits for them.
+`python -m ee_scale.cli.ranks` is `torchrun` with that difference: launch/torchrun.sh starts it on every node.
+"""
+
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import psutil
+
+from ee_scale.errors import BAD_INPUT, FAILED, REQUEUE, STOPPED, Requeue, RunError, UserError
+
+if TYPE_CHECKING:
+    import torch
+
+PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
+HANDLED = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # torchrun ends the ranks at these
+STOPPING = "EE_SCALE_STOPPING"  # in the environment of ranks that an agent starts again after a signal
+
+
+@dataclass
+class Ended:
+    """How the ranks ended. code: 0, that of the first rank that failed (below 0: killed by that signal).
+
+    signals: what was passed on to them.
+    """
+
+    code: int = 0
+    rank: int = 0
+    signals: list[int] = field(default_factory=list)
+
+
+def run_ranks(
+    verb: str,
+    overrides: Sequence[str],
+    world_size: int,
+    device: "torch.device",
+    out: Path | None = None,
+    max_restarts: int = 0,
+) -> int:
+    """Run a command in `world_size` ranks on this machine; returns the exit code.
+
+    out: folder whose stopped.json tells why a run left; max_restarts: times that all ranks start again after one died.
+    Raises `UserError` for too few GPUs, `RunError` and `Requeue` as the ranks ended.
+    """
+    import torch
+
+    if device.type == "cuda" and world_size > torch.cuda.device_count():
+        raise UserError(
+            f"the grid needs {world_size} GPUs and this node has {torch.cuda.device_count()}; "
+            "start it on several nodes with ee-scale launch, or make the grid smaller"
+        )
+    environment = {}
+    if device.type == "cpu":
+        threads = max(1, (os.cpu_count() or 1) // world_size)
+        environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)), "DS_ACCELERATOR": "cpu"}
+    arguments = ["--standalone", "--nproc-per-node", str(world_size), "--max-restarts", str(max_restarts)]
+    return exit_code(run_agent([*arguments, "-m", "ee_scale", verb, *overrides], environment), out)
+
+
+def run_agent(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Ended:
+    """`torchrun <arguments>` in this process, until all its ranks have ended."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    _quieten()
+    ended = Ended()
+    with _restored(), passing_on(ended.signals, of_agent=True):
+        os.environ.update(environment or {})
+        try:
+            run.main(["--signals-to-handle", ",".join(number.name for number in HANDLED), *arguments])
+        except ChildFailedError as error:
+            ended.rank, failure = error.get_first_failure()
+            ended.code = failure.exitcode
+        except SignalException as error:
+            if error.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            ended.code = -error.sigval
+    return ended
+
+
+def exit_code(ended: Ended, out: Path | None = None) -> int:
+    """The exit code of a command whose ranks ended like this; what a person must be told is raised."""
+    if ended.code == 0:
+        return 0
+    if out is not None and (out / STOPPED).is_file():
+        stopped = json.loads((out / STOPPED).read_text(encoding="utf-8"))
+        if stopped["code"] == REQUEUE:
+            return REQUEUE
+        raise RunError(stopped["reason"])
+    if ended.code in (REQUEUE, BAD_INPUT):  # a rank has said why
+        return ended.code
+    if ended.signals and ended.code == -ended.signals[0]:
+        name = signal.Signals(ended.signals[0]).name
+        raise Requeue(f"{name} came before the ranks were ready; the same command goes on from the last checkpoint")
+    if ended.code < 0:
+        raise RunError(f"rank {ended.rank} was killed by {signal.Signals(-ended.code).name}")
+    raise RunError(f"rank {ended.rank} failed with exit code {ended.code}; its own words are above")
+
+
+@contextmanager
+def passing_on(received: list[int], *, of_agent: bool = False) -> Iterator[None]:
+    """While the block runs, SIGTERM and SIGUSR1 go to the children of this process and are noted in `received`.
+
+    of_agent: only to an agent's ranks, and ranks that it starts after that leave at once (`STOPPING`).
+    """
+
+    def pass_on(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        if of_agent:
+            os.environ[STOPPING] = signal.Signals(number).name
+        for child in psutil.Process().children():
+            try:
+                if not of_agent or "LOCAL_RANK" in child.environ():
+                    child.send_signal(number)
+            except psutil.NoSuchProcess:
+                continue
+
+    old = {number: signal.signal(number, pass_on) for number in PASSED_ON}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _restored() -> Iterator[None]:
+    """What torchrun changes in a process of its own, put back: environment and signal handlers."""
+    environment, handlers = dict(os.environ), {number: signal.getsignal(number) for number in HANDLED}
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _quieten() -> None:
+    """Keep torchrun's line on a rank that died; drop those on ranks that left on purpose, or are ended after it."""
+    logger = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
+    logger.setLevel(logging.ERROR)
+    logger.addFilter(_tells_a_failure)
+
+
+def _tells_a_failure(record: logging.LogRecord) -> bool:
+    return not (record.args and record.args[0] in (REQUEUE, BAD_INPUT))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """torchrun's command line; returns the exit code."""
+    try:
+        return exit_code(run_agent(sys.argv[1:] if arguments is None else arguments))
+    except KeyboardInterrupt:
+        return 130
+    except Requeue as left:
+        line, code = str(left), REQUEUE
+    except RunError as error:
+        line, code = f"error: {error}", FAILED
+    sys.stderr.write(f"{line}\n")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

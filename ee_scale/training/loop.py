@@ -1,0 +1,159 @@
+"""What every recipe does around its steps: numbers, checkpoints, votes on stopping, and the way out."""
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from ee_scale.engine.observed import ObservedEngine
+from ee_scale.errors import FAILED, REQUEUE, STOPPED, Requeue, RunError
+from ee_scale.files import write_text
+from ee_scale.log import log
+from ee_scale.training.metrics import Key, MetricsStream, StepMetrics
+from ee_scale.training.parts import Run
+from ee_scale.training.stopping import StopSignals, Votes
+from ee_scale.training.watchdog import Watchdog
+
+
+class Writer(Protocol):
+    """Writes checkpoints; see `ee_scale.artifact.writer`."""
+
+    def save(self, run: Run, facts: dict[str, Any]) -> None: ...
+
+    def poll(self) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+@dataclass
+class Loop:
+    """One rank's way through its steps: `with loop.running(): while ...: loop.begin(); <step>; loop.end(...)`.
+
+    Attributes:
+        facts: what goes into a checkpoint's state.json.
+        report: called on rank 0 for every step.
+    """
+
+    run: Run
+    out: Path
+    stream: MetricsStream
+    report: Callable[[StepMetrics], None]
+    writer: Writer
+    watchdog: Watchdog
+    facts: Callable[[], dict[str, Any]]
+    signals: StopSignals = field(default_factory=StopSignals)
+
+    def __post_init__(self) -> None:
+        self.votes = Votes(self.run.grid, self.run.plan.num_micro_batches)
+        self._saved_step = self.run.step
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Signals are watched for, and what is being written is finished before the end."""
+        self.signals.install()
+        try:
+            with self.watchdog:
+                yield
+                self.votes.drain()
+                with self.watchdog.during("save"):
+                    self.writer.finish()
+        finally:
+            self.signals.restore()
+
+    def watch(self, engine: ObservedEngine) -> None:
+        """What happens in the engine is metered, and seen by the watchdog."""
+        engine.observers += [self.watchdog, self.stream.meter]
+        self.stream.restart_clock()
+
+    def begin(self) -> None:
+        """Before a step. Raises `Requeue` or `RunError`, on all ranks together, if they agreed to stop."""
+        self.watchdog.step(self.run.step + 1)
+        with self.watchdog.during("vote"):
+            verdict = self.votes.read()
+        self.writer.poll()
+        if verdict.gave_up:
+            self._give_up()
+        if verdict.signal:
+            self._leave(verdict.signal)
+
+    def end(self, learning_rate: float, losses: dict[Key, torch.Tensor], *, last: bool) -> None:
+        """After a step; `last`: its checkpoint is written in any case."""
+        train, logging = self.run.config.train, self.run.config.logging
+        self.run.step += 1
+        engine, guard = self.run.engine, self.run.engine.guard
+        if self.run.grid.writes_stage():
+            for key, reason in guard.reasons.items():
+                log.warning("step %d: update of %s left out (%s)", self.run.step, _name(key), reason)
+        self.stream.add(self.run.step, learning_rate, losses, grad_norms=engine.grad_norms, skipped=engine.skipped)
+        given_up = max(guard.in_a_row.values(), default=0) >= train.max_skipped
+        self.votes.cast(self.signals.number, given_up)
+        saves = last or self.run.step % train.save_every == 0
+        if saves or self.run.step % logging.every == 0:
+            self.stream.flush()
+        self._report(wait=saves)
+        if saves:
+            self._save()
+
+    def _report(self, wait: bool) -> None:
+        for metrics in self.stream.ready(wait=wait):
+            if self.run.grid.rank == 0:
+                self.report(metrics)
+
+    def _save(self) -> None:
+        with self.watchdog.during("save"):
+            self.writer.save(self.run, self.facts())
+        self._saved_step = self.run.step
+        self.stream.restart_clock()
+
+    def _leave(self, number: int) -> None:
+        """Save what is there, say so, and go; the same command continues."""
+        self._finish_numbers()
+        saved = f"saved step {self.run.step}"
+        try:
+            if self._saved_step != self.run.step:
+                self._save()
+            with self.watchdog.during("save"):
+                self.writer.finish()
+        except RunError as error:
+            saved = str(error)
+        reason = f"stopped by {signal.Signals(number).name}; {saved}; the same command goes on"
+        self._note(REQUEUE, reason)
+        raise Requeue(f"{self.out}: {reason}")
+
+    def _give_up(self) -> None:
+        """Too many updates in a row were left out. Nothing is saved: the last checkpoint is from before the trouble."""
+        self._finish_numbers()
+        guard, most = self.run.engine.guard, self.run.config.train.max_skipped
+        mine = [f"{_name(key)} ({guard.reasons[key]})" for key, row in guard.in_a_row.items() if row >= most]
+        told: list[Any] = [None] * self.run.grid.layout.world_size
+        dist.all_gather_object(told, mine, group=self.run.grid.metrics_group)
+        names = ", ".join(dict.fromkeys(name for names in told for name in names))
+        reason = (
+            f"step {self.run.step}: {most} updates or more in a row of {names} were left out "
+            f"(train.max_skipped={most}); lower optim.lr={self.run.config.optim.lr}, look at the data, or raise "
+            f"train.spike_factor={self.run.config.train.spike_factor}"
+        )
+        self._note(FAILED, reason)
+        raise RunError(f"{self.out}: {reason}")
+
+    def _finish_numbers(self) -> None:
+        self.votes.drain()
+        self.stream.flush()
+        self._report(wait=True)
+
+    def _note(self, code: int, reason: str) -> None:
+        """Leave the file before any rank leaves: a launcher ends the others as soon as one is gone."""
+        if self.run.grid.rank == 0:
+            note = {"code": code, "step": self.run.step, "reason": reason}
+            write_text(self.out / STOPPED, json.dumps(note, indent=1) + "\n")
+        dist.barrier(group=self.run.grid.metrics_group)
+
+
+def _name(key: Key) -> str:
+    return f"exit {key}" if key else "all parameters"
