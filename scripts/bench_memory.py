@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -59,19 +58,14 @@ CASES: dict[str, tuple[int, list[str]]] = {
 
 
 def write_model(folder: str) -> None:
-    """A random Llama of eight layers with a tokenizer, some 150 MB."""
-    import torch
-    from transformers import LlamaForCausalLM
+    """A random Llama of eight layers, some 120 MB."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from ee_scale.data.builtin import llama_config, train_tokenizer
-    from ee_scale.data.corpora import python_documents
-
-    tokenizer = train_tokenizer((text for _, text in islice(python_documents(), 100)), 1024)
-    config = llama_config(tokenizer, layers=8, hidden=512, max_positions=512)
-    config.vocab_size = 8192
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=8192, hidden_size=512, intermediate_size=1344, num_hidden_layers=8, num_attention_heads=16,
+        num_key_value_heads=8, max_position_embeddings=512, tie_word_embeddings=True,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
 def estimate(arguments: list[str]) -> list[dict[str, float]]:
@@ -85,17 +79,6 @@ def estimate(arguments: list[str]) -> list[dict[str, float]]:
     for memory in rank_memory(plan, config, bf16=config.train.precision == "bf16", device="cpu"):
         found.append({**asdict(memory), "total": memory.total - memory.overhead})
     return found
-
-
-def prepare(arguments: list[str]) -> None:
-    """Tokenise once."""
-    from ee_scale.cli import supernet, tune
-
-    config, plan = _plan(arguments)
-    if arguments[0] == "tune":
-        tune.prepare_data(config, plan, progress=False)
-    else:
-        supernet.prepare_data(plan, progress=False)
 
 
 def measure(arguments: list[str], rank: int, world: int, rendezvous: str) -> dict[str, float]:
@@ -125,32 +108,39 @@ def _plan(arguments: list[str]) -> tuple[Any, Any]:
 
 
 def _tune(config: Any, plan: Any, grid: Any) -> int:
-    from ee_scale.cli.inputs import load_tokenizer, sources, text_dataset
-    from ee_scale.data.text import prepare_text
-    from ee_scale.training.tune import start_run, train
+    from ee_scale.training.tune import start_run
 
-    tokenizer = load_tokenizer(plan.model_dir)
-    prefixes = prepare_text(
-        sources(config.data.path), tokenizer, plan.model_dir, config.data.cache_dir, config.data.text_key, False
-    )
-    samples = config.train.steps * config.train.global_batch_size
-    dataset = text_dataset(config, tokenizer, prefixes, samples, plan.shape.vocab_size)
-    run = start_run(config, plan, grid)
+    run, micro_batches = start_run(config, plan, grid), _random_text(config, plan.shape.vocab_size)
     loaded = anonymous_bytes()
-    train(run, dataset, lambda _: None, lambda _: None)
+    for _ in range(STEPS):
+        run.engine.train_step(micro_batches)
     return loaded
 
 
 def _supernet(config: Any, plan: Any, grid: Any) -> int:
-    from ee_scale.cli.supernet_data import Data
     from ee_scale.elastic.order import UnitOrder
-    from ee_scale.training.supernet import build_stage, start_run, train
+    from ee_scale.elastic.sampling import draw_stream
+    from ee_scale.training.supernet import begin_stage, build_stage, open_stages, start_run
 
-    data, stage = Data(plan, grid), build_stage(plan, grid)
-    run = start_run(plan, grid, stage, UnitOrder.identity(plan.map.shape))
-    loaded = anonymous_bytes()
-    train(run, data.micro_batches, lambda _: None, lambda _: None)
+    run = start_run(plan, grid, build_stage(plan, grid), UnitOrder.identity(plan.map.shape))
+    micro_batches, loaded = _random_text(config, plan.map.config.vocab_size), anonymous_bytes()
+    for index, stage in enumerate(plan.recipe.stages):
+        open_stages(run, index)
+        begin_stage(run)
+        for step in range(STEPS):
+            draws = draw_stream(run.space, stage.axes, step, plan.num_micro_batches, plan.sampling, lambda spec: 1)
+            run.engine.train_step(micro_batches, draws)
     return loaded
+
+
+def _random_text(config: Any, vocab_size: int) -> Iterator[dict[str, Any]]:
+    import torch
+
+    shape = (config.train.micro_batch_size, config.data.seq_length + 1)
+    while True:
+        tokens = torch.randint(0, vocab_size, shape)
+        mask = torch.ones(shape[0], shape[1] - 1)
+        yield {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous(), "loss_mask": mask}
 
 
 def anonymous_bytes() -> int:
@@ -181,10 +171,9 @@ def peak_growth() -> Iterator[list[int]]:
 def run_case(folder: Path, name: str, console: Console) -> list[dict[str, Any]]:
     """Estimate and measurement of each stage of a case: of its ranks, the one that needs most."""
     world, arguments = CASES[name]
-    arguments = [*arguments, f"model={folder / 'model'}", f"data.cache_dir={folder / 'cache'}"]
+    arguments = [*arguments, f"model={folder / 'model'}"]
     environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     environment |= {"TRANSFORMERS_VERBOSITY": "error", "GLOO_SOCKET_IFNAME": "lo", "LOCAL_RANK": "0"}
-    run_child("bench_memory:prepare", arguments, **environment)
     stages = run_child("bench_memory:estimate", arguments, **environment)
     limits = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     rendezvous = str(folder / f"rendezvous-{name}")

@@ -22,6 +22,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -43,8 +44,18 @@ from ee_scale.elastic.sampling import RANDOM, Draw
 from ee_scale.elastic.subnet import SubnetSpec
 from ee_scale.evaluation.supernet import Judge
 from ee_scale.grid import Grid, Layout, join_grid
+from ee_scale.training.loop import Loop
 from ee_scale.training.schedules import LearningRate
-from ee_scale.training.supernet import SupernetRun, begin_stage, build_stage, open_stages, start_run, train
+from ee_scale.training.supernet import (
+    SupernetRun,
+    begin_stage,
+    build_stage,
+    metrics_stream,
+    open_stages,
+    start_run,
+    train,
+)
+from ee_scale.training.watchdog import Watchdog
 
 AXES = "[hidden,heads,ffn,depth]"
 WIDTHS = "[hidden,heads,ffn]"
@@ -72,6 +83,16 @@ class Result:
     seconds: float
     trained: int
     quality: list[float] = field(default_factory=list)
+
+
+class NoWriter(nullcontext):
+    """Checkpoints are not measured here."""
+
+    def save(self, run: SupernetRun, facts: dict[str, Any]) -> None: ...
+
+    def poll(self) -> None: ...
+
+    def finish(self) -> None: ...
 
 
 class Bench:
@@ -171,7 +192,9 @@ class Bench:
 
     def _train(self, run: SupernetRun) -> None:
         data = Data(run.plan, self.grid)
-        train(run, data.micro_batches, lambda metrics: None, lambda finished: None)
+        watchdog = Watchdog(self.grid, timeout_seconds=3600)
+        loop = Loop(run, self.folder, metrics_stream(run), lambda _: None, NoWriter(), watchdog, dict)
+        train(run, data.micro_batches, loop)
 
     def _train_one(self, run: SupernetRun, spec: SubnetSpec) -> None:
         steps = sum(self.case.steps[1:])

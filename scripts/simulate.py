@@ -68,7 +68,8 @@ def step_seconds(plan: Any, config: Any, machine: Machine, *, bf16: bool) -> Cal
     import torch
 
     from ee_scale.training.cost import exit_flops, stage_work
-    from ee_scale.training.memory import exit_passes, layer_passes, local_model, tune_parameters
+    from ee_scale.training.memory import exit_passes, layer_passes, tune_parameters
+    from ee_scale.training.passes import local_model
     from ee_scale.training.traffic import step_traffic
 
     tp, shape, joint = plan.layout.tp, plan.shape, plan.backbone.trains

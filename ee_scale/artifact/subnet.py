@@ -11,7 +11,6 @@ from torch import nn
 
 from ee_scale.artifact.checkpoint import checkpoints, read_checkpoint
 from ee_scale.artifact.run_folder import CHECKPOINTS, read_run
-from ee_scale.artifact.save import checkpoint_tensors
 from ee_scale.artifact.submodel import copy_small_files
 from ee_scale.backbone.loading import TensorFolder, fingerprint
 from ee_scale.elastic.architecture import AUTO_CLASS, ElasticMap
@@ -20,8 +19,6 @@ from ee_scale.elastic.order import UnitOrder
 from ee_scale.elastic.subnet import SubnetSpec
 from ee_scale.errors import UserError
 from ee_scale.files import write_text
-
-MOMENTS = (".exp_avg", ".exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -55,9 +52,8 @@ def read_supernet(run: Path, step: int | None = None) -> TrainedSupernet:
         raise UserError(f"step={step}: {run} has checkpoints {', '.join(map(str, found))}")
     folder = found[max(found) if step is None else step]
     state = read_checkpoint(folder)
-    tensors = checkpoint_tensors(folder, state)
-    names = [name for name in tensors.files if not name.endswith(MOMENTS)]
-    trained = {name: tensors.read(name) for name in names}
+    tensors = TensorFolder(folder, [folder / name for name in state["files"] if name.startswith("factors_")])
+    trained = {name: tensors.read(name) for name in tensors.files}
     return TrainedSupernet(identity, base, state["step"], state["recipe_stage"] + 1, trained)
 
 

@@ -2,10 +2,13 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch.distributed import DistError
 
 from ee_scale.artifact.run_folder import CHECKPOINTS, METRICS, OpenedRun
 from ee_scale.artifact.writer import CheckpointWriter
@@ -19,6 +22,8 @@ from ee_scale.training.metrics import MetricsStream, StepMetrics
 from ee_scale.training.parts import Run
 from ee_scale.training.report import MetricsFile, ProgressLine, Reporter, WandbSink
 from ee_scale.training.watchdog import Watchdog
+
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")  # gloo's words
 
 
 def log_as_rank(config: Any) -> None:
@@ -67,10 +72,24 @@ class Job:
             out, restarts = Path(config.out).expanduser(), config.launcher.max_restarts
             code = run_ranks(self.verb, self.overrides, self.layout.world_size, device, out, restarts)
         else:
-            train_rank(join_grid(self.layout, device, config.parallel.timeout_minutes), opened)
+            with _one_line_for_lost_ranks():
+                train_rank(join_grid(self.layout, device, config.parallel.timeout_minutes), opened)
         if launched is None and code == 0:
             log.info("done; next: ee-scale %s src=%s out=<folder>", self.next_verb, config.out)
         return code
+
+
+@contextmanager
+def _one_line_for_lost_ranks() -> Iterator[None]:
+    """The ranks that are left when one dies fail in whatever they were doing; where that was helps nobody."""
+    try:
+        yield
+    except (DistError, RuntimeError) as error:
+        text = str(error)
+        if isinstance(error, RunError) or not (isinstance(error, DistError) or any(word in text for word in LOST)):
+            raise
+        log.debug("lost a rank", exc_info=True)
+        raise RunError("another rank is gone, so this one leaves; the launcher's lines tell which one died") from error
 
 
 def _leave_again(out: Path) -> None:

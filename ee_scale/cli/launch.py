@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ee_scale.cli.check import check_fits
 from ee_scale.errors import RunError, UserError
 from ee_scale.files import write_text
 from ee_scale.grid import Layout
@@ -56,7 +57,10 @@ def run(verb: str, config: Any, overrides: Sequence[str]) -> int:
 def check_task(verb: str, config: Any, overrides: Sequence[str]) -> Task:
     """The run that a config asks for. Raises `UserError` for what its launcher, its model or its grid refuses."""
     check_launcher(config.launcher)
-    layout = importlib.import_module(f"ee_scale.cli.{verb}").make_plan(config).layout
+    plan = importlib.import_module(f"ee_scale.cli.{verb}").make_plan(config)
+    if config.launcher.kind == "local" or config.parallel.device_memory_gb is not None:
+        check_fits(plan, config)  # this machine may not be like those that the run is for
+    layout = plan.layout
     words = [word for word in overrides if not re.match(r"(--dry[-_]run|(launcher\.)?dry_run=)", word)]
     processes = layout.world_size if config.launcher.kind == "local" else split_grid(layout, config.launcher)
     return Task([verb, *words], Path(config.out).expanduser().absolute(), processes)

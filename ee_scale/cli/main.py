@@ -23,8 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         overview()
         return 0
     try:
-        if signal := os.environ.get(STOPPING):
-            raise Requeue(f"{signal} asked the run to leave; its ranks are not started again")
+        if STOPPING in os.environ:  # a rank that torchrun starts again after a signal; the first one has said why
+            return REQUEUE
         prefix, verb, rest = split_command(arguments)
         if verb is None:
             prefix_help(prefix)

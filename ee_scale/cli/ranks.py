@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
 HANDLED = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # torchrun ends the ranks at these
+# torch 2.13 keeps one store for all rounds, where ranks that start again find addresses of ranks that are gone.
+OWN_STORE = ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
 STOPPING = "EE_SCALE_STOPPING"  # in the environment of ranks that an agent starts again after a signal
 
 
@@ -79,6 +81,7 @@ def run_agent(arguments: Sequence[str], environment: Mapping[str, str] | None = 
     ended = Ended()
     with _restored(), passing_on(ended.signals, of_agent=True):
         os.environ.update(environment or {})
+        os.environ.setdefault(*OWN_STORE)
         try:
             run.main(["--signals-to-handle", ",".join(number.name for number in HANDLED), *arguments])
         except ChildFailedError as error:
@@ -96,10 +99,7 @@ def exit_code(ended: Ended, out: Path | None = None) -> int:
     if ended.code == 0:
         return 0
     if out is not None and (out / STOPPED).is_file():
-        stopped = json.loads((out / STOPPED).read_text(encoding="utf-8"))
-        if stopped["code"] == REQUEUE:
-            return REQUEUE
-        raise RunError(stopped["reason"])
+        return json.loads((out / STOPPED).read_text(encoding="utf-8"))["code"]  # rank 0 has said why
     if ended.code in (REQUEUE, BAD_INPUT):  # a rank has said why
         return ended.code
     if ended.signals and ended.code == -ended.signals[0]:

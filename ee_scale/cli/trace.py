@@ -199,7 +199,7 @@ def _supernet(config: Any) -> Traced:
 
         def step(number: int) -> None:
             started.engine.set_lr(rate.at(number - 1))
-            count = plan.nummicro_batches_of
+            count = plan.num_micro_batches
             draws = draw_stream(started.space, recipe.axes, first + number - 1, count, plan.sampling, trainable)
             started.engine.train_step(micro_batches, draws)
 

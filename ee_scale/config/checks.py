@@ -94,8 +94,8 @@ def check_batch(global_batch_size: int, micro_batch_size: int, dp: int) -> int:
 
 def _check_run(config: Any) -> None:
     """What every run that trains has."""
-    _at_least(1, config, "train.max_skipped", "logging.trace_after", "logging.trace_steps", "launcher.nodes")
-    _at_least(0, config, "train.spike_factor", "launcher.max_restarts")
+    _at_least(1, config, "train.max_skipped", "logging.trace_steps", "launcher.nodes")
+    _at_least(0, config, "train.spike_factor", "logging.trace_after", "launcher.max_restarts")
     if config.logging.peak_tflops is not None and config.logging.peak_tflops <= 0:
         raise UserError(f"logging.peak_tflops={config.logging.peak_tflops}: must be above 0")
     if config.parallel.device_memory_gb is not None and config.parallel.device_memory_gb <= 0:

@@ -75,7 +75,7 @@ _FIELDS = ("forward", "backward", "exits", "teacher")
 
 def backbone_mode(plan: TunePlan) -> str:
     """'frozen', 'low_rank' or 'full': what trains beside the exits."""
-    return getattr(getattr(plan, "backbone", None), "mode", "frozen")
+    return plan.backbone.mode
 
 
 def attention_flops(shape: ModelShape, seq_length: int) -> float:
@@ -89,14 +89,16 @@ def exit_flops(
     seq_length: int = 0,
     *,
     through: bool = False,
+    trains_matrix: bool = False,
     teacher: bool = False,
     confidence: bool = False,
     pre_norm: bool = True,
 ) -> float:
     """Training one exit on one token.
 
-    through: its gradient goes on into the backbone; teacher: the final layer's logits are computed for a KL term;
-    confidence: one more pass of the head for the weights of the tokens; pre_norm: a layer reads a normed state.
+    through: its gradient goes on into the backbone; trains_matrix: the lm_head that a tied or low-rank head reads
+    trains too; teacher: the final layer's logits are computed for a KL term; confidence: one more pass of the head,
+    for the weights of the tokens; pre_norm: a layer reads a normed state.
     """
     width, vocabulary = shape.hidden_size, 2 * shape.vocab_size * shape.hidden_size
     body = 0.0
@@ -108,7 +110,7 @@ def exit_flops(
         body = 3 * (2 * shape.layer_parameters + attention_flops(shape, seq_length))
         body -= attention * (not pre_norm and not through)
     reaches = spec.kind != "embedding" or through  # a gradient is wanted in front of the head
-    head = vocabulary * ((2 if spec.head == "full" else 1) + reaches)
+    head = vocabulary * ((2 if spec.head == "full" or trains_matrix else 1) + reaches)
     once = vocabulary
     if spec.head == "low_rank":
         down, up = 2 * spec.rank * width, 2 * spec.rank * shape.vocab_size
@@ -137,6 +139,7 @@ def tune_work(plan: TunePlan, config: Any = None) -> list[StageWork]:
         shape,
         seq_length,
         through=joint,
+        trains_matrix=mode == "full",
         teacher=config is not None and config.exits.kl_weight > 0,
         confidence=config is not None and config.exits.confidence_weighting,
         pre_norm=family_of(plan.model_config).mlp_input_norm is not None,

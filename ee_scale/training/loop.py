@@ -3,7 +3,7 @@
 import json
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ from ee_scale.training.stopping import StopSignals, Votes
 from ee_scale.training.watchdog import Watchdog
 
 
-class Writer(Protocol):
+class Writer(AbstractContextManager, Protocol):
     """Writes checkpoints; see `ee_scale.artifact.writer`."""
 
     def save(self, run: Run, facts: dict[str, Any]) -> None: ...
@@ -58,7 +58,7 @@ class Loop:
         """Signals are watched for, and what is being written is finished before the end."""
         self.signals.install()
         try:
-            with self.watchdog:
+            with self.writer, self.watchdog:
                 yield
                 self.votes.drain()
                 with self.watchdog.during("save"):

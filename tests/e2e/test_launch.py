@@ -8,7 +8,9 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+from helpers.cli import run_cli
 from helpers.slurm import end
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
@@ -20,27 +22,45 @@ def start(command: list[str], folder: Path) -> subprocess.CompletedProcess:
     )
 
 
-def test_debug_config_starts_its_own_ranks_and_passes_signals_on(tmp_path):
-    command = [sys.executable, "-m", "ee_scale", "tune", "+debug=cpu", "train.steps=60", "logging.every=1"]
+def losses(metrics: Path) -> list[dict]:
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+def wait_for_step(step: int, metrics: Path, command: subprocess.Popen) -> None:
+    while command.poll() is None and not (metrics.is_file() and metrics.read_text().count("\n") >= step):
+        time.sleep(0.01)
+
+
+def test_debug_config_survives_a_killed_rank_and_passes_signals_on(tmp_path):
+    settings = ["tune", "+debug=cpu", "train.steps=150", "logging.every=1", "train.save_every=5", "train.keep=99"]
+    command = [sys.executable, "-m", "ee_scale", *settings, "launcher.max_restarts=1"]
     metrics = tmp_path / "runs/debug_cpu/metrics.jsonl"
     options = {"cwd": tmp_path, "env": ENVIRONMENT, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **options) as first:
         try:
-            while first.poll() is None and not (metrics.is_file() and metrics.read_text().count("\n") >= 3):
-                time.sleep(0.02)
+            wait_for_step(7, metrics, first)
+            (victim,) = (rank for rank in psutil.Process(first.pid).children() if rank.environ()["LOCAL_RANK"] == "1")
+            victim.kill()
+            killed_at = metrics.read_text().count("\n")
+            wait_for_step(killed_at + 10, metrics, first)  # its ranks are started again, and go on
             first.send_signal(signal.SIGTERM)
             told = first.communicate(timeout=120)[1]
         finally:
             end(first.pid)
     assert first.returncode == 75, told
+    assert told.count("continuing from runs/debug_cpu/checkpoints/step_") == 1, told
     assert "Traceback" not in told
     assert json.loads((tmp_path / "runs/debug_cpu/stopped.json").read_text())["code"] == 75
     finished = start(command, tmp_path)
     assert finished.returncode == 0, finished.stderr
-    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
-    assert steps == list(range(1, 61))
+    assert finished.stderr.count("continuing from") == 1
+    undisturbed = run_cli([*settings, "out=undisturbed"], tmp_path, 2)
+    assert undisturbed.codes == [0, 0]
+    assert losses(metrics) == losses(tmp_path / "undisturbed/metrics.jsonl")  # to the last digit
     assert "next: ee-scale export src=runs/debug_cpu" in finished.stderr
-    assert os.listdir(tmp_path) == ["runs"]
+    assert {name for name in os.listdir(tmp_path) if not name.startswith(".")} == {"runs", "undisturbed"}
 
 
 def test_torchrun(tune_arguments, tmp_path):

@@ -27,7 +27,8 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without the speed; the steps must be 1, 2, 3, ..."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
+    measured = ("tokens_per_second", "mfu", "idle", "memory_gib")
+    return [{name: value for name, value in line.items() if name not in measured} for line in lines]
 
 
 def digests(run: Path, step: int) -> dict[str, str]:

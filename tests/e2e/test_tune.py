@@ -32,7 +32,8 @@ def test_a_run_leaves_one_folder_with_everything(finished_run):
         "step_00000008",
     ]
     line = json.loads((finished_run / "metrics.jsonl").read_text().splitlines()[-1])
-    assert set(line) == {"step", "tokens", "learning_rate", "loss", "tokens_per_second"}
+    learned = {"step", "tokens", "learning_rate", "loss", "grad_norm"}
+    assert set(line) == learned | {"tokens_per_second", "mfu", "idle", "memory_gib"}
     assert line["tokens"] == 8 * 8 * 32
     assert set(line["loss"]) == {"1", "3"}
     assert line["learning_rate"] == pytest.approx(1e-5)

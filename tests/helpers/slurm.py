@@ -35,6 +35,9 @@ steps = f"{root}/{os.environ['SLURM_JOB_ID']}.tasks"
 open(steps, "w").write(" ".join(str(task.pid) for task in tasks))
 while any(task.poll() is None for task in tasks):
     if any(task.poll() for task in tasks):
+        late = time.monotonic() + 5  # the others are leaving too; a code of their own is worth waiting for
+        while time.monotonic() < late and any(task.poll() is None for task in tasks):
+            time.sleep(0.05)
         [task.terminate() for task in tasks if task.poll() is None]
         [task.wait(30) for task in tasks]
     time.sleep(0.05)

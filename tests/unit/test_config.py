@@ -87,6 +87,12 @@ def test_bad_overrides_are_one_line_with_exit_code_2(overrides, message, capsys)
         ("optim.betas=[0.9]", "optim.betas=[0.9]: two numbers in [0, 1)"),
         ("train.micro_batch_size=3", "train.global_batch_size=16 is not a multiple of"),
         ("exits.kl_temperature=0", "exits.kl_temperature=0.0: must be above 0"),
+        ("logging.peak_tflops=0", "logging.peak_tflops=0.0: must be above 0"),
+        ("parallel.device_memory_gb=-1", "parallel.device_memory_gb=-1.0: must be above 0"),
+        ("parallel.timeout_minutes=0", "parallel.timeout_minutes=0.0: must be above 0"),
+        ("train.max_skipped=0", "train.max_skipped=0: must be at least 1"),
+        ("train.spike_factor=-1", "train.spike_factor=-1.0: must be at least 0"),
+        ("backbone.rank=0", "backbone.rank=0, backbone.final_weight=1.0: at least 1 and at least 0"),
     ],
 )
 def test_checks_between_fields_name_the_numbers(override, message):

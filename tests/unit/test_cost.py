@@ -21,20 +21,12 @@ from ee_scale.elastic.factors import FactorPlan, FactorSet
 from ee_scale.elastic.stage import ElasticStage
 from ee_scale.engine.schedule import FrozenSchedule, SupernetSchedule
 from ee_scale.errors import UserError
-from ee_scale.exits.heads import HEADS, KINDS, Tap, build_exit_heads, run_single_layer
+from ee_scale.exits.heads import HEADS, KINDS, ExitTaps, Tap, build_exit_heads, run_single_layer
+from ee_scale.exits.joint import JointStage, output_copies
 from ee_scale.exits.stage import build_stage
-from ee_scale.training.cost import drawn_specs, flops_per_token, supernet_work, tune_work
-from ee_scale.training.memory import (
-    LiveBytes,
-    exit_passes,
-    layer_call,
-    layer_passes,
-    local_model,
-    rank_memory,
-    supernet_parameters,
-    tune_parameters,
-    watch,
-)
+from ee_scale.training.cost import adapter_parameters, drawn_specs, flops_per_token, supernet_work, tune_work
+from ee_scale.training.memory import exit_passes, layer_passes, rank_memory, supernet_parameters, tune_parameters
+from ee_scale.training.passes import LiveBytes, layer_call, local_model, watch
 from ee_scale.training.plan import TunePlan, plan_tune
 from ee_scale.training.supernet_plan import SupernetPlan, plan_supernet
 from ee_scale.training.traffic import Op, operations, replay, step_traffic
@@ -121,6 +113,31 @@ def test_parameters_of_olmo2_without_tensor_parallelism(groups_without_processes
     assert (found.frozen, found.trained) == (numel(real.backbone.parameters()), numel(real.exit_heads.parameters()))
 
 
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("mode", ["low_rank", "full"])
+def test_joint_parameters_are_those_of_the_real_stages(
+    groups_without_processes, mode: str, tied: bool, tp: int
+) -> None:
+    for kind, head in (("mlp", "low_rank"), ("norm", "full")):
+        overrides = [f"exits.kind={kind}", f"exits.head={head}", f"parallel.tp={tp}", "parallel.pp=2"]
+        plan, config = tune_plan("qwen2", *overrides, f"backbone={mode}", tie_word_embeddings=tied)
+        copies = output_copies(plan.stages, plan.spec, tied)
+        for stage in range(2):
+            grid = grid_of(plan, stage)
+            real = build_stage(
+                plan.model_config, plan.stages, plan.spec, grid, torch.float32, decoding=True, cls=JointStage
+            )
+            real.train_backbone(plan.backbone, copies, grid, 0)
+            found = tune_parameters(plan, config, stage)
+            assert found.trained == numel(real.parameters())
+            assert found.held == numel([*real.parameters(), *real.backbone.parameters()])
+            assert found.largest == max(p.numel() for p in real.parameters())
+            if mode == "low_rank" and tp == 1:
+                adapters = numel(real.trained.values())
+                assert adapter_parameters(plan) * len(plan.stages.layers(stage)) == adapters
+
+
 def bert(**changes: Any) -> BertConfig:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
     return BertConfig(vocab_size=131, max_position_embeddings=64, **(sizes | changes))
@@ -194,6 +211,26 @@ def test_frozen_flops_are_those_that_torch_counts(family: str, kind: str, head: 
     assert work.forward * ROWS * LENGTH == forward
     assert work.exits * ROWS * LENGTH == exits
     assert work.backward == work.teacher == 0
+
+
+@pytest.mark.parametrize(("kind", "head"), [("mlp", "full"), ("layer", "low_rank"), ("embedding", "low_rank")])
+def test_joint_flops_are_those_that_torch_counts(kind: str, head: str) -> None:
+    plan, config = tune_plan("llama", f"exits.kind={kind}", f"exits.head={head}", "backbone=full")
+    model = eager_model("llama")
+    heads = build_exit_heads(plan.spec, model.model.layers, model.model.norm, plan.shape.vocab_size)
+    taps = ExitTaps(plan.spec, {k: model.model.layers[k - 1] for k in plan.spec.layers})
+
+    def step() -> None:
+        logits = model(torch.zeros(ROWS, LENGTH, dtype=torch.long), use_cache=False).logits
+        (logits.sum() + exit_losses(plan, model, taps.pop(), heads)).backward()
+
+    counted = count_flops(step)
+    (work,) = tune_work(plan, config)
+    assert work.total * ROWS * LENGTH == counted
+    again, config = tune_plan(
+        "llama", f"exits.kind={kind}", f"exits.head={head}", "backbone=full", "backbone.activation_checkpointing=true"
+    )
+    assert tune_work(again, config)[0].total - work.total == work.forward
 
 
 def test_teacher_and_confidence_cost_a_pass_of_the_head() -> None:

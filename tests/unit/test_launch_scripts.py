@@ -122,6 +122,7 @@ def test_elements_of_an_array_do_not_meet(slurm, tmp_path):
     assert main([*TUNE, *TWO_NODES, python(python_path), "-m", "optim.lr=1e-3,1e-4", "exits.rank=4,8", "out=s"]) == 0
     (job,) = slurm.submitted()
     assert job["options"]["array"] == "0-3"
+    assert job["options"]["output"].endswith("/s/launch/slurm-%A_%a.out")
     seen = []
     for element, name in ((0, "0_lr=0.001_rank=4"), (3, "3_lr=0.0001_rank=8")):
         (slurm.root / "requeued").unlink(missing_ok=True)
@@ -277,14 +278,13 @@ def test_exit_code(tmp_path):
     assert exit_code(Ended(-9), tmp_path) == 75
     assert exit_code(Ended(0), tmp_path) == 0
     (tmp_path / "stopped.json").write_text('{"code": 1, "step": 3, "reason": "11 updates skipped"}')
-    with pytest.raises(RunError, match="11 updates skipped"):
-        exit_code(Ended(1), tmp_path)
+    assert exit_code(Ended(1), tmp_path) == 1  # rank 0 has said why
 
 
 def test_ranks_that_start_again_after_a_signal_leave_at_once(monkeypatch, capsys):
     monkeypatch.setenv(STOPPING, "SIGUSR1")
     assert main(["tune", "model=nowhere"]) == 75
-    assert "SIGUSR1 asked the run to leave" in capsys.readouterr().err
+    assert capsys.readouterr().err == ""
 
 
 def test_the_end_of_a_rank_is_told_unless_it_left_on_purpose(capfd):

@@ -8,6 +8,7 @@ import pytest
 
 import ee_scale
 from ee_scale.cli.main import main, split_command
+from ee_scale.cli.multirun import expand
 from ee_scale.config.compose import compose_config
 
 ROOT = Path(ee_scale.__file__).parents[1]
@@ -27,7 +28,11 @@ def test_command(command: str):
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.M)
     elif "ee_scale" in words or words[0] == "ee-scale":
         _, verb, overrides = split_command(words[words.index("ee_scale") + 1 :] if "ee_scale" in words else words[1:])
-        assert compose_config(verb, overrides)
+        if "-m" in overrides:
+            overrides.remove("-m")
+            assert len(expand(verb, overrides)) > 1
+        else:
+            assert compose_config(verb, overrides)
     elif words[0] == "python":
         assert (ROOT / words[1]).is_file()
     else:

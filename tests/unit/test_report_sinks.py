@@ -94,6 +94,7 @@ def test_group_and_names_of_charts(server):
 
 def test_a_failing_wandb_is_off(server, monkeypatch, caplog):
     monkeypatch.setattr(log, "propagate", True)
+    monkeypatch.setattr(log, "handlers", [])  # of commands that ran before
     monkeypatch.setattr(server, "log", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
     sink = WandbSink(Path("a"), SETTINGS, {}, "id", "exit")
     for step in (1, 2):
@@ -126,6 +127,7 @@ def test_metrics_jsonl_is_json_whatever_the_numbers_are(tmp_path):
 )
 def test_the_progress_line_is_short(more, end, caplog, monkeypatch):
     monkeypatch.setattr(log, "propagate", True)
+    monkeypatch.setattr(log, "handlers", [])  # of commands that ran before
     caplog.set_level(logging.INFO, logger="ee_scale")
     ProgressLine(5, 0, 1, "exit", enabled=False)(at(1, **more))
     assert caplog.messages == [f"step 1/5  loss by exit 6:1.000  12:0.500  {end}"]

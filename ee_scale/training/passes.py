@@ -1,0 +1,144 @@
+"""What one module's passes keep and need, watched on the meta device: no formula per family, and no memory taken."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+FUSED = "ee_scale_fused_sizes"  # attention that keeps what fused kernels keep, and computes nothing
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors made inside the block that something still refers to: `now`, and at most (`peak`).
+
+    `moved`: bytes that its operations read and wrote, matrix products and views left out.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = self.moved = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        given, new = {t.untyped_storage()._cdata for t in inputs}, []
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in given:
+                    new.append(tensor)
+                    self._seen[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        name = func._schema.name
+        if (new or name.endswith("_")) and not name.endswith("mm"):
+            self.moved += sum(tensor.nbytes for tensor in [*inputs, *new])
+        self.peak = max(self.peak, self.now)
+        return out
+
+    @property
+    def now(self) -> int:
+        self._seen = {key: pair for key, pair in self._seen.items() if not pair[0].expired()}
+        return sum(size for _, size in self._seen.values())
+
+
+class _Fused(torch.autograd.Function):
+    """Flash attention's tensors: keeps q, k, v, the output and the log-sum-exp of each row."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        rows, heads, length, _ = q.shape
+        out = q.new_empty(rows, length, heads, v.shape[-1]).transpose(1, 2)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(rows, heads, length, dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+def _fused(
+    module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any
+) -> tuple[Any, None]:
+    return _Fused.apply(q, k, v).transpose(1, 2), None
+
+
+AttentionInterface.register(FUSED, _fused)
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Bytes of one module's passes on one micro-batch, beside its input, parameters and their gradients.
+
+    Attributes:
+        forward: at most at one time, without a graph.
+        kept: what the graph holds until the backward pass, output included.
+        working: what forward or backward needs for a moment on top of `kept`.
+        moved, moved_training: read and written beside matrix products, without a graph; with one and its backward.
+    """
+
+    forward: int
+    kept: int
+    working: int
+    moved: int = 0
+    moved_training: int = 0
+
+
+def local_model(config: Any, tp: int, dtype: torch.dtype, attn_implementation: str | None = None) -> nn.Module:
+    """The model with one decoder layer at one tensor rank's sizes, on the meta device (vocabulary matrices whole)."""
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = 1
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = list(config.layer_types[:1])
+    if tp > 1:
+        heads = config.num_attention_heads
+        if hasattr(config, "num_key_value_heads"):
+            config.num_key_value_heads = (config.num_key_value_heads or heads) // tp
+        config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        config.num_attention_heads = heads // tp
+        config.intermediate_size //= tp
+    auto = AutoModelForSequenceClassification if config.model_type == "bert" else AutoModelForCausalLM
+    extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    with torch.device("meta"):
+        model = auto.from_config(config, dtype=dtype, **extra).eval()
+    if model.config._attn_implementation != "eager":
+        model.set_attn_implementation(FUSED)
+    return model
+
+
+def layer_call(model: nn.Module, rows: int, length: int) -> tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
+    """(the model's layer, a function [rows, length, D] -> [rows, length, D] that runs it on the meta device)."""
+    if model.config.model_type == "bert":
+        layer = model.bert.encoder.layer[0]
+        return layer, lambda x: _first(layer(x))
+    base = model.base_model
+    layer = base.layers[0]
+    with torch.device("meta"):
+        positions = torch.arange(length)[None]
+        rotary = base.rotary_emb(torch.empty(rows, length, 1, dtype=model.dtype), positions)
+    return layer, lambda x: _first(layer(x, position_embeddings=rotary, attention_mask=None, position_ids=positions))
+
+
+def watch(call: Callable[[torch.Tensor], torch.Tensor], module: nn.Module, x: torch.Tensor, needs: bool) -> Passes:
+    """Run `call` without and with a graph; `needs`: the input wants a gradient too."""
+    for parameter in module.parameters():
+        parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+    with torch.no_grad(), LiveBytes() as forward:
+        call(x)
+    x = x.detach().requires_grad_(needs)
+    with LiveBytes() as live:
+        out = call(x)
+        kept = live.now
+        if out.requires_grad:
+            out.backward(torch.empty_like(out))
+    return Passes(forward.peak, kept, max(0, live.peak - kept), forward.moved, live.moved)
+
+
+def _first(out: Any) -> torch.Tensor:
+    return out[0] if isinstance(out, tuple) else out
