@@ -67,7 +67,7 @@ def step_seconds(plan: Any, config: Any, machine: Machine, *, bf16: bool) -> Cal
     """(stage, instruction, index) -> seconds on this machine."""
     import torch
 
-    from ee_scale.training.cost import exit_flops, stage_work
+    from ee_scale.training.cost import stage_work
     from ee_scale.training.memory import exit_passes, layer_passes, tune_parameters
     from ee_scale.training.passes import local_model
     from ee_scale.training.traffic import step_traffic
@@ -79,8 +79,6 @@ def step_seconds(plan: Any, config: Any, machine: Machine, *, bf16: bool) -> Cal
     local = local_model(plan.model_config, tp, torch.bfloat16 if bf16 else torch.float32)
     layer = layer_passes(local, rows, length, None if joint else (), 0)
     body = exit_passes(local, plan.spec, rows, length, through=joint)
-    # Megatron's linear layers compute the input gradient of an exit's first matrices, needed or not.
-    real = exit_flops(plan.spec, shape, length, through=True)
     logits = tokens * shape.vocab_size / tp
     loss = logits / machine.logits if machine.logits else logits * 4 * LOSS_PASSES / machine.memory
     table: list[dict[str, float]] = []
@@ -92,7 +90,7 @@ def step_seconds(plan: Any, config: Any, machine: Machine, *, bf16: bool) -> Cal
         reduces = traffic[stage].tensor_calls / plan.num_micro_batches
         tensor = reduces * machine.tensor[0] + traffic[stage].tensor / plan.num_micro_batches / machine.tensor[1]
         ahead = tensor * min(1.0, 2 * layers / max(1, reduces))
-        behind = (cost.exits if joint else exits * real) * tokens / tp / machine.flops
+        behind = cost.exits * tokens / tp / machine.flops
         behind += exits * body.moved_training / machine.memory + heads * loss + tensor - ahead
         if joint:
             behind += cost.backward * tokens / tp / machine.flops
@@ -260,8 +258,13 @@ def check_plan(size: dict[str, int], grid: tuple[int, int, int], folder: Path) -
 
 
 def measure_machine(size: dict[str, int], folder: str, rank: int, rendezvous: str) -> dict[str, Any]:
-    """This machine's rates, one thread of each of two processes that share a gloo world."""
+    """This machine's rates, one thread of each of two processes that share a gloo world and work at the same time.
+
+    Operands change from call to call, as they do from layer to layer: what stays in a cache is faster than a run.
+    """
     import time
+    from itertools import cycle
+    from statistics import median
 
     import torch
     import torch.distributed as dist
@@ -269,32 +272,34 @@ def measure_machine(size: dict[str, int], folder: str, rank: int, rendezvous: st
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
 
-    def best(work: Callable[[], Any], rounds: int = 15) -> float:
+    def usual(work: Callable[[], Any], rounds: int = 16) -> float:
         found = []
+        dist.barrier()
         for _ in range(rounds):
             start = time.perf_counter()
             work()
             found.append(time.perf_counter() - start)
-        return min(found)
+        return median(found)
 
     tokens, hidden = size["micro_batch"] * size["sequence"], size["hidden"]
     shapes = [(hidden, hidden), (hidden, 3 * hidden), (3 * hidden, hidden), (hidden, size["vocab"])]
-    pairs = [(torch.randn(tokens, a), torch.randn(b, a)) for a, b in shapes]
+    layers = [[(torch.randn(tokens, a), torch.randn(b, a)) for a, b in shapes] for _ in range(size["layers"])]
     found: dict[str, Any] = {}
-    if rank == 0:
-        taken = sum(best(lambda x=x, w=w: torch.nn.functional.linear(x, w)) for x, w in pairs)
-        found["flops"] = sum(2 * tokens * a * b for a, b in shapes) / taken
-        x = torch.randn(tokens, 3 * hidden)
-        found["memory"] = 2 * x.nbytes / best(lambda: x * 1.5)
-        logits = torch.randn(tokens, size["vocab"], requires_grad=True)
-        labels = torch.zeros(tokens, dtype=torch.long)
+    taken = 0.0
+    for index in range(len(shapes)):
+        operands = cycle([layer[index] for layer in layers])
+        taken += usual(lambda operands=operands: torch.nn.functional.linear(*next(operands)))
+    found["flops"] = sum(2 * tokens * a * b for a, b in shapes) / taken
+    states = cycle([torch.randn(tokens, 3 * hidden) for _ in range(4 * size["layers"])])
+    found["memory"] = 2 * tokens * 3 * hidden * 4 / usual(lambda: next(states) * 1.5, 64)
+    logits = torch.randn(tokens, size["vocab"], requires_grad=True)
+    labels = torch.zeros(tokens, dtype=torch.long)
 
-        def loss() -> None:
-            copy = logits + 0.0
-            torch.nn.functional.cross_entropy(copy, labels).backward()
+    def loss() -> None:
+        copy = logits + 0.0
+        torch.nn.functional.cross_entropy(copy, labels).backward()
 
-        found["logits"] = logits.numel() / best(loss, 5)
-    dist.barrier()
+    found["logits"] = logits.numel() / usual(loss, 5)
     for name, bytes_ in (("small", 1024), ("large", tokens * hidden * 4)):
         message = torch.zeros(bytes_ // 4)
 
@@ -302,8 +307,8 @@ def measure_machine(size: dict[str, int], folder: str, rank: int, rendezvous: st
             dist.send(message, 1) if rank == 0 else dist.recv(message, 0)
             dist.recv(message, 1) if rank == 0 else dist.send(message, 0)
 
-        found[f"send_{name}"] = best(round_trip, 40) / 2
-        found[f"reduce_{name}"] = best(lambda message=message: dist.all_reduce(message), 40)
+        found[f"send_{name}"] = usual(round_trip, 40) / 2
+        found[f"reduce_{name}"] = usual(lambda message=message: dist.all_reduce(message), 40)
     return {**found, "bytes": tokens * hidden * 4}
 
 

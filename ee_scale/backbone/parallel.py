@@ -36,7 +36,10 @@ class ColumnLinear(ColumnParallelLinear):
     """[..., in] -> [..., out/tp]."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x)[0]
+        if x.requires_grad:
+            return super().forward(x)[0]
+        # Megatron computes, and sums over the group, the gradient of an input that wants none.
+        return F.linear(x, self.weight, self.bias)
 
 
 class RowLinear(RowParallelLinear):

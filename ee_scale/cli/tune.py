@@ -18,7 +18,8 @@ from ee_scale.data.text import prepare_text
 from ee_scale.errors import UserError
 from ee_scale.grid import Grid
 from ee_scale.log import log
-from ee_scale.training.plan import TunePlan, plan_tune, stage_rows
+from ee_scale.training.memory import tune_parameters
+from ee_scale.training.plan import TunePlan, plan_tune
 from ee_scale.training.tune import TuneRun, metrics_stream, start_run, train
 
 
@@ -32,7 +33,9 @@ def run(config: Any, overrides: Sequence[str]) -> int:
         return open_run(Path(config.out).expanduser(), config, tune_identity(config, plan))
 
     job = Job("tune", config, overrides, plan.layout, config.train.steps, "export")
-    return job.run(prepare, lambda: show_plan(plan), lambda grid, opened: train_rank(config, plan, grid, opened))
+    return job.run(
+        prepare, lambda: show_plan(config, plan), lambda grid, opened: train_rank(config, plan, grid, opened)
+    )
 
 
 def make_plan(config: Any) -> TunePlan:
@@ -80,11 +83,17 @@ def resume(tune_run: TuneRun, opened: OpenedRun) -> None:
         log.warning("train.steps was %d: learning rate and order of the data now follow the new value", steps)
 
 
-def show_plan(plan: TunePlan) -> None:
+def show_plan(config: Any, plan: TunePlan) -> None:
     """The stage table."""
     table = Table(title=f"{plan.model_config.model_type}, {plan.shape.num_layers} layers", title_justify="left")
-    for column in ("stage", "layers", "exits after layer", "trained parameters"):
+    for column in ("stage", "layers", "exits after layer", "trained by a rank"):
         table.add_column(column, justify="right")
-    for row in stage_rows(plan):
-        table.add_row(*row)
+    for stage in range(len(plan.stages.bounds) - 1):
+        if stage >= plan.stages.launched:
+            first, last = plan.stages.bounds[stage] + 1, plan.stages.bounds[stage + 1]
+            table.add_row(str(stage), f"{first}-{last}", "", "not launched")
+            continue
+        layers, exits = plan.stages.layers(stage), ", ".join(map(str, plan.stages.exits(stage)))
+        trained = tune_parameters(plan, config, stage).trained
+        table.add_row(str(stage), f"{layers.start + 1}-{layers.stop}", exits, f"{trained:,}")
     console(stderr=True).print(table)

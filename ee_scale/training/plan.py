@@ -15,7 +15,6 @@ from ee_scale.exits.heads import ExitSpec
 from ee_scale.exits.joint import FROZEN, FULL, LOW_RANK, BackbonePlan
 from ee_scale.exits.placement import (
     exit_cost,
-    exit_parameters,
     exit_spec,
     resolve_exit_layers,
     resolve_loss_weights,
@@ -109,18 +108,3 @@ def check_fits(config: Any, max_positions: int, num_layers: int) -> None:
 def uses_bf16(precision: str, device: torch.device) -> bool:
     """'auto' means bf16 on a GPU and fp32 on a CPU."""
     return precision == "bf16" or (precision == "auto" and device.type == "cuda")
-
-
-def stage_rows(plan: TunePlan) -> list[tuple[str, ...]]:
-    """The stage table: stage, layers, exits, trained parameters, and what is not launched."""
-    rows = []
-    per_exit = exit_parameters(plan.spec, plan.shape)
-    for stage in range(len(plan.stages.bounds) - 1):
-        if stage >= plan.stages.launched:
-            first, last = plan.stages.bounds[stage] + 1, plan.stages.bounds[stage + 1]
-            rows.append((str(stage), f"{first}-{last}", "", "not launched"))
-            continue
-        layers, exits = plan.stages.layers(stage), plan.stages.exits(stage)
-        names = ", ".join(map(str, exits))
-        rows.append((str(stage), f"{layers.start + 1}-{layers.stop}", names, f"{len(exits) * per_exit:,}"))
-    return rows

@@ -58,7 +58,9 @@ def _tune_traffic(plan: TunePlan, config: Any, stage: int, size: int) -> StageTr
     teaches = config.exits.kl_weight > 0
     if teaches and plan.stages.launched > 1:
         crossing += state * last  # the teacher's states, from the last stage to all
-    per_exit = {"mlp": MLP_FORWARD + MLP_BACKWARD, "layer": LAYER_FORWARD + LAYER_BACKWARD}.get(plan.spec.kind, 0)
+    per_exit = {"mlp": MLP_FORWARD + MLP_BACKWARD * joint, "layer": LAYER_FORWARD + LAYER_BACKWARD}.get(
+        plan.spec.kind, 0
+    )
     calls = layers * (LAYER_FORWARD + LAYER_BACKWARD * joint) + exits * (per_exit + 1) + (stage == 0) + joint * last
     trained = tune_parameters(plan, config, stage).trained
     return _traffic(plan, count, crossing, calls, state, trained, size)

@@ -73,7 +73,7 @@ def test_untrained_exits_are_the_logit_lens(trained, kind):
     with torch.no_grad():
         hidden = stock(_ids(), output_hidden_states=True).hidden_states
         for k in EXITS[:1]:
-            lens = model.exit_heads[str(k)].capped(stock.lm_head(stock.model.norm(hidden[k])))
+            lens = model.exit_heads[str(k)].spec.capped(stock.lm_head(stock.model.norm(hidden[k])))
             assert torch.equal(model(_ids()).exit_logits[k], lens)
 
 
