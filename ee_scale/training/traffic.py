@@ -2,10 +2,12 @@
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
+from ee_scale.backbone.parallel import padded_vocab
+from ee_scale.exits.joint import FULL, output_copies
 from ee_scale.training.cost import backbone_mode, drawn_specs, draws_per_micro_batch
 from ee_scale.training.memory import supernet_parameters, tune_parameters
 from ee_scale.training.plan import TunePlan
@@ -22,7 +24,7 @@ class StageTraffic:
     """What one rank of a stage sends in one optimizer step, bytes; collectives as a ring does them.
 
     Attributes:
-        stages: hidden states and gradients to the neighbouring stages.
+        stages: hidden states and gradients to the neighbouring stages, and gradients of a matrix with copies there.
         tensor: all-reduces of hidden states over the tensor group; `tensor_calls` of them.
         reduce: gradients over the replicas. gather: updated parameters over the replicas.
     """
@@ -63,7 +65,12 @@ def _tune_traffic(plan: TunePlan, config: Any, stage: int, size: int) -> StageTr
     )
     calls = layers * (LAYER_FORWARD + LAYER_BACKWARD * joint) + exits * (per_exit + 1) + (stage == 0) + joint * last
     trained = tune_parameters(plan, config, stage).trained
-    return _traffic(plan, count, crossing, calls, state, trained, size)
+    traffic = _traffic(plan, count, crossing, calls, state, trained, size)
+    copies = output_copies(plan.stages, plan.spec, plan.shape.tied_embeddings) if plan.backbone.mode == FULL else ()
+    if stage not in copies:
+        return traffic
+    rows = padded_vocab(plan.shape.vocab_size, plan.layout.tp) // plan.layout.tp
+    return replace(traffic, stages=traffic.stages + 2 * ring(4 * rows * plan.shape.hidden_size, len(copies)))
 
 
 def _supernet_traffic(plan: SupernetPlan, config: Any, stage: int, size: int) -> StageTraffic:

@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from deepspeed.runtime.pipe.schedule import TrainSchedule
-from helpers.models import tiny_config
+from helpers.models import VOCAB, tiny_config
 from megatron.core.tensor_parallel import layers as megatron_layers
 from megatron.core.tensor_parallel import mappings
 from torch import nn
@@ -400,6 +400,18 @@ def test_traffic_by_hand() -> None:
     trained = tune_parameters(plan, config, 0).trained
     assert (first.reduce, first.gather) == (2 * trained, 2 * trained)
     assert step_traffic(plan, config, bf16=True)[0].reduce == 4 * trained
+
+
+def test_copies_of_the_output_matrix_are_summed_over_their_stages() -> None:
+    given = ("parallel.pp=4", "exits.head=tied", "backbone=full", "exits.layers=[2]")
+    plan, config = tune_plan("llama", *given, tie_word_embeddings=True)
+    state, matrix = ROWS * LENGTH * 64 * 4, VOCAB * 64 * 4
+    holders = {stage for stage in range(4) if 2 in plan.stages.exits(stage)} | {0, 3}
+    count = plan.num_micro_batches
+    for stage, traffic in enumerate(step_traffic(plan, config, bf16=False)):
+        crossing = count * state * ((stage < 3) + (stage > 0))
+        copies = 2 * matrix * (len(holders) - 1) / len(holders) if stage in holders else 0
+        assert traffic.stages == pytest.approx(crossing + copies)
 
 
 # -- schedules ---------------------------------------------------------------------------------------------------------
