@@ -7,31 +7,21 @@ Exits run right before the backward of their micro-batch, so the logits of one a
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.pipe import p2p
 from deepspeed.runtime.pipe.schedule import (
-    BackwardPass,
-    ForwardPass,
     LoadMicroBatch,
-    OptimizerStep,
-    RecvActivation,
-    RecvGrad,
     ReduceTiedGrads,
-    SendActivation,
-    SendGrad,
 )
 
-from ee_scale.engine.clipping import ALL, COPY, TOGETHER, clip_groups
+from ee_scale.engine.clipping import ALL, COPY
 from ee_scale.engine.frozen import EngineSettings
-from ee_scale.engine.guard import UpdateGuard
-from ee_scale.engine.observed import ObservedEngine
 from ee_scale.engine.schedule import JointSchedule
 from ee_scale.engine.setup import build_engine, guarded_adamw
-from ee_scale.engine.state import start_moments
+from ee_scale.engine.two_way import TwoWayEngine
 from ee_scale.exits.heads import Tap
 from ee_scale.exits.joint import JointStage
 from ee_scale.exits.losses import exit_backward, token_backward
@@ -51,7 +41,7 @@ class _Slot:
     gradient: torch.Tensor | None = None  # of the output, from the next stage
 
 
-class JointPipelineEngine(ObservedEngine):
+class JointPipelineEngine(TwoWayEngine):
     """One stage of joint training. All parameters are one group: one gradient norm over all stages."""
 
     @classmethod
@@ -68,12 +58,10 @@ class JointPipelineEngine(ObservedEngine):
 
     def prepare(self, stage: JointStage, grid: Grid, settings: EngineSettings) -> None:
         """Attributes that the base class does not know."""
-        self.stage, self.process_grid, self.settings = stage, grid, settings
+        self.stage, self.settings = stage, settings
+        self.prepare_updates(grid, settings.optimizer, settings.spike_factor)
         self.copies_group = grid.stages_group(stage.copies)
         self.loss_weights: dict[int, float] = dict.fromkeys(stage.exit_layers, 1.0)
-        start_moments(self.optimizer)
-        self.guard = UpdateGuard(settings.spike_factor)
-        self.grad_norm = torch.zeros(())
         self._losses: dict[int | str, torch.Tensor] = {}
         self._micro_batches: Iterator[dict[str, torch.Tensor]] = iter(())
         self._slots: dict[int, _Slot] = {}
@@ -89,25 +77,6 @@ class JointPipelineEngine(ObservedEngine):
         self._micro_batches, self._slots = micro_batches, {}
         self._exec_schedule(JointSchedule(self.micro_batches, self.num_stages, self.stage_id))
         return self._losses
-
-    @property
-    def grad_norms(self) -> dict[str, torch.Tensor]:
-        """Norm before clipping, told by the last stage for all."""
-        return {TOGETHER: self.grad_norm} if self.is_last_stage() else {}
-
-    @property
-    def skipped(self) -> dict[str, int]:
-        """Updates that were left out so far; the last stage tells."""
-        return {TOGETHER: self.guard.skipped[ALL]} if self.is_last_stage() else {}
-
-    def set_lr(self, lr: float) -> None:
-        """Learning rate of the next step."""
-        for group in self.param_groups():
-            group["lr"] = lr
-
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Groups of the AdamW underneath."""
-        return self.optimizer.optimizer.param_groups
 
     def _load(self, buffer_id: int) -> None:
         batch = next(self._micro_batches)
@@ -188,22 +157,13 @@ class JointPipelineEngine(ObservedEngine):
         assert gradient.is_contiguous()  # gloo sums other views wrongly and says nothing
         dist.all_reduce(gradient, group=self.copies_group)
 
-    def _step(self) -> None:
-        clip, losses = self.settings.optimizer.clip_grad, [values.sum() for values in self._losses.values()]
-        total = torch.stack(losses).sum() if losses else torch.zeros((), device=self.device)
-        norms = clip_groups(self.optimizer, clip, self.process_grid, self.guard, {ALL: total}, across_stages=True)
-        self.grad_norm = norms[ALL]
-        self._exec_optimizer_step()
+    def step_loss(self) -> torch.Tensor:
+        """Of all exits of this stage, and of the model itself on the last one."""
+        losses = [values.sum() for values in self._losses.values()]
+        return torch.stack(losses).sum() if losses else torch.zeros((), device=self.device)
 
     _INSTRUCTION_MAP: dict[type, Callable[..., None]] = {  # noqa: RUF012 (the base class's own pattern)
-        **ObservedEngine._INSTRUCTION_MAP,
+        **TwoWayEngine._INSTRUCTION_MAP,
         LoadMicroBatch: _load,
-        ForwardPass: _forward,
-        BackwardPass: _backward,
-        SendActivation: _send_activation,
-        RecvActivation: _recv_activation,
-        SendGrad: _send_grad,
-        RecvGrad: _recv_grad,
         ReduceTiedGrads: _reduce_copies,
-        OptimizerStep: _step,
     }

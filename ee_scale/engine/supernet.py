@@ -9,7 +9,6 @@ from deepspeed.runtime.pipe import p2p
 from deepspeed.runtime.pipe.schedule import (
     BackwardPass,
     ForwardPass,
-    OptimizerStep,
     RecvActivation,
     RecvGrad,
     SendActivation,
@@ -20,12 +19,10 @@ from ee_scale.elastic.distill import FROZEN, DistillSettings, FeatureLoss, head_
 from ee_scale.elastic.factors import FactorSet
 from ee_scale.elastic.sampling import FULL, ROLES, Draw
 from ee_scale.elastic.stage import ElasticStage
-from ee_scale.engine.clipping import ALL, TOGETHER, clip_groups
-from ee_scale.engine.guard import UpdateGuard
-from ee_scale.engine.observed import ObservedEngine
+from ee_scale.engine.clipping import ALL
 from ee_scale.engine.schedule import SupernetSchedule, Teach
 from ee_scale.engine.setup import OptimizerSettings, build_engine, guarded_adamw
-from ee_scale.engine.state import start_moments
+from ee_scale.engine.two_way import TwoWayEngine
 from ee_scale.grid import Grid
 
 
@@ -57,7 +54,7 @@ class _Taught:
     logits: torch.Tensor | None = None  # last stage of a classifier: [B, C]
 
 
-class SupernetEngine(ObservedEngine):
+class SupernetEngine(TwoWayEngine):
     """One stage of supernet training. The hidden width changes from pair to pair: each rank knows every shape."""
 
     @classmethod
@@ -74,16 +71,14 @@ class SupernetEngine(ObservedEngine):
 
     def prepare(self, stage: ElasticStage, grid: Grid, settings: SupernetEngineSettings) -> None:
         """Attributes that the base class does not know."""
-        self.stage, self.process_grid, self.settings = stage, grid, settings
-        start_moments(self.optimizer)
+        self.stage, self.settings = stage, settings
+        self.prepare_updates(grid, settings.optimizer, settings.spike_factor)
         distills = settings.teacher_stages is not None
         self._features = None
         if distills and settings.distill.feature_weight:
             width, dim = stage.map.shape.hidden, settings.distill.feature_dim
             self._features = FeatureLoss(width, dim, settings.seed, grid.device, stage.dtype)
         self._teaches = distills and settings.distill.teacher == FROZEN
-        self.guard = UpdateGuard(settings.spike_factor)
-        self.grad_norm = torch.zeros(())
         self._batches: list[dict[str, torch.Tensor]] = []
         self._stream: Sequence[Draw] = ()
         self._pairs: dict[int, dict[str, Any]] = {}
@@ -105,21 +100,6 @@ class SupernetEngine(ObservedEngine):
         roles = [draw.role for draw in stream]
         counts = torch.tensor([max(1, roles.count(role)) for role in ROLES], device=self.device)
         return self._losses / counts.unsqueeze(-1)
-
-    @property
-    def grad_norms(self) -> dict[str, torch.Tensor]:
-        """Norm before clipping, told by the last stage for all."""
-        return {TOGETHER: self.grad_norm} if self.is_last_stage() else {}
-
-    @property
-    def skipped(self) -> dict[str, int]:
-        """Updates that were left out so far; the last stage tells."""
-        return {TOGETHER: self.guard.skipped[ALL]} if self.is_last_stage() else {}
-
-    def set_lr(self, lr: float) -> None:
-        """Learning rate of the next step."""
-        for group in self.optimizer.optimizer.param_groups:
-            group["lr"] = lr
 
     def _turn(self, instruction: type) -> tuple[int, Draw]:
         """The pair that this instruction is about: each kind takes the stream in order."""
@@ -231,23 +211,13 @@ class SupernetEngine(ObservedEngine):
         p2p.recv(gradient, self.next_stage)
         self._pairs[index]["gradient"] = gradient
 
-    def _step(self) -> None:
-        clip = self.settings.optimizer.clip_grad
-        losses = {ALL: self._losses.sum()}
-        norms = clip_groups(self.optimizer, clip, self.process_grid, self.guard, losses, across_stages=True)
-        self.grad_norm = norms[ALL]
-        self._exec_optimizer_step()
+    def step_loss(self) -> torch.Tensor:
+        """Of all roles together."""
+        return self._losses.sum()
 
     _INSTRUCTION_MAP: dict[type, Callable[..., None]] = {  # noqa: RUF012 (the base class's own pattern)
-        **ObservedEngine._INSTRUCTION_MAP,
+        **TwoWayEngine._INSTRUCTION_MAP,
         Teach: _teach,
-        ForwardPass: _forward,
-        BackwardPass: _backward,
-        SendActivation: _send_activation,
-        RecvActivation: _recv_activation,
-        SendGrad: _send_grad,
-        RecvGrad: _recv_grad,
-        OptimizerStep: _step,
     }
 
 

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from ee_scale.backbone.loading import TensorFolder, load_config
 from ee_scale.backbone.stages import plan_stages
-from ee_scale.engine import joint
+from ee_scale.engine import two_way
 from ee_scale.engine.frozen import EngineSettings
 from ee_scale.engine.joint import FINAL, JointPipelineEngine
 from ee_scale.engine.setup import OptimizerSettings
@@ -259,9 +259,9 @@ def train_on_grid(engine: JointPipelineEngine, job: JointJob, grid: Grid) -> Joi
             record.gradients = whole(safe_get_full_grad)
         return clip_groups(*args, **options)
 
-    clip_groups = joint.clip_groups
+    clip_groups = two_way.clip_groups
     each = job.micro_batches // grid.layout.dp
-    with mock.patch.object(joint, "clip_groups", clip_and_keep):
+    with mock.patch.object(two_way, "clip_groups", clip_and_keep):
         for step in range(job.steps):
             batches = micro_batches(step, job.micro_batches)[grid.dp_rank * each : (grid.dp_rank + 1) * each]
             losses = engine.train_step(iter(batches))

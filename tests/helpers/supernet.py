@@ -23,7 +23,7 @@ from ee_scale.elastic.order import UnitOrder
 from ee_scale.elastic.sampling import FULL, SamplingSettings, draw_stream
 from ee_scale.elastic.stage import ElasticStage
 from ee_scale.elastic.subnet import ElasticShape, SearchSpace, SubnetSpec, drop_order
-from ee_scale.engine import supernet as engine_module
+from ee_scale.engine import two_way as engine_module
 from ee_scale.engine.setup import OptimizerSettings
 from ee_scale.engine.supernet import SupernetEngine, SupernetEngineSettings
 from ee_scale.grid import Grid
