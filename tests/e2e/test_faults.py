@@ -183,3 +183,14 @@ def test_a_full_disk_costs_one_checkpoint(tune_arguments, tmp_path, undisturbed)
     assert checkpoint_steps(tmp_path / "run") == [6, 8]
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
     assert losses(tmp_path / "run") == losses(undisturbed)
+
+
+def test_a_supernet_stops_and_goes_on_as_well(supernet_arguments, supernet_run, tmp_path):
+    command = [*supernet_arguments, "out=run", "train.save_every=100"]
+    left = run_cli(command, tmp_path, inject=send_term)
+    assert left.code == REQUEUE, left.output
+    note = stopped(tmp_path / "run")
+    assert (note["code"], note["step"]) == (REQUEUE, 6)  # one stage reads a vote one step later
+    again = run_cli(command, tmp_path)
+    assert again.code == 0, again.output
+    assert losses(tmp_path / "run") == losses(supernet_run)  # to the last digit
