@@ -166,7 +166,7 @@ def test_a_run_that_only_leaves_out_updates_stops(tune_arguments, tmp_path, back
 
 
 def test_a_rank_that_hangs_is_named(tune_arguments, tmp_path):
-    command = [*tune_arguments, "out=run", "parallel.pp=2", "parallel.timeout_minutes=0.08", "train.steps=30"]
+    command = [*tune_arguments, "out=run", "parallel.pp=2", "parallel.timeout_minutes=0.15", "train.steps=30"]
     finished = run_cli(command, tmp_path, 2, inject=hang, timeout=60)
     assert finished.codes[0] == 1, finished.output
     told = finished.output + finished.outputs[1]
