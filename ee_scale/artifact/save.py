@@ -15,7 +15,6 @@ from ee_scale.artifact.checkpoint import STATE, checkpoints
 from ee_scale.artifact.files import file_digest, write_json
 from ee_scale.backbone.loading import TensorFolder
 from ee_scale.engine.state import MOMENTS, restore_tensors, whole_tensors
-from ee_scale.errors import UserError
 from ee_scale.files import sync
 from ee_scale.grid import Grid
 from ee_scale.log import log
@@ -38,18 +37,6 @@ class Snapshot:
     step: int
     state: dict[str, Any]
     files: dict[str, dict[str, torch.Tensor]]
-
-
-def save_checkpoint(root: Path, run: Run, facts: dict[str, Any], keep: int) -> None:
-    """Write a checkpoint of the run's step and drop all but the last `keep`. All ranks call it.
-
-    `facts` go into state.json. A failed write on any rank raises `UserError` on all; the previous checkpoint stays.
-    """
-    try:
-        folder = write_snapshot(root, take_snapshot(run, facts), run.grid, keep)
-    except NotWrittenError as error:
-        raise UserError(f"checkpoint not written ({error}); earlier checkpoints are untouched") from error
-    log.info("saved %s", folder)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from ee_scale.cli.console import console
 from ee_scale.config.compose import as_dict
 from ee_scale.config.schema import VERBS
 from ee_scale.errors import UserError
-from ee_scale.training.cost import backbone_mode, draws_per_micro_batch, flops_per_token
+from ee_scale.training.cost import draws_per_micro_batch, flops_per_token
 from ee_scale.training.memory import Parameters, rank_memory, supernet_parameters, tune_parameters
 from ee_scale.training.plan import TunePlan, plan_tune, uses_bf16
 from ee_scale.training.supernet_plan import SupernetPlan, plan_supernet
@@ -111,7 +111,7 @@ def changes(plan: Plan, config: Any) -> Iterator[tuple[str, Plan, Any]]:
     """(the change in words, plan, config) of what may help, the same model and exits, the mildest first."""
     parallel, train = config.parallel, config.train
     single: list[dict[str, Any]] = [{"parallel.tp": parallel.tp * 2}, {"parallel.pp": parallel.pp * 2}]
-    if isinstance(plan, TunePlan) and backbone_mode(plan) != "frozen":
+    if isinstance(plan, TunePlan) and plan.backbone.mode != "frozen":
         single.append({"backbone.activation_checkpointing": True})
     single.append({"train.micro_batch_size": train.micro_batch_size // 2})
     both = {"parallel.tp": parallel.tp * 2, "parallel.pp": parallel.pp * 2}
@@ -240,7 +240,7 @@ def bubble(plan: Plan, config: Any) -> tuple[float, str]:
     p, m = plan.layout.pp, plan.num_micro_batches
     if p == 1:
         return 0.0, "one stage"
-    if isinstance(plan, TunePlan) and backbone_mode(plan) == "frozen":
+    if isinstance(plan, TunePlan) and plan.backbone.mode == "frozen":
         if config.exits.kl_weight == 0:
             return 0.0, "nothing flows backwards: stages run ahead into the next step"
         return (p - 1) / (m + p - 1), "(p-1)/(m+p-1): exits wait for the final layer"

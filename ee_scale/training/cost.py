@@ -73,11 +73,6 @@ _FIELDS = ("forward", "backward", "exits", "teacher")
 # -- exits -------------------------------------------------------------------------------------------------------------
 
 
-def backbone_mode(plan: TunePlan) -> str:
-    """'frozen', 'low_rank' or 'full': what trains beside the exits."""
-    return plan.backbone.mode
-
-
 def attention_flops(shape: ModelShape, seq_length: int) -> float:
     """Scores and weighted values of one layer, forward, per token."""
     return 4 * seq_length * shape.num_heads * shape.head_dim
@@ -121,7 +116,7 @@ def exit_flops(
 
 def adapter_parameters(plan: TunePlan) -> int:
     """Parameters of the low-rank adapters of one layer."""
-    if backbone_mode(plan) != "low_rank":
+    if plan.backbone.mode != "low_rank":
         return 0
     shape, backbone = plan.shape, plan.backbone
     width, q, kv = shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
@@ -131,7 +126,7 @@ def adapter_parameters(plan: TunePlan) -> int:
 
 def tune_work(plan: TunePlan, config: Any = None) -> list[StageWork]:
     """Of a run on exits, the backbone frozen or not."""
-    shape, mode = plan.shape, backbone_mode(plan)
+    shape, mode = plan.shape, plan.backbone.mode
     seq_length = 0 if config is None else config.data.seq_length
     joint = mode != "frozen"
     per_exit = exit_flops(

@@ -16,7 +16,7 @@ from ee_scale.backbone.parallel import padded_vocab
 from ee_scale.elastic.architecture import SHARDED, VOCAB
 from ee_scale.elastic.factors import FactorPlan
 from ee_scale.exits.heads import ExitSpec
-from ee_scale.training.cost import backbone_mode, draws_per_micro_batch
+from ee_scale.training.cost import draws_per_micro_batch
 from ee_scale.training.passes import Passes, layer_call, local_model, watch
 from ee_scale.training.plan import TunePlan
 from ee_scale.training.supernet_plan import SupernetPlan
@@ -44,7 +44,7 @@ def tune_parameters(plan: TunePlan, config: Any, stage: int) -> Parameters:
     """What one rank of a stage holds and trains in a run on exits."""
     local = local_model(plan.model_config, plan.layout.tp, torch.float32)
     layer, norm, spec = local.base_model.layers[0], local.base_model.norm, plan.spec
-    mode, last = backbone_mode(plan), stage == plan.stages.launched - 1
+    mode, last = plan.backbone.mode, stage == plan.stages.launched - 1
     layers, exits = len(plan.stages.layers(stage)), len(plan.stages.exits(stage))
     teaches = config.exits.kl_weight > 0
     width, rows = plan.shape.hidden_size, padded_vocab(plan.shape.vocab_size, plan.layout.tp) // plan.layout.tp
@@ -196,7 +196,7 @@ def _state(parameters: Parameters, dp: int, size: int) -> tuple[float, float, fl
 
 
 def _tune_memory(plan: TunePlan, config: Any, stage: int, size: int, device: str) -> RankMemory:
-    dtype, mode = {2: torch.bfloat16, 4: torch.float32}[size], backbone_mode(plan)
+    dtype, mode = {2: torch.bfloat16, 4: torch.float32}[size], plan.backbone.mode
     rows, length, exits = config.train.micro_batch_size, config.data.seq_length, len(plan.stages.exits(stage))
     parameters = tune_parameters(plan, config, stage)
     weights, gradients, optimizer, moment = _state(parameters, plan.layout.dp, size)

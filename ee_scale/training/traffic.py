@@ -8,7 +8,7 @@ from typing import Any
 
 from ee_scale.backbone.parallel import padded_vocab
 from ee_scale.exits.joint import FULL, output_copies
-from ee_scale.training.cost import backbone_mode, drawn_specs, draws_per_micro_batch
+from ee_scale.training.cost import drawn_specs, draws_per_micro_batch
 from ee_scale.training.memory import supernet_parameters, tune_parameters
 from ee_scale.training.plan import TunePlan
 from ee_scale.training.supernet_plan import SupernetPlan
@@ -54,7 +54,7 @@ def step_traffic(plan: TunePlan | SupernetPlan, config: Any, *, bf16: bool) -> l
 
 def _tune_traffic(plan: TunePlan, config: Any, stage: int, size: int) -> StageTraffic:
     state = config.train.micro_batch_size * config.data.seq_length * plan.shape.hidden_size * size
-    joint, last = backbone_mode(plan) != "frozen", stage == plan.stages.launched - 1
+    joint, last = plan.backbone.mode != "frozen", stage == plan.stages.launched - 1
     layers, exits, count = len(plan.stages.layers(stage)), len(plan.stages.exits(stage)), plan.num_micro_batches
     crossing = state * ((not last) + (joint and stage > 0))
     teaches = config.exits.kl_weight > 0
