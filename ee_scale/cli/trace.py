@@ -136,9 +136,6 @@ def _write(folder: Path, timelines: list[StageTimeline], offsets: dict[int, tupl
 
 def _check_window(logging: Any, total_steps: int) -> None:
     after, steps = logging.trace_after, logging.trace_steps
-    for name, value, least in (("trace_after", after, 0), ("trace_steps", steps, 1)):
-        if value < least:
-            raise UserError(f"logging.{name}={value}: must be at least {least}")
     if after + steps > total_steps:
         raise UserError(
             f"logging.trace_after={after} and logging.trace_steps={steps} need {after + steps} steps; "

@@ -28,10 +28,8 @@ def check_tune(config: Any) -> None:
 
 def _check_backbone(config: Any) -> None:
     backbone = config.backbone
-    if backbone.rank < 1 or backbone.final_weight < 0:
-        raise UserError(
-            f"backbone.rank={backbone.rank}, backbone.final_weight={backbone.final_weight}: at least 1 and at least 0"
-        )
+    _at_least(1, config, "backbone.rank")
+    _at_least(0, config, "backbone.final_weight")
     if backbone.mode == "frozen":
         return
     if not backbone.targets or set(backbone.targets) - {"attention", "mlp"}:

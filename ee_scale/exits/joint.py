@@ -30,7 +30,7 @@ class BackbonePlan:
 
     @property
     def trains(self) -> bool:
-        """Whether gradients cross stages."""
+        """Whether gradients cross stages; then all stages run, and the model's own loss counts."""
         return self.mode != FROZEN
 
 

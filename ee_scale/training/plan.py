@@ -46,11 +46,6 @@ class TunePlan:
     num_micro_batches: int
     backbone: BackbonePlan
 
-    @property
-    def trains_backbone(self) -> bool:
-        """Whether gradients cross stages; then all stages run, and the model's own loss counts."""
-        return self.backbone.trains
-
 
 def plan_tune(config: Any, model_dir: Path, model_config: Any) -> TunePlan:
     """Check the config against the model and cut it into stages. Raises `UserError`."""

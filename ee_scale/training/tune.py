@@ -49,7 +49,7 @@ class TuneRun:
 
     def saved_parts(self) -> list[SavedPart]:
         """A pair of files per exit, and one for what trains of the stage's backbone."""
-        parts, together = [], self.plan.trains_backbone
+        parts, together = [], self.plan.backbone.trains
         for k in self.stage.exit_layers:
             named = self.stage.exit_heads[str(k)].named_parameters()
             training = [(f"exit_heads.{k}.{name}", parameter) for name, parameter in named]
@@ -92,12 +92,12 @@ def start_run(config: Any, plan: TunePlan, grid: Grid) -> TuneRun:
         torch.bfloat16 if bf16 else torch.float32,
         attn_implementation=config.model.attn_implementation,
         teacher=config.exits.kl_weight > 0,
-        decoding=plan.trains_backbone,
-        cls=JointStage if plan.trains_backbone else TuningStage,
+        decoding=plan.backbone.trains,
+        cls=JointStage if plan.backbone.trains else TuningStage,
     )
     load_stage(stage, TensorFolder(plan.model_dir), grid, init=config.exits.init, seed=config.train.seed)
     settings = engine_settings(config, plan, bf16)
-    if not plan.trains_backbone:
+    if not plan.backbone.trains:
         return TuneRun(config, plan, grid, stage, FrozenPipelineEngine.build(stage, grid, settings))
     copies = output_copies(plan.stages, plan.spec, plan.shape.tied_embeddings)
     stage.train_backbone(plan.backbone, copies, grid, config.train.seed)
@@ -132,11 +132,11 @@ def metrics_stream(run: TuneRun) -> MetricsStream:
     peak = config.logging.peak_tflops
     return MetricsStream(
         grid,
-        [*layers, FINAL] if plan.trains_backbone else layers,
+        [*layers, FINAL] if plan.backbone.trains else layers,
         tokens,
         ("loss", "kl") if config.exits.kl_weight > 0 else ("loss",),
         meter=StageMeter(grid.device),
-        norm_keys=[TOGETHER] if plan.trains_backbone else layers,
+        norm_keys=[TOGETHER] if plan.backbone.trains else layers,
         flops_per_token=sum(flops_per_token(plan, config)),
         peak_flops=peak_flops(grid.device, peak, plan.shape.hidden_size, dtype) if grid.rank == 0 else None,
     )

@@ -25,8 +25,7 @@ from ee_scale.log import log
 
 BETWEEN, AFTER = "between steps", "after the run"
 # Phases with collectives in them: whoever stays in one may just be waiting for another rank.
-SENDS = ("SendActivation", "SendGrad")
-WAITING = {*WAITS, *SENDS, "ReduceGrads", "ReduceTiedGrads", "OptimizerStep", BETWEEN, AFTER, "save", "vote"}
+WAITING = {*WAITS, "ReduceGrads", "ReduceTiedGrads", "OptimizerStep", BETWEEN, AFTER, "save", "vote"}
 MOST_NAMED = 4
 
 _numbers = itertools.count()  # of the watchdogs of this process: all ranks make the same ones in the same order

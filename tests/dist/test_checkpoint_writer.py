@@ -211,7 +211,7 @@ def start(model: Path, grid: Grid) -> TuneRun:
     """A run at its start."""
     engine = build_engine(model, JOB, grid)
     config = SimpleNamespace(train=SimpleNamespace(global_batch_size=4))
-    plan = SimpleNamespace(shape=SimpleNamespace(vocab_size=VOCAB), trains_backbone=False)
+    plan = SimpleNamespace(shape=SimpleNamespace(vocab_size=VOCAB), backbone=SimpleNamespace(trains=False))
     return TuneRun(config, plan, grid, engine.stage, engine)
 
 
