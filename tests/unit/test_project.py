@@ -1,8 +1,11 @@
 """Rules of the project itself: import order, packages, names."""
 
 import ast
+import os
+import subprocess
 import sys
-import tomllib
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -96,10 +99,47 @@ def test_exported_code_stands_alone():
                 assert roots <= {*sys.stdlib_module_names, "torch", "transformers"}, (name, roots)
 
 
-def test_every_package_is_listed_for_the_wheel():
-    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
-    found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "ee_scale").rglob("__init__.py")}
-    assert listed == found | {"ee_scale.configs", "ee_scale.launch"}
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, unpacked, that is built from the sdist, unpacked; neither build has anything to say."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build(ROOT, "sdist", folder)
+    with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
+        archive.extractall(folder, filter="data")
+    build(next(path for path in folder.iterdir() if path.is_dir()), "wheel", folder)
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as archive:
+        archive.extractall(folder / "installed")
+    return folder / "installed"
+
+
+def build(root: Path, target: str, folder: Path) -> None:
+    command = [sys.executable, "-W", "error", "-m", "hatchling", "build", "-t", target, "-d", str(folder)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in (done.stdout + done.stderr).lower(), done.stderr
+
+
+def test_the_wheel_holds_every_file(wheel: Path):
+    wanted = {path.relative_to(ROOT) for path in SOURCES}
+    wanted |= {
+        Path("ee_scale", path.relative_to(ROOT))
+        for folder in ("configs", "launch")
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file()
+    }
+    assert {path.relative_to(wheel) for path in (wheel / "ee_scale").rglob("*") if path.is_file()} == wanted
+
+
+def test_commands_of_the_wheel_need_no_checkout(wheel: Path, tmp_path: Path):
+    """Settings and launch scripts are those inside it."""
+    code = "import ee_scale; print(ee_scale.__file__); from ee_scale.cli.main import main; assert main() == 0"
+    settings = ["launch", "tune", "+debug=cpu", "launcher=torchrun", "launcher.head=here", "--dry-run"]
+    command = [sys.executable, "-c", code, *settings]
+    environment = os.environ | {"PYTHONPATH": str(wheel)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(wheel))
+    assert "launch/torchrun.sh" in done.stdout
 
 
 def test_nothing_is_named_like_the_builtin():
