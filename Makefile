@@ -1,19 +1,27 @@
 # make demo: from nothing to early exits in a few minutes.   make test: the whole suite.   make lint: ruff.
+# make lock: write the newest versions that pyproject.toml allows into constraints.txt; `make install` installs those.
+# make test-newest, make test-oldest: numbers, decoding and exports with the newest and the oldest that it allows.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+LOCK := constraints.txt
+PIP_INSTALL := -m pip install --quiet
+UV := .venv-tools/bin/uv
+# Where other versions of torch, transformers, DeepSpeed, Megatron-Core and onnx would show.
+BOUNDS := tests/parity tests/e2e/test_export.py tests/e2e/test_generate.py
+RESOLUTION_newest := highest
+RESOLUTION_oldest := lowest-direct
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test test-newest test-oldest lint lock clean
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "torch>=2.11,<2.14"
-	$(BIN)/python -m pip install --quiet --editable ".[test]"
-	touch $(STAMP)
+	$(BIN)/python $(PIP_INSTALL) --constraint $(LOCK) pip
+	$(BIN)/python $(PIP_INSTALL) --constraint $(LOCK) --build-constraint $(LOCK) --editable ".[test]"
+	touch $@
 
 demo: install
 	$(BIN)/ee-scale demo
@@ -21,9 +29,25 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+test-newest test-oldest: test-%: $(UV)
+	$(PYTHON) -m venv .venv-$*
+	$(UV) pip compile --quiet --upgrade --no-annotate --resolution $(RESOLUTION_$*) --python .venv-$*/bin/python \
+		--extra test pyproject.toml --output-file .venv-$*/$(LOCK)
+	.venv-$*/bin/python $(PIP_INSTALL) --constraint .venv-$*/$(LOCK) --editable ".[test]"
+	.venv-$*/bin/python -m pip list
+	.venv-$*/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(BOUNDS)
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+lock: $(UV)
+	printf 'pip\nsetuptools\nuv\nwheel\n' | $(UV) pip compile --quiet --upgrade --no-annotate --universal --python-version 3.11 \
+		--fork-strategy fewest --all-extras --custom-compile-command "make lock" pyproject.toml - --output-file $(LOCK)
+
+$(UV):
+	$(PYTHON) -m venv .venv-tools
+	.venv-tools/bin/python $(PIP_INSTALL) --constraint $(LOCK) uv
+
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-newest .venv-oldest .venv-tools build *.egg-info .pytest_cache .ruff_cache

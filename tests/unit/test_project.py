@@ -2,13 +2,17 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import ee_scale
 from ee_scale.exits.modeling_early_exit import CODE_FILES
@@ -97,6 +101,22 @@ def test_exported_code_stands_alone():
                 assert {f"{root}.py" for root in roots} <= set(CODE_FILES), (name, roots)
             else:
                 assert roots <= {*sys.stdlib_module_names, "torch", "transformers"}, (name, roots)
+
+
+def test_the_lock_pins_what_the_ranges_allow():
+    """One version for every system and Python, without a build's own tag (+cpu) or the name of an index."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    locked = {}
+    for pinned in map(Requirement, lines):
+        assert re.fullmatch(r"==[\w.]+", str(pinned.specifier)), pinned
+        assert canonicalize_name(pinned.name) not in locked
+        locked[canonicalize_name(pinned.name)] = str(pinned.specifier)[2:]
+    asked = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    for requirement in map(Requirement, asked):
+        name = canonicalize_name(requirement.name)
+        if name != project["name"]:
+            assert requirement.specifier.contains(locked[name]), requirement
 
 
 @pytest.fixture(scope="module")
