@@ -22,6 +22,7 @@ from ee_scale.artifact.files import new_folder
 from ee_scale.artifact.submodel import copy_small_files
 from ee_scale.elastic.architecture import AUTO_CLASS
 from ee_scale.errors import UserError
+from ee_scale.exits.versions import CACHE
 
 
 @contextmanager
@@ -126,8 +127,8 @@ def _converted(model: Any, task: str, own_head: bool) -> Any:
         # Without a config the cache keeps every position of every layer; sliding windows are the mask's business.
         cache = DynamicCache()
         with torch.no_grad():
-            model(torch.ones((EXPORTED[0], PAST), dtype=torch.long), past_key_values=cache, use_cache=True)
-        inputs |= {"past_key_values": cache, "use_cache": True}
+            model(torch.ones((EXPORTED[0], PAST), dtype=torch.long), use_cache=True, **{CACHE: cache})
+        inputs |= {CACHE: cache, "use_cache": True}
         length += PAST
     inputs["attention_mask"] = torch.ones((EXPORTED[0], length), dtype=torch.long)
     try:

@@ -116,10 +116,10 @@ class BackboneStage(nn.Module):
             parts[2] = str(self.layer_indices[int(parts[2])])
         return ".".join(["model", *parts[1:]])
 
-    def forward(self, x: torch.Tensor, cache: Any = None) -> torch.Tensor:
-        """`cache` (a transformers `Cache` for this stage's layers) is read and extended; x then continues it."""
+    def forward(self, x: torch.Tensor, **options: Any) -> torch.Tensor:
+        """options: those of transformers' base model. A `Cache` for this stage's layers is extended; x continues it."""
         inputs = {"inputs_embeds": x} if x.is_floating_point() else {"input_ids": x}
-        return self.base(**inputs, past_key_values=cache, use_cache=cache is not None).last_hidden_state
+        return self.base(**inputs, **{"use_cache": False, **options}).last_hidden_state
 
 
 def output_matrix_name(tensors: TensorFolder) -> str:

@@ -29,6 +29,7 @@ from ee_scale.backbone.loading import weight_files
 from ee_scale.elastic.architecture import AUTO_CLASS
 from ee_scale.errors import UserError
 from ee_scale.evaluation.energy import EnergyMeter, find_meter
+from ee_scale.exits.versions import CACHE
 
 MIN_ROUNDS = 5
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -218,7 +219,7 @@ def _round(model: Any, ids: torch.Tensor, steps: int, timings: Timings) -> None:
 def _next_token(model: Any, last: Any) -> Any:
     """One greedy step: the token of `last`'s logits goes through the model behind `last`'s cache."""
     token = last.logits[:, -1:].argmax(-1)
-    return model(token, past_key_values=last.past_key_values, use_cache=True)
+    return model(token, use_cache=True, **{CACHE: last[CACHE]})
 
 
 class PeakMemory:

@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 from ee_scale.evaluation.cost_model import Costs
 from ee_scale.exits.heads import Tap
 from ee_scale.exits.policies import score
+from ee_scale.exits.versions import CACHE
 
 ROWS = (1, 2, 4, 8, 16)
 SHORTLIST = 16_384  # tokens; FR-Spec (arXiv 2502.14856) keeps a quarter of a vocabulary of 128k
@@ -116,9 +117,9 @@ def layer_pass(
                 states,
                 attention_mask=mask,
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=True,
                 position_embeddings=rotary,
+                **{CACHE: cache},
             )
         return states
 

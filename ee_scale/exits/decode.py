@@ -16,6 +16,7 @@ from .position_cache import fill_dynamic_cache
 from .sequences import Sequences
 from .speculate import Speculation
 from .trail import Trail
+from .versions import CACHE
 
 OPTIONS = {
     "exit_policy": "name",
@@ -64,9 +65,9 @@ class ExitDecoding:
     ) -> EarlyExitGenerateOutput | torch.Tensor:
         """Called by transformers with everything prepared. Raises ValueError in one line."""
         # Not parameters: transformers hands those that a loop names over before it has prepared them.
-        attention_mask, past_key_values = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
+        attention_mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get(CACHE)
         started = time.perf_counter()
-        check_request(generation_config, model_kwargs, past_key_values)
+        check_request(generation_config, model_kwargs)
         pads = count_padding(input_ids, attention_mask, model.config.max_position_embeddings)
         options = per_row(self.options, len(input_ids), generation_config.num_return_sequences or 1)
         policy = choose_policy(options, model, generation_config, len(input_ids))
@@ -76,8 +77,8 @@ class ExitDecoding:
         sequences = Sequences(
             input_ids, logits_processor, stopping_criteria, generation_config, self.streamer, draft_room=room
         )
-        wants_cache = isinstance(past_key_values, DynamicCache) and bool(
-            generation_config.return_dict_in_generate or getattr(past_key_values, "_is_user_defined", False)
+        wants_cache = isinstance(cache, DynamicCache) and bool(
+            generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
         )
         # Room for the usual answer; a longer one makes the cache grow.
         capacity = input_ids.shape[1] + min(sequences.max_length - input_ids.shape[1], 512)
@@ -92,7 +93,7 @@ class ExitDecoding:
             trail.write(sequences)
         ids = sequences.finish()
         if wants_cache:
-            fill_dynamic_cache(past_key_values, model.config, loop.retired, pads)
+            fill_dynamic_cache(cache, model.config, loop.retired, pads)
         if not generation_config.return_dict_in_generate:
             return ids
         stats = {
@@ -106,10 +107,10 @@ class ExitDecoding:
             sequences=ids,
             scores=sequences.gathered(sequences.scores, float("-inf")),
             logits=sequences.gathered(sequences.logits, 0.0),
-            past_key_values=past_key_values if wants_cache else None,
             exit_layers=sequences.per_token(sequences.layers, torch.long),
             exit_confidences=sequences.per_token(sequences.confidences, torch.float32),
             exit_stats=stats,
+            **{CACHE: cache if wants_cache else None},
         )
 
 
@@ -157,6 +158,29 @@ def take_options(kwargs: dict[str, Any], *configs: Any) -> dict[str, Any]:
     return options
 
 
+def settle_cache(kwargs: dict[str, Any], given: Any, own: Any) -> None:
+    """Exits keep a cache of their own: raise ValueError for another kind that generate's kwargs or the `given`
+    generation config ask for; where only the model's `own` config does, which changes no token, it gives way.
+    """
+    default = getattr(own, "cache_implementation", None)
+    asked = kwargs.get("cache_implementation")
+    if asked is None and (asked := getattr(given, "cache_implementation", None)) == default:
+        asked = None
+    if asked not in (None, "dynamic"):
+        raise ValueError(
+            f"exit_policy: cache_implementation={asked!r}: exits keep their own cache and hand back a DynamicCache, no "
+            "StaticCache or the like (leave cache_implementation out)"
+        )
+    cache = kwargs.get(CACHE)
+    if cache is not None and (type(cache) is not DynamicCache or cache.offloading):
+        raise ValueError(
+            "exit_policy: exits keep their own cache and hand back a DynamicCache that is not offloaded, no "
+            f"{type(cache).__name__} like the one given (leave {CACHE} out)"
+        )
+    if default is not None:
+        kwargs["cache_implementation"] = "dynamic"
+
+
 def take_stop_strings(kwargs: dict[str, Any], *configs: Any) -> None:
     """transformers hands no tokenizer on to a custom loop, so the criterion for `stop_strings` is made here.
 
@@ -174,7 +198,7 @@ def take_stop_strings(kwargs: dict[str, Any], *configs: Any) -> None:
     kwargs["stopping_criteria"] = StoppingCriteriaList([*criteria, StopStringCriteria(tokenizer, strings)])
 
 
-def check_request(config: Any, model_kwargs: dict[str, Any], cache: Any) -> None:
+def check_request(config: Any, model_kwargs: dict[str, Any]) -> None:
     """Raise ValueError for what `generate` can do without exits only."""
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
@@ -187,11 +211,6 @@ def check_request(config: Any, model_kwargs: dict[str, Any], cache: Any) -> None
     if config.guidance_scale not in (None, 1):
         raise ValueError(
             f"exit_policy: guidance_scale={config.guidance_scale} runs a second model (leave exit_policy out)"
-        )
-    if cache is not None and type(cache) is not DynamicCache:
-        raise ValueError(
-            f"exit_policy: exits keep their own cache and hand back a DynamicCache, not a {type(cache).__name__} "
-            "(leave cache_implementation out)"
         )
     if model_kwargs.get("inputs_embeds") is not None:
         raise ValueError("exit_policy: give input_ids, not inputs_embeds")

@@ -14,6 +14,7 @@ from torch import nn
 
 from .heads import ExitTaps, LowRankHead, Tap
 from .position_cache import GROWTH, PositionCache
+from .versions import CACHE
 
 ATTENTION = ("sdpa", "eager")  # kernels that take a mask of our own
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -125,9 +126,9 @@ class LayerRunner:
             hidden,
             attention_mask=self._mask(block, kind),
             position_ids=block.columns,
-            past_key_values=self.cache,
             use_cache=True,
             position_embeddings=block.rotary,
+            **{CACHE: self.cache},
         )
 
     def _remember(self, k: int, hidden: torch.Tensor, block: Block) -> None:

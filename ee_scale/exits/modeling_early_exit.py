@@ -4,6 +4,9 @@ model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 model(input_ids).exit_logits    # {layer: [B, S, V]}
 """
 
+from .versions import CACHE, kept_positions, name_cache  # before all that an old transformers lacks
+
+# isort: split
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +16,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from .decode import ExitDecoding, take_options, take_stop_strings
+from .decode import ExitDecoding, settle_cache, take_options, take_stop_strings
 from .heads import ExitSpec, ExitTaps, build_exit_heads, run_single_layer
 
 PREFIX = "exit_heads."
@@ -34,6 +36,7 @@ CODE_FILES = (
     "sequences.py",
     "speculate.py",
     "trail.py",
+    "versions.py",
 )
 AUTO_MAP = {"AutoModelForCausalLM": "modeling_early_exit.EarlyExitForCausalLM"}
 
@@ -61,22 +64,25 @@ class EarlyExitMixin:
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         output_exit_logits: bool = True,
+        past_key_values: Any = None,
         **kwargs: Any,
     ) -> EarlyExitOutput:
         """As the base model's forward; `output_exit_logits=False` leaves the exits out (and costs nothing).
 
+        `past_key_values` is the older name of `cache`; both work, whatever transformers is installed.
         Raises ValueError if an exit with a layer of its own is asked to continue a cache.
         """
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
+            "cache": cache,
             "past_key_values": past_key_values,
             "inputs_embeds": inputs_embeds,
             "labels": labels,
@@ -84,10 +90,12 @@ class EarlyExitMixin:
             "logits_to_keep": logits_to_keep,
             **kwargs,
         }
+        name_cache(inputs)
         if not output_exit_logits:
             return super().forward(**inputs)
-        if self.exit_spec.kind == "layer" and past_key_values is not None and past_key_values.get_seq_length() > 0:
-            raise ValueError("exits of kind 'layer' need the whole sequence: pass no filled past_key_values")
+        filled = inputs.get(CACHE)
+        if self.exit_spec.kind == "layer" and filled is not None and filled.get_seq_length() > 0:
+            raise ValueError("exits of kind 'layer' need the whole sequence: pass no filled cache")
         layers = self.base_model.layers
         taps = ExitTaps(self.exit_spec, {k: layers[k - 1] for k in self.exit_spec.layers})
         try:
@@ -104,7 +112,7 @@ class EarlyExitMixin:
 
         norm_name, head = self.exit_spec.mlp_output_norm, self.exit_heads[str(k)]
         output_norm = getattr(self.base_model.layers[k - 1], norm_name) if norm_name else None
-        hidden = slice_logits_to_keep(head.hidden(tap, output_norm, run_layer), logits_to_keep)
+        hidden = kept_positions(head.hidden(tap, output_norm, run_layer), logits_to_keep)
         return head.logits(hidden, self.get_output_embeddings())
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -132,11 +140,13 @@ class EarlyExitMixin:
         a seed gives the same text every time only if `exit_layer` and `exit_draft_length` are fixed too.
         Raises ValueError, in one line, for options that do not fit the model or one another.
         """
+        name_cache(kwargs)
         options = take_options(kwargs, kwargs.get("generation_config"), self.generation_config)
         if options.get("exit_policy", "off") == "off":
             return super().generate(inputs, **kwargs)
         if kwargs.get("custom_generate") is not None or kwargs.get("assistant_model") is not None:
             raise ValueError("exit_policy: leave custom_generate and assistant_model out")
+        settle_cache(kwargs, kwargs.get("generation_config"), self.generation_config)
         take_stop_strings(kwargs, kwargs.get("generation_config"), self.generation_config)
         decoding = ExitDecoding(options, kwargs.get("streamer"))
         return super().generate(inputs, custom_generate=decoding, **kwargs)

@@ -23,6 +23,7 @@ from ee_scale.backbone.parallel import (
 from ee_scale.backbone.shard import BackboneStage, is_vocabulary, load_task, meta_model, output_matrix_name, tensor_plan
 from ee_scale.backbone.stages import StagePlan
 from ee_scale.exits.heads import ExitHead, ExitSpec, ExitTaps, Tap, build_exit_heads, run_single_layer
+from ee_scale.exits.versions import CACHE
 from ee_scale.grid import Grid
 
 StageType = TypeVar("StageType", bound="TuningStage")
@@ -73,7 +74,7 @@ class TuningStage(nn.Module):
         output_norm = getattr(self._layers[0][k], norm_name) if norm_name else None
 
         def run_layer(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-            return run_single_layer(self.backbone.base, layer, hidden, past_key_values=cache)
+            return run_single_layer(self.backbone.base, layer, hidden, **{CACHE: cache})
 
         return self.exit_heads[str(k)].hidden(tap, output_norm, run_layer)
 

@@ -20,6 +20,7 @@ from ee_scale.errors import UserError
 from ee_scale.exits.heads import Tap, layer_type
 from ee_scale.exits.policies import Decisions, ExitPolicy
 from ee_scale.exits.stage import TuningStage
+from ee_scale.exits.versions import CACHE
 from ee_scale.grid import Grid
 from ee_scale.inference.pipeline_messages import Decision, Line, Token
 from ee_scale.inference.pipeline_rows import Row, RowMaker
@@ -151,7 +152,7 @@ class PipelineDecoder:
             self.decisions.last[token.row], self.decisions.agreed[token.row] = token.last, token.agreed
         if token.row not in self.caches:
             self.caches[token.row] = DynamicCache(config=self.stage.backbone.base.config)
-        hidden = self.stage.backbone(x, self.caches[token.row])
+        hidden = self.stage.backbone(x, use_cache=True, **{CACHE: self.caches[token.row]})
         if self.is_last and not token.decided:
             logits = self._final_logits(hidden)
             self._decide(self.config.num_hidden_layers, int(logits.argmax(-1)), logits)

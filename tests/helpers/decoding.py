@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from ee_scale.exits.early_exits import EarlyExits
 from ee_scale.exits.placement import exit_spec
 from ee_scale.exits.speculate import Speculation
+from ee_scale.exits.versions import CACHE
 from ee_scale.inference.model import untrained_exits
 from helpers.models import VOCAB, write_model
 
@@ -234,7 +235,7 @@ def cache_error(loop: Any, base: Any) -> float:
     # Padded on the right: nothing looks there.
     texts = torch.stack([torch.cat([ids[row, loop.pads[row] :], ids.new_zeros(width)])[:width] for row in loop.rows])
     # A cache without config keeps all of a sliding layer.
-    fresh = base.model(texts, past_key_values=DynamicCache(), use_cache=True).past_key_values
+    fresh = base.model(texts, use_cache=True, **{CACHE: DynamicCache()})[CACHE]
     counts = [valid_columns(loop, slot) for slot in range(len(loop.rows))]
     for index, layer in enumerate(fresh.layers):
         own = loop.runner.cache.layers[index]

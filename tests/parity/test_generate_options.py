@@ -20,6 +20,7 @@ from helpers.decoding import (
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, StoppingCriteria, TextStreamer
 
 from ee_scale.data.builtin import train_tokenizer
+from ee_scale.exits.versions import CACHE, CACHE_NAMES
 
 NEW = 14
 LIMITS = [0.024, 0.024]  # these models are never sure of anything
@@ -220,7 +221,7 @@ def test_caches_and_chunks(llama, policy, options):
     want = llama.reference(inputs, max_new_tokens=NEW)
     got = llama.generate(inputs, policy, max_new_tokens=NEW, use_cache=False, **options)
     assert torch.equal(got.sequences, want)
-    assert got.past_key_values is None
+    assert CACHE not in got
     for chunk in (1, 4, 20):
         got = llama.generate(inputs, policy, max_new_tokens=NEW, prefill_chunk_size=chunk, **options)
         assert torch.equal(got.sequences, want)
@@ -231,13 +232,14 @@ def test_transformers_continues_from_our_cache(folder, family, kind):
     pair, inputs = make_pair(folder, family, kind, calm=0.3, eos_token_id=None), prompts(4)
     longer = pair.reference(inputs, max_new_tokens=NEW + 6)
     for policy, options in (*EXACT, ("fixed", {"exit_layer": 1, "exit_max_pending": 3})):
-        for own in (None, DynamicCache(config=pair.model.config)):
-            got = pair.generate(inputs, policy, max_new_tokens=NEW, past_key_values=own, **options)
-            assert own is None or got.past_key_values is own
-            assert got.past_key_values.get_seq_length() == 9 + NEW - 1
+        for name in (None, *CACHE_NAMES):
+            own = {} if name is None else {name: DynamicCache(config=pair.model.config)}
+            got = pair.generate(inputs, policy, max_new_tokens=NEW, **own, **options)
+            assert name is None or got[CACHE] is own[name]
+            assert got[CACHE].get_seq_length() == 9 + NEW - 1
             mask = torch.cat([inputs["attention_mask"], torch.ones(4, NEW, dtype=torch.long)], 1)
             whole = {"input_ids": got.sequences, "attention_mask": mask}
-            again = pair.reference(whole, max_new_tokens=6, past_key_values=got.past_key_values)
+            again = pair.reference(whole, max_new_tokens=6, **{CACHE: got[CACHE]})
             want = longer if policy != "fixed" else pair.reference(whole, max_new_tokens=6)
             assert torch.equal(again, want)
 

@@ -11,6 +11,7 @@ from ee_scale.evaluation.probe import Passage, Reading, given_text, own_text, re
 from ee_scale.evaluation.probe_report import cost_lines, outlook, outlook_table, verdict
 from ee_scale.evaluation.timing import FilledCache, PartTimes, layer_pass, measure_parts
 from ee_scale.exits.placement import exit_spec
+from ee_scale.exits.versions import CACHE
 from ee_scale.inference.model import untrained_exits
 
 TEMPERATURE, BOUND = 0.7, 0.9
@@ -119,7 +120,7 @@ def test_the_timed_pass_is_the_real_one(tmp_path, family, rows, attention):
         real = DynamicCache(config=base.config)
         for index, (keys, values) in cache.layers.items():
             real.update(keys[:, :, :7].clone(), values[:, :, :7].clone(), index)
-        expected = base(inputs_embeds=hidden, past_key_values=real).last_hidden_state
+        expected = base(inputs_embeds=hidden, **{CACHE: real}).last_hidden_state
     torch.testing.assert_close(base.norm(states), expected)
 
 
