@@ -2,12 +2,14 @@
 
 import time
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.utils import logging
 
 from .early_exits import EarlyExits
 from .layer_runner import LayerRunner
@@ -28,7 +30,8 @@ OPTIONS = {
     "exit_draft_length": "draft_length",
     "exit_shortlist": "shortlist",
 }
-LOG_OPTIONS = ("exit_log", "exit_tags", "exit_requests", "exit_audit")
+LOG_OPTIONS = ("exit_log", "exit_tags", "exit_requests", "exit_audit")  # they name what is written: arguments only
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -83,7 +86,7 @@ class ExitDecoding:
         # Room for the usual answer; a longer one makes the cache grow.
         capacity = input_ids.shape[1] + min(sequences.max_length - input_ids.shape[1], 512)
         capacity += max(room, policy.max_pending + 1)
-        trail = Trail(options, policy, len(input_ids), model)
+        trail = Trail(options, policy, input_ids, model)
         runner = LayerRunner(model, policy.layers, len(input_ids), capacity)
         loop = (Speculation if lossless else EarlyExits)(runner, sequences, policy, pads, trail, wants_cache)
         try:
@@ -120,6 +123,9 @@ def per_row(options: dict[str, Any], batch_size: int, copies: int) -> dict[str, 
     for key in ("exit_tags", "exit_requests"):
         if (given := options.get(key)) is None:
             continue
+        if isinstance(given, str):
+            raise ValueError(f"{key}={given!r}: give a list, one for each of the {prompts} prompts")
+        given = [check_name(key, name) for name in given]
         if len(given) not in (prompts, batch_size):
             raise ValueError(f"{key}: {len(given)} values for {prompts} prompts")
         options[key] = [item for item in given for _ in range(batch_size // len(given))]
@@ -131,6 +137,15 @@ def per_row(options: dict[str, Any], batch_size: int, copies: int) -> dict[str, 
     ):
         options["exit_threshold"] = [row for row in limits for _ in range(copies)]
     return options
+
+
+def check_name(key: str, name: Any) -> str | int | None:
+    """A request or tag as the log writes it; tags are text there and in a calibration. Raises ValueError."""
+    if name is None or isinstance(name, str):
+        return name
+    if isinstance(name, bool) or not isinstance(name, Integral):
+        raise ValueError(f"{key}: {name!r} is no name; give text or a whole number")
+    return str(int(name)) if key == "exit_tags" else int(name)
 
 
 def choose_policy(options: dict[str, Any], model: Any, generation_config: Any, batch_size: int) -> ExitPolicy:
@@ -146,9 +161,16 @@ def choose_policy(options: dict[str, Any], model: Any, generation_config: Any, b
 
 
 def take_options(kwargs: dict[str, Any], *configs: Any) -> dict[str, Any]:
-    """Take the `exit_*` arguments out of generate's; those not given come from the generation configs, first first."""
-    options = {}
-    for key in (*OPTIONS, *LOG_OPTIONS):
+    """Take the `exit_*` arguments out of generate's; those not given come from the generation configs, first first.
+
+    Not so what is logged, and where: a generation config may come from strangers, with a model or with a request.
+    """
+    options = {key: value for key in LOG_OPTIONS if (value := kwargs.pop(key, None)) is not None}
+    ignored = [key for key in LOG_OPTIONS if any(getattr(config, key, None) is not None for config in configs)]
+    if ignored:
+        names = ", ".join(ignored)
+        logger.warning_once(f"generation config: {names} ignored; give what is logged as arguments of generate")
+    for key in OPTIONS:
         sources = [kwargs.pop(key, None), *(getattr(config, key, None) for config in configs)]
         value = next((value for value in sources if value is not None), None)
         if value is not None:

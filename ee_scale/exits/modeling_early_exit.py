@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from .decode import ExitDecoding, settle_cache, take_options, take_stop_strings
+from .decode import LOG_OPTIONS, ExitDecoding, settle_cache, take_options, take_stop_strings
 from .heads import ExitSpec, ExitTaps, build_exit_heads, run_single_layer
 
 PREFIX = "exit_heads."
@@ -116,7 +116,10 @@ class EarlyExitMixin:
         return head.logits(hidden, self.get_output_embeddings())
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As the base class, plus the code that `trust_remote_code=True` needs."""
+        """As the base class, plus the code that `trust_remote_code=True` needs, less what is logged and where."""
+        for key in LOG_OPTIONS:
+            if hasattr(self.generation_config, key):
+                delattr(self.generation_config, key)
         self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **AUTO_MAP}
         super().save_pretrained(save_directory, *args, **kwargs)
         for name in CODE_FILES:
