@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from rich.table import Table
 
 from ee_scale.cli.console import console
 from ee_scale.cli.launch import Task, check_task, start
 from ee_scale.cli.ranks import passing_on
-from ee_scale.config.compose import compose_config
+from ee_scale.config.compose import PATH_SHORTHANDS, compose_config, find_setting
 from ee_scale.config.schema import TRAINING_VERBS
+from ee_scale.config.words import is_text, sweep_values, write_word
 from ee_scale.errors import FAILED, REQUEUE, UserError
 from ee_scale.log import configure_logging, log
 
@@ -69,24 +69,23 @@ def run(prefix: str | None, verb: str, arguments: Sequence[str]) -> int:
 
 def expand(verb: str, arguments: Sequence[str]) -> list[Combination]:
     """The combinations of all settings with several values, composed. Raises `UserError`."""
-    parsed = [_parse(word) for word in arguments]
-    swept = [override for override in parsed if override is not None and override.is_sweep_override()]
-    if not swept:
+    choices = [_choices(verb, word) for word in arguments]
+    at = [number for number, found in enumerate(choices) if len(found) > 1]
+    if not at:
         raise UserError("-m: no setting has several values; give some, e.g. optim.lr=1e-4,3e-4")
-    keys = [override.get_key_element() for override in swept]
-    for key, override in zip(keys, swept, strict=True):
+    keys = [arguments[i].partition("=")[0] for i in at]
+    for key, i in zip(keys, at, strict=True):
         if key == "out" or key.startswith("launcher"):
-            raise UserError(f"{override.input_line}: cannot be swept; every combination gets its own folder below out")
-    choices = [
-        _values(word, override) if override is not None and override.is_sweep_override() else [word]
-        for word, override in zip(arguments, parsed, strict=True)
-    ]
+            raise UserError(f"{arguments[i]}: cannot be swept; every combination gets its own folder below out")
     products = [list(words) for words in itertools.product(*choices)]
     first = compose_config(verb, products[0])
-    group = [f"logging.wandb_group={Path(first.out).name}"] if first.logging.wandb_group is None else []
+    group = (
+        [write_word("logging.wandb_group", Path(first.out).absolute().name)]
+        if first.logging.wandb_group is None
+        else []
+    )
     shorts = [key.rsplit(".", 1)[-1].lstrip("+") for key in keys]
     names = [short if shorts.count(short) == 1 else key.lstrip("+") for key, short in zip(keys, shorts, strict=True)]
-    at = [i for i, override in enumerate(parsed) if override in swept]
     found = []
     for number, words in enumerate(products):
         values = [words[i].partition("=")[2] for i in at]
@@ -102,17 +101,20 @@ def folder_name(number: int, count: int, differs: Sequence[tuple[str, str]]) -> 
     return f"{number:0{len(str(count - 1))}d}_{'_'.join(pairs)[:LONGEST_NAME]}"
 
 
-def _parse(word: str) -> Override | None:
-    """What Hydra reads, or None for what only `expand_shorthand` understands (flags, paths with odd characters)."""
-    if word.startswith("--") or "=" not in word:
-        return None
+def _choices(verb: str, word: str) -> list[str]:
+    """The word with each of its values. What is text is cut at its commas; the rest is read by Hydra."""
+    key, equals, value = word.partition("=")
+    if not equals or word.startswith("--"):
+        return [word]
+    name, field = find_setting(verb, key)
+    if name in PATH_SHORTHANDS or is_text(field):
+        return [f"{key}={item}" for item in sweep_values(value)]
     try:
-        return OverridesParser.create().parse_override(word)
+        override = OverridesParser.create().parse_override(word)
     except HydraException:
-        return None
-
-
-def _values(word: str, override: Override) -> list[str]:
+        return [word]
+    if not override.is_sweep_override():
+        return [word]
     try:
         return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
     except HydraException as error:

@@ -19,6 +19,7 @@ from ee_scale.backbone.loading import TensorFolder, read_config
 from ee_scale.cli.console import console
 from ee_scale.cli.inputs import load_tokenizer, sources
 from ee_scale.cli.supernet import ORDER
+from ee_scale.config.compose import from_yaml
 from ee_scale.config.schema import SupernetConfig
 from ee_scale.data.labelled import check_labels, encode, evaluation_batches, read_labelled
 from ee_scale.data.loader import windows
@@ -91,8 +92,8 @@ def limits_of(config: Any) -> dict[str, float]:
 def stored_plan(src: Path, supernet: TrainedSupernet, config: Any) -> SupernetPlan:
     """The run's own plan, in one process on this device."""
     try:
-        stored = OmegaConf.merge(OmegaConf.structured(SupernetConfig), OmegaConf.load(src / CONFIG))
-    except (OSError, YAMLError, OmegaConfBaseException) as error:
+        stored = from_yaml(SupernetConfig, (src / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{src / CONFIG}: not the config of a supernet run ({reason})") from error
     stored.space.depth_parts = supernet.identity["parts"]

@@ -1,25 +1,24 @@
 """Compose a command's config from `configs/`, the schema and the command line."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ee_scale.config.schema import VERBS
+from ee_scale.config.words import find_field, literal, read_word
 from ee_scale.errors import UserError
 
 # A person writes model=<folder>; Hydra reads model=<option of the group>. A value that is no option means the path.
 PATH_SHORTHANDS = {"model": "model.path", "data": "data.path"}
-TEXTS = ("prompt",)  # settings whose value is text, whatever Hydra's grammar would make of it
 
 
 def config_dir() -> Path:
@@ -93,16 +92,22 @@ def expand_shorthand(verb: str, override: str) -> str:
     key, equals, value = override.partition("=")
     if not equals:
         raise UserError(f"argument {override!r} is not of the form key=value")
+    if any("\ud800" <= char <= "\udfff" for char in value):
+        raise UserError(f"argument {override!r} is not UTF-8 text")
+    key, field = find_setting(verb, key)
+    if key in PATH_SHORTHANDS and has_groups(verb):
+        if (config_dir() / key / f"{Path(value).name}.yaml").is_file() and "/" not in value:
+            return f"{key}={value}"
+        key, field = find_setting(verb, PATH_SHORTHANDS[key])
+    return read_word(key, value, field)
+
+
+def find_setting(verb: str, key: str) -> tuple[str, Any]:
+    """The key as the schema has it, and its field (None: of no setting)."""
     if key == "dry_run" and has_groups(verb):
         key = "launcher.dry_run"
     key = next((field.name for field in fields(VERBS[verb]) if field.metadata.get("written") == key), key)
-    if key in TEXTS:
-        return f"{key}={value if _is_list(override) else _quote_text(value)}"
-    if key in PATH_SHORTHANDS and has_groups(verb):
-        if (config_dir() / key / f"{value}.yaml").is_file():
-            return f"{key}={value}"
-        key = PATH_SHORTHANDS[key]
-    return f"{key}={_quote(value)}" if _is_plain_path(value) else f"{key}={value}"
+    return key, find_field(VERBS[verb], key)
 
 
 def check_choices(config: DictConfig, schema: type, prefix: str = "") -> None:
@@ -121,9 +126,28 @@ def to_yaml(config: DictConfig) -> str:
     return OmegaConf.to_yaml(config, resolve=True)
 
 
+def from_yaml(schema: type, text: str) -> Any:
+    """What `to_yaml` wrote, as the typed config of a schema; nothing in it is a reference.
+
+    Raises `YAMLError` or OmegaConf's errors for anything else.
+    """
+    values = yaml.safe_load(text)
+    if not isinstance(values, dict):
+        raise yaml.YAMLError(f"not a mapping but {type(values).__name__}")
+    return OmegaConf.merge(OmegaConf.structured(schema), _literal(values))
+
+
 def as_dict(config: DictConfig) -> dict[str, Any]:
     """The resolved config as plain Python."""
     return OmegaConf.to_container(config, resolve=True)
+
+
+def _literal(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _literal(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_literal(item) for item in value]
+    return literal(value) if isinstance(value, str) else value
 
 
 def known_keys(schema: type, prefix: str = "") -> list[str]:
@@ -136,35 +160,11 @@ def known_keys(schema: type, prefix: str = "") -> list[str]:
     return keys
 
 
-def _is_plain_path(value: str) -> bool:
-    """Hydra's grammar gives meaning to characters that paths and prompts contain; lists and quotes stay as they are."""
-    return bool(value) and value[0] not in "[{'\"$" and not value.replace(".", "").replace("-", "").isalnum()
-
-
-def _quote(value: str) -> str:
-    return "'" + value.replace("'", "\\'") + "'"
-
-
-def _quote_text(value: str) -> str:
-    """Any text as a quoted value: Hydra reads backslashes in front of a quote, OmegaConf those in front of `${`."""
-    value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
-    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", value)) + "'"
-
-
-def _is_list(override: str) -> bool:
-    """Whether the value is a list of texts; '[INST] hi [/INST]' is none."""
-    try:
-        items = OverridesParser.create().parse_override(override).value()
-    except HydraException:
-        return False
-    return isinstance(items, list) and all(isinstance(item, str) for item in items)
-
-
 def _one_line(error: Exception, verb: str) -> str:
     """Hydra's several lines, said in one with the fix."""
-    text = " ".join(line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip())
     if isinstance(error, OverrideParseException):
-        return f"cannot read argument {error.override!r}: {text}"
+        return f"cannot read argument {error.override!r}: close brackets and quotes, and quote what is text: key='...'"
+    text = " ".join(line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip())
     for marker in ("Could not override '", "Key '"):
         if marker in text:
             key = text.split(marker, 1)[1].split("'", 1)[0].lstrip("+")

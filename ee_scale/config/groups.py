@@ -9,7 +9,8 @@ from omegaconf import MISSING
 def setting(default: Any, text: str, **metadata: Any) -> Any:
     """A dataclass field with a help line; lists and dicts become default factories.
 
-    metadata: `choices` of its value; `written`: its name on the command line where that is a word of Python.
+    metadata: `choices` of its value; `written`: its name on the command line where that is a word of Python; `texts`:
+    True for one text or a list of them, "prose" for texts in which quotes and `null` are words like others.
     """
     metadata["help"] = text
     if isinstance(default, (list, dict)):
@@ -41,7 +42,9 @@ class ParallelConfig:
 @dataclass
 class DataConfig:
     path: Any = setting(
-        MISSING, "text: .txt, .jsonl, folder or Megatron prefix (without .bin/.idx), a list of those, or 'python'"
+        MISSING,
+        "text: .txt, .jsonl, folder or Megatron prefix (without .bin/.idx), a list of those, or 'python'",
+        texts=True,
     )
     weights: list[float] | None = setting(None, "sampling weight of each path of a list; null: by size")
     seq_length: int = setting(512, "tokens per training sequence")

@@ -121,7 +121,9 @@ class EvaluateConfig:
     """Loss, perplexity and agreement with the final layer, per exit; with sweep=true, quality against speed."""
 
     model: str = setting(MISSING, "folder written by export (or by transformers: the final layer alone is measured)")
-    data: Any = setting(MISSING, "text: .txt, .jsonl, folder or Megatron prefix, a list of those, or 'python'")
+    data: Any = setting(
+        MISSING, "text: .txt, .jsonl, folder or Megatron prefix, a list of those, or 'python'", texts=True
+    )
     exits: Any = setting(
         None, "exit layers to measure on a model without exits, as untrained copies: what tuning would start from"
     )
@@ -149,7 +151,9 @@ class CalibrateConfig:
     """Limits for leaving early that hold a bound on held-out text with a known confidence, stored with the model."""
 
     model: str = setting(MISSING, "folder written by export, of either kind; its generation_config.json is updated")
-    data: Any = setting(MISSING, "held-out text: .txt, .jsonl, folder or Megatron prefix, a list of those, or 'python'")
+    data: Any = setting(
+        MISSING, "held-out text: .txt, .jsonl, folder or Megatron prefix, a list of those, or 'python'", texts=True
+    )
     agreement: float | None = setting(
         None, "share of tokens that must stay the whole model's choice; null: 0.98, unless loss_increase is given"
     )
@@ -181,7 +185,9 @@ class ProbeConfig:
 
     model: str = setting(MISSING, "model folder of a supported architecture, with exits or without (the logit lens)")
     data: Any = setting(
-        "python:valid", "text to read and to take prompts from: .txt, .jsonl, folder, Megatron prefix, list or 'python'"
+        "python:valid",
+        "text to read and to take prompts from: .txt, .jsonl, folder, Megatron prefix, list or 'python'",
+        texts=True,
     )
     layers: Any = setting(None, "exits to try on a model without any; null: up to 11, spread over the depth")
     kind: str = setting("mlp", "kind of those exits, which their cost depends on", choices=("norm", "mlp"))
@@ -204,7 +210,7 @@ class ProbeConfig:
 class ReportConfig:
     """Decision logs of generate(exit_log=...): depth and agreement over time and per tag."""
 
-    log: Any = setting(MISSING, "log file, pattern, or a list of those")
+    log: Any = setting(MISSING, "log file, pattern, or a list of those", texts=True)
     tag: str | None = setting(None, "only tokens with this tag ('-': those without)")
     every: Any = setting("hour", "length of a time bucket: hour, day, minute, or a number of minutes")
     agreement: float = setting(0.98, "share of tokens that should be the whole model's: warn where it is lower")
@@ -226,7 +232,9 @@ class GenerateConfig:
     """Continue prompts with a model; tokens may leave at exits, or be drafted by one."""
 
     model: str = setting(MISSING, "folder written by export, of either kind, or a model without exits (policy=off)")
-    prompt: Any = setting(None, "text to continue, a list of texts, or '-' to read it from standard input")
+    prompt: Any = setting(
+        None, "text to continue, a list of texts, or '-' to read it from standard input", texts="prose"
+    )
     prompts: str | None = setting(None, "file of prompts: .txt, one per line, or .jsonl with a field 'prompt'")
     out: str | None = setting(None, ".jsonl to write, a line per prompt; null: one prompt streams, several are printed")
     chat: bool = setting(False, "put the prompt into the tokenizer's chat template, as a user's message")
@@ -251,7 +259,7 @@ class GenerateConfig:
     shortlist: Any = setting(None, "lossless: draft among the N most frequent tokens (as calibrated), or token ids")
     show_exits: bool = setting(False, "colour each token by the layer it came from")
     log: str | None = setting(None, "decision log to append to (.jsonl), for `ee-scale report`")
-    tag: Any = setting(None, "tag of the prompts (task, customer), or a list with one per prompt")
+    tag: Any = setting(None, "tag of the prompts (task, customer), or a list with one per prompt", texts=True)
     audit: float | None = setting(None, "share of early tokens that are compared with the full model, in the log")
     parallel: DecodeParallelConfig = field(default_factory=DecodeParallelConfig)
     device: str = setting("auto", "where to run", choices=("auto", "cpu", "cuda"))
@@ -266,7 +274,7 @@ class DemoConfig:
     cache_dir: str | None = setting(None, "trained backbone and tokenised data; null: ~/.cache/ee_scale")
     pretrain_minutes: float = setting(2.5, "time to train the backbone for, when it is not cached")
     steps: int = setting(150, "steps of exit tuning")
-    prompt: str = setting("    def __init__(self, ", "text to continue at the end")
+    prompt: str = setting("    def __init__(self, ", "text to continue at the end", texts="prose")
     new_tokens: int = setting(96, "tokens to generate at the end")
 
 

@@ -82,9 +82,11 @@ class ImportanceConfig:
 @dataclass
 class SupernetDataConfig(DataConfig):
     path: Any = setting(
-        MISSING, "causal_lm: text, as for tune; classify: labelled .jsonl, .csv or .tsv with the fields below"
+        MISSING,
+        "causal_lm: text, as for tune; classify: labelled .jsonl, .csv or .tsv with the fields below",
+        texts=True,
     )
-    valid: Any = setting(None, "held-out data of the same form, for ee-scale palette")
+    valid: Any = setting(None, "held-out data of the same form, for ee-scale palette", texts=True)
     label_key: str = setting("label", "classify: field with the class")
     pair_key: str | None = setting(None, "classify: field with a second text (sentence pairs)")
 
@@ -118,7 +120,7 @@ class PaletteConfig:
 
     src: str = setting(MISSING, "output folder of a supernet run")
     out: str = setting(MISSING, "folder to write; must not exist")
-    data: Any = setting(None, "held-out data; null: data.valid of the run")
+    data: Any = setting(None, "held-out data; null: data.valid of the run", texts=True)
     count: int = setting(6, "sizes to cut out")
     objective: str = setting(
         "params",

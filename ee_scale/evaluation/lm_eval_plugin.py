@@ -85,7 +85,9 @@ class EarlyExitLM(HFLM):
         return logits
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
-        """Token ids [B, P] -> [B, P + new]."""
+        """Token ids [B, P] -> [B, P + new]. kwargs come from the task's file, which names no file to write."""
+        if own := [key for key in kwargs if key.startswith(OPTIONS)]:
+            raise UserError(f"{own[0]}: in generation_kwargs of the task; give it in --model_args")
         if self.policy.name == "off":
             return super()._model_generate(context, max_length, stop, **kwargs)
         if not kwargs.get("temperature"):  # 0 means greedy, as in HFLM

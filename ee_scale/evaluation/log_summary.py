@@ -1,6 +1,7 @@
 """Sum decision logs over time and per tag. Files are streamed: they may be larger than memory."""
 
 import json
+import operator
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import Any
 from ee_scale.errors import UserError
 
 NO_TAG = "-"
+LARGEST = 2.5e11  # of the numbers in a log: seconds until the year 9892
 
 
 @dataclass
@@ -150,7 +152,7 @@ def summarise(files: Iterable[Path], every: float, tag: str | None = None) -> Lo
                 depth = record["num_layers"]
                 result.num_layers.add(depth)
                 continue
-            name = NO_TAG if record.get("tag") is None else record["tag"]
+            name = record.get("tag", NO_TAG)
             if tag is None or name == tag:
                 key = (record["time"] // every * every, name)
                 result.cells.setdefault(key, Summary()).add(record, depth)
@@ -165,14 +167,28 @@ def _records(path: Path, result: LogSummary) -> Iterator[dict[str, Any]]:
     try:
         with path.open("rb") as file:
             for line in file:
-                try:
-                    record = json.loads(line)
-                    whole = "num_layers" in record or (record["layer"] + record["time"] >= 0)
-                except (ValueError, KeyError, TypeError):
-                    whole = False
-                if whole:
+                if (record := _record(line)) is not None:
                     yield record
                 else:
                     result.skipped += 1
     except OSError as error:
         raise UserError(f"log={path}: cannot read ({error.strerror})") from error
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """A header or a decision, the tag as text or left out; None for any other line."""
+    try:
+        record = json.loads(line)
+        if "num_layers" in record:
+            return {"num_layers": operator.index(record["num_layers"])}
+        found: dict[str, Any] = {"layer": operator.index(record["layer"]), "time": float(record["time"])}
+        for key, kind in (("confidence", float), ("agrees", bool)):
+            found[key] = None if record.get(key) is None else kind(record[key])
+        if (tag := record.get("tag")) is not None:
+            if isinstance(tag, float):  # its text, as it was written
+                tag = json.loads(line, parse_float=str)["tag"]
+            found["tag"] = tag if isinstance(tag, str) else json.dumps(tag)
+        sums = found["layer"], found["time"], found["confidence"] or 0.0
+        return found if all(0 <= abs(number) < LARGEST for number in sums) and found["layer"] >= 0 else None
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None

@@ -1,5 +1,6 @@
 """Windows of held-out text that know which document and which group (tag) they belong to."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,17 @@ def _lines(path: Path, text_key: str, tag_key: str) -> Iterator[tuple[str, str]]
         for number, raw in enumerate(stream, start=1):
             if raw.strip():
                 here = f"data='{path}' line {number}"
-                yield _jsonl_text(raw, text_key, here, "text_key"), _jsonl_text(raw, tag_key, here, "tag_key")
+                yield _jsonl_text(raw, text_key, here, "text_key"), _tag(raw, tag_key, here)
+
+
+def _tag(raw: bytes, tag_key: str, here: str) -> str:
+    """The tag of a valid line; a number or a bool is its text, as it was written."""
+    tag = json.loads(raw.decode("utf-8-sig"), parse_int=str, parse_float=str).get(tag_key)
+    if isinstance(tag, bool):
+        return json.dumps(tag)
+    return (
+        tag.encode("utf-8", "replace").decode() if isinstance(tag, str) else _jsonl_text(raw, tag_key, here, "tag_key")
+    )
 
 
 def _split(prefix: str, eos_id: int) -> Iterator[torch.Tensor]:

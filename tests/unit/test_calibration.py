@@ -352,7 +352,7 @@ def test_tagged_documents_become_windows_of_their_own(tmp_path):
     ("name", "rows", "message"),
     [
         ("a.jsonl", [{"text": "a", "tsk": "x"}], r"line 1: no field 'task' \(fields: text, tsk\); set tag_key"),
-        ("a.jsonl", [{"text": "ab", "task": 3}], "line 1: field 'task' is not text but int"),
+        ("a.jsonl", [{"text": "ab", "task": [3]}], "line 1: field 'task' is not text but list"),
         ("a.txt", [], "tag_key=task: data='.*a.txt' is no .jsonl; tags are fields of its lines"),
         ("a.jsonl", [{"text": " ", "task": "x"}], "data: no document has the 2 tokens that a prediction needs"),
     ],
@@ -360,6 +360,13 @@ def test_tagged_documents_become_windows_of_their_own(tmp_path):
 def test_data_without_tags_is_refused(tmp_path, name, rows, message):
     with pytest.raises(UserError, match=message):
         tagged_windows(write_lines(tmp_path / name, rows), Letters(), "text", "task", 3)
+
+
+def test_a_tag_that_is_a_number_is_its_text(tmp_path):
+    tags = ["7", '"7"', "7.10", '"7.10"', "true", "1e5"]
+    (tmp_path / "a.jsonl").write_text("\n".join(f'{{"text": "abcde", "task": {tag}}}' for tag in tags))
+    windows = tagged_windows([str(tmp_path / "a.jsonl")], Letters(), "text", "task", 9)
+    assert sorted(window.tag for window in windows) == ["1e5", "7", "7", "7.10", "7.10", "true"]
 
 
 def test_windows_end_where_documents_do(tmp_path):

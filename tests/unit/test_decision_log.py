@@ -180,3 +180,31 @@ def test_bad_input(log, tmp_path):
         log_files([str(tmp_path / "*.txt")])
     with pytest.raises(UserError, match="no decision with tag=x"):
         summarise([log], 60, tag="x")
+
+
+def test_tags_that_are_numbers_are_their_text(tmp_path):
+    path = tmp_path / "a.jsonl"
+    tags = ["7", "7.10", '"7.10"', "true", '"7"', "1e2", "null", "[1]"]
+    lines = ['{"num_layers": 12, "layers": [3]}', *(f'{{"time": 1.0, "layer": 3, "tag": {tag}}}' for tag in tags)]
+    path.write_text("\n".join(lines))
+    found = {tag: cell.tokens for tag, cell in summarise([path], 60).by(1).items()}
+    assert found == {"7": 2, "7.10": 2, "true": 1, "1e2": 1, NO_TAG: 1, "[1]": 1}
+    assert summarise([path], 60, tag="7").by(None)[None].tokens == 2
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *['"num_layers"', '["num_layers"]', '{"num_layers": "x"}', '{"num_layers": 1.5}', "7", "null", "[" * 100_000],
+        *['{"time": 1.0, "layer": "3"}', '{"time": Infinity, "layer": 3}', '{"time": NaN, "layer": 3}'],
+        *['{"time": 1e300, "layer": 3}', '{"time": 1.0, "layer": 1.5}', '{"time": 1.0, "layer": ' + "9" * 400 + "}"],
+        *['{"time": 1.0, "layer": -1}', '{"time": 1.0, "layer": 3, "confidence": "x"}', '{"time": [], "layer": 3}'],
+        *['{"time": 1.0, "layer": 3, "confidence": Infinity}', '{"time": -1e300, "layer": 3}'],
+    ],
+)
+def test_a_line_that_is_no_record_is_counted(log, line):
+    with log.open("a") as file:
+        file.write(line + "\n")
+    summary = summarise([log], 60)
+    assert (summary.skipped, summary.by(None)[None].tokens) == (1, 5)
+    assert report_table(summary, 0, "", 0.95).row_count == 3
