@@ -19,7 +19,7 @@ from ee_scale.artifact.hf_folder import copy_small_files, write_index
 from ee_scale.artifact.run_folder import CHECKPOINTS, read_run
 from ee_scale.artifact.sidecar import SIDECAR_CONFIG, SIDECAR_WEIGHTS
 from ee_scale.artifact.trained_base import TrainedBase
-from ee_scale.backbone.loading import SINGLE_NAME, fingerprint, load_config, weight_files
+from ee_scale.backbone.loading import SINGLE_NAME, fingerprint, weight_files
 from ee_scale.errors import UserError
 from ee_scale.exits import modeling_early_exit
 from ee_scale.exits.modeling_early_exit import AUTO_MAP, CODE_FILES
@@ -51,8 +51,7 @@ class Trained:
             raise UserError(f"src={self.run}: its base model {base} is not there any more")
         if fingerprint(base) != self.facts["base_fingerprint"]:
             raise UserError(f"src={self.run}: {base} changed since the exits were trained")
-        tied = bool(load_config(base).tie_word_embeddings)
-        return TrainedBase(base, self.checkpoint, self.files, tied=tied)
+        return TrainedBase(base, self.checkpoint, self.files)
 
 
 def open_trained(run: Path, step: int | None) -> Trained:
@@ -123,9 +122,10 @@ def _copy_base(base: TrainedBase, folder: Path, copied: Callable[[int], None]) -
     for path in weight_files(base.folder):
         name = "model-00001-of-00001.safetensors" if path.name == SINGLE_NAME else path.name
         with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-        if any(map(base.is_trained, names)):
-            save_file({key: base.read(key).contiguous() for key in names}, folder / name, metadata={"format": "pt"})
+            names = {key: base.parameter_of[key] for key in file.keys()}  # noqa: SIM118
+        if any(map(base.is_trained, names.values())):
+            tensors = {key: base.read(parameter).contiguous() for key, parameter in names.items()}
+            save_file(tensors, folder / name, metadata={"format": "pt"})
             copied(path.stat().st_size)
         else:
             _copy_file(path, folder / name, copied)

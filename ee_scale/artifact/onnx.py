@@ -20,7 +20,10 @@ from transformers import DynamicCache
 
 from ee_scale.artifact.files import new_folder
 from ee_scale.artifact.submodel import copy_small_files
-from ee_scale.elastic.architecture import AUTO_CLASS
+from ee_scale.backbone.families import FAMILIES
+from ee_scale.backbone.loading import read_config
+from ee_scale.backbone.model_tensors import ModelTensors
+from ee_scale.elastic.architecture import ARCHITECTURES, AUTO_CLASS, meta_model
 from ee_scale.errors import UserError
 from ee_scale.exits.versions import CACHE
 
@@ -91,6 +94,9 @@ def export_onnx(folder: Path, out: Path, task: str, *, int8: bool = False) -> On
     the runtime may round the inputs of products to int8 as well. Biases and norms stay in fp32.
     Raises `UserError` if the packages fail on the model or the fp32 file says anything but what torch says.
     """
+    config = read_config(folder)
+    if config.model_type in FAMILIES.keys() | ARCHITECTURES.keys():
+        ModelTensors(folder, meta_model(config, task, torch.float32))  # transformers fills what is missing at random
     try:
         model = AUTO_CLASS[task].from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
     except (OSError, ValueError) as error:

@@ -5,19 +5,22 @@ from pathlib import Path
 import torch
 
 from ee_scale.backbone.adapters import DOWN, UP, merged
-from ee_scale.backbone.loading import TensorFolder
+from ee_scale.backbone.loading import TensorFolder, load_config
+from ee_scale.backbone.model_tensors import ModelTensors
+from ee_scale.backbone.shard import meta_model
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-class TrainedBase(TensorFolder):
+class TrainedBase(ModelTensors):
     """Reads like the base folder. A trained tensor has the base tensor's number type, rounded once from fp32."""
 
-    def __init__(self, base: Path, checkpoint: Path, files: list[str], *, tied: bool):
+    def __init__(self, base: Path, checkpoint: Path, files: list[str]):
         """`files`: of the checkpoint, with what was trained of the backbone; none: the base model as it is."""
-        super().__init__(base)
+        config = load_config(base)
+        super().__init__(base, meta_model(config, torch.float32))
         self._trained = TensorFolder(checkpoint, [checkpoint / name for name in files])
-        self._tied = tied
+        self._tied = config.tie_word_embeddings
 
     def is_trained(self, name: str) -> bool:
         """Whether the tensor differs from the base folder's."""

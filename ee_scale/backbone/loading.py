@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,15 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from ee_scale.backbone.families import family_of
+from ee_scale.backbone.families import FAMILIES, family_of
+from ee_scale.backbone.stored_names import stored_pair
 from ee_scale.errors import UserError
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
+BLOCK = 1 << 22  # numbers that are compared at a time
+PLAIN = ("F32", "BF16", "F16", "F64")  # number types of weights that are what they say
 
 
 def find_model(path: str) -> Path:
@@ -41,13 +46,44 @@ def load_config(folder: Path) -> Any:
 
 
 def read_config(folder: Path) -> Any:
-    """The transformers config of a folder, of whatever architecture. Raises `UserError`."""
+    """The transformers config of a folder, of whatever architecture; its `tie_word_embeddings` says what is true of
+    the weights beside it (`is_tied`). Raises `UserError`, also for weights that are encoded.
+    """
     if not (folder / "config.json").is_file():
         raise UserError(f"model.path={folder}: no config.json in it")
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise UserError(f"model.path={folder}: config.json: {str(error).strip().splitlines()[0]}") from error
+    _check_encoding(folder, config)
+    if config.model_type in FAMILIES and config.tie_word_embeddings:
+        config.tie_word_embeddings = is_tied(folder, config)
+    return config
+
+
+def _check_encoding(folder: Path, config: Any) -> None:
+    for key in ("quantization_config", "compression_config"):
+        if values := getattr(config, key, None):
+            values = values if isinstance(values, dict) else {}
+            method = values.get("quant_method") or next((name for name in values if values[name] is True), "?")
+            raise UserError(
+                f"model.path={folder}: config.json has a {key} ({method}): encoded (quantized) weights are not read; "
+                "save a dequantized copy of the model first"
+            )
+    if name := getattr(config, "transformers_weights", None):
+        raise UserError(f"model.path={folder}: config.transformers_weights={name}: only {SINGLE_NAME} is read")
+
+
+def is_tied(folder: Path, config: Any) -> bool:
+    """Whether the output matrix of a causal language model whose config ties it is the embedding.
+
+    As in transformers 5: it is, unless the folder has both matrices and they differ; then both count.
+    """
+    if not any((folder / name).is_file() for name in (SINGLE_NAME, INDEX_NAME)):
+        return True
+    tensors = TensorFolder(folder)
+    pair = stored_pair(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], tensors.files)
+    return pair is None or tensors.equal(*pair)
 
 
 class TensorFolder:
@@ -69,6 +105,26 @@ class TensorFolder:
         """Shape of a whole tensor."""
         return tuple(self._slice(name).get_shape())
 
+    def kind(self, name: str) -> str:
+        """Number type of a tensor, as safetensors calls it."""
+        return self._slice(name).get_dtype()
+
+    def equal(self, name: str, other: str) -> bool:
+        """Whether two tensors hold the same values, read a block of rows at a time."""
+        if not (shape := self.shape(name)) or shape != self.shape(other):
+            return False
+        same = self.kind(name) == self.kind(other) and self.kind(name) in PLAIN
+        step = max(1, BLOCK // max(1, prod(shape[1:])))
+        for start in range(0, shape[0], step):
+            mine, theirs = (self.read(each, 0, start, min(start + step, shape[0])) for each in (name, other))
+            if not torch.equal(*((mine, theirs) if same else (mine.double(), theirs.double()))):
+                return False
+        return True
+
+    def stored_name(self, name: str) -> str:
+        """What a tensor is called in the files."""
+        return name
+
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """A tensor, or its part [start, stop) along `dim`; only that part is read from disk."""
         part = self._slice(name)
@@ -77,9 +133,10 @@ class TensorFolder:
         return part[(slice(None),) * dim + (slice(start, stop),)]
 
     def _slice(self, name: str) -> Any:
-        if name not in self.files:
+        stored = self.stored_name(name)
+        if stored not in self.files:
             raise UserError(f"{self.folder}: no tensor '{name}' in its safetensors")
-        return self._handle(self.files[name]).get_slice(name)
+        return self._handle(self.files[stored]).get_slice(stored)
 
     def _handle(self, path: Path) -> Any:
         if path not in self._open:

@@ -1,6 +1,7 @@
 """This rank's frozen part of a Hugging Face model: build on the meta device, cut, swap, load slices."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from ee_scale.backbone.families import family_of, shape_of
 from ee_scale.backbone.loading import LoadTask, TensorFolder, load_tensors
+from ee_scale.backbone.model_tensors import ModelTensors
 from ee_scale.backbone.parallel import (
     check_tensor_parallel,
     column_linear,
@@ -35,6 +37,11 @@ def meta_model(config: Any, dtype: torch.dtype, attn_implementation: str | None 
     extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, **extra).eval()
+
+
+def model_tensors(folder: Path, config: Any) -> ModelTensors:
+    """The weights of a causal language model; `config`: its `load_config`. Raises `UserError` unless they fit it."""
+    return ModelTensors(folder, meta_model(config, torch.float32))
 
 
 class BackboneStage(nn.Module):

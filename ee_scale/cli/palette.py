@@ -15,7 +15,7 @@ from ee_scale.artifact.files import new_folder
 from ee_scale.artifact.manifest import Device, Manifest, Member, Tried, write_manifest
 from ee_scale.artifact.run_folder import CONFIG
 from ee_scale.artifact.subnet import TrainedSupernet, read_supernet, subnet_model, write_subnet
-from ee_scale.backbone.loading import TensorFolder, read_config
+from ee_scale.backbone.loading import read_config
 from ee_scale.cli.console import console
 from ee_scale.cli.inputs import load_tokenizer, sources
 from ee_scale.cli.supernet import ORDER
@@ -27,6 +27,7 @@ from ee_scale.data.text import prepare_text
 from ee_scale.elastic.extract import is_tied
 from ee_scale.elastic.order import UnitOrder
 from ee_scale.elastic.search import Candidate, pareto, search, verified
+from ee_scale.elastic.stage import base_tensors
 from ee_scale.elastic.subnet import SearchSpace, SubnetSpec
 from ee_scale.errors import UserError
 from ee_scale.evaluation.edge import EdgeMeasure, measure_edge
@@ -101,7 +102,9 @@ def stored_plan(src: Path, supernet: TrainedSupernet, config: Any) -> SupernetPl
     stored.parallel = OmegaConf.structured(SupernetConfig).parallel
     stored.train.micro_batch_size = stored.train.global_batch_size = 1
     stored.train.precision = "auto"
-    return plan_supernet(stored, supernet.base, read_config(supernet.base), supernet.identity["labels"])
+    plan = plan_supernet(stored, supernet.base, read_config(supernet.base), supernet.identity["labels"])
+    base_tensors(supernet.base, plan.map)  # said before anything is judged
+    return plan
 
 
 def held_out(config: Any, plan: SupernetPlan) -> list[dict[str, torch.Tensor]]:
@@ -143,7 +146,7 @@ class Palette:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.order = UnitOrder.load(src / ORDER, plan.map.shape)
-        self.base = TensorFolder(supernet.base)
+        self.base = base_tensors(supernet.base, plan.map)
         grid = join_grid(Layout(), self.device)
         run = start_run(plan, grid, build_stage(plan, grid), self.order)
         open_stages(run, supernet.recipe_stages - 1)

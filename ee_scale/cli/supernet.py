@@ -8,14 +8,14 @@ from rich.table import Table
 
 from ee_scale.artifact.run_folder import OpenedRun, open_run, run_identity
 from ee_scale.artifact.save import load_checkpoint, load_frozen
-from ee_scale.backbone.loading import TensorFolder, find_model, read_config
+from ee_scale.backbone.loading import find_model, read_config
 from ee_scale.cli.console import console
 from ee_scale.cli.job import Job, log_as_rank, reporter, training_loop
 from ee_scale.cli.supernet_data import Data, prepare_data, read_labels
 from ee_scale.data.builtin import TINY, tiny_model
 from ee_scale.elastic.importance import measure_order
 from ee_scale.elastic.order import UnitOrder
-from ee_scale.elastic.stage import ElasticStage, find_tensor
+from ee_scale.elastic.stage import ElasticStage, base_tensors
 from ee_scale.errors import UserError
 from ee_scale.files import sync
 from ee_scale.grid import Grid
@@ -58,9 +58,7 @@ def make_plan(config: Any) -> SupernetPlan:
     if task_of(config, model_config) == "classify":
         labels = read_labels(config)
     plan = plan_supernet(config, folder, model_config, labels)
-    tensors = TensorFolder(folder)  # a missing, cut-off or unfitting weight is said now, not by a rank
-    for name in plan.map.tensors:
-        find_tensor(tensors, name, plan.map)
+    base_tensors(folder, plan.map)  # weights that do not fit are said now, not by a rank
     return plan
 
 
@@ -95,7 +93,7 @@ def unit_order(plan: SupernetPlan, stage: ElasticStage, data: Data, path: Path) 
     """The stored order of the run, or one that is measured now and stored by rank 0. All ranks call it."""
     if stage.grid.from_rank_0(path.is_file()):
         return UnitOrder.load(path, plan.map.shape)
-    stage.load(TensorFolder(plan.model_dir), UnitOrder.identity(plan.map.shape))
+    stage.load(base_tensors(plan.model_dir, plan.map), UnitOrder.identity(plan.map.shape))
     log.info("measuring the importance of heads, MLP units, widths and layers")
     order = measure_order(stage, data.sample(), plan.parts)
     if stage.grid.rank == 0:

@@ -8,7 +8,8 @@ from rich.table import Table
 
 from ee_scale.artifact.run_folder import OpenedRun, open_run, tune_identity
 from ee_scale.artifact.save import load_checkpoint
-from ee_scale.backbone.loading import TensorFolder, find_model, load_config
+from ee_scale.backbone.loading import find_model, load_config
+from ee_scale.backbone.shard import model_tensors
 from ee_scale.cli.console import console
 from ee_scale.cli.inputs import load_tokenizer, sources, text_dataset
 from ee_scale.cli.job import Job, log_as_rank, reporter, training_loop
@@ -42,7 +43,7 @@ def make_plan(config: Any) -> TunePlan:
     """Find and read the model, and check the config against it. Raises `UserError`."""
     folder = tiny_model() if config.model.path == TINY else find_model(config.model.path)
     plan = plan_tune(config, folder, load_config(folder))
-    TensorFolder(folder)  # a missing or cut-off weight file is said now, not by a rank
+    model_tensors(folder, plan.model_config)  # weights that do not fit are said now, not by a rank
     return plan
 
 

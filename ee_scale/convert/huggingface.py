@@ -12,7 +12,10 @@ import torch
 from ee_scale.artifact.files import file_digest, write_json
 from ee_scale.artifact.hf_folder import copy_small_files, write_index
 from ee_scale.artifact.sidecar import SIDECAR_CONFIG, SIDECAR_WEIGHTS, read_sidecar
+from ee_scale.artifact.trained_base import EMBEDDING, HEAD
 from ee_scale.backbone.loading import SINGLE_NAME, fingerprint, load_config, weight_files
+from ee_scale.backbone.shard import meta_model
+from ee_scale.backbone.stored_names import parameter_names
 from ee_scale.convert.args import rope_of
 from ee_scale.convert.copying import Source
 from ee_scale.convert.files import SafetensorsFile, safetensors_extents
@@ -65,18 +68,33 @@ def exits_of(folder: Path, config: Any, values: Any) -> ExitSpec | None:
 
 
 def _open(folder: Path, config: Any, exits: ExitSpec | None, files: list[Path]) -> Opened:
-    extents = {
-        name: extent
-        for path in files
-        for name, extent in safetensors_extents(path).items()
-        if not name.endswith(DROPPED) and not (name == "lm_head.weight" and config.tie_word_embeddings)
-    }
-    first = extents.get("model.embed_tokens.weight")
+    extents = _by_parameter(folder, config, files)
+    first = extents.get(EMBEDDING)
     model = Model(config, exits, first.dtype if first else torch.float32, config.vocab_size)
     info = model.info()
     check_tensors(folder, extents, info)
     stored = [Stored(whole_piece(name, info[name]), extent) for name, extent in extents.items()]
     return Opened("hf", folder, model, stored, small=folder)
+
+
+def _by_parameter(folder: Path, config: Any, files: list[Path]) -> dict[str, Extent]:
+    """Where each parameter lies, by transformers' own names; tied matrices once. Raises `UserError`."""
+    stored = {name: extent for path in files for name, extent in safetensors_extents(path).items()}
+    try:
+        names = parameter_names(meta_model(config, torch.float32), stored)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
+    extents = {names[name]: extent for name, extent in stored.items() if not name.endswith(DROPPED)}
+    for name, extent in extents.items():
+        if not extent.dtype.is_floating_point:
+            raise UserError(
+                f"{folder}: '{name}' is stored as {extent.dtype}: encoded (quantized) weights are not read; "
+                "save a dequantized copy of the model first"
+            )
+    if config.tie_word_embeddings and HEAD in extents:
+        head = extents.pop(HEAD)
+        extents.setdefault(EMBEDDING, head)
+    return extents
 
 
 def check_tensors(folder: Path, extents: dict[str, Extent], info: dict[str, TensorInfo]) -> None:
@@ -179,6 +197,7 @@ def config_values(opened: Opened, dtype: torch.dtype) -> dict[str, Any]:
     values |= {"rope_parameters": rope, "rope_theta": rope["rope_theta"], "dtype": name, "torch_dtype": name}
     scaled = {key: value for key, value in rope.items() if key != "rope_theta"}
     values["rope_scaling"] = None if rope["rope_type"] == "default" else scaled
+    values["tie_word_embeddings"] = model.config.tie_word_embeddings
     for key in ("early_exit", "auto_map"):
         values.pop(key, None)
     return values

@@ -55,7 +55,7 @@ def subnet_tensors(
         tensor = elastic_map.describe(name, elastic_map.full_shape(name))
         if tensor.layer is not None and tensor.layer not in spec.layers:
             continue
-        whole = read_tensor(base, name, elastic_map)
+        whole = read_tensor(base, name)
         value = torch.zeros(tensor.shape) if whole is None else whole.float()
         for dim, axis in enumerate(tensor.axes):
             rows = order.rows(axis, tensor.layer, elastic_map.shape)

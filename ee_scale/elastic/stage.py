@@ -1,8 +1,8 @@
 """One pipeline stage of the supernet: the transformers model's own forward over elastic layers."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,20 +10,19 @@ from torch import nn
 
 from ee_scale.backbone.digest import bit_digest
 from ee_scale.backbone.loading import TensorFolder
+from ee_scale.backbone.model_tensors import ModelTensors
 from ee_scale.backbone.parallel import padded_vocab
 from ee_scale.backbone.stages import StagePlan
 from ee_scale.elastic.architecture import SHARDED, VOCAB, ElasticMap, TensorAxes, meta_model
 from ee_scale.elastic.modules import Active, ElasticEmbedding, ElasticLinear, ElasticModule, ElasticNorm
 from ee_scale.elastic.order import UnitOrder, deal
 from ee_scale.elastic.subnet import SubnetSpec
-from ee_scale.errors import UserError
 from ee_scale.grid import Grid
 
 NEW_MODULES = (
     "classifier",
     "bert.pooler.dense",
 )  # may be missing in the base folder: then the recipe trains them whole
-OLD_LEAVES = {"weight": "gamma", "bias": "beta"}
 
 
 class Given(nn.Module):
@@ -175,7 +174,7 @@ class ElasticStage(nn.Module):
                 target = getattr(module, leaf)
                 if target is None:
                     continue
-                whole = read_tensor(tensors, f"{name}.{leaf}", self.map)
+                whole = read_tensor(tensors, f"{name}.{leaf}")
                 if whole is None:
                     self.new.add(name)
                 with torch.no_grad():
@@ -216,33 +215,17 @@ class ElasticStage(nn.Module):
         return bit_digest(frozen)
 
 
-def read_tensor(tensors: TensorFolder, name: str, elastic_map: ElasticMap) -> torch.Tensor | None:
+def base_tensors(folder: Path, elastic_map: ElasticMap) -> ModelTensors:
+    """The weights of the base model. Raises `UserError` unless they fit its config; a new head may be missing."""
+    model = meta_model(elastic_map.config, elastic_map.architecture.task, torch.float32)
+    return ModelTensors(folder, model, may_lack=NEW_MODULES)
+
+
+def read_tensor(tensors: TensorFolder, name: str) -> torch.Tensor | None:
     """A whole tensor of the base folder by its transformers name; None for a new head's. Raises `UserError`."""
-    source = find_tensor(tensors, name, elastic_map)
-    return None if source is None else tensors.read(source)
-
-
-def find_tensor(tensors: TensorFolder, name: str, elastic_map: ElasticMap) -> str | None:
-    """What a tensor is called in the base folder; None for a new head's.
-
-    Folders of a bare base model have no prefix, tied output matrices are the embedding's, and old BERT folders (also
-    bert-base-uncased) call a norm's weight and bias gamma and beta.
-    Raises `UserError` if it is missing or has another shape than the config says.
-    """
-    names = [name]
-    if name == "lm_head.weight" and elastic_map.config.tie_word_embeddings:
-        names.append("model.embed_tokens.weight")
-    names += [re.sub(r"(?<=LayerNorm\.)(weight|bias)$", lambda leaf: OLD_LEAVES[leaf[0]], name)]
-    names += [candidate.removeprefix(elastic_map.architecture.base + ".") for candidate in names]
-    source = next((candidate for candidate in names if candidate in tensors), None)
-    if source is None and name.rsplit(".", 1)[0] in NEW_MODULES:
+    if name not in tensors and name.rpartition(".")[0] in NEW_MODULES:
         return None
-    shape, expected = tensors.shape(source or name), elastic_map.full_shape(name)
-    if shape != expected:
-        raise UserError(
-            f"{tensors.folder}: '{source}' has shape {list(shape)}, but the config asks for {list(expected)}"
-        )
-    return source
+    return tensors.read(name)
 
 
 def _pattern(name: str) -> str:

@@ -6,15 +6,17 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, logging
+from transformers import AutoModelForCausalLM, logging
 
 from ee_scale.artifact.calibration import read_calibration
 from ee_scale.artifact.sidecar import SIDECAR_CONFIG, SIDECAR_WEIGHTS, read_sidecar
-from ee_scale.backbone.loading import fingerprint, load_config
+from ee_scale.backbone.loading import fingerprint, load_config, read_config
+from ee_scale.backbone.shard import model_tensors
 from ee_scale.errors import UserError
 from ee_scale.exits import modeling_early_exit as modeling
 from ee_scale.exits.heads import ExitSpec, LowRankHead
 from ee_scale.exits.policies import CALIBRATION_KEY
+from ee_scale.inference.weights import tensors_with_exits
 
 
 class EarlyExitForCausalLM(modeling.EarlyExitForCausalLM):
@@ -24,10 +26,11 @@ class EarlyExitForCausalLM(modeling.EarlyExitForCausalLM):
     def from_pretrained(cls, path: str | Path, *args: Any, **kwargs: Any) -> Any:
         """The model with its exits, in eval mode. A sidecar opens its base model (`base_model=` overrides where).
 
-        Raises ValueError (`UserError` for sidecars) if exits and model do not belong together.
+        Raises ValueError (`UserError` for folders) if exits and model do not belong together, or weights are encoded.
         """
         base = kwargs.pop("base_model", None)
         if not (Path(path) / SIDECAR_CONFIG).is_file():
+            _check_exported(Path(path), kwargs.get("config"))
             return super().from_pretrained(path, *args, **kwargs)
         facts = read_sidecar(Path(path))
         folder = Path(base or facts["base_model"])
@@ -35,12 +38,22 @@ class EarlyExitForCausalLM(modeling.EarlyExitForCausalLM):
             raise UserError(f"{path}: its base model {folder} is not there; pass base_model=<folder>")
         if fingerprint(folder) != facts["base_fingerprint"]:
             raise UserError(f"{path}: {folder} is not the base model that these exits were trained on")
-        model = _with_new_heads(folder, ExitSpec.from_dict(facts["early_exit"]), **kwargs)
+        spec = ExitSpec.from_dict(facts["early_exit"])
+        tensors_with_exits(folder, load_config(folder), spec, Path(path))
+        model = _with_new_heads(folder, spec, **kwargs)
         exits = load_file(Path(path) / SIDECAR_WEIGHTS)
         model.exit_heads.load_state_dict({name.removeprefix(modeling.PREFIX): value for name, value in exits.items()})
         if (calibration := read_calibration(Path(path))) is not None:
             setattr(model.generation_config, CALIBRATION_KEY, calibration)
         return model
+
+
+def _check_exported(folder: Path, config: Any) -> None:
+    """What transformers would only warn of, in a local folder. Raises `UserError`."""
+    if (folder / "config.json").is_file():
+        config = config or read_config(folder)
+        if (early_exit := getattr(config, "early_exit", None)) is not None:
+            tensors_with_exits(folder, config, ExitSpec.from_dict(early_exit))
 
 
 def untrained_exits(folder: Path, spec: ExitSpec, **kwargs: Any) -> Any:
@@ -65,7 +78,10 @@ def open_model(path: Path, **kwargs: Any) -> Any:
     if (path / SIDECAR_CONFIG).is_file():
         return EarlyExitForCausalLM.from_pretrained(path, **kwargs)
     config = load_config(path)
-    opener = AutoModelForCausalLM if getattr(config, "early_exit", None) is None else EarlyExitForCausalLM
+    opener = EarlyExitForCausalLM
+    if getattr(config, "early_exit", None) is None:
+        model_tensors(path, config)  # transformers fills what is missing with random numbers
+        opener = AutoModelForCausalLM
     try:
         return opener.from_pretrained(path, **kwargs)
     except (ValueError, OSError, json.JSONDecodeError) as error:
@@ -74,7 +90,8 @@ def open_model(path: Path, **kwargs: Any) -> Any:
 
 def _with_new_heads(folder: Path, spec: ExitSpec, **kwargs: Any) -> Any:
     """The model of a plain folder with exit heads that still have to be filled."""
-    config = AutoConfig.from_pretrained(folder)
+    config = load_config(folder)
+    model_tensors(folder, config)
     config.early_exit = spec.to_dict()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the report of missing exit heads: they are filled next

@@ -9,9 +9,10 @@ import torch
 from transformers import GenerationConfig
 
 from ee_scale.artifact.calibration import GENERATION_CONFIG, read_calibration
-from ee_scale.artifact.sidecar import SIDECAR_CONFIG, SIDECAR_WEIGHTS, read_sidecar
+from ee_scale.artifact.sidecar import SIDECAR_CONFIG, read_sidecar
 from ee_scale.backbone.families import shape_of
 from ee_scale.backbone.loading import TensorFolder, fingerprint, load_config
+from ee_scale.backbone.model_tensors import ModelTensors
 from ee_scale.backbone.shard import tensor_plan
 from ee_scale.backbone.stages import StagePlan, plan_stages
 from ee_scale.errors import UserError
@@ -19,6 +20,7 @@ from ee_scale.exits.heads import ExitSpec
 from ee_scale.exits.placement import exit_parameters
 from ee_scale.exits.stage import TuningStage, build_stage, load_trained_stage
 from ee_scale.grid import Grid
+from ee_scale.inference.weights import tensors_with_exits
 
 
 @dataclass(frozen=True)
@@ -29,14 +31,14 @@ class ModelParts:
         folder: what was asked for; a calibration lies here.
         base: config, generation config, tokenizer and weights of the backbone.
         spec: its exits; None for a plain model.
-        exit_files: the files of the exits; None: among those of `base`.
+        sidecar: where the exits lie; None: beside the weights of `base`.
     """
 
     folder: Path
     base: Path
     config: Any
     spec: ExitSpec | None
-    exit_files: tuple[Path, ...] | None = None
+    sidecar: Path | None = None
 
     def generation_config(self) -> GenerationConfig:
         """That of the base model; a sidecar's own file holds a calibration alone."""
@@ -44,13 +46,23 @@ class ModelParts:
             return GenerationConfig.from_pretrained(self.base)
         return GenerationConfig.from_model_config(self.config)
 
+    def tensors(self) -> tuple[ModelTensors, TensorFolder]:
+        """Of the backbone, and of its exits. Raises `UserError` unless they fit the config."""
+        return tensors_with_exits(self.base, self.config, self.spec, self.sidecar)
+
     def calibration(self) -> dict[str, Any] | None:
         """Limits that `ee-scale calibrate` stored beside the exits."""
         return read_calibration(self.folder)
 
 
 def find_parts(folder: Path) -> ModelParts:
-    """The parts of a model folder. Raises `UserError`."""
+    """The parts of a model folder. Raises `UserError`, also for weights that are not what its config says."""
+    parts = _find_parts(folder)
+    parts.tensors()
+    return parts
+
+
+def _find_parts(folder: Path) -> ModelParts:
     if (folder / SIDECAR_CONFIG).is_file():
         facts = read_sidecar(folder)
         base = Path(facts["base_model"])
@@ -59,7 +71,7 @@ def find_parts(folder: Path) -> ModelParts:
         if fingerprint(base) != facts["base_fingerprint"]:
             raise UserError(f"{folder}: {base} is not the base model that these exits were trained on")
         spec = ExitSpec.from_dict(facts["early_exit"])
-        return ModelParts(folder, base, load_config(base), spec, (folder / SIDECAR_WEIGHTS,))
+        return ModelParts(folder, base, load_config(base), spec, folder)
     config = load_config(folder)
     early_exit = getattr(config, "early_exit", None)
     return ModelParts(folder, folder, config, None if early_exit is None else ExitSpec.from_dict(early_exit))
@@ -90,7 +102,5 @@ def load_decoding_stage(
     """Build this rank's part and read its slices; of the exits, those of `plan`. Raises `UserError`."""
     spec = replace(parts.spec or ExitSpec(()), layers=plan.exit_layers)
     stage = build_stage(parts.config, plan, spec, grid, dtype, attn_implementation=attn_implementation, decoding=True)
-    tensors = TensorFolder(parts.base)
-    exits = tensors if parts.exit_files is None else TensorFolder(parts.folder, parts.exit_files)
-    load_trained_stage(stage, tensors, exits, grid)
+    load_trained_stage(stage, *parts.tensors(), grid)
     return stage.eval().requires_grad_(False)

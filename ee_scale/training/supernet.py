@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ee_scale.backbone.loading import TensorFolder
 from ee_scale.elastic.factors import FactorPlan, FactorSet
 from ee_scale.elastic.order import UnitOrder
 from ee_scale.elastic.sampling import ROLES, draw_stream
-from ee_scale.elastic.stage import ElasticStage
+from ee_scale.elastic.stage import ElasticStage, base_tensors
 from ee_scale.elastic.subnet import SearchSpace
 from ee_scale.engine.clipping import TOGETHER
 from ee_scale.engine.setup import OptimizerSettings
@@ -92,7 +91,7 @@ def build_stage(plan: SupernetPlan, grid: Grid) -> ElasticStage:
 
 def start_run(plan: SupernetPlan, grid: Grid, stage: ElasticStage, order: UnitOrder) -> SupernetRun:
     """Load this rank's slices, sorted. No recipe stage has begun yet: see `open_stages`."""
-    stage.load(TensorFolder(plan.model_dir), order)
+    stage.load(base_tensors(plan.model_dir, plan.map), order)
     return SupernetRun(plan, grid, stage, order, plan.space(order))
 
 

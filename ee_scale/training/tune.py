@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from ee_scale.backbone.loading import TensorFolder
+from ee_scale.backbone.shard import model_tensors
 from ee_scale.data.loader import batches
 from ee_scale.engine.clipping import ALL, TOGETHER
 from ee_scale.engine.frozen import EngineSettings, FrozenPipelineEngine
@@ -95,7 +95,8 @@ def start_run(config: Any, plan: TunePlan, grid: Grid) -> TuneRun:
         decoding=plan.backbone.trains,
         cls=JointStage if plan.backbone.trains else TuningStage,
     )
-    load_stage(stage, TensorFolder(plan.model_dir), grid, init=config.exits.init, seed=config.train.seed)
+    tensors = model_tensors(plan.model_dir, plan.model_config)
+    load_stage(stage, tensors, grid, init=config.exits.init, seed=config.train.seed)
     settings = engine_settings(config, plan, bf16)
     if not plan.backbone.trains:
         return TuneRun(config, plan, grid, stage, FrozenPipelineEngine.build(stage, grid, settings))

@@ -10,12 +10,12 @@ from helpers.spawn import spawn
 from helpers.supernet import SupernetJob, write_base
 from safetensors.torch import load_file, save_file
 
-from ee_scale.backbone.loading import TensorFolder, read_config
+from ee_scale.backbone.loading import read_config
 from ee_scale.backbone.stages import plan_stages
 from ee_scale.elastic.architecture import AUTO_CLASS, ElasticMap
 from ee_scale.elastic.importance import measure_order
 from ee_scale.elastic.order import FIELDS, UnitOrder
-from ee_scale.elastic.stage import ElasticStage
+from ee_scale.elastic.stage import ElasticStage, base_tensors
 from ee_scale.elastic.subnet import drop_order
 from ee_scale.grid import Grid, Layout, join_grid, leave_grid
 
@@ -105,7 +105,7 @@ def load_stage(folder: Path, task: str, grid: Grid) -> ElasticStage:
     elastic_map = ElasticMap(read_config(folder), task)
     plan = plan_stages(LAYERS, grid.layout.pp, [LAYERS], whole_model=True)
     stage = ElasticStage(elastic_map, plan, grid, torch.float32)
-    stage.load(TensorFolder(folder), UnitOrder.identity(elastic_map.shape))
+    stage.load(base_tensors(folder, elastic_map), UnitOrder.identity(elastic_map.shape))
     return stage
 
 

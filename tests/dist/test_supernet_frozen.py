@@ -19,12 +19,12 @@ from helpers.supernet import (
     write_base,
 )
 
-from ee_scale.backbone.loading import TensorFolder, read_config
+from ee_scale.backbone.loading import read_config
 from ee_scale.backbone.stages import plan_stages
 from ee_scale.elastic.architecture import ElasticMap
 from ee_scale.elastic.factors import FactorPlan, FactorSet
 from ee_scale.elastic.sampling import draw_stream
-from ee_scale.elastic.stage import ElasticStage
+from ee_scale.elastic.stage import ElasticStage, base_tensors
 from ee_scale.engine.setup import OptimizerSettings
 from ee_scale.engine.supernet import SupernetEngine, SupernetEngineSettings
 from ee_scale.grid import Grid, Layout, join_grid, leave_grid
@@ -45,7 +45,7 @@ class Trainer:
         self.space = small_space(self.map.shape, order)
         plan = plan_stages(layers, grid.layout.pp, [layers], whole_model=True)
         self.stage = ElasticStage(self.map, plan, grid, dtype)
-        self.stage.load(TensorFolder(folder), order)
+        self.stage.load(base_tensors(folder, self.map), order)
         self.factors: list[FactorSet] = []
 
     def begin(self, lr: float = 1e-2) -> SupernetEngine:

@@ -15,9 +15,10 @@ from transformers import AutoTokenizer
 from ee_scale.artifact.checkpoint import checkpoints
 from ee_scale.artifact.files import file_digest
 from ee_scale.artifact.subnet import read_supernet, subnet_model
-from ee_scale.backbone.loading import TensorFolder, read_config
+from ee_scale.backbone.loading import read_config
 from ee_scale.elastic.architecture import ElasticMap
 from ee_scale.elastic.order import UnitOrder
+from ee_scale.elastic.stage import base_tensors
 from ee_scale.elastic.subnet import SubnetSpec
 
 ENDS = (3, 6, 10)
@@ -102,7 +103,7 @@ def accuracy(run: Path, spec: SubnetSpec, valid: Path) -> float:
     config.num_labels = len(supernet.identity["labels"])
     elastic_map = ElasticMap(config, "classify")
     order = UnitOrder.load(run / "order.safetensors", elastic_map.shape)
-    model = subnet_model(elastic_map, TensorFolder(supernet.base), order, supernet, spec)
+    model = subnet_model(elastic_map, base_tensors(supernet.base, elastic_map), order, supernet, spec)
     tokenizer = AutoTokenizer.from_pretrained(supernet.base)
     right = 0
     with torch.no_grad():

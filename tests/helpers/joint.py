@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
-from ee_scale.backbone.loading import TensorFolder, load_config
+from ee_scale.backbone.loading import load_config
+from ee_scale.backbone.shard import model_tensors
 from ee_scale.backbone.stages import plan_stages
 from ee_scale.engine import two_way
 from ee_scale.engine.frozen import EngineSettings
@@ -217,7 +218,7 @@ def build_joint_engine(folder: Path, job: JointJob, grid: Grid, *, bf16: bool = 
     plan = plan_stages(config.num_hidden_layers, grid.layout.pp, job.exit_layers, whole_model=True)
     dtype = torch.bfloat16 if bf16 else torch.float32
     stage = build_stage(config, plan, spec, grid, dtype, decoding=True, cls=JointStage)
-    load_stage(stage, TensorFolder(folder), grid, init="copy", seed=0)
+    load_stage(stage, model_tensors(folder, config), grid, init="copy", seed=0)
     backbone = BackbonePlan(job.mode, job.rank, job.targets, job.final_weight, job.checkpointing)
     stage.train_backbone(backbone, output_copies(plan, spec, config.tie_word_embeddings), grid, SEED)
     for name, parameter in file_names(stage).items():

@@ -13,7 +13,7 @@ from torch import nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig
 
-from ee_scale.backbone.loading import TensorFolder, read_config
+from ee_scale.backbone.loading import read_config
 from ee_scale.backbone.stages import plan_stages
 from ee_scale.elastic.architecture import ElasticMap
 from ee_scale.elastic.distill import LIVE, DistillSettings, FeatureLoss
@@ -21,7 +21,7 @@ from ee_scale.elastic.extract import subnet_config
 from ee_scale.elastic.factors import FactorPlan, FactorSet, FactorSettings
 from ee_scale.elastic.order import UnitOrder
 from ee_scale.elastic.sampling import FULL, SamplingSettings, draw_stream
-from ee_scale.elastic.stage import ElasticStage
+from ee_scale.elastic.stage import ElasticStage, base_tensors
 from ee_scale.elastic.subnet import ElasticShape, SearchSpace, SubnetSpec, drop_order
 from ee_scale.engine import two_way as engine_module
 from ee_scale.engine.setup import OptimizerSettings
@@ -129,7 +129,7 @@ def run_on_grid(folder: Path, job: SupernetJob, grid: Grid) -> dict[str, Any]:
     layers = elastic_map.shape.num_layers
     plan = plan_stages(layers, grid.layout.pp, [layers], whole_model=True)
     stage = ElasticStage(elastic_map, plan, grid, torch.float32)
-    stage.load(TensorFolder(folder), order)
+    stage.load(base_tensors(folder, elastic_map), order)
     distill, sampling, factor_settings = settings_of(job)
     result: dict[str, Any] = {"losses": [], "gradients": {}, "parameters": {}, "norms": [], "streams": []}
     each = MICRO_BATCHES // grid.layout.dp

@@ -8,9 +8,9 @@ from unittest import mock
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
-from ee_scale.backbone.loading import TensorFolder, load_config
+from ee_scale.backbone.loading import load_config
 from ee_scale.backbone.parallel import cut_dim
-from ee_scale.backbone.shard import BackboneStage, meta_model
+from ee_scale.backbone.shard import BackboneStage, meta_model, model_tensors
 from ee_scale.backbone.stages import StagePlan, plan_stages
 from ee_scale.engine import frozen
 from ee_scale.engine.frozen import EngineSettings, FrozenPipelineEngine
@@ -40,7 +40,7 @@ def build_engine(
     dtype = torch.bfloat16 if bf16 else torch.float32
     plan = plan or plan_of(folder, job, grid.layout.pp)
     stage = build_stage(config, plan, spec, grid, dtype, teacher=job.kl_weight > 0)
-    load_stage(stage, TensorFolder(folder), grid, init="copy", seed=0)
+    load_stage(stage, model_tensors(folder, config), grid, init="copy", seed=0)
     add_start_noise(stage, grid)
     losses = LossSettings(
         VOCAB,
@@ -139,5 +139,5 @@ def stage_backbone(
 ) -> BackboneStage:
     """Build and load this rank's part in one go (no exits)."""
     stage = BackboneStage(meta_model(config, dtype), plan, grid, dtype, **kwargs)
-    stage.load(TensorFolder(folder), grid)
+    stage.load(model_tensors(folder, config), grid)
     return stage

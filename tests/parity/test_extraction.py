@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertModel, LlamaModel
 
 from ee_scale.artifact.subnet import TrainedSupernet, subnet_model, write_subnet
-from ee_scale.backbone.loading import TensorFolder, read_config
+from ee_scale.backbone.loading import read_config
 from ee_scale.backbone.stages import plan_stages
 from ee_scale.elastic.architecture import AUTO_CLASS, ElasticMap
 from ee_scale.elastic.factors import TARGETS, FactorPlan, FactorSet, FactorSettings
 from ee_scale.elastic.order import UnitOrder
-from ee_scale.elastic.stage import ElasticStage
+from ee_scale.elastic.stage import ElasticStage, base_tensors
 from ee_scale.elastic.subnet import SubnetSpec
 from ee_scale.errors import UserError
 from ee_scale.grid import Grid, Layout, join_grid, leave_grid
@@ -102,7 +102,7 @@ class Net:
         return self.stage.head(output)
 
     def extracted(self, spec: SubnetSpec) -> torch.nn.Module:
-        return subnet_model(self.map, TensorFolder(self.folder), self.order, self.supernet, spec)
+        return subnet_model(self.map, base_tensors(self.folder, self.map), self.order, self.supernet, spec)
 
     def write(self, folder: Path, spec: SubnetSpec) -> Path:
         write_subnet(folder, self.extracted(spec), self.supernet, spec, "Facts.")
@@ -139,7 +139,7 @@ def make_net(
     order = scrambled_order(elastic_map.shape) if sort else UnitOrder.identity(elastic_map.shape)
     plan = plan_stages(layers, 1, [layers], whole_model=True)
     stage = ElasticStage(elastic_map, plan, grid, config.dtype or torch.float32)
-    stage.load(TensorFolder(folder), order)
+    stage.load(base_tensors(folder, elastic_map), order)
     trained = {}
     for index in range(recipe_stages):
         factors = FactorSet(stage, FactorPlan(elastic_map, settings, stage.new), index, seed=3)
