@@ -6,6 +6,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
 from ee_scale.backbone.loading import load_config
@@ -141,3 +142,25 @@ def stage_backbone(
     stage = BackboneStage(meta_model(config, dtype), plan, grid, dtype, **kwargs)
     stage.load(model_tensors(folder, config), grid)
     return stage
+
+
+def pipeline_logits(folder: Path, grid: Grid, ids: torch.Tensor) -> torch.Tensor | None:
+    """Whole logits on the last stage, None on the others."""
+    config = load_config(folder)
+    plan = plan_stages(config.num_hidden_layers, grid.layout.pp, [1], whole_model=True)
+    last = grid.stage == grid.layout.pp - 1
+    backbone = stage_backbone(folder, config, plan, grid, torch.float32, final_norm=True, lm_head=last)
+    x = ids
+    if grid.stage > 0:
+        x = torch.empty(*ids.shape, config.hidden_size)
+        dist.recv(x, grid.layout.rank(grid.stage - 1, 0, grid.tp_rank))
+    hidden = backbone(x)
+    if not last:
+        dist.send(hidden.contiguous(), grid.layout.rank(grid.stage + 1, 0, grid.tp_rank))
+        return None
+    shard = backbone.lm_head(hidden)
+    shards = [torch.empty_like(shard) for _ in range(grid.layout.tp)]
+    dist.all_gather(shards, shard.contiguous(), group=grid.tp_group)
+    logits = torch.cat(shards, dim=-1)[..., : config.vocab_size]
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap

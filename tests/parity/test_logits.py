@@ -4,14 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from helpers.models import CUT_FAMILIES, FAMILIES, SLIDING_WINDOW, VOCAB, load_whole, write_model
 from helpers.spawn import spawn
-from helpers.tuning import stage_backbone
+from helpers.tuning import pipeline_logits
 
-from ee_scale.backbone.loading import load_config
-from ee_scale.backbone.stages import plan_stages
-from ee_scale.grid import Grid, Layout, join_grid, leave_grid
+from ee_scale.grid import Layout, join_grid, leave_grid
 
 TOLERANCE = 1e-5
 SEQUENCE = 24  # three sliding windows
@@ -64,28 +61,6 @@ def run_cases(rank: int, models: Path, cases: list[tuple]) -> dict[tuple, float]
             found[family, tied, (tp, pp)] = (logits - expected).abs().max().item()
         leave_grid()
     return found
-
-
-def pipeline_logits(folder: Path, grid: Grid, ids: torch.Tensor) -> torch.Tensor | None:
-    """Whole logits on the last stage, None on the others."""
-    config = load_config(folder)
-    plan = plan_stages(config.num_hidden_layers, grid.layout.pp, [1], whole_model=True)
-    last = grid.stage == grid.layout.pp - 1
-    backbone = stage_backbone(folder, config, plan, grid, torch.float32, final_norm=True, lm_head=last)
-    x = ids
-    if grid.stage > 0:
-        x = torch.empty(*ids.shape, config.hidden_size)
-        dist.recv(x, grid.layout.rank(grid.stage - 1, 0, grid.tp_rank))
-    hidden = backbone(x)
-    if not last:
-        dist.send(hidden.contiguous(), grid.layout.rank(grid.stage + 1, 0, grid.tp_rank))
-        return None
-    shard = backbone.lm_head(hidden)
-    shards = [torch.empty_like(shard) for _ in range(grid.layout.tp)]
-    dist.all_gather(shards, shard.contiguous(), group=grid.tp_group)
-    logits = torch.cat(shards, dim=-1)[..., : config.vocab_size]
-    cap = getattr(config, "final_logit_softcapping", None)
-    return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 def _name(case: tuple) -> str:

@@ -1,0 +1,133 @@
+"""However a folder stores its weights, every grid computes what transformers computes from it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.folders import EMBEDDING, HEAD, Tensors, bare, rewritten, without
+from helpers.models import VOCAB, load_whole, write_model
+from helpers.reference import Job, train
+from helpers.spawn import spawn
+from helpers.tuning import build_engine, pipeline_logits, train_on_grid
+
+from ee_scale.backbone.loading import load_config
+from ee_scale.backbone.shard import model_tensors
+from ee_scale.grid import Layout, join_grid, leave_grid
+
+TOLERANCE = 1e-5
+GRIDS = [(1, 1), (2, 1), (1, 2), (2, 2)]
+
+
+def same_twice(tensors: Tensors) -> Tensors:
+    return tensors | {HEAD: tensors[EMBEDDING]}
+
+
+def head_only(tensors: Tensors) -> Tensors:
+    return without(EMBEDDING)(tensors)
+
+
+def older(tensors: Tensors) -> Tensors:
+    """A buffer that old versions saved with every layer."""
+    return tensors | {"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+
+
+def moved(tensors: Tensors) -> Tensors:
+    """The prefix where transformers has none."""
+    return {f"model.{name}" if name == HEAD else name: tensor for name, tensor in tensors.items()}
+
+
+def other_types(tensors: Tensors) -> Tensors:
+    """Both matrices, the same values in two number types."""
+    return {name: t.bfloat16().float() for name, t in tensors.items()} | {HEAD: tensors[EMBEDDING].bfloat16()}
+
+
+# name -> (family, what is done to an untied model, tie_word_embeddings, whether one matrix is read for both)
+CASES = {
+    "two, said to be one": ("llama", dict, True, False),
+    "two, said to be one, bare": ("qwen2", bare, True, False),
+    "two, capped": ("gemma2", dict, True, False),
+    "the same twice": ("llama", same_twice, True, True),
+    "the same in two types": ("llama", other_types, True, True),
+    "the head alone": ("llama", head_only, True, True),
+    "the head alone, bare": ("qwen3", lambda tensors: bare(head_only(tensors)), True, True),
+    "the embedding alone, bare": ("gemma2", lambda tensors: bare(without(HEAD)(tensors)), True, True),
+    "bare": ("mistral", bare, False, False),
+    "a prefix too many": ("llama", moved, False, False),
+    "old buffers": ("olmo2", older, False, False),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders by case, each with `reference.pt`: ids and transformers' logits."""
+    root, found = tmp_path_factory.mktemp("stored"), {}
+    for number, (name, (family, change, tied, _)) in enumerate(CASES.items()):
+        source = write_model(root / f"source{number}", family)
+        folder = found[name] = rewritten(source, root / str(number), change, tie_word_embeddings=tied)
+        ids = torch.randint(VOCAB, (2, 24), generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            torch.save((ids, load_whole(folder)(ids).logits), folder / "reference.pt")
+    return found
+
+
+@pytest.fixture(scope="module")
+def differences(folders: dict[str, Path]) -> dict[tuple, float]:
+    found: dict[tuple, float] = {}
+    for world in (1, 2, 4):
+        grids = [grid for grid in GRIDS if grid[0] * grid[1] == world]
+        for result in spawn(run_cases, world, folders, grids):
+            found |= result
+    return found
+
+
+def run_cases(rank: int, folders: dict[str, Path], grids: list[tuple[int, int]]) -> dict[tuple, float]:
+    found = {}
+    for tp, pp in grids:
+        grid = join_grid(Layout(tp, pp, 1), torch.device("cpu"))
+        for name, folder in folders.items():
+            if tp > 1 and CASES[name][0] == "olmo2":
+                continue
+            ids, expected = torch.load(folder / "reference.pt")
+            with torch.no_grad():
+                logits = pipeline_logits(folder, grid, ids)
+            if logits is not None:
+                found[name, tp, pp] = (logits - expected).abs().max().item()
+        leave_grid()
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_equal_transformers(name: str, differences: dict[tuple, float]) -> None:
+    found = {key[1:]: value for key, value in differences.items() if key[0] == name}
+    assert len(found) == (2 if CASES[name][0] == "olmo2" else len(GRIDS))
+    assert max(found.values()) <= TOLERANCE, found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_config_says_what_transformers_makes_of_the_folder(name: str, folders: dict[str, Path]) -> None:
+    model, config = load_whole(folders[name]), load_config(folders[name])
+    one = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert config.tie_word_embeddings is one is CASES[name][3]
+    tensors = model_tensors(folders[name], config)
+    for parameter, value in model.state_dict().items():
+        assert torch.equal(tensors.read(parameter).float(), value), parameter
+
+
+JOB = Job("llama", "mlp", "low_rank", kl_weight=0.5, clip_grad=0.5, steps=2)
+
+
+def train_it(rank: int, folder: Path, layout: Layout) -> list[dict[int, list[float]]]:
+    grid = join_grid(layout, torch.device("cpu"))
+    return train_on_grid(build_engine(folder, JOB, grid), JOB, grid).losses
+
+
+@pytest.mark.parametrize("name", ["two, said to be one", "the head alone"])
+@pytest.mark.parametrize("layout", [Layout(1, 1, 1), Layout(1, 2, 1)], ids=["pp1", "pp2"])
+def test_losses_of_exits_equal_plain_autograd(name: str, layout: Layout, folders: dict[str, Path]) -> None:
+    expected = train(folders[name], JOB).losses
+    by_rank = spawn(train_it, layout.world_size, folders[name], layout)
+    for step, wanted in enumerate(expected):
+        found = {k: value for losses in by_rank for k, value in losses[step].items()}
+        assert found.keys() == wanted.keys()
+        for k, value in wanted.items():
+            assert found[k] == pytest.approx(value, rel=1e-4), (step, k)
