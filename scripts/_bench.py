@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ee_scale.backbone.loading import TensorFolder, load_config
+from ee_scale.backbone.loading import load_config
+from ee_scale.backbone.shard import model_tensors
 from ee_scale.backbone.stages import plan_stages
 from ee_scale.engine.frozen import EngineSettings, FrozenPipelineEngine
 from ee_scale.exits.heads import ExitSpec, Tap, build_exit_heads
@@ -62,7 +63,7 @@ def build_engine(job: Job, grid: Grid, kind: type[FrozenPipelineEngine] = Frozen
     spec = exit_spec(config, job.exits, "mlp", job.head, 64)
     plan = plan_stages(job.layers, job.stages, spec.layers)
     stage = build_stage(config, plan, spec, grid, dtype_of(job))
-    load_stage(stage, TensorFolder(Path(job.folder)), grid, init="copy", seed=0)
+    load_stage(stage, model_tensors(Path(job.folder), config), grid, init="copy", seed=0)
     losses = LossSettings(job.vocab, chunk_tokens=job.chunk_tokens)
     settings = EngineSettings(job.micro_batch, job.micro_batches, losses, bf16=dtype_of(job) == torch.bfloat16)
     return kind.build(stage, grid, settings)

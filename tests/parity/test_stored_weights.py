@@ -1,5 +1,6 @@
 """However a folder stores its weights, every grid computes what transformers computes from it."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,14 @@ from helpers.models import VOCAB, load_whole, write_model
 from helpers.reference import Job, train
 from helpers.spawn import spawn
 from helpers.tuning import build_engine, pipeline_logits, train_on_grid
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
-from ee_scale.backbone.loading import load_config
+from ee_scale.artifact.subnet import TrainedSupernet, subnet_model, write_subnet
+from ee_scale.backbone.loading import load_config, read_config
 from ee_scale.backbone.shard import model_tensors
+from ee_scale.elastic.architecture import ElasticMap
+from ee_scale.elastic.order import UnitOrder
+from ee_scale.elastic.stage import base_tensors, read_tensor
 from ee_scale.grid import Layout, join_grid, leave_grid
 
 TOLERANCE = 1e-5
@@ -131,3 +137,70 @@ def test_losses_of_exits_equal_plain_autograd(name: str, layout: Layout, folders
         assert found.keys() == wanted.keys()
         for k, value in wanted.items():
             assert found[k] == pytest.approx(value, rel=1e-4), (step, k)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name][0] not in ("gemma2", "olmo2")])
+def test_a_subnet_of_full_size_is_the_model(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = folders[name]
+    elastic_map = ElasticMap(read_config(folder), "causal_lm")
+    supernet, full = TrainedSupernet({"task": "causal_lm"}, folder, 0, 1, {}), elastic_map.shape.full
+    order = UnitOrder.identity(elastic_map.shape)
+    model = subnet_model(elastic_map, base_tensors(folder, elastic_map), order, supernet, full)
+    write_subnet(tmp_path / "full", model, supernet, full, "Facts.")
+    ids, expected = torch.load(folder / "reference.pt")
+    with torch.no_grad():
+        assert (load_whole(tmp_path / "full")(ids).logits - expected).abs().max() <= TOLERANCE
+    assert sum(p.numel() for p in model.parameters()) == elastic_map.parameters(full)
+
+
+# -- encoders ----------------------------------------------------------------------------------------------------------
+
+
+def old_norms(tensors: Tensors) -> Tensors:
+    spelled = {"weight": "gamma", "bias": "beta"}
+    return {
+        re.sub(r"(?<=LayerNorm\.)(weight|bias)$", lambda leaf: spelled[leaf[0]], name): tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def other_heads(tensors: Tensors) -> Tensors:
+    """Those that BERT was pre-trained with, and a buffer that was saved once."""
+    heads = {"cls.predictions.bias": torch.ones(VOCAB), "cls.seq_relationship.weight": torch.ones(2, 64)}
+    return tensors | heads | {"bert.embeddings.position_ids": torch.arange(64)[None]}
+
+
+ENCODERS = {
+    "with its classifier": lambda tensors: tensors,
+    "without": without("classifier.weight", "classifier.bias"),
+    "without pooler": without(
+        "classifier.weight", "classifier.bias", "bert.pooler.dense.weight", "bert.pooler.dense.bias"
+    ),
+    "old": lambda tensors: old_norms(other_heads(tensors)),
+    "bare": bare,
+    "bare and old": lambda tensors: bare(old_norms(without("classifier.weight", "classifier.bias")(tensors))),
+}
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("encoder")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(vocab_size=VOCAB, max_position_embeddings=64, **sizes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoders_are_read_as_transformers_reads_them(name: str, encoder: Path, tmp_path: Path) -> None:
+    folder = rewritten(encoder, tmp_path / "folder", ENCODERS[name])
+    model, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+    tensors = base_tensors(folder, ElasticMap(read_config(folder), "classify"))
+    read = {key: read_tensor(tensors, key) for key, _ in model.named_parameters()}
+    assert {key for key, value in read.items() if value is None} == set(info["missing_keys"])
+    for key, value in model.named_parameters():
+        assert read[key] is None or torch.equal(read[key], value), key
