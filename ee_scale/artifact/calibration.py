@@ -6,11 +6,10 @@ from typing import Any
 
 from transformers import AutoConfig, GenerationConfig
 
+from ee_scale.backbone.small_files import GENERATION_CONFIG
 from ee_scale.errors import UserError
 from ee_scale.exits.policies import CALIBRATION_KEY
 from ee_scale.files import write_text
-
-GENERATION_CONFIG = "generation_config.json"
 
 
 def read_calibration(folder: Path) -> dict[str, Any] | None:

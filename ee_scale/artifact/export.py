@@ -1,6 +1,5 @@
 """Exports of a run: the exits alone (sidecar), or one Hugging Face folder with base model and exits."""
 
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -15,14 +14,14 @@ from safetensors.torch import save_file
 
 from ee_scale.artifact.checkpoint import checkpoints, read_checkpoint
 from ee_scale.artifact.files import file_digest, new_folder, write_json
-from ee_scale.artifact.hf_folder import copy_small_files, write_index
+from ee_scale.artifact.hf_folder import copy_small_files, read_config_json, stock_config, write_config, write_index
 from ee_scale.artifact.run_folder import CHECKPOINTS, read_run
 from ee_scale.artifact.sidecar import SIDECAR_CONFIG, SIDECAR_WEIGHTS
 from ee_scale.artifact.trained_base import TrainedBase
 from ee_scale.backbone.loading import SINGLE_NAME, fingerprint, weight_files
 from ee_scale.errors import UserError
 from ee_scale.exits import modeling_early_exit
-from ee_scale.exits.modeling_early_exit import AUTO_MAP, CODE_FILES
+from ee_scale.exits.modeling_early_exit import AUTO_MAP, CODE_FILES, PREFIX
 from ee_scale.files import write_text
 
 EXITS_SHARD = "model-exit-heads.safetensors"
@@ -102,7 +101,8 @@ def export_early_exit(run: Path, out: Path, step: int | None, copied: Callable[[
         save_file(tensors, folder / EXITS_SHARD, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, EXITS_SHARD)
         write_index(folder, weight_map)
-        _write_config(base.folder, folder, trained.facts["early_exit"])
+        own = {"early_exit": trained.facts["early_exit"], "auto_map": AUTO_MAP}
+        write_config(folder, stock_config(read_config_json(base.folder)) | own)
         for name in CODE_FILES:
             shutil.copyfile(Path(modeling_early_exit.__file__).with_name(name), folder / name)
         write_text(folder / "README.md", _model_card(out, trained))
@@ -116,14 +116,17 @@ def export_bytes(run: Path) -> int:
 
 def _copy_base(base: TrainedBase, folder: Path, copied: Callable[[int], None]) -> dict[str, str]:
     """Copy weights and small files; returns tensor name -> file. A single file gets a shard's name, because
-    transformers reads `model.safetensors` alone wherever it finds one.
+    transformers reads `model.safetensors` alone wherever it finds one. Exits that the base has stay behind.
     """
     weight_map = {}
     for path in weight_files(base.folder):
         name = "model-00001-of-00001.safetensors" if path.name == SINGLE_NAME else path.name
         with safe_open(path, framework="pt") as file:
-            names = {key: base.parameter_of[key] for key in file.keys()}  # noqa: SIM118
-        if any(map(base.is_trained, names.values())):
+            stored = list(file.keys())
+        names = {key: base.parameter_of[key] for key in stored if not key.startswith(PREFIX)}
+        if not names:
+            continue
+        if len(names) < len(stored) or any(map(base.is_trained, names.values())):
             tensors = {key: base.read(parameter).contiguous() for key, parameter in names.items()}
             save_file(tensors, folder / name, metadata={"format": "pt"})
             copied(path.stat().st_size)
@@ -139,13 +142,6 @@ def _copy_file(path: Path, target: Path, copied: Callable[[int], None]) -> None:
         while block := source.read(1 << 24):
             file.write(block)
             copied(len(block))
-
-
-def _write_config(base: Path, folder: Path, early_exit: dict[str, Any]) -> None:
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    config["early_exit"] = early_exit
-    config["auto_map"] = {**config.get("auto_map", {}), **AUTO_MAP}
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def _dtype(path: Path) -> torch.dtype:

@@ -1,21 +1,45 @@
-"""What a Hugging Face folder has beside its weights: the index of its shards, tokenizer and other small files."""
+"""What a Hugging Face folder has beside its weights: config, the index of its shards, tokenizer and small files."""
 
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from ee_scale.backbone.loading import INDEX_NAME
+from ee_scale.backbone.small_files import GENERATION_CONFIG, small_files
+from ee_scale.exits.policies import CALIBRATION_KEY
 from ee_scale.files import write_text
 
 RECORD = "conversion.json"  # digests, in a folder that a conversion made
+OF_THE_SOURCE = ("early_exit", "auto_map", "_name_or_path")  # keys of config.json that speak of files not copied
 
 
-def copy_small_files(base: Path, folder: Path) -> None:
-    """Tokenizer, generation config, licence: all but weights, their index and config.json."""
-    for path in base.iterdir():
-        small = path.suffix in (".json", ".jinja", ".model", ".txt") or path.name.upper().startswith("LICENSE")
-        if path.is_file() and small and path.name not in ("config.json", INDEX_NAME, RECORD):
-            shutil.copyfile(path, folder / path.name)
+def copy_small_files(base: Path, folder: Path, *, same_exits: bool = False) -> None:
+    """Tokenizer, processor, generation settings, terms; config, weights and model card are the caller's.
+
+    `same_exits`: the copy has the exits of `base` as they are, so settings and calibration of exits stay true.
+    """
+    for name in small_files(base):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(base / name, folder / name)
+    path = folder / GENERATION_CONFIG
+    if path.is_file() and not same_exits:
+        _drop_exits(path)
+
+
+def read_config_json(folder: Path) -> dict[str, Any]:
+    """config.json as it is."""
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def stock_config(values: dict[str, Any]) -> dict[str, Any]:
+    """config.json of a copy: without exits, loading code and the name of what it was copied from."""
+    return {name: value for name, value in values.items() if name not in OF_THE_SOURCE}
+
+
+def write_config(folder: Path, values: dict[str, Any]) -> None:
+    """config.json."""
+    write_text(folder / "config.json", json.dumps(values, indent=2) + "\n")
 
 
 def write_index(folder: Path, weight_map: dict[str, str]) -> None:
@@ -27,3 +51,14 @@ def write_index(folder: Path, weight_map: dict[str, str]) -> None:
         size += (folder / name).stat().st_size - 8 - header
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
     write_text(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+
+
+def _drop_exits(path: Path) -> None:
+    """Take what is said of exits out of a generation config; a file that says nothing of them stays as it is."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        kept = {name: value for name, value in values.items() if not name.startswith(("exit_", CALIBRATION_KEY))}
+    except (ValueError, AttributeError):
+        return  # not an object of JSON: transformers says so
+    if len(kept) < len(values):
+        write_text(path, json.dumps(kept, indent=2) + "\n")

@@ -19,7 +19,7 @@ import torch
 from transformers import DynamicCache
 
 from ee_scale.artifact.files import new_folder
-from ee_scale.artifact.submodel import copy_small_files
+from ee_scale.artifact.hf_folder import copy_small_files, read_config_json, stock_config, write_config
 from ee_scale.backbone.families import FAMILIES
 from ee_scale.backbone.loading import read_config
 from ee_scale.backbone.model_tensors import ModelTensors
@@ -117,7 +117,7 @@ def export_onnx(folder: Path, out: Path, task: str, *, int8: bool = False) -> On
                 _quantize(path)
             report = _compare(path, model, task)
         copy_small_files(folder, temporary)
-        (temporary / "config.json").write_bytes((folder / "config.json").read_bytes())
+        write_config(temporary, stock_config(read_config_json(folder)) | {"dtype": "float32", "torch_dtype": "float32"})
     return report
 
 

@@ -1,7 +1,5 @@
 """One exit of a run as a stock model: the first layers of the base model with the exit's modules at their end."""
 
-import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,7 +13,8 @@ from transformers import AutoConfig
 
 from ee_scale.artifact.export import open_trained
 from ee_scale.artifact.files import new_folder
-from ee_scale.backbone.loading import INDEX_NAME, SINGLE_NAME, TensorFolder, load_config
+from ee_scale.artifact.hf_folder import copy_small_files, read_config_json, stock_config, write_config, write_index
+from ee_scale.backbone.loading import SINGLE_NAME, TensorFolder, load_config
 from ee_scale.backbone.shard import meta_model, output_matrix_name
 from ee_scale.errors import UserError
 from ee_scale.exits.heads import ExitSpec
@@ -82,18 +81,10 @@ def export_submodel(run: Path, out: Path, exit_layer: int, step: int | None = No
     own = {name.removeprefix(prefix): value for name, value in trained.exits.items() if name.startswith(prefix)}
     submodel = Submodel(exit_layer, spec, own, base)
     with new_folder(out) as folder:
-        write_text(folder / "config.json", json.dumps(_cut_config(base.folder, submodel), indent=2) + "\n")
+        write_config(folder, _cut_config(base.folder, submodel))
         copy_small_files(base.folder, folder)
         _write_weights(folder, submodel)
         write_text(folder / "README.md", _model_card(base.folder, out, submodel, trained.facts["step"]))
-
-
-def copy_small_files(source: Path, folder: Path) -> None:
-    """Copy tokenizer, generation settings and license; config, weights and model card are the caller's."""
-    for path in source.iterdir():
-        small = path.suffix in (".json", ".jinja", ".model", ".txt") or path.name.upper().startswith("LICENSE")
-        if path.is_file() and small and path.name not in ("config.json", INDEX_NAME):
-            shutil.copyfile(path, folder / path.name)
 
 
 def _check(run: Path, spec: ExitSpec, exit_layer: int) -> None:
@@ -110,7 +101,7 @@ def _check(run: Path, spec: ExitSpec, exit_layer: int) -> None:
 
 def _cut_config(base: Path, submodel: Submodel) -> dict[str, Any]:
     """The base model's config.json with the layers of the submodel, and nothing about exits."""
-    values = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    values = read_config_json(base)
     config, count = load_config(base), submodel.num_layers
     # Written out even where the file has none: some families derive the types from the number of layers.
     if types := getattr(config, "layer_types", None):
@@ -118,7 +109,7 @@ def _cut_config(base: Path, submodel: Submodel) -> dict[str, Any]:
         values["layer_types"] = [*types[: submodel.k], *own]
     values["num_hidden_layers"] = count
     values["tie_word_embeddings"] = config.tie_word_embeddings and submodel.spec.head == "tied"
-    return {name: value for name, value in values.items() if name not in ("early_exit", "auto_map")}
+    return stock_config(values)
 
 
 def _write_weights(folder: Path, submodel: Submodel) -> None:
@@ -134,9 +125,7 @@ def _write_weights(folder: Path, submodel: Submodel) -> None:
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        size = sum(prod(shape) for shape in shapes.values()) * embedding.itemsize
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        write_text(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+        write_index(folder, weight_map)
 
 
 def _shards(shapes: dict[str, tuple[int, ...]], itemsize: int) -> Iterator[list[str]]:

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from ee_scale.artifact.checkpoint import checkpoints, read_checkpoint
+from ee_scale.artifact.hf_folder import copy_small_files, read_config_json, stock_config, write_config
 from ee_scale.artifact.run_folder import CHECKPOINTS, read_run
-from ee_scale.artifact.submodel import copy_small_files
 from ee_scale.backbone.loading import TensorFolder, fingerprint
 from ee_scale.elastic.architecture import AUTO_CLASS, ElasticMap
 from ee_scale.elastic.extract import is_tied, subnet_config, subnet_tensors
@@ -77,8 +77,9 @@ def subnet_model(
 def write_subnet(folder: Path, model: nn.Module, supernet: TrainedSupernet, spec: SubnetSpec, facts: str) -> None:
     """Weights, config, tokenizer files and a model card into a new folder."""
     folder.mkdir()
-    copy_small_files(supernet.base, folder)
     model.save_pretrained(folder)
+    write_config(folder, stock_config(read_config_json(folder)))
+    copy_small_files(supernet.base, folder)  # after transformers, which makes generation settings of its own
     write_text(folder / "README.md", "\n".join(_model_card(folder.name, model, supernet, spec, facts)) + "\n")
 
 

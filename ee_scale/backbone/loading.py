@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -22,20 +20,10 @@ from ee_scale.errors import UserError
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 BLOCK = 1 << 22  # numbers that are compared at a time
 PLAIN = ("F32", "BF16", "F16", "F64")  # number types of weights that are what they say
-
-
-def find_model(path: str) -> Path:
-    """A local folder, or a hub name ('org/name') that is downloaded once. Raises `UserError` if there is neither."""
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-        raise UserError(f"model.path={path}: no such folder")
-    try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model.path={path}: no such folder, and not to be had from the hub ({reason})") from error
+SAVE_AS_SAFETENSORS = (
+    "weights of another kind (pytorch_model.bin, say) are not read; "
+    "AutoModelForCausalLM.from_pretrained(<model>).save_pretrained(<folder>) writes safetensors"
+)
 
 
 def load_config(folder: Path) -> Any:
@@ -152,7 +140,9 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / SINGLE_NAME).is_file():
         return [folder / SINGLE_NAME]
     if not (folder / INDEX_NAME).is_file():
-        raise UserError(f"model.path={folder}: neither {SINGLE_NAME} nor {INDEX_NAME} in it")
+        other = any(folder.glob("*.bin*")) or any(folder.glob("*.pt*")) or any(folder.glob("*.gguf"))
+        way_out = f"; {SAVE_AS_SAFETENSORS}" if other else ""
+        raise UserError(f"model.path={folder}: neither {SINGLE_NAME} nor {INDEX_NAME} in it{way_out}")
     try:
         names = sorted(set(json.loads((folder / INDEX_NAME).read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -8,7 +8,8 @@ from rich.table import Table
 
 from ee_scale.artifact.run_folder import OpenedRun, open_run, run_identity
 from ee_scale.artifact.save import load_checkpoint, load_frozen
-from ee_scale.backbone.loading import find_model, read_config
+from ee_scale.backbone.hub import find_model
+from ee_scale.backbone.loading import read_config
 from ee_scale.cli.console import console
 from ee_scale.cli.job import Job, log_as_rank, reporter, training_loop
 from ee_scale.cli.supernet_data import Data, prepare_data, read_labels

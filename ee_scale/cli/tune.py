@@ -8,7 +8,8 @@ from rich.table import Table
 
 from ee_scale.artifact.run_folder import OpenedRun, open_run, tune_identity
 from ee_scale.artifact.save import load_checkpoint
-from ee_scale.backbone.loading import find_model, load_config
+from ee_scale.backbone.hub import find_model
+from ee_scale.backbone.loading import load_config
 from ee_scale.backbone.shard import model_tensors
 from ee_scale.cli.console import console
 from ee_scale.cli.inputs import load_tokenizer, sources, text_dataset

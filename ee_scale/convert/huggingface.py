@@ -1,6 +1,5 @@
 """Hugging Face folders: read with or without exits (or as a sidecar), written in shards of a given size."""
 
-import json
 import math
 import shutil
 from dataclasses import replace
@@ -9,8 +8,9 @@ from typing import Any
 
 import torch
 
+from ee_scale.artifact.calibration import read_calibration, write_calibration
 from ee_scale.artifact.files import file_digest, write_json
-from ee_scale.artifact.hf_folder import copy_small_files, write_index
+from ee_scale.artifact.hf_folder import copy_small_files, read_config_json, stock_config, write_config, write_index
 from ee_scale.artifact.sidecar import SIDECAR_CONFIG, SIDECAR_WEIGHTS, read_sidecar
 from ee_scale.artifact.trained_base import EMBEDDING, HEAD
 from ee_scale.backbone.loading import SINGLE_NAME, fingerprint, load_config, weight_files
@@ -26,7 +26,6 @@ from ee_scale.exits import modeling_early_exit
 from ee_scale.exits.heads import ExitSpec
 from ee_scale.exits.modeling_early_exit import AUTO_MAP, CODE_FILES, PREFIX
 from ee_scale.exits.placement import resolve_exit_layers
-from ee_scale.files import write_text
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 DROPPED = ("rotary_emb.inv_freq",)  # buffers of old files
@@ -49,7 +48,7 @@ def open_sidecar(folder: Path) -> Opened:
         raise UserError(f"src={folder}: {base} changed since the exits were trained")
     config = load_config(base)
     exits = exits_of(folder, config, facts["early_exit"])
-    return _open(base, config, exits, [*weight_files(base), folder / SIDECAR_WEIGHTS])
+    return replace(_open(base, config, exits, [*weight_files(base), folder / SIDECAR_WEIGHTS]), exits_from=folder)
 
 
 def exits_of(folder: Path, config: Any, values: Any) -> ExitSpec | None:
@@ -74,7 +73,7 @@ def _open(folder: Path, config: Any, exits: ExitSpec | None, files: list[Path]) 
     info = model.info()
     check_tensors(folder, extents, info)
     stored = [Stored(whole_piece(name, info[name]), extent) for name, extent in extents.items()]
-    return Opened("hf", folder, model, stored, small=folder)
+    return Opened("hf", folder, model, stored, small=folder, exits_from=folder if exits else None)
 
 
 def _by_parameter(folder: Path, config: Any, files: list[Path]) -> dict[str, Extent]:
@@ -140,7 +139,11 @@ def finish_folder(folder: Path, opened: Opened, dtype: torch.dtype, files: list[
     values = config_values(opened, dtype)
     if opened.model.exits:
         values |= {"early_exit": opened.model.exits.to_dict(), "auto_map": AUTO_MAP}
-    _write_small(folder, opened, values)
+    types = {stored.extent.dtype for stored in opened.stored} | {piece.dtype for file in files for piece in file.pieces}
+    calibrated = opened.exits_from if len(types) == 1 else None  # rounded exits decide otherwise
+    _write_small(folder, opened, values, same_exits=calibrated is not None and calibrated == opened.small)
+    if calibrated not in (None, opened.small) and (calibration := read_calibration(calibrated)) is not None:
+        write_calibration(folder, calibration)
     if opened.model.exits:
         for name in CODE_FILES:
             shutil.copyfile(Path(modeling_early_exit.__file__).with_name(name), folder / name)
@@ -189,7 +192,7 @@ def config_values(opened: Opened, dtype: torch.dtype) -> dict[str, Any]:
     """
     model = opened.model
     if opened.small is not None and (opened.small / "config.json").is_file():
-        values = json.loads((opened.small / "config.json").read_text(encoding="utf-8"))
+        values = read_config_json(opened.small)
     else:
         values = model.config.to_diff_dict() | {"architectures": model.config.architectures}
     rope = rope_of(model.config)
@@ -198,15 +201,13 @@ def config_values(opened: Opened, dtype: torch.dtype) -> dict[str, Any]:
     scaled = {key: value for key, value in rope.items() if key != "rope_theta"}
     values["rope_scaling"] = None if rope["rope_type"] == "default" else scaled
     values["tie_word_embeddings"] = model.config.tie_word_embeddings
-    for key in ("early_exit", "auto_map"):
-        values.pop(key, None)
-    return values
+    return stock_config(values)
 
 
-def _write_small(folder: Path, opened: Opened, values: dict[str, Any]) -> None:
+def _write_small(folder: Path, opened: Opened, values: dict[str, Any], *, same_exits: bool = False) -> None:
     if opened.small is not None:
-        copy_small_files(opened.small, folder)
-    write_text(folder / "config.json", json.dumps(values, indent=2) + "\n")
+        copy_small_files(opened.small, folder, same_exits=same_exits)
+    write_config(folder, values)
 
 
 def _shards(pieces: list[Piece], itemsize: int, shard_bytes: int) -> list[list[Piece]]:

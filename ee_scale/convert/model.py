@@ -68,6 +68,7 @@ class Opened:
     Attributes:
         stored: every tensor and where it lies; args: of a Megatron checkpoint.
         small: Hugging Face folder whose tokenizer and other small files belong to the model, if any.
+        exits_from: folder of the exits, whose calibration is of these very exits.
         notes: what a person should know about what was found; staging: a file that `stored` points to, to be made.
     """
 
@@ -77,6 +78,7 @@ class Opened:
     stored: list[Stored]
     args: Namespace | None = None
     small: Path | None = None
+    exits_from: Path | None = None
     notes: list[str] = field(default_factory=list)
     staging: Staging | None = None
 

@@ -43,8 +43,7 @@ class EarlyExitForCausalLM(modeling.EarlyExitForCausalLM):
         model = _with_new_heads(folder, spec, **kwargs)
         exits = load_file(Path(path) / SIDECAR_WEIGHTS)
         model.exit_heads.load_state_dict({name.removeprefix(modeling.PREFIX): value for name, value in exits.items()})
-        if (calibration := read_calibration(Path(path))) is not None:
-            setattr(model.generation_config, CALIBRATION_KEY, calibration)
+        setattr(model.generation_config, CALIBRATION_KEY, read_calibration(Path(path)))  # not that of the base's exits
         return model
 
 

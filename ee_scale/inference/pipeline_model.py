@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from ee_scale.artifact.calibration import GENERATION_CONFIG, read_calibration
+from ee_scale.artifact.calibration import read_calibration
 from ee_scale.artifact.sidecar import SIDECAR_CONFIG, read_sidecar
 from ee_scale.backbone.families import shape_of
 from ee_scale.backbone.loading import TensorFolder, fingerprint, load_config
 from ee_scale.backbone.model_tensors import ModelTensors
 from ee_scale.backbone.shard import tensor_plan
+from ee_scale.backbone.small_files import GENERATION_CONFIG
 from ee_scale.backbone.stages import StagePlan, plan_stages
 from ee_scale.errors import UserError
 from ee_scale.exits.heads import ExitSpec

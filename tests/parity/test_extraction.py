@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
+from helpers.clutter import check_copy, clutter
 from helpers.models import VOCAB, write_model
 from helpers.supernet import SupernetJob, scrambled_order, start_noise, write_base
 from safetensors.torch import load_file, save_file
@@ -560,3 +561,10 @@ def test_any_single_layer_is_a_model(nets: Callable) -> None:
         stock = net.extracted(spec)
         assert stock.config.layer_types == [net.map.config.layer_types[layer]]
         torch.testing.assert_close(stock_logits(stock, "causal_lm"), net.logits(spec), atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_what_is_copied_is_true_in_the_copy(grid: Grid, tmp_path: Path) -> None:
+    """The base's generation settings too, which transformers' own saving would replace by its defaults."""
+    base = clutter(write_model(tmp_path / "base", "llama", num_hidden_layers=4))
+    make_net(base, grid, BODY).write(tmp_path / "subnet", ALONE["depth"])
+    check_copy(tmp_path / "subnet", base, {"model.safetensors", "README.md"})

@@ -3,6 +3,7 @@
 import importlib
 import json
 import logging
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.clutter import check_copy, clutter
 from helpers.models import VOCAB, load_whole, write_model
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 from ee_scale.errors import UserError
 
@@ -40,6 +42,13 @@ def folder(tmp_path_factory) -> Path:
     for name in ("tokenizer.json", "LICENSE"):
         (folder / "decoder" / name).write_text("{}")
     return folder
+
+
+def test_what_is_copied_is_true_in_the_copy(folder, tmp_path):
+    base = clutter(Path(shutil.copytree(folder / "decoder", tmp_path / "base")))
+    export_onnx(base, tmp_path / "out", "causal_lm")
+    check_copy(tmp_path / "out", base, {"model.onnx", "model.onnx.data"})
+    assert AutoConfig.from_pretrained(tmp_path / "out").dtype is torch.float32
 
 
 @pytest.fixture(scope="module")

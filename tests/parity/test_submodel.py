@@ -1,25 +1,29 @@
 """An exit that is exported as a stock model says exactly what it says as an exit."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.clutter import check_copy, clutter
+from helpers.convert import convert
 from helpers.models import FAMILIES, VOCAB, write_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ee_scale.artifact import submodel
 from ee_scale.artifact.checkpoint import STATE
+from ee_scale.artifact.export import EXITS_SHARD, export_early_exit
 from ee_scale.artifact.files import file_digest, write_json
 from ee_scale.artifact.run_folder import CHECKPOINTS, IDENTITY
 from ee_scale.artifact.submodel import export_submodel
-from ee_scale.backbone.loading import fingerprint
+from ee_scale.backbone.loading import TensorFolder, fingerprint
 from ee_scale.errors import UserError
-from ee_scale.exits.modeling_early_exit import PREFIX
+from ee_scale.exits.modeling_early_exit import AUTO_MAP, CODE_FILES, PREFIX
 from ee_scale.exits.placement import exit_spec
-from ee_scale.inference.model import untrained_exits
+from ee_scale.inference.model import EarlyExitForCausalLM, untrained_exits
 
 EXITS = (2, 5)  # the second one behind the last layer
 IDS = torch.randint(0, VOCAB, (2, 24), generator=torch.Generator().manual_seed(1))  # longer than a sliding window
@@ -163,3 +167,33 @@ def test_a_base_model_that_changed_or_went_is_refused(bases, tmp_path):
     base.rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="is not there any more"):
         export_submodel(run, tmp_path / "out", 2)
+
+
+def test_what_is_copied_is_true_in_the_copy(bases, tmp_path):
+    """Digests, results, adapters, code and a calibration of other exits stay behind; a tokenizer comes whole."""
+    base = clutter(Path(shutil.copytree(bases / "llama", tmp_path / "base")))
+    run = write_run(tmp_path / "run", base, with_exits(base, "norm", "tied"))
+    export_submodel(run, tmp_path / "submodel", 2)
+    check_copy(tmp_path / "submodel", base, {"model.safetensors", "README.md"})
+    export_early_exit(run, tmp_path / "whole", None)
+    shards = {"model-00001-of-00001.safetensors", EXITS_SHARD, "model.safetensors.index.json"}
+    check_copy(tmp_path / "whole", base, {*shards, *CODE_FILES, "README.md"})
+    assert json.loads((tmp_path / "whole" / "config.json").read_text())["auto_map"] == AUTO_MAP
+
+
+@pytest.mark.parametrize("one_file", [True, False])
+def test_exits_of_the_base_stay_behind(bases, tmp_path, one_file):
+    """A model with exits that is tuned again, with other exits: its own are neither copied nor named by the index."""
+    first = write_run(tmp_path / "first", bases / "llama", with_exits(bases / "llama", "norm", "full", (1, 3)))
+    export_early_exit(first, tmp_path / "exported", None)
+    base = convert(tmp_path / "exported", tmp_path / "one", "hf") if one_file else tmp_path / "exported"
+    model = with_exits(base, "norm", "tied")
+    export_early_exit(write_run(tmp_path / "second", base, model), tmp_path / "out", None)
+    with torch.no_grad():
+        found, expected = EarlyExitForCausalLM.from_pretrained(tmp_path / "out")(IDS), model(IDS)
+    assert sorted(found.exit_logits) == list(EXITS)
+    for k in EXITS:
+        assert torch.equal(found.exit_logits[k], expected.exit_logits[k])
+    assert torch.equal(found.logits, expected.logits)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert {name: path.name for name, path in TensorFolder(tmp_path / "out").files.items()} == index

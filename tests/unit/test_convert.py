@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.clutter import check_copy, clutter
 from helpers.convert import convert
 from helpers.models import SLIDING_WINDOW, VOCAB, load_whole, tiny_config, write_model
 from safetensors.torch import load_file, save_file
@@ -753,15 +754,12 @@ def test_a_window_that_every_layer_has(tmp_path: Path):
 
 def test_small_files_come_along(hf: Path, tmp_path: Path):
     src = Path(shutil.copytree(hf, tmp_path / "src"))
-    files = {"tokenizer.json": "{}", "LICENSE.md": "free", "chat_template.jinja": "{{ x }}", "merges.txt": "a b"}
-    for name, text in files.items():
-        (src / name).write_text(text)
-    (src / "optimizer.bin").write_bytes(b"\0")
-    back = convert(convert(src, tmp_path / "there", "megatron_core"), tmp_path / "back", "hf")
-    for name, text in files.items():
-        assert (back / name).read_text() == text
-    assert not (back / "optimizer.bin").exists()
-    assert not (back / "model.safetensors.index.json").exists()
+    (clutter(src) / "exits.json").unlink()  # which makes a folder a sidecar
+    there = convert(src, tmp_path / "there", "megatron_core")
+    check_copy(there / "huggingface", src, set())
+    check_copy(convert(there, tmp_path / "back", "hf"), src, {"model.safetensors", "conversion.json"})
+    digests = json.loads((tmp_path / "back" / "conversion.json").read_text())["files"]
+    assert all((tmp_path / "back" / name).is_file() for name in digests)
 
 
 def test_two_conversions_to_the_same_folder(hf: Path, tmp_path: Path):

@@ -1,0 +1,43 @@
+"""A model by its folder, or by its name on the hub."""
+
+import json
+import re
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from ee_scale.backbone.loading import INDEX_NAME, SAVE_AS_SAFETENSORS, SINGLE_NAME
+from ee_scale.backbone.small_files import SMALL_FILES
+from ee_scale.errors import UserError
+
+# Patterns of the hub match through folders; of these only additional_chat_templates is wanted.
+FOLDERS = ("[!a]*/*", "a[!d]*/*")
+
+
+def find_model(path: str) -> Path:
+    """A local folder, or a hub name ('org/name') that is downloaded once. Raises `UserError` if there is neither."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        raise UserError(f"model.path={path}: no such folder")
+    try:
+        folder = _download(path)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"model.path={path}: no such folder, and not to be had from the hub ({reason})") from error
+    if not any((folder / name).is_file() for name in (SINGLE_NAME, INDEX_NAME)):
+        raise UserError(f"model.path={path}: no {SINGLE_NAME} or {INDEX_NAME} on the hub; {SAVE_AS_SAFETENSORS}")
+    return folder
+
+
+def _download(name: str) -> Path:
+    """What transformers would load, all of one commit: small files, then the weights in the one form that is read."""
+    wanted = ["config.json", INDEX_NAME, *SMALL_FILES]
+    folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=list(FOLDERS)))
+    fetch = lambda files: snapshot_download(name, revision=folder.name, allow_patterns=files)  # noqa: E731
+    fetch([SINGLE_NAME])
+    if not (folder / SINGLE_NAME).is_file() and (folder / INDEX_NAME).is_file():
+        index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
+        fetch(sorted(set(index["weight_map"].values())))
+    return folder

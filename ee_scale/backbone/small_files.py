@@ -1,0 +1,30 @@
+"""Which small files of a model folder go where its weights go: tokenizer, processor, generation settings, terms.
+
+An allow-list, because a copy holds other weights: whatever else lies there (a trainer's state, digests, results, an
+adapter's config, loading code) speaks of the folder it lies in.
+"""
+
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+GENERATION_CONFIG = "generation_config.json"
+CHAT_TEMPLATES = "additional_chat_templates"
+# Names that tokenizers of transformers declare (`vocab_files_names`), and what other libraries read beside them.
+VOCABULARIES = (
+    *("tokenizer*.json", "tokenizer.model*", "*.model", "*.model.v[0-9]*", "*.tokenizer", "*.tiktoken", "tekken*.json"),
+    *("vocab", "*vocab*.json", "*vocab*.txt", "merges*.txt", "dict*.txt", "*.bpe", "*.codes", "*.spm"),
+    *("special_tokens_map.json", "added_tokens.json", "normalizer.json", "byte_maps.json", "emoji.json", "word_*.json"),
+)
+TEMPLATES = ("*.jinja", "chat_template*.json", f"{CHAT_TEMPLATES}/*.jinja")
+PROCESSORS = ("*processor_config.json", "audio_tokenizer_config.json")
+TERMS = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "COPYRIGHT*", "USE_POLICY*")
+SMALL_FILES = (*VOCABULARIES, *TEMPLATES, *PROCESSORS, GENERATION_CONFIG, *TERMS, *(name.lower() for name in TERMS))
+
+
+def small_files(folder: Path) -> Iterator[Path]:
+    """Those of a folder, relative to it."""
+    for path in sorted([*folder.iterdir(), *folder.glob(f"{CHAT_TEMPLATES}/*")]):
+        name = path.relative_to(folder)
+        if path.is_file() and any(fnmatchcase(name.as_posix(), pattern) for pattern in SMALL_FILES):
+            yield name
