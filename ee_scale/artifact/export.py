@@ -19,6 +19,7 @@ from ee_scale.artifact.run_folder import CHECKPOINTS, read_run
 from ee_scale.artifact.sidecar import SIDECAR_CONFIG, SIDECAR_WEIGHTS
 from ee_scale.artifact.trained_base import TrainedBase
 from ee_scale.backbone.loading import SINGLE_NAME, fingerprint, weight_files
+from ee_scale.backbone.narrowing import narrowed
 from ee_scale.errors import UserError
 from ee_scale.exits import modeling_early_exit
 from ee_scale.exits.modeling_early_exit import AUTO_MAP, CODE_FILES, PREFIX
@@ -97,7 +98,7 @@ def export_early_exit(run: Path, out: Path, step: int | None, copied: Callable[[
     with new_folder(out) as folder:
         weight_map = _copy_base(base, folder, copied)
         dtype = _dtype(weight_files(base.folder)[0])
-        tensors = {name: value.to(dtype) for name, value in trained.exits.items()}
+        tensors = {name: narrowed(value, dtype, name) for name, value in trained.exits.items()}
         save_file(tensors, folder / EXITS_SHARD, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, EXITS_SHARD)
         write_index(folder, weight_map)

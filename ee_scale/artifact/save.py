@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from ee_scale.artifact.checkpoint import STATE, checkpoints
 from ee_scale.artifact.files import file_digest, write_json
 from ee_scale.backbone.loading import TensorFolder
+from ee_scale.backbone.narrowing import fill
 from ee_scale.engine.state import MOMENTS, restore_tensors, whole_tensors
 from ee_scale.files import sync
 from ee_scale.grid import Grid
@@ -116,7 +117,7 @@ def load_frozen(folder: Path, run: Run, state: dict[str, Any]) -> None:
     run.step = state["step"]
     for part in run.saved_parts():
         for name, parameter in part.frozen:
-            parameter.copy_(run.local(name, parameter, tensors.read(name)))
+            fill(parameter, run.local(name, parameter, tensors.read(name)), name)
 
 
 def checkpoint_tensors(folder: Path, state: dict[str, Any]) -> TensorFolder:

@@ -15,6 +15,7 @@ from ee_scale.artifact.export import open_trained
 from ee_scale.artifact.files import new_folder
 from ee_scale.artifact.hf_folder import copy_small_files, read_config_json, stock_config, write_config, write_index
 from ee_scale.backbone.loading import SINGLE_NAME, TensorFolder, load_config
+from ee_scale.backbone.narrowing import narrowed
 from ee_scale.backbone.shard import meta_model, output_matrix_name
 from ee_scale.errors import UserError
 from ee_scale.exits.heads import ExitSpec
@@ -59,12 +60,12 @@ class Submodel:
         """A parameter of the stock model. A low-rank head is merged in fp32: W + up @ down, rounded once."""
         source = self.source(name)
         if source.startswith("exit."):
-            return self.tensors[source.removeprefix("exit.")].to(dtype)
+            return narrowed(self.tensors[source.removeprefix("exit.")], dtype, name)
         tensor = self.base.read(source)
         if name == "lm_head.weight" and self.spec.head == "low_rank":
             update = self.tensors["head.up.weight"] @ self.tensors["head.down.weight"]
             tensor = update.add_(tensor)
-        return tensor.to(dtype)
+        return narrowed(tensor, dtype, name)
 
 
 def export_submodel(run: Path, out: Path, exit_layer: int, step: int | None = None) -> None:

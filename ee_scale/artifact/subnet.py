@@ -13,6 +13,7 @@ from ee_scale.artifact.checkpoint import checkpoints, read_checkpoint
 from ee_scale.artifact.hf_folder import copy_small_files, read_config_json, stock_config, write_config
 from ee_scale.artifact.run_folder import CHECKPOINTS, read_run
 from ee_scale.backbone.loading import TensorFolder, fingerprint
+from ee_scale.backbone.narrowing import narrowed
 from ee_scale.elastic.architecture import AUTO_CLASS, ElasticMap
 from ee_scale.elastic.extract import is_tied, subnet_config, subnet_tensors
 from ee_scale.elastic.order import UnitOrder
@@ -63,8 +64,9 @@ def subnet_model(
     """The stock transformers model of a subnet, on the CPU."""
     tied = is_tied(elastic_map, supernet.trained)
     config = subnet_config(elastic_map, spec, tied=tied)
-    state = dict(subnet_tensors(elastic_map, base, order, supernet.trained, spec))
-    dtype = next(iter(state.values())).dtype
+    tensors = dict(subnet_tensors(elastic_map, base, order, supernet.trained, spec))
+    dtype = next(iter(tensors.values())).dtype
+    state = {name: narrowed(tensor, dtype, name) for name, tensor in tensors.items()}
     model = AUTO_CLASS[elastic_map.architecture.task].from_config(config, dtype=dtype)
     result = model.load_state_dict(state, strict=False)
     wanted = ["lm_head.weight"] if tied else []

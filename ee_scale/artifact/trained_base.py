@@ -7,6 +7,7 @@ import torch
 from ee_scale.backbone.adapters import DOWN, UP, merged
 from ee_scale.backbone.loading import TensorFolder, load_config
 from ee_scale.backbone.model_tensors import ModelTensors
+from ee_scale.backbone.narrowing import narrowed
 from ee_scale.backbone.shard import meta_model
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -31,10 +32,10 @@ class TrainedBase(ModelTensors):
         if not self.is_trained(name):
             return super().read(name, dim, start, stop)
         if self._key(name) in self._trained:
-            whole = self._trained.read(self._key(name)).to(super().read(name, 0, 0, 1).dtype)
+            whole = narrowed(self._trained.read(self._key(name)), super().read(name, 0, 0, 1).dtype, name)
         else:
             pair = (self._trained.read(name.removesuffix(".weight") + part) for part in (DOWN, UP))
-            whole = merged(super().read(name), *pair)
+            whole = merged(super().read(name), *pair, name)
         return whole if dim is None else whole[(slice(None),) * dim + (slice(start, stop),)]
 
     def _key(self, name: str) -> str:

@@ -8,6 +8,7 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import nn
 
 from ee_scale.backbone.digest import named_generator
+from ee_scale.backbone.narrowing import narrowed
 from ee_scale.backbone.parallel import COLUMN, ROW, ColumnLinear, RowLinear, low_rank_update
 from ee_scale.backbone.shard import BackboneStage
 from ee_scale.grid import Grid
@@ -48,9 +49,12 @@ def add_adapters(
     return adapters
 
 
-def merged(weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """The projection with its adapter inside: [out, in], in the type of `weight`, rounded once."""
-    return (weight.float() + up.float() @ down.float()).to(weight.dtype)
+def merged(weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, name: str) -> torch.Tensor:
+    """Projection `name` with its adapter inside: [out, in], in the type of `weight`, rounded once.
+
+    Raises `NarrowingError` for a sum that this type has not.
+    """
+    return narrowed(weight.float() + up.float() @ down.float(), weight.dtype, name)
 
 
 def _projections(backbone: BackboneStage, targets: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:

@@ -14,6 +14,7 @@ from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ee_scale.backbone.families import FAMILIES, family_of
+from ee_scale.backbone.narrowing import fill
 from ee_scale.backbone.stored_names import stored_pair
 from ee_scale.errors import UserError
 
@@ -194,7 +195,7 @@ class LoadTask:
 def load_tensors(tasks: list[LoadTask], tensors: TensorFolder, tp_rank: int, tp: int) -> None:
     """Fill each target with its slice; rows past the vocabulary become zero.
 
-    Raises `UserError` naming the tensor and both shapes.
+    Raises `UserError` naming the tensor and both shapes, or a number that the target's type has not.
     """
     for task in tasks:
         expected = list(task.target.shape)
@@ -205,16 +206,17 @@ def load_tensors(tasks: list[LoadTask], tensors: TensorFolder, tp_rank: int, tp:
                 f"{tensors.folder}: '{task.source}' has shape {list(tensors.shape(task.source))}, "
                 f"but the config asks for {expected}"
             )
-        with torch.no_grad():
-            if task.dim is None:
-                task.target.copy_(tensors.read(task.source))
-            else:
-                _copy_slice(task, tensors, tp_rank)
+        if task.dim is None:
+            fill(task.target, tensors.read(task.source), task.source)
+        else:
+            _copy_slice(task, tensors, tp_rank)
 
 
 def _copy_slice(task: LoadTask, tensors: TensorFolder, tp_rank: int) -> None:
     step = task.target.shape[task.dim]
     start, stop = min(tp_rank * step, task.size), min((tp_rank + 1) * step, task.size)
     if stop - start < step:
-        task.target.zero_()
-    task.target.narrow(task.dim, 0, stop - start).copy_(tensors.read(task.source, task.dim, start, stop))
+        with torch.no_grad():
+            task.target.zero_()
+    part = tensors.read(task.source, task.dim, start, stop)
+    fill(task.target.narrow(task.dim, 0, stop - start), part, task.source)

@@ -41,6 +41,8 @@ def run(config: Any, overrides: Sequence[str]) -> int:
     for note in [*copies, *conversion.notes]:
         err.print(note, markup=False, highlight=False, soft_wrap=True)
     _write(conversion, config.workers, err, _check(conversion, settings, err) if config.verify else lambda folder: None)
+    for line in conversion.source.values.lines():
+        err.print(line, markup=False, highlight=False, soft_wrap=True)
     err.print(f"wrote {settings.out}", markup=False, highlight=False, soft_wrap=True)
     return 0
 

@@ -7,15 +7,18 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 
 from ee_scale.convert.tensors import Extent, Piece, Span, Stored
+from ee_scale.convert.values import Values
 from ee_scale.errors import UserError
 
 BLOCK = 8 << 20  # bytes
+Look = Callable[[torch.Tensor, torch.Tensor], None]  # a block before and after
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,9 @@ class Slab:
 class Source:
     """Where every span of the model's tensors lies."""
 
-    def __init__(self, stored: Iterable[Stored]):
+    def __init__(self, stored: Iterable[Stored], values: Values | None = None):
+        """`values`: what looks at everything that is read; None: one of its own."""
+        self.values = values or Values()
         self._slabs: dict[str, list[Slab]] = defaultdict(list)
         for item in stored:
             at = 0
@@ -71,9 +76,15 @@ class Source:
         return torch.cat(blocks).view(shape)
 
     def fill(self, span: Span, out: torch.Tensor, dim: int, rows: tuple[int, int]) -> None:
-        """Write a span into `out` [rows, width]: whole rows (dim 0), or `rows` of the span's columns (dim 1)."""
+        """Write a span into `out` [rows, width]: whole rows (dim 0), or `rows` of the span's columns (dim 1).
+
+        Raises `UserError` if it is not wholly there, or holds a number that the type of `out` has not.
+        """
         if span.name is None:
             out.zero_()
+            return
+        if span.update is not None:
+            self._fill_updated(span, out)
             return
         done = 0
         for slab in self._slabs[span.name]:
@@ -82,25 +93,28 @@ class Source:
                 continue
             at, length = slab.at + start - slab.start, stop - start
             part = out.narrow(dim, start - span.start, length)
+            look = partial(self.values.look, span.name)
             if dim == 0:
-                _read(slab.extent, (at, at + length), None, part)
+                _read(slab.extent, (at, at + length), None, part, look)
             else:
-                _read(slab.extent, rows, (at, at + length), part)
+                _read(slab.extent, rows, (at, at + length), part, look)
             done += length
         if done != len(span):
             raise UserError(
                 f"'{span.name}': the source holds {done} of the {len(span)} rows [{span.start}, {span.stop})"
             )
-        if span.update is not None:
-            self._add_update(span, out)
 
-    def _add_update(self, span: Span, out: torch.Tensor) -> None:
-        """out += (up @ down)[rows of the span], in fp32."""
+    def _fill_updated(self, span: Span, out: torch.Tensor) -> None:
+        """out = tensor + (up @ down)[rows of the span], in fp32, rounded once."""
         up_name, down_name = span.update
+        whole = torch.empty(out.shape)
+        self.fill(replace(span, update=None), whole, 0, (0, len(span)))
         down = self.read(down_name).float()
         up = torch.empty(len(span), down.shape[0], dtype=self.dtype(up_name))
         self.fill(Span(up_name, span.start, span.stop), up, 0, (0, len(span)))
-        out.copy_(out.float() + up.float() @ down)
+        whole += up.float() @ down
+        out.copy_(whole)
+        self.values.look(span.name, whole, out)
 
 
 def blocks_of(piece: Piece, source: Source, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
@@ -144,7 +158,7 @@ def differing_copies(stored: Iterable[Stored], source: Source) -> list[Stored]:
         if item.piece.copy:
             for first, block in blocks_of(item.piece, source, item.extent.dtype):
                 theirs = torch.empty_like(block)
-                _read(item.extent, (first, first + len(block)), None, theirs)
+                _read(item.extent, (first, first + len(block)), None, theirs, _unseen)
                 padding = sum(len(span) for span in item.piece.spans if span.name is None)
                 kept = max(0, min(len(block), item.extent.shape[0] - padding - first))  # padding may hold anything
                 if not torch.equal(block[:kept], theirs[:kept]):
@@ -156,12 +170,18 @@ def differing_copies(stored: Iterable[Stored], source: Source) -> list[Stored]:
 def read_extent(extent: Extent) -> torch.Tensor:
     """A whole stored tensor."""
     out = torch.empty(extent.shape[0], math.prod(extent.shape[1:]), dtype=extent.dtype)
-    _read(extent, (0, extent.shape[0]), None, out)
+    _read(extent, (0, extent.shape[0]), None, out, _unseen)
     return out.view(extent.shape)
 
 
-def _read(extent: Extent, rows: tuple[int, int], columns: tuple[int, int] | None, out: torch.Tensor) -> None:
-    """`out` [rows, columns] = part of a stored matrix (or vector), in the type of `out`."""
+def _unseen(before: torch.Tensor, after: torch.Tensor) -> None:
+    """For what is read and goes nowhere."""
+
+
+def _read(
+    extent: Extent, rows: tuple[int, int], columns: tuple[int, int] | None, out: torch.Tensor, look: Look
+) -> None:
+    """`out` [rows, columns] = part of a stored matrix (or vector), in the type of `out`; `look` sees both."""
     first, last = rows
     width = math.prod(extent.shape[1:])
     size = extent.dtype.itemsize
@@ -174,4 +194,5 @@ def _read(extent: Extent, rows: tuple[int, int], columns: tuple[int, int] | None
         )
         part = mapped if columns is None else mapped[:, columns[0] * size : columns[1] * size]
         values = torch.from_numpy(part).view(extent.dtype)
-        out[start - first : stop - first].copy_(values)
+        target = out[start - first : stop - first]
+        look(values, target.copy_(values))

@@ -24,15 +24,15 @@ from typing import Any
 import torch
 
 from ee_scale.artifact.hf_folder import write_index
-from ee_scale.convert.copying import Source
 from ee_scale.convert.deepspeed_files import harmless, scan, tag_folder
 from ee_scale.convert.files import reserve
 from ee_scale.convert.folders import hugging_face_part
 from ee_scale.convert.huggingface import DROPPED, check_tensors, exits_of, target_files, whole_piece
-from ee_scale.convert.job import SLACK, Conversion, check_source, with_dtypes
+from ee_scale.convert.job import SLACK, Conversion, check_source, source_of, with_dtypes
 from ee_scale.convert.model import Model, Opened
 from ee_scale.convert.tensors import Extent, Piece, Stored, TensorInfo
 from ee_scale.convert.unpickle import known_globals
+from ee_scale.convert.values import Values
 from ee_scale.errors import UserError
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -58,7 +58,8 @@ class Staging:
     """The file of tensors that were in parts.
 
     Attributes:
-        extents: by DeepSpeed's names; left: bytes that the conversion writes besides.
+        extents: by DeepSpeed's names; left: bytes that the conversion writes besides; values: sees every
+            weight on its way.
     """
 
     tag: Path
@@ -67,6 +68,7 @@ class Staging:
     extents: dict[str, Extent]
     left: int
     trust: bool
+    values: Values
 
     @contextlib.contextmanager
     def filled(self) -> Iterator[None]:
@@ -107,7 +109,9 @@ class Staging:
                     str(self.tag.parent), self.tag.name, exclude_frozen_parameters=self.stage < 3, lazy_mode=True
                 )
             for name, extent in self.extents.items():
-                tensor = tensors.pop(name).contiguous().to(extent.dtype)
+                master = tensors.pop(name).contiguous()
+                tensor = master.to(extent.dtype)
+                self.values.look(name, master, tensor)
                 if tensor.shape != extent.shape:
                     raise ValueError(f"'{name}' came out as {list(tensor.shape)} instead of {list(extent.shape)}")
                 file.seek(extent.offset)
@@ -156,13 +160,13 @@ def open_folder(
     info = model.info()
     stored = [Stored(whole_piece(name, info[name]), extents[name]) for name in info]
     left = sum(torch.Size(one.shape).numel() for one in info.values()) * dtype.itemsize
-    staged = Staging(tag, file, save.stage, parts, left, trust) if parts else None
+    staged = Staging(tag, file, save.stage, parts, left, trust, Values()) if parts else None
     return Opened("deepspeed", tag, model, stored, small=small, notes=save.notes, staging=staged)
 
 
 def bare_conversion(opened: Opened, out: Path, shard_bytes: int, dtype: torch.dtype | None) -> Conversion:
     """Plain safetensors of weights without a config; numbers that are not floats stay what they are."""
-    source = Source(opened.stored)
+    source = source_of(opened)
     files = target_files(opened.model, (dtype or torch.float32).itemsize, shard_bytes)
     with_dtypes(files, source, None, opened.model.dtype)
     for file in files:

@@ -16,6 +16,7 @@ import torch
 
 from ee_scale.artifact.files import file_digest, read_json, write_json
 from ee_scale.artifact.hf_folder import RECORD
+from ee_scale.backbone.narrowing import NarrowingError
 from ee_scale.convert.copying import Source
 from ee_scale.convert.files import ArchivesFile, TargetFile
 from ee_scale.convert.model import Opened
@@ -52,6 +53,11 @@ class Conversion:
     def partial(self) -> Path:
         """Where files are made until all are done."""
         return self.out.parent / f".{self.out.name}.partial"
+
+
+def source_of(opened: Opened) -> Source:
+    """The tensors of a checkpoint, with one look at the numbers of its staging and at those read from files."""
+    return Source(opened.stored, opened.staging.values if opened.staging else None)
 
 
 def with_dtypes(files: Sequence[TargetFile], source: Source, dtype: torch.dtype | None, padding: torch.dtype) -> None:
@@ -133,6 +139,9 @@ def _run(conversion: Conversion, workers: int, moved: Callable[[int], None], che
         conversion.finish(partial)
         check(partial)
         _publish(partial, out, journal)
+    except NarrowingError:
+        shutil.rmtree(partial, ignore_errors=True)  # the same command cannot go on with it
+        raise
     except OSError as error:
         raise UserError(
             f"out={out}: cannot write ({error.strerror or error}); finished files are kept in {partial}, "

@@ -12,6 +12,7 @@ import torch
 from ee_scale.convert.args import check_config
 from ee_scale.convert.names import FINAL_NORM, HEAD, MLP, ModelMap
 from ee_scale.convert.tensors import Stored, TensorInfo
+from ee_scale.convert.values import Values
 from ee_scale.errors import UserError
 from ee_scale.exits.heads import ExitSpec
 from ee_scale.exits.modeling_early_exit import PREFIX
@@ -52,10 +53,11 @@ class Staging(Protocol):
     """A file that exists for as long as a conversion runs, made of what no extent can tell where it lies.
 
     Attributes:
-        file: where it will be.
+        file: where it will be; values: sees the numbers on their way into it.
     """
 
     file: Path
+    values: Values
 
     def filled(self) -> AbstractContextManager[None]:
         """Inside the block the file is there. Raises `UserError`."""

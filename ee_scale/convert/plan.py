@@ -8,11 +8,10 @@ import torch
 
 from ee_scale.convert import deepspeed, huggingface, mp_rank, mp_rank_reader, torch_dist, torch_dist_reader
 from ee_scale.convert.args import flags_to_pass
-from ee_scale.convert.copying import Source
 from ee_scale.convert.exits import check_old_classes
 from ee_scale.convert.files import TargetFile
 from ee_scale.convert.folders import HF_PART, TRACKER, detect, iteration_folder, saved_by_deepspeed
-from ee_scale.convert.job import Conversion, check_source, with_dtypes
+from ee_scale.convert.job import Conversion, check_source, source_of, with_dtypes
 from ee_scale.convert.model import Model, Opened, padded
 from ee_scale.errors import UserError
 from ee_scale.files import write_text
@@ -92,7 +91,7 @@ def make_conversion(settings: Settings) -> Conversion:
     if settings.shard_gb <= 0:
         raise UserError(f"shard_gb={settings.shard_gb}: must be above 0")
     opened = open_checkpoint(settings)
-    source = Source(opened.stored)
+    source = source_of(opened)
     dtype = DTYPES.get(settings.dtype)
     if opened.model.config is None:
         return deepspeed.bare_conversion(opened, settings.out, int(settings.shard_gb * 1e9), dtype)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ee_scale.backbone.loading import TensorFolder
+from ee_scale.backbone.narrowing import narrowed
 from ee_scale.elastic.architecture import ElasticMap, TensorAxes
 from ee_scale.elastic.order import UnitOrder
 from ee_scale.elastic.stage import read_tensor
@@ -65,7 +66,7 @@ def subnet_tensors(
         for update in updates.get(name, []):
             value = value + _update(update, tensor, elastic_map, spec)
         dtype = elastic_map.config.dtype or torch.float32 if whole is None else whole.dtype
-        yield _renumbered(name, tensor, spec), value.to(dtype).contiguous()
+        yield _renumbered(name, tensor, spec), narrowed(value, dtype, name).contiguous()
 
 
 def _by_tensor(trained: Trained) -> dict[str, list[dict[str, torch.Tensor]]]:

@@ -11,6 +11,7 @@ from torch import nn
 from ee_scale.backbone.digest import bit_digest
 from ee_scale.backbone.loading import TensorFolder
 from ee_scale.backbone.model_tensors import ModelTensors
+from ee_scale.backbone.narrowing import fill
 from ee_scale.backbone.parallel import padded_vocab
 from ee_scale.backbone.stages import StagePlan
 from ee_scale.elastic.architecture import SHARDED, VOCAB, ElasticMap, TensorAxes, meta_model
@@ -177,11 +178,9 @@ class ElasticStage(nn.Module):
                 whole = read_tensor(tensors, f"{name}.{leaf}")
                 if whole is None:
                     self.new.add(name)
-                with torch.no_grad():
-                    if whole is None:
-                        target.zero_()
-                    else:
-                        target.copy_(self.local(whole, self.describe(name, leaf, whole), order))
+                    target.data.zero_()
+                else:
+                    fill(target, self.local(whole, self.describe(name, leaf, whole), order), f"{name}.{leaf}")
 
     def describe(self, name: str, leaf: str, whole: torch.Tensor) -> TensorAxes:
         """Axes of a whole tensor of an elastic module."""

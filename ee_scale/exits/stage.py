@@ -11,6 +11,7 @@ from torch import nn
 from ee_scale.backbone.digest import bit_digest, named_generator
 from ee_scale.backbone.families import family_of
 from ee_scale.backbone.loading import LoadTask, TensorFolder, load_tensors
+from ee_scale.backbone.narrowing import fill
 from ee_scale.backbone.parallel import (
     ROW,
     column_linear,
@@ -145,11 +146,11 @@ def load_stage(stage: TuningStage, tensors: TensorFolder, grid: Grid, *, init: s
     for name, parameter in stage.exit_heads.named_parameters():
         source = copy_source(name, config.num_hidden_layers, tensors)
         if source is None:
-            _fill(parameter, whole_low_rank(name, parameter, config.vocab_size, seed), grid)
+            _fill(name, parameter, whole_low_rank(name, parameter, config.vocab_size, seed), grid)
         elif init == "copy":
             tasks.append(load_task(parameter, source, config.vocab_size, tp))
         else:
-            _fill(parameter, whole_random(name, source, tensors, config, seed), grid)
+            _fill(name, parameter, whole_random(name, source, tensors, config, seed), grid)
     load_tensors(tasks, tensors, grid.tp_rank, tp)
 
 
@@ -205,9 +206,8 @@ def _inside_layer(name: str) -> str:
     return name.split(".", 1)[1].removeprefix("layer.").rsplit(".", 1)[0]
 
 
-def _fill(parameter: nn.Parameter, whole: torch.Tensor, grid: Grid) -> None:
-    with torch.no_grad():
-        parameter.copy_(local_slice(whole, parameter, grid.tp_rank))
+def _fill(name: str, parameter: nn.Parameter, whole: torch.Tensor, grid: Grid) -> None:
+    fill(parameter, local_slice(whole, parameter, grid.tp_rank), name)
 
 
 def local_slice(whole: torch.Tensor, parameter: torch.Tensor, tp_rank: int) -> torch.Tensor:

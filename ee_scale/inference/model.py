@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, logging
 
 from ee_scale.artifact.calibration import read_calibration
 from ee_scale.artifact.sidecar import SIDECAR_CONFIG, SIDECAR_WEIGHTS, read_sidecar
-from ee_scale.backbone.loading import fingerprint, load_config, read_config
+from ee_scale.backbone.loading import TensorFolder, fingerprint, load_config, read_config
+from ee_scale.backbone.narrowing import narrowed
 from ee_scale.backbone.shard import model_tensors
 from ee_scale.errors import UserError
 from ee_scale.exits import modeling_early_exit as modeling
@@ -41,8 +42,11 @@ class EarlyExitForCausalLM(modeling.EarlyExitForCausalLM):
         spec = ExitSpec.from_dict(facts["early_exit"])
         tensors_with_exits(folder, load_config(folder), spec, Path(path))
         model = _with_new_heads(folder, spec, **kwargs)
+        _check_numbers(folder, model)
         exits = load_file(Path(path) / SIDECAR_WEIGHTS)
-        model.exit_heads.load_state_dict({name.removeprefix(modeling.PREFIX): value for name, value in exits.items()})
+        dtype = next(model.exit_heads.parameters()).dtype
+        state = {name.removeprefix(modeling.PREFIX): narrowed(value, dtype, name) for name, value in exits.items()}
+        model.exit_heads.load_state_dict(state)
         setattr(model.generation_config, CALIBRATION_KEY, read_calibration(Path(path)))  # not that of the base's exits
         return model
 
@@ -82,9 +86,20 @@ def open_model(path: Path, **kwargs: Any) -> Any:
         model_tensors(path, config)  # transformers fills what is missing with random numbers
         opener = AutoModelForCausalLM
     try:
-        return opener.from_pretrained(path, **kwargs)
+        model = opener.from_pretrained(path, **kwargs)
     except (ValueError, OSError, json.JSONDecodeError) as error:
         raise UserError(str(error).strip().splitlines()[0]) from error
+    _check_numbers(path, model)
+    return model
+
+
+def _check_numbers(folder: Path, model: Any) -> None:
+    """Raise `UserError` naming a tensor with a number that the type it was opened in has not."""
+    odd = {name: value for name, value in model.named_parameters() if not value.isfinite().all()}
+    stored = TensorFolder(folder) if odd else {}
+    for name, value in odd.items():
+        if name in stored:
+            narrowed(stored.read(name), value.dtype, name)
 
 
 def _with_new_heads(folder: Path, spec: ExitSpec, **kwargs: Any) -> Any:

@@ -197,3 +197,17 @@ def test_exits_of_the_base_stay_behind(bases, tmp_path, one_file):
     assert torch.equal(found.logits, expected.logits)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
     assert {name: path.name for name, path in TensorFolder(tmp_path / "out").files.items()} == index
+
+
+def test_exits_that_the_base_models_type_cannot_hold(bases, tmp_path):
+    """Trained in fp32, beyond fp16: refused by name, and nothing is written."""
+    AutoModelForCausalLM.from_pretrained(bases / "llama", dtype=torch.float16).save_pretrained(tmp_path / "base")
+    run = write_run(tmp_path / "run", tmp_path / "base", with_exits(tmp_path / "base", "norm", "full"), (10**6,))
+    exports = {
+        "submodel": lambda out: export_submodel(run, out, 2),
+        "whole": lambda out: export_early_exit(run, out, None),
+    }
+    for name, export in exports.items():
+        with pytest.raises(UserError, match=r"'.*weight' holds .*, and the largest number of fp16 is 65504"):
+            export(tmp_path / name)
+        assert not (tmp_path / name).exists()
