@@ -122,7 +122,7 @@ def test_what_was_trained_of_a_base(tmp_path: Path):
     AutoModelForCausalLM.from_config(tiny_config("llama"), dtype=torch.float16).save_pretrained(tmp_path / "base")
     shape = TensorFolder(tmp_path / "base").shape(NAME)
     save_file({NAME: torch.full(shape, 7e4)}, tmp_path / "trained.safetensors")
-    base = TrainedBase(tmp_path / "base", tmp_path, ["trained.safetensors"], tied=False)
+    base = TrainedBase(tmp_path / "base", tmp_path, ["trained.safetensors"])
     with pytest.raises(NarrowingError, match=f"'{NAME}' holds 70000"):
         base.read(NAME)
     with pytest.raises(NarrowingError, match="'x' holds 65537"):
