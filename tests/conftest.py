@@ -1,8 +1,26 @@
-"""Environment of every test process; children of `helpers.spawn` inherit it."""
+"""Environment of every test process, which children of `helpers.spawn` inherit; the watch for tests that hang."""
 
 import os
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+from helpers.hangs import HangWatch
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it when it is imported
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall when tests run beside other work
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("PYTHONFAULTHANDLER", "1")  # what hangs is ended by a signal, and tells its stacks
+
+# Nothing depends on the clock, nor on luck.
+settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, Any, Any]:
+    """Each test with its fixtures."""
+    with HangWatch():
+        return (yield)

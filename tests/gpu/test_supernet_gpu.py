@@ -26,7 +26,6 @@ def command(folder: Path, *arguments: str) -> None:
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=400,
         check=False,
     )
     assert finished.returncode == 0, finished.stderr

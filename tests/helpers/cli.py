@@ -1,9 +1,11 @@
 """Run `ee-scale` in processes of its own: quick forks, one per rank, started the way torchrun starts them."""
 
+import faulthandler
 import multiprocessing
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,7 +40,6 @@ def run_cli(
     folder: Path,
     world_size: int = 1,
     *,
-    timeout: float = 180,
     die_at_step: int = 0,
     die_in_save: bool = False,
     measure_here: bool = False,
@@ -46,10 +47,10 @@ def run_cli(
 ) -> Finished:
     """Run a command with `folder` as working directory; with several ranks, each under torchrun's variables.
 
-    `die_at_step` and `die_in_save` kill rank 0 (signal 9) after that step, or when all files of a checkpoint are
-    written and only the rename is missing. `measure_here`: a palette's folders are measured in the command's own
-    process, which saves seconds for each, and their memory is said to be twice their weights. `inject`: called with the
-    rank in each process before the command runs (an importable function).
+    `die_at_step` and `die_in_save` kill rank 0 (signal 9) after that step, earlier checkpoints being on disk, or when
+    all files of a checkpoint are written and only the rename is missing. `measure_here`: a palette's folders are
+    measured in the command's own process, which saves seconds for each, and their memory is said to be twice their
+    weights. `inject`: called with the rank in each process before the command runs (an importable function).
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(MODULES)
@@ -59,13 +60,15 @@ def run_cli(
         context.Process(target=_rank, args=(rank, world_size, port, *options), daemon=True)
         for rank in range(world_size)
     ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(timeout)
-    codes = [process.exitcode if process.exitcode is not None else -999 for process in ranks]
-    for process in ranks:
-        process.kill()
+    try:
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()
+    finally:
+        for process in ranks:
+            process.kill()
+    codes = [process.exitcode for process in ranks]
     return Finished(codes, [(folder / f".output_{rank}").read_text() for rank in range(world_size)])
 
 
@@ -99,6 +102,7 @@ def _rank(
     descriptor = os.open(folder / f".output_{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    faulthandler.enable()  # the fork server's goes elsewhere
     torch.set_num_threads(1)
     from ee_scale.artifact import save  # imported in the fork, after its output was redirected
     from ee_scale.cli.main import main
@@ -133,6 +137,9 @@ def _kill_after(owner: Any, name: str, when: Any) -> None:
     def patched(self: Any) -> None:
         original(self)
         if self._pending and when(self):
+            for thread in threading.enumerate():
+                if thread.name == "checkpoint writer":
+                    thread.join()
             os.kill(os.getpid(), signal.SIGKILL)
 
     setattr(owner, name, patched)

@@ -5,7 +5,6 @@ import faulthandler
 import multiprocessing
 import os
 import tempfile
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -25,24 +24,24 @@ class RankError(AssertionError):
     """A rank failed; the text is its traceback."""
 
 
-def spawn(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240.0) -> list[Any]:
+def spawn(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """Call `fn(rank, *args)` on `world_size` ranks that share a gloo world; returns the results by rank.
 
-    `fn` must be importable (module level). Raises `RankError` with the traceback of the rank that failed first, and
-    `TimeoutError` with the stacks of the ranks that hang; no process outlives the call.
+    `fn` must be importable (module level). Raises `RankError` with the traceback of the rank that failed first, or with
+    the stacks of the ranks that hang (see `helpers.hangs`); no process outlives the call.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as name, _environment():
         folder = Path(name)
         ranks = [
-            context.Process(target=_run_rank, args=(fn, rank, world_size, folder, timeout, args), daemon=True)
+            context.Process(target=_run_rank, args=(fn, rank, world_size, folder, args), daemon=True)
             for rank in range(world_size)
         ]
         for process in ranks:
             process.start()
         try:
-            _join(ranks, folder, time.monotonic() + timeout)
+            _join(ranks, folder)
         finally:
             for process in ranks:
                 process.kill()
@@ -64,26 +63,21 @@ def _environment() -> Iterator[None]:
         os.environ.update(before)
 
 
-def _join(ranks: list[Any], folder: Path, deadline: float) -> None:
+def _join(ranks: list[Any], folder: Path) -> None:
     running = {process.sentinel: process for process in ranks}
     while running:
-        done = wait(list(running), timeout=max(0.0, deadline - time.monotonic()))
-        if not done:
-            stacks = "\n".join(path.read_text() for path in sorted(folder.glob("stack_*.txt")))
-            raise TimeoutError(f"{len(running)} of {len(ranks)} ranks still run after the time limit\n{stacks}")
-        failed = [process for sentinel in done if (process := running.pop(sentinel)).exitcode != 0]
+        failed = [process for sentinel in wait(list(running)) if (process := running.pop(sentinel)).exitcode != 0]
         if failed:
             # The others fail because of it, or hang; what happened first is the cause.
             errors = sorted(folder.glob("error_*.txt"), key=lambda path: path.stat().st_mtime_ns)
+            stacks = [path.read_text() for path in sorted(folder.glob("stack_*.txt"))]
             died = f"rank {ranks.index(failed[0])} died with exit code {failed[0].exitcode}"
-            raise RankError(errors[0].read_text() if errors else died)
+            raise RankError(errors[0].read_text() if errors else "\n".join([died, *stacks]))
 
 
-def _run_rank(
-    fn: Callable[..., Any], rank: int, world_size: int, folder: Path, timeout: float, args: tuple[Any, ...]
-) -> None:
+def _run_rank(fn: Callable[..., Any], rank: int, world_size: int, folder: Path, args: tuple[Any, ...]) -> None:
     with (folder / f"stack_{rank}.txt").open("w") as stack:
-        faulthandler.dump_traceback_later(max(timeout - 2.0, 0.1), file=stack)
+        faulthandler.enable(stack)
         try:
             torch.set_num_threads(1)
             torch.distributed.init_process_group(
@@ -91,7 +85,7 @@ def _run_rank(
                 init_method=f"file://{folder}/rendezvous",
                 rank=rank,
                 world_size=world_size,
-                timeout=timedelta(seconds=timeout),
+                timeout=timedelta(days=1),  # the watch for hangs knows better
             )
             result = fn(rank, *args)
             torch.save(result, folder / f"result_{rank}.pt")
@@ -102,6 +96,4 @@ def _run_rank(
             aside.write_text(f"rank {rank} of {world_size}:\n{traceback.format_exc()}")
             aside.rename(folder / f"error_{rank}.txt")
             os._exit(1)
-        finally:
-            faulthandler.cancel_dump_traceback_later()
     os._exit(0)  # skips the teardown of DeepSpeed's groups, which may wait for ranks that are gone

@@ -88,7 +88,7 @@ def taken(written: Written, tmp_path_factory: pytest.TempPathFactory) -> "Result
     jobs = [
         RankFiles(*key, out / "release", again(root, key) / "iter_0000010") for key, out in in_order(written.rank_files)
     ]
-    return Results(root, spawn(take_rank_files, 4, jobs, tokens(), timeout=120.0))
+    return Results(root, spawn(take_rank_files, 4, jobs, tokens()))
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def loaded(written: Written, tmp_path_factory: pytest.TempPathFactory) -> "Resul
             by_rank=again(root, VIRTUAL) / "ranks" / "iter_0000010",
         )
     )
-    return Results(root, spawn(take_sharded, 4, jobs, timeout=120.0))
+    return Results(root, spawn(take_sharded, 4, jobs))
 
 
 def in_order(made: dict[tuple[str, Grid], Path]) -> Iterator[tuple[tuple[str, Grid], Path]]:

@@ -46,7 +46,7 @@ def references(folders: dict[str, Path]) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def runs(folders: dict[str, Path]) -> dict[int, list[dict]]:
-    return {world: spawn(run_cases, world, world, folders, timeout=300) for world in WORLDS}
+    return {world: spawn(run_cases, world, world, folders) for world in WORLDS}
 
 
 def run_cases(rank: int, world: int, folders: dict[str, Path]) -> dict:

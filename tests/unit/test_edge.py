@@ -2,7 +2,6 @@
 
 import itertools
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -97,12 +96,18 @@ def test_tokens_are_those_of_greedy_generation(decoder):
     assert torch.equal(text, load_whole(decoder).generate(ids, **settings))
 
 
-def test_time_is_a_median_after_a_warm_up():
+def test_time_is_a_median_after_a_warm_up(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(edge, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def take(seconds: float) -> None:
+        clock[0] += seconds
+
     spent = iter([0.1, 0.002, 0.1, 0.002, 0.1, 0.002])
-    assert 2 <= time_forward(lambda: time.sleep(next(spent)), 0.0) < 40
+    assert time_forward(lambda: take(next(spent)), 0.0) == pytest.approx(2)
     calls = []
-    time_forward(lambda: calls.append(time.sleep(0.001)), 0.1)
-    assert 10 < len(calls) <= 101
+    assert time_forward(lambda: calls.append(take(1 / 1024)), 0.125) == pytest.approx(1000 / 1024)
+    assert len(calls) == 1 + 128
 
 
 def test_energy_per_token_is_shared_by_all_tokens_of_the_timed_runs(decoder, monkeypatch):
