@@ -5,33 +5,46 @@ import os
 import re
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from threading import Event
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from helpers.hangs import StillClock, wait_asleep, wait_for
 from helpers.models import write_model
 from helpers.reference import Job
-from helpers.spawn import PRELOAD, _environment
+from helpers.spawn import CHILD_ENVIRONMENT, PRELOAD
 from helpers.tuning import build_engine, my_micro_batches
 
 from ee_scale.errors import FAILED
 from ee_scale.grid import Layout, join_grid
 from ee_scale.log import configure_logging
+from ee_scale.training import watchdog as watchdog_module
 from ee_scale.training.watchdog import AFTER, State, Watchdog, diagnose
 
 JOB = Job("llama", "norm", "low_rank", steps=5)
 LAYOUT = Layout(pp=2, dp=2)
-TIMEOUT = 4.0  # seconds without progress
+TIMEOUT = 10.0  # seconds without progress: a thread that waits for its turn is not taken for one that is silent
 HUNG, HUNG_STEP = 3, 2  # stage 1, dp 1
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("watchdog"), JOB.family)
+
+
+@pytest.fixture(scope="module")
+def hung(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, "Trained"]:
+    """Three times four ranks one of which hangs, side by side: they mostly wait."""
+    ways = ("forward", "data", "stopped")
+    with ThreadPoolExecutor(len(ways)) as pool:
+        started = [pool.submit(train_with_watchdog, model, tmp_path_factory.mktemp(how), how) for how in ways]
+        return {how: one.result() for how, one in zip(ways, started, strict=True)}
 
 
 @pytest.mark.parametrize(
@@ -42,8 +55,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("stopped", r"has not been heard of for \d+ s; the others wait for it"),
     ],
 )
-def test_every_rank_names_the_one_that_hangs(model, tmp_path, how, found):
-    codes, pids, said = train_with_watchdog(model, tmp_path, how)
+def test_every_rank_names_the_one_that_hangs(hung, how, found):
+    codes, pids, said, out = hung[how]
     able = [rank for rank in range(4) if how != "stopped" or rank != HUNG]
     assert [codes[rank] for rank in able] == [FAILED] * len(able), said
     culprit = rf"rank {HUNG} \(stage 1, dp 1, tp 0; host \S+, pid {pids[HUNG]}\) {found}"
@@ -51,7 +64,7 @@ def test_every_rank_names_the_one_that_hangs(model, tmp_path, how, found):
         lines = [line for line in said[rank].splitlines() if " leaves: " in line]
         assert len(lines) == 1, said[rank]
         assert re.search(rf"ERROR rank {rank} leaves: {culprit}$", lines[0]), lines
-    stacks = {path.name: path.read_text() for path in tmp_path.glob("hang_rank_*.txt")}
+    stacks = {path.name: path.read_text() for path in out.glob("hang_rank_*.txt")}
     assert set(stacks) == {f"hang_rank_{rank}.txt" for rank in able}
     if how == "forward":
         assert "in hang_in_forward" in stacks[f"hang_rank_{HUNG}.txt"]
@@ -59,62 +72,70 @@ def test_every_rank_names_the_one_that_hangs(model, tmp_path, how, found):
 
 def test_a_run_that_goes_on_raises_no_alarm(model, tmp_path):
     """It takes longer than the time limit, and every rank leaves the watch at another time."""
-    codes, _, said = train_with_watchdog(model, tmp_path, "slow")
-    assert codes == [0] * 4, said
+    trained = train_with_watchdog(model, tmp_path, "slow")
+    assert trained.codes == [0] * 4, trained.said
     assert not list(tmp_path.glob("hang_rank_*.txt"))
 
 
-def train_with_watchdog(model: Path, out: Path, how: str) -> tuple[list[Any], list[int], list[str]]:
-    """Four ranks that meet at a store of this process, as torchrun's agent has it. Exit codes, pids, what they said."""
+class Trained(NamedTuple):
+    """Of four ranks: exit codes, process ids and what they said; the folder that they wrote into."""
+
+    codes: list[Any]
+    pids: list[int]
+    said: list[str]
+    out: Path
+
+
+def train_with_watchdog(model: Path, out: Path, how: str) -> Trained:
+    """Four ranks that meet at a store of this process, as torchrun's agent has it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    with _environment():
-        args = (store.port, model, out, how)
-        ranks = [context.Process(target=run_rank, args=(rank, *args), daemon=True) for rank in range(4)]
+    args = (store.port, model, out, how)
+    ranks = [context.Process(target=run_rank, args=(rank, *args), daemon=True) for rank in range(4)]
+    try:
         for process in ranks:
             process.start()
-    try:
-        if how == "stopped":
-            wait_for(out / "stop_me", 60)
-            os.kill(ranks[HUNG].pid, signal.SIGSTOP)
+        if how != "slow":
+            wait_for(out / "hangs")
+            if how == "stopped":
+                os.kill(ranks[HUNG].pid, signal.SIGSTOP)
+            wait_asleep(process.pid for process in ranks)
+            (out / "clock").write_text("runs")
         for rank, process in enumerate(ranks):
             if how != "stopped" or rank != HUNG:
-                process.join(60)
-        return [p.exitcode for p in ranks], [p.pid for p in ranks], [(out / f"said_{r}").read_text() for r in range(4)]
+                process.join()
+        said = [(out / f"said_{rank}").read_text() for rank in range(4)]
+        return Trained([p.exitcode for p in ranks], [p.pid for p in ranks], said, out)
     finally:
         for process in ranks:
             process.kill()
             process.join()
 
 
-def wait_for(path: Path, seconds: float) -> None:
-    """Until a file is there."""
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < deadline, path
-        time.sleep(0.02)
-
-
 def run_rank(rank: int, port: int, model: Path, out: Path, how: str) -> None:
     descriptor = os.open(out / f"said_{rank}", os.O_WRONLY | os.O_CREAT)
     os.dup2(descriptor, 2)
     configure_logging(rank)
+    os.environ.update(CHILD_ENVIRONMENT)
     torch.set_num_threads(1)
+    watchdog_module.time = clock = StillClock(out / "clock")
     store = torch.distributed.TCPStore("127.0.0.1", port, is_master=False)
-    timeout = timedelta(seconds=60)
+    timeout = timedelta(days=1)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=4, timeout=timeout)
     grid = join_grid(LAYOUT, torch.device("cpu"))
     engine = build_engine(model, JOB, grid)
     grid.from_rank_0(None)
-    with Watchdog(grid, TIMEOUT, out) as watchdog:
+    limit = TIMEOUT if how != "slow" else 4.0
+    with Watchdog(grid, limit, out) as watchdog:
         engine.observers.append(watchdog)
         for step in range(1, JOB.steps + 1):
             watchdog.step(step)
             with watchdog.during("data"):
                 batches = my_micro_batches(step, JOB, grid)
                 if how == "slow":
-                    time.sleep(TIMEOUT / 4)
+                    clock.moved += limit / 4
+                    time.sleep(0.3)
                 elif rank == HUNG and step == HUNG_STEP:
                     hang(how, engine, out)
             engine.train_step(batches)
@@ -126,15 +147,15 @@ def run_rank(rank: int, port: int, model: Path, out: Path, how: str) -> None:
 def hang(how: str, engine: Any, out: Path) -> None:
     """Begin to hang, now or in the next forward."""
     if how == "forward":
-        engine.stage.register_forward_pre_hook(hang_in_forward)
-        return
-    if how == "stopped":
-        (out / "stop_me").touch()  # the signal comes while it sleeps
-    time.sleep(600)
+        engine.stage.register_forward_pre_hook(lambda *_: hang_in_forward(out))
+    else:
+        hang_in_forward(out)
 
 
-def hang_in_forward(*_: Any) -> None:
-    time.sleep(600)
+def hang_in_forward(out: Path) -> None:
+    (out / "hangs").write_text("now")
+    while True:
+        signal.pause()
 
 
 def test_a_store_that_keeps_silent_does_not_stop_the_watch(monkeypatch):
@@ -144,7 +165,7 @@ def test_a_store_that_keeps_silent_does_not_stop_the_watch(monkeypatch):
     grid = SimpleNamespace(layout=LAYOUT, rank=1)
     with Watchdog(grid, 2.0, store=torch.distributed.HashStore()) as watchdog, watchdog.during("vote"):
         monkeypatch.setattr(watchdog, "_store", SilentStore())
-        watchdog._thread.join(20)
+        watchdog._thread.join()
     assert re.fullmatch(
         r"rank 1 \(stage 0, dp 1, .*\) waits in 'vote' of step 0 for \d+ s, and the job's key-value store .*", said[0]
     )
@@ -154,7 +175,7 @@ class SilentStore:
     """Takes questions and never answers."""
 
     def set(self, *_: Any) -> None:
-        time.sleep(600)
+        Event().wait()
 
 
 # Who is named, without processes.

@@ -4,12 +4,12 @@ import errno
 import json
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.cli import Finished, run_cli
+from helpers.hangs import StillClock, wait_asleep, wait_for
 from safetensors.torch import load_file
 
 REQUEUE = 75
@@ -52,7 +52,25 @@ def send_term(rank: int) -> None:
 
 
 def hang(rank: int) -> None:
-    after_step(3, 1, lambda loop: time.sleep(60))
+    """Rank 1, when step 3 is done. Ten minutes pass in ten seconds, and only when rank 0 waits."""
+    from ee_scale.training import watchdog
+
+    watchdog.time = StillClock(Path("clock"), speed=60)
+    init = watchdog.Watchdog.__init__
+
+    def init_and_look_often(self: watchdog.Watchdog, *args, **options) -> None:
+        init(self, *args, **options)
+        self._every = 0.2
+
+    def wait_for_ever(loop) -> None:
+        wait_asleep([int(wait_for(Path("pid_0")).read_text())])
+        Path("clock").write_text("runs")
+        while True:
+            signal.pause()
+
+    watchdog.Watchdog.__init__ = init_and_look_often
+    Path(f"pid_{rank}").write_text(str(os.getpid()))
+    after_step(3, 1, wait_for_ever)
 
 
 def no_number_at_step_3(rank: int) -> None:
@@ -166,8 +184,8 @@ def test_a_run_that_only_leaves_out_updates_stops(tune_arguments, tmp_path, back
 
 
 def test_a_rank_that_hangs_is_named(tune_arguments, tmp_path):
-    command = [*tune_arguments, "out=run", "parallel.pp=2", "parallel.timeout_minutes=0.15", "train.steps=30"]
-    finished = run_cli(command, tmp_path, 2, inject=hang, timeout=60)
+    command = [*tune_arguments, "out=run", "parallel.pp=2", "parallel.timeout_minutes=10", "train.steps=30"]
+    finished = run_cli(command, tmp_path, 2, inject=hang)
     assert finished.codes[0] == 1, finished.output
     told = finished.output + finished.outputs[1]
     assert "rank 1 (stage 1, dp 0, tp 0" in told

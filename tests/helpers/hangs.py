@@ -64,6 +64,24 @@ class HangWatch(threading.Thread):
                     pass
 
 
+class StillClock:
+    """A module `time` whose `monotonic` stands still while ranks work, which takes as long as the machine likes.
+
+    `moved` is in a test's hands; as soon as the file `runs` is there (all ranks wait then) real seconds are added,
+    `speed` times.
+    """
+
+    time, sleep = staticmethod(time.time), staticmethod(time.sleep)
+
+    def __init__(self, runs: Path, speed: float = 1.0):
+        self._runs, self._speed, self._since, self.moved = runs, speed, 0.0, 0.0
+
+    def monotonic(self) -> float:
+        if not self._since and self._runs.exists():
+            self._since = time.monotonic()
+        return self.moved + (self._speed * (time.monotonic() - self._since) if self._since else 0.0)
+
+
 def cpu_seconds() -> float:
     """CPU time of this process and all below it, without that of the calling thread."""
     total = -time.thread_time()
