@@ -1,10 +1,11 @@
-"""Environment of every test process, which children of `helpers.spawn` inherit; the watch for tests that hang."""
+"""Environment of every test process, which children of `helpers.spawn` inherit; what holds for all tests."""
 
 import os
 from collections.abc import Generator
 from typing import Any
 
 import pytest
+from helpers.deprecations import forbid_deprecated_calls
 from helpers.hangs import HangWatch
 from hypothesis import HealthCheck, settings
 
@@ -19,8 +20,9 @@ settings.register_profile("suite", deadline=None, derandomize=True, suppress_hea
 settings.load_profile("suite")
 
 
-@pytest.hookimpl(wrapper=True)
+@pytest.hookimpl(wrapper=True, trylast=True)  # inside of pytest's own filters for warnings
 def pytest_runtest_protocol() -> Generator[None, Any, Any]:
     """Each test with its fixtures."""
+    forbid_deprecated_calls()
     with HangWatch():
         return (yield)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from helpers.deprecations import forbid_deprecated_calls
 from helpers.spawn import CHILD_ENVIRONMENT, PRELOAD
 
 VERBS = ("tune", "supernet", "palette", "export", "evaluate", "generate")
@@ -104,6 +105,7 @@ def _rank(
     os.dup2(descriptor, 2)
     faulthandler.enable()  # the fork server's goes elsewhere
     torch.set_num_threads(1)
+    forbid_deprecated_calls()
     from ee_scale.artifact import save  # imported in the fork, after its output was redirected
     from ee_scale.cli.main import main
     from ee_scale.training.metrics import MetricsStream

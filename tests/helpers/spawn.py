@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from helpers.deprecations import forbid_deprecated_calls
+
 # Imported once, in the fork server; every rank is a fork of it and starts at once.
 PRELOAD = ["torch", "transformers", "megatron.core", "deepspeed", "ee_scale.engine.frozen"]
 CHILD_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"}
@@ -79,6 +81,7 @@ def _run_rank(fn: Callable[..., Any], rank: int, world_size: int, folder: Path, 
     with (folder / f"stack_{rank}.txt").open("w") as stack:
         faulthandler.enable(stack)
         try:
+            forbid_deprecated_calls()
             torch.set_num_threads(1)
             torch.distributed.init_process_group(
                 "gloo",
