@@ -20,6 +20,7 @@ from ee_scale.errors import UserError
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 BLOCK = 1 << 22  # numbers that are compared at a time
+WAY_OUT = "save a plain copy (dequantized, adapters merged) first"
 PLAIN = ("F32", "BF16", "F16", "F64")  # number types of weights that are what they say
 SAVE_AS_SAFETENSORS = (
     "weights of another kind (pytorch_model.bin, say) are not read; "
@@ -52,12 +53,12 @@ def read_config(folder: Path) -> Any:
 
 def _check_encoding(folder: Path, config: Any) -> None:
     for key in ("quantization_config", "compression_config"):
-        if values := getattr(config, key, None):
-            values = values if isinstance(values, dict) else {}
+        if (values := getattr(config, key, None)) is not None:
+            values = values if isinstance(values, dict) else {"quant_method": values}
             method = values.get("quant_method") or next((name for name in values if values[name] is True), "?")
             raise UserError(
                 f"model.path={folder}: config.json has a {key} ({method}): encoded (quantized) weights are not read; "
-                "save a dequantized copy of the model first"
+                f"{WAY_OUT}"
             )
     if name := getattr(config, "transformers_weights", None):
         raise UserError(f"model.path={folder}: config.transformers_weights={name}: only {SINGLE_NAME} is read")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from ee_scale.backbone.loading import PLAIN, TensorFolder
+from ee_scale.backbone.loading import PLAIN, WAY_OUT, TensorFolder
 from ee_scale.backbone.stored_names import left_out, owner_of, parameter_names
 from ee_scale.errors import UserError
 from ee_scale.grid import launch_info
@@ -33,7 +33,8 @@ class ModelTensors(TensorFolder):
             raise UserError(f"{folder}: {error}") from error
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         self._stored = {name: stored for stored, name in self.parameter_of.items() if name in shapes}
-        self._check_plain(model)
+        self._check_plain()
+        self._check_others(model)
         # Tied matrices are one, wherever it lies; two that differ are not tied (`read_config`).
         for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
             if (found := self._stored.get(source, self._stored.get(target))) is not None:
@@ -53,21 +54,23 @@ class ModelTensors(TensorFolder):
         """As `TensorFolder.stored_name`."""
         return self._stored.get(name, name)
 
-    def _check_plain(self, model: PreTrainedModel) -> None:
+    def _check_plain(self) -> None:
         for name, stored in self._stored.items():
             if (kind := self.kind(stored)) not in PLAIN:
                 raise UserError(
                     f"{self.folder}: '{stored}' is stored as {kind}, where '{name}' is a number of {', '.join(PLAIN)}: "
-                    "encoded (quantized) weights are not read; save a dequantized copy of the model first"
+                    f"encoded (quantized) weights are not read; {WAY_OUT}"
                 )
+
+    def _check_others(self, model: PreTrainedModel) -> None:
+        """What no parameter takes: heads of another task are left out as transformers does, the rest is an error."""
         strange = {name: stored for stored, name in self.parameter_of.items() if name not in self._stored}
         others = []
         for name in sorted(left_out(model, strange)):
             if (owner := owner_of(model, name)) is not None:
                 raise UserError(
                     f"{self.folder}: '{strange[name]}' lies in '{owner}', and no parameter of {type(model).__name__} "
-                    "takes it: encoded (quantized) weights, or those of another architecture; "
-                    "save a dequantized copy of the model first"
+                    f"takes it: encoded (quantized) weights, an adapter's or another architecture's; {WAY_OUT}"
                 )
             others.append(strange[name])
         launched = launch_info()
@@ -79,7 +82,9 @@ class ModelTensors(TensorFolder):
         missing = [name for name in wanted if name not in self._stored]
         if not missing:
             return
+        strange = [stored for stored, name in self.parameter_of.items() if name not in self._stored]
         more = f" ({len(missing)} of {len(wanted)} are missing)" if len(missing) > 1 else ""
+        more += f"; it has '{min(strange)}'" if strange else ""
         head = missing[0] in (type(model)._tied_weights_keys or {})
         why = ", and the config says tie_word_embeddings=false" if head else ""
         raise UserError(f"{self.folder}: no tensor '{missing[0]}' in its safetensors{why}{more}")

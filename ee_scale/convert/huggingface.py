@@ -13,7 +13,7 @@ from ee_scale.artifact.files import file_digest, write_json
 from ee_scale.artifact.hf_folder import copy_small_files, read_config_json, stock_config, write_config, write_index
 from ee_scale.artifact.sidecar import SIDECAR_CONFIG, SIDECAR_WEIGHTS, read_sidecar
 from ee_scale.artifact.trained_base import EMBEDDING, HEAD
-from ee_scale.backbone.loading import SINGLE_NAME, fingerprint, load_config, weight_files
+from ee_scale.backbone.loading import SINGLE_NAME, WAY_OUT, fingerprint, load_config, weight_files
 from ee_scale.backbone.shard import meta_model
 from ee_scale.backbone.stored_names import parameter_names
 from ee_scale.convert.args import rope_of
@@ -87,8 +87,7 @@ def _by_parameter(folder: Path, config: Any, files: list[Path]) -> dict[str, Ext
     for name, extent in extents.items():
         if not extent.dtype.is_floating_point:
             raise UserError(
-                f"{folder}: '{name}' is stored as {extent.dtype}: encoded (quantized) weights are not read; "
-                "save a dequantized copy of the model first"
+                f"{folder}: '{name}' is stored as {extent.dtype}: encoded (quantized) weights are not read; {WAY_OUT}"
             )
     if config.tie_word_embeddings and HEAD in extents:
         head = extents.pop(HEAD)

@@ -1,14 +1,20 @@
 """Weights that are encoded, missing or misshapen: every command names them, with exit code 2, at once."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.folders import HEAD, UP, Tensors, as_4bit, as_fp8, as_int8, rewritten, scaled, without
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from ee_scale import EarlyExitForCausalLM
 from ee_scale.cli.main import main
 from ee_scale.errors import UserError
-from ee_scale.inference.model import open_model
+from ee_scale.exits.heads import ExitSpec
+from ee_scale.inference.model import open_model, untrained_exits
 
 TUNE = ["exits.layers=[1,3]", "data.seq_length=32", "train.micro_batch_size=2", "train.global_batch_size=8", "out=run"]
 SUPERNET = ["data.seq_length=32", "train.micro_batch_size=2", "train.global_batch_size=8", "out=run"]
@@ -87,10 +93,83 @@ def test_every_command_names_what_is_wrong(no_ranks, model_dir, corpus, capsys, 
         assert str(folder) in line
 
 
+def in_shards(model_dir: Path, folder: Path) -> Path:
+    """The same model in several files."""
+    shutil.copytree(model_dir, folder)
+    (folder / "model.safetensors").unlink()
+    AutoModelForCausalLM.from_pretrained(model_dir).save_pretrained(folder, max_shard_size="400KB")
+    return folder
+
+
+@pytest.mark.parametrize("command", ["check tune", "tune", "supernet", "generate on a grid", "evaluate", "convert"])
+def test_shards_and_their_index(no_ranks, model_dir, corpus, capsys, command):
+    torn = in_shards(model_dir, Path("torn"))
+    index = torn / "model.safetensors.index.json"
+    index.write_text(index.read_text()[:-40])
+    assert refused(given(command, "torn", corpus), capsys).startswith(f"{index}: not a whole index of safetensors")
+    cut = sorted(in_shards(model_dir, Path("cut")).glob("model-*.safetensors"))[1]
+    cut.write_bytes(cut.read_bytes()[:-100])
+    assert refused(given(command, "cut", corpus), capsys).startswith(f"{cut}: not a whole safetensors file")
+    gone = sorted(in_shards(model_dir, Path("gone")).glob("model-*.safetensors"))[1]
+    gone.unlink()
+    assert f"names {gone.name}, which is not there" in refused(given(command, "gone", corpus), capsys)
+
+
+@pytest.mark.parametrize("verb", [["supernet"], ["check", "supernet"]], ids=["supernet", "check"])
+def test_encoders_too(no_ranks, bert_dir, labelled, capsys, verb):
+    weight = "encoder.layer.0.intermediate.dense.weight"
+    changes = {
+        "int8": lambda tensors: tensors | {weight: tensors[weight].to(torch.int8)},
+        "scaled": lambda tensors: tensors | {f"{weight}_scale": torch.ones(1)},
+        "missing": without(weight),
+        "narrow": lambda tensors: tensors | {weight: tensors[weight][:-1]},
+    }
+    for name, change in changes.items():
+        folder = rewritten(bert_dir, Path(name), change)
+        line = refused([*verb, *SUPERNET, f"model={folder}", f"data={labelled['train']}", "data.seq_length=24"], capsys)
+        assert weight in line, (name, line)
+
+
+def test_the_base_of_a_sidecar_and_of_a_run(no_ranks, model_dir, finished_run, capsys):
+    """Its fingerprint does not see config.json."""
+    assert main(["export", f"src={finished_run}", "kind=sidecar", "out=sidecar"]) == 0
+    path = model_dir / "config.json"
+    before = path.read_text()
+    try:
+        path.write_text(json.dumps(json.loads(before) | {"quantization_config": {"load_in_4bit": True}}))
+        for kind in (["early_exit"], ["submodel", "exit=3"]):
+            words = ["export", f"src={finished_run}", f"kind={kind[0]}", *kind[1:], "out=new"]
+            assert "quantization_config (load_in_4bit)" in refused(words, capsys)
+        for words in (["generate", "prompt=a"], ["generate", "prompt=a", "parallel.pp=2"]):
+            assert "quantization_config (load_in_4bit)" in refused([*words, "policy=off", "model=sidecar"], capsys)
+        with pytest.raises(UserError, match="quantization_config"):
+            EarlyExitForCausalLM.from_pretrained("sidecar")
+    finally:
+        path.write_text(before)
+
+
+def test_an_export_that_was_encoded_later(no_ranks, finished_run, capsys):
+    assert main(["export", f"src={finished_run}", "out=model"]) == 0
+    for weights in Path("model").glob("model-0*.safetensors"):
+        save_file(scaled(load_file(weights)), weights, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"{UP}_scale_inv"):
+        EarlyExitForCausalLM.from_pretrained("model")
+    for words in (["generate", "prompt=a"], ["generate", "prompt=a", "parallel.pp=2"]):
+        assert f"{UP}_scale_inv" in refused([*words, "policy=off", "model=model"], capsys)
+
+
+def test_what_transformers_leaves_out_is_left_out_with_a_word(no_ranks, model_dir, corpus, capsys):
+    others = {"score.weight": torch.ones(2, 128), UP.replace(".0.", ".9."): torch.ones(1)}
+    folder = rewritten(model_dir, Path("folder"), lambda tensors: tensors | others)
+    assert main(given("check tune", str(folder), corpus)) == 0
+    assert "does not have these tensors, which are left out: model.layers.9." in capsys.readouterr().err
+
+
 def test_python_names_it_too(no_ranks, model_dir):
     for name, (change, config, words) in BROKEN.items():
         folder = rewritten(model_dir, Path(name.replace(" ", "_")), change, **config)
         with pytest.raises(UserError) as caught:
             open_model(folder)
         assert words in str(caught.value)
-    assert EarlyExitForCausalLM
+        with pytest.raises(UserError):
+            untrained_exits(folder, ExitSpec((2,), "norm", "tied"))

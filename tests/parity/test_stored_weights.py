@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import joint
 from helpers.folders import EMBEDDING, HEAD, Tensors, bare, rewritten, without
+from helpers.joint import JointJob, build_joint_engine, file_names
 from helpers.models import VOCAB, load_whole, write_model
 from helpers.reference import Job, train
 from helpers.spawn import spawn
@@ -18,6 +20,7 @@ from ee_scale.backbone.shard import model_tensors
 from ee_scale.elastic.architecture import ElasticMap
 from ee_scale.elastic.order import UnitOrder
 from ee_scale.elastic.stage import base_tensors, read_tensor
+from ee_scale.exits.stage import gather_whole
 from ee_scale.grid import Layout, join_grid, leave_grid
 
 TOLERANCE = 1e-5
@@ -137,6 +140,29 @@ def test_losses_of_exits_equal_plain_autograd(name: str, layout: Layout, folders
         assert found.keys() == wanted.keys()
         for k, value in wanted.items():
             assert found[k] == pytest.approx(value, rel=1e-4), (step, k)
+
+
+JOINT = JointJob("llama", "norm", "tied", "full", steps=2)
+
+
+def train_jointly(rank: int, folder: Path, layout: Layout) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """(losses of this rank's exits by step, start values)."""
+    grid = join_grid(layout, torch.device("cpu"))
+    engine = build_joint_engine(folder, JOINT, grid)
+    named = file_names(engine.stage)
+    start = {name: gather_whole(name, p, p.detach(), VOCAB, grid).clone() for name, p in named.items()}
+    return joint.train_on_grid(engine, JOINT, grid).losses, start
+
+
+@pytest.mark.parametrize("name", ["two, said to be one", "the head alone"])
+def test_joint_losses_equal_plain_autograd(name: str, folders: dict[str, Path]) -> None:
+    ((_, start),) = spawn(train_jointly, 1, folders[name], Layout(1, 1, 1))
+    expected = joint.train_reference(folders[name], JOINT, start).losses
+    for layout in (Layout(1, 1, 1), Layout(1, 2, 1)):
+        by_rank = [losses for losses, _ in spawn(train_jointly, layout.world_size, folders[name], layout)]
+        for step, wanted in enumerate(expected):
+            found = {k: value for losses in by_rank for k, value in losses[step].items()}
+            assert found == pytest.approx(wanted, rel=1e-4), (layout, step)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if CASES[name][0] not in ("gemma2", "olmo2")])
