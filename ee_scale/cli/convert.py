@@ -1,6 +1,7 @@
 """`ee-scale convert`: checkpoints of one world into those of another."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,9 @@ def _check(conversion: Conversion, settings: Settings, err: Console) -> Callable
 
 def _settings(config: Any) -> Settings:
     path = lambda text: None if text is None else Path(text).expanduser()  # noqa: E731
-    names = ("source", "to", "tp", "pp", "dtype", "classes", "spec", "iteration", "shard_gb", "vocab_divisor", "trust")
-    values = {name: config[name] for name in names}
-    return Settings(src=path(config.src), out=path(config.out), model=path(config.model), **values)
+    paths = {name: path(config[name]) for name in ("src", "out", "model")}
+    names = {field.name for field in fields(Settings)} - paths.keys()
+    return Settings(**paths, **{name: config[name] for name in names})
 
 
 def _write(conversion: Conversion, workers: int, err: Console, check: Callable[[Path], None]) -> None:

@@ -27,6 +27,12 @@ class ConvertConfig:
     )
     tp: int = setting(1, "tensor ranks to write for")
     pp: int = setting(1, "pipeline stages to write for")
+    first_stage_layers: int | None = setting(
+        None, "layers of the first stage, if not as many as of the others (--decoder-first-pipeline-num-layers)"
+    )
+    last_stage_layers: int | None = setting(
+        None, "layers of the last stage, if not as many as of the others (--decoder-last-pipeline-num-layers)"
+    )
     dtype: str = setting("auto", "number type to write; auto: as in src", choices=("auto", "fp32", "fp16", "bf16"))
     classes: str = setting(
         "auto",

@@ -85,8 +85,19 @@ def window_of(config: Any) -> int | None:
     return window
 
 
-def to_args(config: Any, dtype: torch.dtype, tp: int, pp: int, padded_vocab: int, divisor: int) -> Namespace:
-    """`args` of plain values only, so that a reader needs nothing but `argparse.Namespace` to open them."""
+def to_args(
+    config: Any,
+    dtype: torch.dtype,
+    tp: int,
+    pp: int,
+    padded_vocab: int,
+    divisor: int,
+    uneven: tuple[int | None, int | None] = (None, None),
+) -> Namespace:
+    """`args` of plain values only, so that a reader needs nothing but `argparse.Namespace` to open them.
+
+    `uneven`: layers of the first and of the last stage, where they are not those of every stage.
+    """
     shape, rope, window = shape_of(config), rope_of(config), window_of(config)
     return Namespace(
         num_layers=shape.num_layers,
@@ -120,6 +131,8 @@ def to_args(config: Any, dtype: torch.dtype, tp: int, pp: int, padded_vocab: int
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=None,
+        decoder_first_pipeline_num_layers=uneven[0],
+        decoder_last_pipeline_num_layers=uneven[1],
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         fp16=dtype is torch.float16,
@@ -223,7 +236,7 @@ def family_of_args(args: Namespace) -> str:
     return "mistral" if getattr(args, "window_size", None) else "llama"
 
 
-def flags_to_pass(config: Any) -> list[str]:
+def flags_to_pass(config: Any, uneven: tuple[int | None, int | None] = (None, None)) -> list[str]:
     """Settings that Megatron-LM's `--use-checkpoint-args` does not restore, as command line flags."""
     rope, window = rope_of(config), window_of(config)
     flags = [f"--norm-epsilon {config.rms_norm_eps:g}"]
@@ -235,6 +248,9 @@ def flags_to_pass(config: Any) -> list[str]:
         flags.append("--qk-layernorm")
     if window is not None:
         flags.append(f"--window-size {window - 1},0")
+    for name, count in zip(("first", "last"), uneven, strict=True):
+        if count is not None:
+            flags.append(f"--decoder-{name}-pipeline-num-layers {count}")
     return flags
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from ee_scale.convert.args import to_args
 from ee_scale.convert.exits import exit_args, exit_rows, head_spans, own_heads
 from ee_scale.convert.files import PickleFile
 from ee_scale.convert.model import Model
@@ -28,30 +27,28 @@ class Layout:
     """How a checkpoint is spread: `tp` x `pp` files, `chunks` virtual stages in each; whose classes, whose norms.
 
     Attributes:
+        counts: layers of each chunk in the order of the layers, chunk by chunk and in each stage by stage.
         exit_numbers: EE-LLM's exit layers in the order of the file; shift: 1 where they are in `pre` position.
     """
 
     tp: int
     pp: int
+    counts: tuple[int, ...]
     chunks: int = 1
     classes: str = "core"
     spec: str = "te"
     exit_numbers: tuple[int, ...] = ()
     shift: int = 0
 
-    def first_layer(self, num_layers: int, stage: int, chunk: int) -> int:
-        """Number (from 0) of the first layer of a chunk; even split, as Megatron orders virtual stages."""
-        return (chunk * self.pp + stage) * self.layers(num_layers)
-
-    def layers(self, num_layers: int) -> int:
-        """Layers of a chunk."""
-        return num_layers // (self.pp * self.chunks)
+    def layers(self, stage: int, chunk: int) -> tuple[int, int]:
+        """Number (from 0) of the first layer of a chunk, and how many there are; some hold an embedding alone."""
+        place = chunk * self.pp + stage
+        return sum(self.counts[:place]), self.counts[place]
 
 
-def target_files(model: Model, layout: Layout, dtype: torch.dtype, divisor: int, iteration: str) -> list[PickleFile]:
+def target_files(model: Model, layout: Layout, args: Namespace, iteration: str) -> list[PickleFile]:
     """A file per tensor and pipeline rank."""
     check_layout(model, layout)
-    args = to_args(model.config, dtype, layout.tp, layout.pp, model.padded_vocab, divisor)
     if model.exits:
         vars(args).update(exit_args(model))
     files = []
@@ -67,9 +64,6 @@ def target_files(model: Model, layout: Layout, dtype: torch.dtype, divisor: int,
 def check_layout(model: Model, layout: Layout) -> None:
     """Raise `UserError` if the model cannot be spread like this."""
     model.map.check_tensor_parallel(layout.tp)
-    layers = model.map.shape.num_layers
-    if layers % (layout.pp * layout.chunks):
-        raise UserError(f"pp={layout.pp}: does not divide num_hidden_layers={layers} (stages of equal size only)")
     if layout.classes == "legacy":
         nameless = [row.core for row in model.map.layer_rows if row.legacy is None]
         if nameless:
@@ -87,10 +81,10 @@ def check_layout(model: Model, layout: Layout) -> None:
 
 def rank_pieces(model: Model, layout: Layout, rank: int, stage: int, chunk: int = 0) -> Iterator[Piece]:
     """The tensors of one rank (of one virtual chunk) by their flat names."""
-    names, shape = _Names(layout), model.map.shape
-    first, count = layout.first_layer(shape.num_layers, stage, chunk), layout.layers(shape.num_layers)
+    names = _Names(layout)
+    first, count = layout.layers(stage, chunk)
     hosted = hosted_exits(model, layout, first, count)
-    at_start, at_end = first == 0, first + count == shape.num_layers
+    at_start, at_end = (stage, chunk) == (0, 0), (stage, chunk) == (layout.pp - 1, layout.chunks - 1)
     mine = lambda row, key, prefix="": _piece(model, row, key, prefix, rank, layout.tp)  # noqa: E731
     if at_start:
         yield mine(EMBEDDING, names.top(EMBEDDING))

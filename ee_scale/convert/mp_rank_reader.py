@@ -20,6 +20,7 @@ from ee_scale.convert.tensors import Stored
 from ee_scale.convert.unpickle import load_safely
 from ee_scale.errors import UserError
 
+LAYER = re.compile(r"(?:decoder|language_model\.encoder)\.layers\.(\d+)\.(.*)")
 FOLDER = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?(_\d\d\d)?")
 OLD_NAMES = (  # before September 2023, and before 2021
     ("language_model.transformer.", "language_model.encoder."),
@@ -61,9 +62,10 @@ def open_folder(folder: Path, iteration: Path, model_folder: Path | None, trust:
     layout = Layout(
         tp,
         pp,
+        _counts(iteration, tensors, args, model.map.shape.num_layers),
         chunks=len(tensors[0, 0]),
         classes="legacy" if legacy else "core",
-        spec="local" if any(key.endswith("pre_mlp_layernorm.weight") for key in first) else "te",
+        spec="local" if any(map(_is_local, tensors.values())) else "te",
         exit_numbers=tuple(numbers_in_file(args)),
         shift=int(bool(getattr(args, "pre_exit", False))),
     )
@@ -130,6 +132,34 @@ def _modern(key: str) -> str:
     return key
 
 
+def _is_local(chunks: list[dict[str, torch.Tensor]]) -> bool:
+    return any(key.endswith("pre_mlp_layernorm.weight") for found in chunks for key in found)
+
+
+def _counts(iteration: Path, tensors: Mapping[Any, list], args: Namespace, num_layers: int) -> tuple[int, ...]:
+    """Layers of each chunk as the files of the first tensor rank have them, in the order of `Layout.counts`."""
+    stages = [chunks for (rank, _), chunks in sorted(tensors.items(), key=lambda item: item[0]) if rank == 0]
+    if len({len(chunks) for chunks in stages}) > 1:
+        raise UserError(f"{iteration}: stages with {sorted({len(chunks) for chunks in stages})} virtual stages in one")
+    counts = []
+    for found in (chunks[number] for number in range(len(stages[0])) for chunks in stages):
+        layers = [int(match[1]) for key in found if (match := LAYER.match(key))]
+        counts.append(max(layers, default=-1) + 1)
+    if sum(counts) != num_layers:
+        raise UserError(
+            f"{iteration}: its stages hold {' + '.join(map(str, counts))} = {sum(counts)} layers, but the config asks "
+            f"for num_hidden_layers={num_layers}"
+        )
+    for name, place in (("first", 0), ("last", -1)):
+        told = getattr(args, f"decoder_{name}_pipeline_num_layers", None)
+        held = sum(counts[place % len(stages) :: len(stages)])
+        if told is not None and told != held:
+            raise UserError(
+                f"{iteration}: args say decoder_{name}_pipeline_num_layers={told}, but the {name} stage holds {held}"
+            )
+    return tuple(counts)
+
+
 def _match(
     model: Model, layout: Layout, place: tuple[int, int, int], path: Path, found: dict[str, torch.Tensor]
 ) -> list[Stored]:
@@ -152,10 +182,9 @@ def _match(
 
 def _whole_name(model: Model, layout: Layout, stage: int, chunk: int, key: str) -> str:
     """A key with layers, and output matrices of exits, numbered over the whole model."""
-    layers = model.map.shape.num_layers
-    first = layout.first_layer(layers, stage, chunk)
-    if match := re.fullmatch(r"(?:decoder|language_model\.encoder)\.layers\.(\d+)\.(.*)", key):
+    first, count = layout.layers(stage, chunk)
+    if match := LAYER.fullmatch(key):
         return f"layers.{first + int(match[1])}.{match[2]}"
     if match := re.fullmatch(r"language_model\.exit_output_layer\.(\d+)\.weight", key):
-        return f"exit_output_layer.{hosted_exits(model, layout, first, layout.layers(layers))[int(match[1])][0]}"
+        return f"exit_output_layer.{hosted_exits(model, layout, first, count)[int(match[1])][0]}"
     return key

@@ -1,5 +1,6 @@
 """From settings to a conversion: open the source, choose the target's files."""
 
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,12 +8,13 @@ from pathlib import Path
 import torch
 
 from ee_scale.convert import deepspeed, huggingface, mp_rank, mp_rank_reader, torch_dist, torch_dist_reader
-from ee_scale.convert.args import flags_to_pass
+from ee_scale.convert.args import flags_to_pass, to_args
 from ee_scale.convert.exits import check_old_classes
 from ee_scale.convert.files import TargetFile
 from ee_scale.convert.folders import HF_PART, TRACKER, detect, iteration_folder, saved_by_deepspeed
 from ee_scale.convert.job import Conversion, check_source, source_of, with_dtypes
 from ee_scale.convert.model import Model, Opened, padded
+from ee_scale.convert.stages import deal_layers
 from ee_scale.errors import UserError
 from ee_scale.files import write_text
 
@@ -31,6 +33,8 @@ class Settings:
     source: str = "auto"
     tp: int = 1
     pp: int = 1
+    first_stage_layers: int | None = None
+    last_stage_layers: int | None = None
     dtype: str = "auto"
     classes: str = "auto"
     spec: str = "te"
@@ -39,6 +43,11 @@ class Settings:
     shard_gb: float = 5.0
     vocab_divisor: int = 128
     trust: bool = False
+
+    @property
+    def uneven(self) -> tuple[int | None, int | None]:
+        """Layers of the first and of the last stage where these were chosen."""
+        return self.first_stage_layers, self.last_stage_layers
 
 
 def open_checkpoint(settings: Settings) -> Opened:
@@ -88,6 +97,9 @@ def make_conversion(settings: Settings) -> Conversion:
     for name in ("tp", "pp", "vocab_divisor"):
         if getattr(settings, name) < 1:
             raise UserError(f"{name}={getattr(settings, name)}: must be at least 1")
+    for name in ("first_stage_layers", "last_stage_layers"):
+        if (count := getattr(settings, name)) is not None and not settings.to.startswith("megatron"):
+            raise UserError(f"{name}={count}: to={settings.to} has no pipeline stages")
     if settings.shard_gb <= 0:
         raise UserError(f"shard_gb={settings.shard_gb}: must be above 0")
     opened = open_checkpoint(settings)
@@ -118,7 +130,7 @@ def make_conversion(settings: Settings) -> Conversion:
             f"no tokenizer came with {settings.src}: give model=<Hugging Face folder of the same model> to copy it"
         )
     if settings.to.startswith("megatron"):
-        flags = " ".join(flags_to_pass(model.config))
+        flags = " ".join(flags_to_pass(model.config, settings.uneven))
         conversion.notes.append(f"--use-checkpoint-args does not restore these, pass them to Megatron-LM: {flags}")
     return conversion
 
@@ -139,11 +151,11 @@ def _to_sidecar(settings: Settings, opened: Opened, model: Model) -> tuple[list[
 
 
 def _to_torch_dist(settings: Settings, opened: Opened, model: Model) -> tuple[list[TargetFile], Finish]:
-    files = torch_dist.target_files(model, settings.tp, settings.pp, RELEASE)
+    counts, args = _stages(settings, model)
+    files = torch_dist.target_files(model, settings.tp, counts, RELEASE)
 
     def finish(folder: Path) -> None:
-        layout = (settings.tp, settings.pp, settings.vocab_divisor)
-        torch_dist.finish_folder(folder / RELEASE, model, model.dtype, layout, files)
+        torch_dist.finish_folder(folder / RELEASE, model, args, counts, files)
         _finish_megatron(folder, opened, model, RELEASE)
 
     return files, finish
@@ -155,16 +167,27 @@ def _to_mp_rank(settings: Settings, opened: Opened, model: Model) -> tuple[list[
         classes = "legacy" if model.exits else "core"
     if classes == "legacy":
         check_old_classes(model)
+    counts, args = _stages(settings, model)
+    if classes == "legacy" and len(set(counts)) > 1:
+        raise UserError(f"classes=legacy: its stages have the same number of layers, not {', '.join(map(str, counts))}")
     layout = mp_rank.Layout(
         settings.tp,
         settings.pp,
+        counts,
         classes=classes,
         spec=settings.spec,
         exit_numbers=model.exits.layers if model.exits else (),
     )
     name = FIRST if model.exits else RELEASE
-    files = mp_rank.target_files(model, layout, model.dtype, settings.vocab_divisor, name)
+    files = mp_rank.target_files(model, layout, args, name)
     return files, lambda folder: _finish_megatron(folder, opened, model, name)
+
+
+def _stages(settings: Settings, model: Model) -> tuple[tuple[int, ...], Namespace]:
+    """Layers of each stage, and what the checkpoint's `args` say."""
+    counts = deal_layers(model.map.shape.num_layers, settings.pp, *settings.uneven)
+    grid = (settings.tp, settings.pp, model.padded_vocab, settings.vocab_divisor)
+    return counts, to_args(model.config, model.dtype, *grid, settings.uneven)
 
 
 def _finish_megatron(folder: Path, opened: Opened, model: Model, name: str) -> None:

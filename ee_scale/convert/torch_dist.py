@@ -4,6 +4,7 @@ Layers of one shape are stacked: `decoder.layers.mlp.linear_fc2.weight` [L, D, F
 The gates and ups of `linear_fc1` are apart in the whole tensor (all gates, then all ups), unlike in a rank's parameter.
 """
 
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,6 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from ee_scale.convert.args import to_args
 from ee_scale.convert.files import ArchivesFile
 from ee_scale.convert.folders import DIST_MARKER
 from ee_scale.convert.model import Model
@@ -37,19 +37,16 @@ MARKER = (
 )
 
 
-def target_files(model: Model, tp: int, pp: int, iteration: str) -> list[ArchivesFile]:
-    """A file per tensor and pipeline rank with that rank's chunks."""
+def target_files(model: Model, tp: int, counts: Sequence[int], iteration: str) -> list[ArchivesFile]:
+    """A file per tensor and pipeline rank with that rank's chunks. `counts`: layers of each stage."""
     if model.exits:
         raise UserError("to=megatron_core: Megatron-Core has no exits; use to=megatron_legacy (EE-LLM)")
     model.map.check_tensor_parallel(tp)
-    layers = model.map.shape.num_layers
-    if layers % pp:
-        raise UserError(f"pp={pp}: does not divide num_hidden_layers={layers} (stages of equal size only)")
     files = []
-    for stage in range(pp):
+    for stage in range(len(counts)):
         for rank in range(tp):
-            pieces = [chunk.piece for chunk in _rank_chunks(model, tp, pp, rank, stage)]
-            objects = _extra_state(model, pp, stage) if rank == 0 else {}
+            pieces = [chunk.piece for chunk in _rank_chunks(model, tp, counts, rank, stage)]
+            objects = _extra_state(model, counts, stage) if rank == 0 else {}
             files.append(ArchivesFile(f"{iteration}/__{stage * tp + rank}_0.distcp", pieces, objects))
     return files
 
@@ -65,16 +62,16 @@ def unify_dtypes(files: list[ArchivesFile]) -> None:
 
 
 def finish_folder(
-    folder: Path, model: Model, dtype: torch.dtype, layout: tuple[int, int, int], files: list[ArchivesFile]
+    folder: Path, model: Model, args: Namespace, counts: Sequence[int], files: list[ArchivesFile]
 ) -> None:
-    """Index, common.pt and, last, the marker. `layout`: tp, pp, divisor; `files`: as written."""
-    tp, pp, divisor = layout
+    """Index, common.pt and, last, the marker. `counts`: layers of each stage; `files`: as written."""
+    tp = args.tensor_model_parallel_size
     tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     results = []
     for number, file in enumerate(files):
         name, dtypes = Path(file.name).name, {piece.key: piece.dtype for piece in file.pieces}
         stage, rank = divmod(number, tp)
-        for chunk in _rank_chunks(model, tp, pp, rank, stage):
+        for chunk in _rank_chunks(model, tp, counts, rank, stage):
             properties = TensorProperties(dtype=dtypes[chunk.piece.key])
             entry = tensors.setdefault(chunk.key, TensorStorageMetadata(properties, torch.Size(chunk.whole), []))
             offsets = torch.Size(chunk.offsets)
@@ -85,7 +82,7 @@ def finish_folder(
             tensors[key] = BytesStorageMetadata()
             results.append(_result(MetadataIndex(key), name, file.places[key]))
     common = {
-        "args": to_args(model.config, dtype, tp, pp, model.padded_vocab, divisor),
+        "args": args,
         "checkpoint_version": 3.0,
         "iteration": 0,
         "content_metadata": {"singleton_local_shards": False, "non_homogeneous_layers": False},
@@ -105,16 +102,19 @@ class _Chunk:
     offsets: tuple[int, ...]
 
 
-def _rank_chunks(model: Model, tp: int, pp: int, rank: int, stage: int) -> Iterator[_Chunk]:
+def _layers(counts: Sequence[int], stage: int) -> range:
+    first = sum(counts[:stage])
+    return range(first, first + counts[stage])
+
+
+def _rank_chunks(model: Model, tp: int, counts: Sequence[int], rank: int, stage: int) -> Iterator[_Chunk]:
     """What a rank of Megatron-Core would write: of what all tensor ranks hold, rank 0 writes it alone."""
-    layers = model.map.shape.num_layers
-    per_stage = layers // pp
     if stage == 0:
         yield from _chunks(model, EMBEDDING, EMBEDDING.core, "", None, rank, tp)
-    for layer in range(stage * per_stage, (stage + 1) * per_stage):
+    for layer in _layers(counts, stage):
         for row in model.map.layer_rows:
             yield from _chunks(model, row, LAYERS + row.core, f"model.layers.{layer}.", layer, rank, tp)
-    if stage == pp - 1:
+    if stage == len(counts) - 1:
         yield from _chunks(model, FINAL_NORM, FINAL_NORM.core, "", None, rank, tp)
         if not model.config.tie_word_embeddings:
             yield from _chunks(model, HEAD, HEAD.core, "", None, rank, tp)
@@ -141,12 +141,11 @@ def _chunks(model: Model, row: Row, key: str, prefix: str, layer: int | None, ra
         yield _Chunk(piece, key, total, (*lead, *offsets))
 
 
-def _extra_state(model: Model, pp: int, stage: int) -> dict[str, list[None]]:
+def _extra_state(model: Model, counts: Sequence[int], stage: int) -> dict[str, list[None]]:
     layers = model.map.shape.num_layers
-    per_stage = layers // pp
     return {
         f"{LAYERS}{module}._extra_state/shard_{layer}_{layers}": [None]
-        for layer in range(stage * per_stage, (stage + 1) * per_stage)
+        for layer in _layers(counts, stage)
         for module in EXTRA_STATE
     }
 

@@ -63,7 +63,10 @@ class Taken:
 
 @dataclasses.dataclass(frozen=True)
 class Sharded:
-    """A `torch_dist` checkpoint to be loaded at `grid`. `again`: saved from there, by name of the variant."""
+    """A `torch_dist` checkpoint to be loaded at `grid`. `again`: saved from there, by name of the variant.
+
+    `changes`: of its args, before the model is built.
+    """
 
     name: str
     grid: Grid
@@ -71,6 +74,7 @@ class Sharded:
     chunks: int = 1
     again: dict[str, Path] = dataclasses.field(default_factory=dict)
     by_rank: Path | None = None
+    changes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -115,6 +119,7 @@ def take_sharded(rank: int, jobs: list[Sharded]) -> dict[tuple[str, Grid], Loade
         with model_parallel(tp, pp, chunks) as copy:
             for job in group:
                 args = dist_checkpointing.load_common_state_dict(str(job.iteration))["args"]
+                vars(args).update(job.changes)
                 models = build_chunks(args, chunks)
                 loaded = Loaded(place(), index_of(sharded(models)))
                 try:
@@ -195,6 +200,8 @@ def build(args: Namespace, chunk: int | None = None) -> GPTModel:
         "activation_func": functional.silu if args.swiglu else functional.gelu,
         "num_query_groups": args.num_query_groups if args.group_query_attention else None,
         "num_moe_experts": args.num_experts,
+        "num_layers_in_first_pipeline_stage": args.decoder_first_pipeline_num_layers,
+        "num_layers_in_last_pipeline_stage": args.decoder_last_pipeline_num_layers,
         "bias_activation_fusion": False,
         "use_cpu_initialization": True,
     }
