@@ -1,7 +1,7 @@
 """What is converted, whatever format it lies in: the config, the exits, the name and shape of every tensor."""
 
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,6 +107,35 @@ def padded(words: int, divisor: int, tp: int) -> int:
     """Rows of a vocabulary matrix: the next multiple of divisor x tp (Megatron-LM's rule)."""
     multiple = divisor * tp
     return -(-words // multiple) * multiple
+
+
+def check_words(place: Path, config: Any, args: Namespace | None, rows: Mapping[str, Sequence[int]]) -> None:
+    """Raise `UserError` if the vocabulary matrices of a Megatron checkpoint are not of this config.
+
+    `rows`: of each such matrix by its name, those of every tensor rank; padding is part of them.
+    """
+    for name, parts in rows.items():
+        if len(set(parts)) > 1:
+            raise UserError(
+                f"{place}: '{name}' has {', '.join(map(str, parts))} rows on its tensor ranks; all have the same number"
+            )
+    totals = {name: sum(parts) for name, parts in rows.items()}
+    first, total = next(iter(totals.items()))
+    for name, count in totals.items():
+        if count != total:
+            raise UserError(f"{place}: '{name}' has {count} rows, but '{first}' has {total}")
+    words, told = config.vocab_size, getattr(args, "vocab_size", None)
+    if total < words:
+        right = f"vocab_size={told}, as args say" if told and told <= total else f"the number of words, at most {total}"
+        raise UserError(
+            f"{place}: vocab_size={words} in the config, but '{first}' has {total} rows, padding included; give "
+            f"model=<copy of the Hugging Face folder> with {right}, in its config.json"
+        )
+    if told and words < told <= total:
+        raise UserError(
+            f"{place}: vocab_size={words} in the config, but args say {told} of the {total} rows are words; give "
+            f"model=<copy of the Hugging Face folder> with vocab_size={told} in its config.json"
+        )
 
 
 def check_whole(folder: Path, found: Iterable[str], expected: Iterable[str], what: str = "tensor") -> None:

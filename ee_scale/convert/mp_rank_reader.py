@@ -13,7 +13,7 @@ from ee_scale.convert.args import check_agrees, to_config
 from ee_scale.convert.exits import numbers_in_file, spec_of_args
 from ee_scale.convert.files import tensor_extent
 from ee_scale.convert.folders import hugging_face_part
-from ee_scale.convert.model import Model, Opened, check_whole
+from ee_scale.convert.model import Model, Opened, check_whole, check_words
 from ee_scale.convert.mp_rank import FILE, Layout, check_layout, hosted_exits, rank_pieces
 from ee_scale.convert.names import EMBEDDING
 from ee_scale.convert.tensors import Stored
@@ -21,6 +21,7 @@ from ee_scale.convert.unpickle import load_safely
 from ee_scale.errors import UserError
 
 LAYER = re.compile(r"(?:decoder|language_model\.encoder)\.layers\.(\d+)\.(.*)")
+WORDS = re.compile(r"(word_embeddings|output_layer|word_embeddings_for_head|exit_output_layer\.\d+)\.weight$")
 FOLDER = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?(_\d\d\d)?")
 OLD_NAMES = (  # before September 2023, and before 2021
     ("language_model.transformer.", "language_model.encoder."),
@@ -57,6 +58,7 @@ def open_folder(folder: Path, iteration: Path, model_folder: Path | None, trust:
     embedding = first.get("language_model.embedding.word_embeddings.weight" if legacy else EMBEDDING.core)
     if embedding is None:
         raise UserError(f"{files[0, 0]}: no word embeddings in it; keys start with {next(iter(first), 'nothing')!r}")
+    check_words(iteration, config, args, _word_rows(tensors))
     spec = spec_of_args(args, config)
     model = Model(config, spec, embedding.dtype, embedding.shape[0] * tp)
     layout = Layout(
@@ -130,6 +132,16 @@ def _modern(key: str) -> str:
         for old, new in OLD_NAMES:
             key = key.replace(old, new)
     return key
+
+
+def _word_rows(tensors: Mapping[tuple[int, int], list[dict[str, torch.Tensor]]]) -> dict[str, list[int]]:
+    """Rows of every vocabulary matrix on each tensor rank, the embedding's first."""
+    found: dict[str, list[int]] = {}
+    for _, chunks in sorted(tensors.items(), key=lambda item: item[0][::-1]):
+        for key, tensor in ((key, tensor) for chunk in chunks for key, tensor in chunk.items()):
+            if WORDS.search(key):
+                found.setdefault(key, []).append(tensor.shape[0])
+    return found
 
 
 def _is_local(chunks: list[dict[str, torch.Tensor]]) -> bool:

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import (
 from ee_scale.convert.args import check_agrees, to_config
 from ee_scale.convert.files import archive_extent
 from ee_scale.convert.folders import hugging_face_part
-from ee_scale.convert.model import Model, Opened, check_whole
+from ee_scale.convert.model import Model, Opened, check_whole, check_words
 from ee_scale.convert.names import EMBEDDING, FINAL_NORM, HEAD, Row, Rule
 from ee_scale.convert.tensors import Extent, Piece, Stored, cut
 from ee_scale.convert.torch_dist import COMMON, LAYERS
@@ -51,6 +51,10 @@ def open_folder(folder: Path, iteration: Path, model_folder: Path | None, trust:
             f"{iteration}: no '{EMBEDDING.core}' in its index; keys start with {next(iter(entries), '-')!r}"
         )
     embedding = index.state_dict_metadata[entries[EMBEDDING.core]]
+    sizes = {
+        name: index.state_dict_metadata[entries[name]].size for name in (EMBEDDING.core, HEAD.core) if name in entries
+    }
+    check_words(iteration, config, args, {name: size[:1] for name, size in sizes.items()})
     model = Model(config, None, embedding.properties.dtype, embedding.size[0])
     stored = list(_stored(iteration, index, entries, model))
     return Opened("megatron_core", folder, model, stored, args=args, small=small)

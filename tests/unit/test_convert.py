@@ -773,3 +773,64 @@ def test_two_conversions_to_the_same_folder(hf: Path, tmp_path: Path):
     run(make_conversion(settings), 1, lambda size: None, second)
     assert (tmp_path / "out").is_dir()
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+# -- rows of words -----------------------------------------------------------------------------------------------------
+
+
+def megatron(hf: Path, tmp_path: Path, to: str, change: Callable[[dict[str, Any]], Any] | None = None) -> Path:
+    """The model at tp=2 with 160 rows, changed: the args of both formats, or the rank files."""
+    out = convert(hf, tmp_path / "out", to, tp=2, vocab_divisor=80)
+    for path in [*out.rglob("common.pt"), *out.rglob("model_optim_rng.pt")]:
+        content = torch.load(path, weights_only=False)
+        if change:
+            change(content)
+        torch.save(content, path)
+    return out
+
+
+@pytest.mark.parametrize("to", ["megatron_core", "megatron_legacy"])
+@pytest.mark.parametrize(
+    ("config", "args", "message"),
+    [
+        (
+            200,
+            None,
+            r"vocab_size=200 in the config, but '.*word_embeddings.weight' has 160 rows, padding included; "
+            r"give model=<.*> with the number of words, at most 160, in its config.json",
+        ),
+        (200, 131, r"vocab_size=200 in the config, but .* has 160 rows, .* with vocab_size=131, as args say, in its "),
+        (131, 133, r"vocab_size=131 in the config, but args say 133 of the 160 rows are words; give model=<.*> with "),
+    ],
+)
+def test_rows_that_are_not_the_configs(hf: Path, tmp_path: Path, to: str, config: int, args: int | None, message: str):
+    out = megatron(hf, tmp_path, to, lambda content: setattr(content["args"], "vocab_size", args))
+    edit_config(out / "huggingface", vocab_size=config)
+    refused(out, message)
+    edit_config(out / "huggingface", vocab_size=args or VOCAB)  # the way out
+    back = convert(out, tmp_path / "back", "hf")
+    expected = TensorFolder(hf).read("lm_head.weight")
+    assert torch.equal(TensorFolder(back).read("lm_head.weight")[:VOCAB], expected)
+
+
+@pytest.mark.parametrize("to", ["megatron_core", "megatron_legacy"])
+def test_more_words_in_args_than_rows(hf: Path, tmp_path: Path, to: str):
+    """No config came along: that of args asks for more than there is."""
+    out = megatron(hf, tmp_path, to, lambda content: setattr(content["args"], "vocab_size", 161))
+    shutil.rmtree(out / "huggingface")
+    refused(out, "vocab_size=161 in the config, but 'embedding.word_embeddings.weight' has 160 rows, padding included")
+
+
+def test_rows_that_differ(hf: Path, tmp_path: Path):
+    """Between embedding and output matrix; between tensor ranks."""
+
+    def cut(content: dict[str, Any]) -> None:
+        content["model"]["output_layer.weight"] = content["model"]["output_layer.weight"][:-8].clone()
+
+    out = megatron(hf, tmp_path, "megatron_legacy", cut)
+    refused(out, r"'output_layer.weight' has 144 rows, but 'embedding.word_embeddings.weight' has 160")
+    path = out / "release" / "mp_rank_01" / "model_optim_rng.pt"
+    content = torch.load(path, weights_only=False)
+    cut(content)
+    torch.save(content, path)
+    refused(out, r"'output_layer.weight' has 72, 64 rows on its tensor ranks; all have the same number")
