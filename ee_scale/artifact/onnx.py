@@ -20,6 +20,7 @@ from transformers import DynamicCache
 
 from ee_scale.artifact.files import new_folder
 from ee_scale.artifact.hf_folder import copy_small_files, read_config_json, stock_config, write_config
+from ee_scale.artifact.onnx_shapes import declare_shapes
 from ee_scale.backbone.families import FAMILIES
 from ee_scale.backbone.loading import read_config
 from ee_scale.backbone.model_tensors import ModelTensors
@@ -88,7 +89,8 @@ def export_onnx(folder: Path, out: Path, task: str, *, int8: bool = False) -> On
 
     Inputs: input_ids [B, S], attention_mask [B, P + S]; a decoder's also past_key_values.<layer>.key and .value
     [B, heads, P, D], with P = 0 for a prompt, and outputs present.<layer>.key and .value [B, heads, P + S, D]. Output:
-    logits [B, S, V], or [B, labels]. Every B, S and P will do.
+    logits [B, S, V], or [B, labels]. Every B, S and P will do; the file calls them batch_size, sequence_length and
+    past_sequence_length.
 
     int8: weights of matrix products in blocks of BLOCK with one scale each, embedding tables with one scale per row;
     the runtime may round the inputs of products to int8 as well. Biases and norms stay in fp32.
@@ -143,6 +145,7 @@ def _converted(model: Any, task: str, own_head: bool) -> Any:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"format=onnx: {type(model).__name__} cannot be exported ({reason[0]})") from error
     _name_cache(program.graph)
+    declare_shapes(program.graph)
     return program
 
 

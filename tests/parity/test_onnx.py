@@ -90,6 +90,45 @@ def test_its_cache_continues_a_text(folder, exported):
     np.testing.assert_allclose(np.concatenate(pieces, 1), model(text).logits, atol=1e-4, rtol=0)
 
 
+BATCH, LENGTH, PAST = "batch_size", "sequence_length", "past_sequence_length"
+WHOLE = f"{PAST} + {LENGTH}"
+
+
+def shapes(values: Any) -> dict[str, list[int | str]]:
+    """By name, as the file declares them."""
+    return {
+        value.name: [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim] for value in values
+    }
+
+
+@pytest.mark.parametrize("kind", ["fp32", "int8"])
+def test_declared_shapes(folder, exported, quantized, tmp_path, kind):
+    """Numbers for heads and head size, one name for each free length; inference by onnx finds nothing else."""
+    path = folder / kind / "model.onnx"
+    graph = onnx.load(path, load_external_data=False).graph
+    cache = {f"{layer}.{what}" for layer in (0, 1) for what in ("key", "value")}
+    expected = {"input_ids": [BATCH, LENGTH], "attention_mask": [BATCH, WHOLE]}
+    assert shapes(graph.input) == expected | {f"past_key_values.{name}": [BATCH, 4, PAST, 16] for name in cache}
+    expected = {"logits": [BATCH, LENGTH, VOCAB]} | {f"present.{name}": [BATCH, 4, WHOLE, 16] for name in cache}
+    assert shapes(graph.output) == expected
+    inside = {size for shape in shapes(graph.value_info).values() for size in shape if isinstance(size, str)}
+    assert inside <= {BATCH, LENGTH, PAST, WHOLE}
+    onnx.checker.check_model(path)
+    found = tmp_path / "model.onnx"
+    onnx.shape_inference.infer_shapes_path(path, found, check_type=True, strict_mode=True, data_prop=True)
+    assert shapes(onnx.load(found, load_external_data=False).graph.output) == expected
+
+
+def test_the_runtime_agrees_with_the_declared_shapes(folder, exported, capfd):
+    """It warns of every output that has another shape than the file says."""
+    running = session(folder / "fp32")
+    names = [value.name for value in running.get_outputs()]
+    text, past = ids(3, 9), None
+    for start, stop in ((0, 5), (5, 6), (6, 9)):
+        past = dict(zip(names, running.run(names, feed(running, text[:, start:stop], past)), strict=True))
+    assert "shape" not in capfd.readouterr().err.lower()
+
+
 def test_padding_is_masked(folder, exported):
     running, model, text = session(folder / "fp32"), load_whole(folder / "decoder"), ids(1, 9)
     padded = feed(running, torch.cat([text, text.new_zeros(1, 3)], 1))
@@ -155,6 +194,9 @@ def test_a_classifier(tmp_path):
     model.save_pretrained(tmp_path / "bert")
     report = export_onnx(tmp_path / "bert", tmp_path / "out", "classify", int8=True)
     assert (report.agreement, report.tokens) == (1, 40)
+    graph = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph
+    assert shapes(graph.input) == {"input_ids": [BATCH, LENGTH], "attention_mask": [BATCH, LENGTH]}
+    assert shapes(graph.output) == {"logits": [BATCH, 2]}
     mask = np.ones((3, 17), np.int64)
     mask[1, 9:] = 0
     (logits,) = session(tmp_path / "out").run(["logits"], {"input_ids": ids(3, 17).numpy(), "attention_mask": mask})
