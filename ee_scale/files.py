@@ -1,11 +1,34 @@
 """Files and folders that are either whole or absent."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
+
+from ee_scale.errors import UserError
+
+
+def named_file(folder: Path, name: Any, place: Path) -> Path:
+    """The file of `folder` that `place`, a file in it, names. Raises `UserError` for what is no name of such a file."""
+    if not isinstance(name, str) or not name or name in (".", "..") or re.search(r"[/\\\0]", name):
+        raise UserError(f"{place}: names {name!r}, which is no name of a file beside it")
+    return own_file(folder / name)
+
+
+def own_file(path: Path) -> Path:
+    """The path itself. Raises `UserError` for a link that leads out of its folder: what came from others with a folder
+    must not choose what else is read. The blobs of the hub's cache belong to the folders that link to them.
+    """
+    if path.is_symlink():
+        target = path.resolve()
+        in_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith(("models--", "datasets--"))
+        if not in_cache and not target.is_relative_to(path.parent.resolve()):
+            raise UserError(f"{path}: a link to {target}, out of its folder; put the file itself there")
+    return path
 
 
 def write_text(path: Path, text: str) -> None:

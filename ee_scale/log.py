@@ -1,18 +1,45 @@
-"""Logging: one logger for the package; ranks other than 0 are silent below WARNING."""
+"""Logging: one logger for the package; ranks other than 0 are silent below WARNING. And what a terminal is told."""
 
 import logging
+import re
 import sys
+from collections.abc import Iterable
+from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.segment import Segment
 
 log = logging.getLogger("ee_scale")
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+class Terminal(Console):
+    """A console for text that may come from anywhere: it is shown, and neither markup nor commands for the terminal."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**{"markup": False, **kwargs})
+
+    def render(self, renderable: Any, options: Any = None) -> Iterable[Segment]:
+        """As the base class; a control character becomes a sign for it."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(shown(segment.text), segment.style)
+
+
+def shown(text: str) -> str:
+    """Text for a terminal: lines and tabs stay, other control characters become a sign."""
+    return CONTROLS.sub("\ufffd", text)
+
+
+def one_line(text: str) -> str:
+    """Text for one line: what cannot be printed is spelled as in Python."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def configure_logging(rank: int = 0, level: str = "info") -> None:
     """Send records to stderr, once per process: in colour on a terminal, as plain lines into a file or pipe."""
     if sys.stderr.isatty():
-        handler: logging.Handler = RichHandler(console=Console(stderr=True), show_path=False)
+        handler: logging.Handler = RichHandler(console=Terminal(stderr=True), show_path=False)
     else:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))

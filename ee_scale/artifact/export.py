@@ -16,7 +16,7 @@ from ee_scale.artifact.checkpoint import checkpoints, read_checkpoint
 from ee_scale.artifact.files import file_digest, new_folder, write_json
 from ee_scale.artifact.hf_folder import copy_small_files, read_config_json, stock_config, write_config, write_index
 from ee_scale.artifact.run_folder import CHECKPOINTS, read_run
-from ee_scale.artifact.sidecar import SIDECAR_CONFIG, SIDECAR_WEIGHTS
+from ee_scale.artifact.sidecar import SIDECAR_CONFIG, SIDECAR_WEIGHTS, base_folder
 from ee_scale.artifact.trained_base import TrainedBase
 from ee_scale.backbone.loading import SINGLE_NAME, fingerprint, weight_files
 from ee_scale.backbone.narrowing import narrowed
@@ -46,7 +46,7 @@ class Trained:
 
     def base(self) -> TrainedBase:
         """The base model with what the run trained of it. Raises `UserError` if it is gone or changed."""
-        base = Path(self.facts["base_model"])
+        base = base_folder(self.run, self.facts)
         if not base.is_dir():
             raise UserError(f"src={self.run}: its base model {base} is not there any more")
         if fingerprint(base) != self.facts["base_fingerprint"]:
@@ -111,7 +111,7 @@ def export_early_exit(run: Path, out: Path, step: int | None, copied: Callable[[
 
 def export_bytes(run: Path) -> int:
     """Bytes that `export_early_exit` will copy, for a progress bar."""
-    base = Path(read_run(run)["base_model"])
+    base = base_folder(run, read_run(run))
     return sum(path.stat().st_size for path in weight_files(base)) if base.is_dir() else 0
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ee_scale.errors import UserError
-from ee_scale.files import published, write_text
+from ee_scale.files import named_file, published, write_text
 
 DIGEST_KEY = "sha256"
 
@@ -39,10 +39,11 @@ def file_digest(path: Path) -> str:
 def check_files(folder: Path, digests: dict[str, str]) -> None:
     """Raise `UserError` naming the first file that is missing or not what was written."""
     for name, digest in digests.items():
-        if not (folder / name).is_file():
-            raise UserError(f"{folder / name}: missing")
-        if file_digest(folder / name) != digest:
-            raise UserError(f"{folder / name}: its content does not match its digest; it was cut off or edited")
+        path = named_file(folder, name, folder)
+        if not path.is_file():
+            raise UserError(f"{path}: missing")
+        if file_digest(path) != digest:
+            raise UserError(f"{path}: its content does not match its digest; it was cut off or edited")
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 from ee_scale.backbone.loading import INDEX_NAME
 from ee_scale.backbone.small_files import GENERATION_CONFIG, small_files
 from ee_scale.exits.policies import CALIBRATION_KEY
-from ee_scale.files import write_text
+from ee_scale.files import own_file, write_text
 
 RECORD = "conversion.json"  # digests, in a folder that a conversion made
 OF_THE_SOURCE = ("early_exit", "auto_map", "_name_or_path")  # keys of config.json that speak of files not copied
@@ -21,7 +21,7 @@ def copy_small_files(base: Path, folder: Path, *, same_exits: bool = False) -> N
     """
     for name in small_files(base):
         (folder / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(base / name, folder / name)
+        shutil.copyfile(own_file(base / name), folder / name)
     path = folder / GENERATION_CONFIG
     if path.is_file() and not same_exits:
         _drop_exits(path)

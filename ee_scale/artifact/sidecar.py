@@ -4,12 +4,29 @@ from pathlib import Path
 from typing import Any
 
 from ee_scale.artifact.files import check_files, read_json
+from ee_scale.errors import UserError
 
 SIDECAR_CONFIG, SIDECAR_WEIGHTS = "exits.json", "exits.safetensors"
+
+
+def base_folder(folder: Path, facts: dict[str, Any]) -> Path:
+    """The base model that a sidecar or a run in `folder` names, wherever it lies; a relative path begins there.
+
+    For reading, once its fingerprint is that of the facts. Raises `UserError` for what is no path.
+    """
+    name = facts.get("base_model")
+    if not isinstance(name, str) or "\0" in name:
+        raise UserError(f"{folder}: its base model is {name!r}, which is no path")
+    return folder / name
 
 
 def read_sidecar(folder: Path) -> dict[str, Any]:
     """exits.json, after its weights were compared with their digest. Raises `UserError`."""
     facts = read_json(folder / SIDECAR_CONFIG)
+    for key in ("files", "base_model", "base_fingerprint", "early_exit"):
+        if key not in facts:
+            raise UserError(f"{folder / SIDECAR_CONFIG}: no '{key}' in it")
+    if not isinstance(facts["files"], dict) or SIDECAR_WEIGHTS not in facts["files"]:
+        raise UserError(f"{folder / SIDECAR_CONFIG}: no digest of {SIDECAR_WEIGHTS} in it")
     check_files(folder, facts["files"])
     return facts

@@ -115,7 +115,7 @@ def _cut_config(base: Path, submodel: Submodel) -> dict[str, Any]:
 
 def _write_weights(folder: Path, submodel: Submodel) -> None:
     """The parameters that transformers expects, in files of SHARD_BYTES, in the base model's number types."""
-    model = meta_model(AutoConfig.from_pretrained(folder), torch.float32)
+    model = meta_model(AutoConfig.from_pretrained(folder, trust_remote_code=False), torch.float32)
     embedding = submodel.base.read("model.embed_tokens.weight", 0, 0, 1).dtype
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     shards = list(_shards(shapes, embedding.itemsize))

@@ -12,6 +12,7 @@ from torch import nn
 from ee_scale.artifact.checkpoint import checkpoints, read_checkpoint
 from ee_scale.artifact.hf_folder import copy_small_files, read_config_json, stock_config, write_config
 from ee_scale.artifact.run_folder import CHECKPOINTS, read_run
+from ee_scale.artifact.sidecar import base_folder
 from ee_scale.backbone.loading import TensorFolder, fingerprint
 from ee_scale.backbone.narrowing import narrowed
 from ee_scale.elastic.architecture import AUTO_CLASS, ElasticMap
@@ -41,7 +42,7 @@ class TrainedSupernet:
 def read_supernet(run: Path, step: int | None = None) -> TrainedSupernet:
     """The run's last checkpoint, or that of `step`. Raises `UserError`."""
     identity = read_run(run, "supernet")
-    base = Path(identity["base_model"])
+    base = base_folder(run, identity)
     if not base.is_dir():
         raise UserError(f"src={run}: its base model {base} is not there any more")
     if fingerprint(base) != identity["base_fingerprint"]:

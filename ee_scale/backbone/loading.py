@@ -17,6 +17,7 @@ from ee_scale.backbone.families import FAMILIES, family_of
 from ee_scale.backbone.narrowing import fill
 from ee_scale.backbone.stored_names import stored_pair
 from ee_scale.errors import UserError
+from ee_scale.files import named_file, own_file
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 BLOCK = 1 << 22  # numbers that are compared at a time
@@ -140,19 +141,21 @@ class TensorFolder:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors of a model folder. Raises `UserError` naming what is missing."""
     if (folder / SINGLE_NAME).is_file():
-        return [folder / SINGLE_NAME]
+        return [own_file(folder / SINGLE_NAME)]
     if not (folder / INDEX_NAME).is_file():
         other = any(folder.glob("*.bin*")) or any(folder.glob("*.pt*")) or any(folder.glob("*.gguf"))
         way_out = f"; {SAVE_AS_SAFETENSORS}" if other else ""
         raise UserError(f"model.path={folder}: neither {SINGLE_NAME} nor {INDEX_NAME} in it{way_out}")
     try:
-        names = sorted(set(json.loads((folder / INDEX_NAME).read_text())["weight_map"].values()))
+        names = sorted(set(json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / INDEX_NAME}: not a whole index of safetensors ({error})") from error
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
+    paths = [named_file(folder, name, folder / INDEX_NAME) for name in names]
+    if wrong := [name for name in names if not name.endswith(".safetensors")]:
+        raise UserError(f"{folder / INDEX_NAME}: names {wrong[0]!r}, which is no safetensors file")
+    if missing := [path.name for path in paths if not path.is_file()]:
         raise UserError(f"model.path={folder}: {INDEX_NAME} names {missing[0]}, which is not there")
-    return [folder / name for name in names]
+    return paths
 
 
 def fingerprint(folder: Path) -> str:
@@ -172,6 +175,8 @@ def _sample(path: Path, blocks: int = 64, block_size: int = 1 << 16) -> Iterator
     yield size.to_bytes(8, "little")
     with path.open("rb") as file:
         header = int.from_bytes(file.read(8), "little")
+        if header > size - 8:
+            raise UserError(f"{path}: not a whole safetensors file (a header of {header:,} of its {size:,} bytes)")
         yield file.read(header)
         for i in range(blocks):
             file.seek(8 + header + (size - 8 - header) * i // blocks)

@@ -10,6 +10,7 @@ import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ee_scale.cli import supernet, tune
 from ee_scale.cli.console import console
@@ -145,7 +146,7 @@ def _text(value: Any) -> str:
 def print_settings(terminal: Console, verb: str, config: Any) -> None:
     """The settings that differ from their defaults; all of them: `ee-scale <command> ... --cfg`."""
     defaults = OmegaConf.to_container(OmegaConf.structured(VERBS[verb]), throw_on_missing=False)
-    terminal.print(f"[bold]{verb}[/], settings that are not the default (--cfg shows all):")
+    terminal.print(f"[bold]{verb}[/], settings that are not the default (--cfg shows all):", markup=True)
     table = Table(box=None, show_header=False)
     table.add_column("setting")
     table.add_column("value", overflow="fold")
@@ -187,7 +188,7 @@ def print_stages(terminal: Console, plan: Plan, config: Any) -> None:
         numbers = [f"{getattr(rank, part) / scale:.2f}" for part in PARTS]
         row = [str(stage), f"{layers.start + 1}-{layers.stop}", exits]
         row += [_count(parameters.held), _count(parameters.trained), *numbers]
-        table.add_row(*row, f"[bold]{rank.total / scale:.2f}[/]", f"{flops[stage] / sum(flops):.0%}")
+        table.add_row(*row, Text(f"{rank.total / scale:.2f}", style="bold"), f"{flops[stage] / sum(flops):.0%}")
     for stage in range(plan.stages.launched, len(plan.stages.bounds) - 1):
         first, last = plan.stages.bounds[stage] + 1, plan.stages.bounds[stage + 1]
         table.add_row(str(stage), f"{first}-{last}", "not launched")

@@ -1,11 +1,11 @@
 """Where commands write for people: as wide as the terminal, and wide enough for whole lines in a pipe or file."""
 
-from rich.console import Console
+from ee_scale.log import Terminal
 
 PIPE_WIDTH = 140
 
 
-def console(*, stderr: bool = False) -> Console:
+def console(*, stderr: bool = False) -> Terminal:
     """A console for results (stdout) or for progress and notes (stderr)."""
-    terminal = Console(stderr=stderr)
-    return terminal if terminal.is_terminal else Console(stderr=stderr, width=PIPE_WIDTH)
+    terminal = Terminal(stderr=stderr)
+    return terminal if terminal.is_terminal else Terminal(stderr=stderr, width=PIPE_WIDTH)

@@ -32,7 +32,7 @@ def run(config: Any, overrides: Sequence[str]) -> int:
         raise UserError("verify=true: without a config there is no model to run; give model=<Hugging Face folder>")
     if config.plan:
         for line in plan_lines(conversion):
-            console().print(line, markup=False, highlight=False, soft_wrap=True)
+            console().print(line, highlight=False, soft_wrap=True)
         return 0
     err = console(stderr=True)
     copies = [
@@ -40,11 +40,11 @@ def run(config: Any, overrides: Sequence[str]) -> int:
         for item in differing_copies(conversion.opened.stored, conversion.source)
     ]
     for note in [*copies, *conversion.notes]:
-        err.print(note, markup=False, highlight=False, soft_wrap=True)
+        err.print(note, highlight=False, soft_wrap=True)
     _write(conversion, config.workers, err, _check(conversion, settings, err) if config.verify else lambda folder: None)
     for line in conversion.source.values.lines():
-        err.print(line, markup=False, highlight=False, soft_wrap=True)
-    err.print(f"wrote {settings.out}", markup=False, highlight=False, soft_wrap=True)
+        err.print(line, highlight=False, soft_wrap=True)
+    err.print(f"wrote {settings.out}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -75,7 +75,7 @@ def _settings(config: Any) -> Settings:
 
 
 def _write(conversion: Conversion, workers: int, err: Console, check: Callable[[Path], None]) -> None:
-    err.print(summary(conversion), markup=False, highlight=False)
+    err.print(summary(conversion), highlight=False)
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(TextColumn("writing"), *columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task("", total=conversion.nbytes)

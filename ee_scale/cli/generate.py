@@ -15,7 +15,7 @@ from ee_scale.errors import UserError
 from ee_scale.evaluation.colours import PieceStreamer, legend, paint
 from ee_scale.files import write_text
 from ee_scale.grid import Layout, launch_info, pick_device, world_size_message
-from ee_scale.log import configure_logging
+from ee_scale.log import configure_logging, shown
 
 
 def run(config: Any, overrides: Sequence[str]) -> int:
@@ -54,7 +54,7 @@ def finish(job: Job, answers: Answers) -> None:
                 line["exit_layers"] = layers
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
         if job.config.out is None:
-            sys.stdout.write("".join(lines))
+            sys.stdout.write(_for_stdout("".join(lines)))
         else:
             write_text(Path(job.config.out).expanduser(), "".join(lines))
     flat, err = [k for layers in answers.layers for k in layers], console(stderr=True)
@@ -95,10 +95,16 @@ def open_stream(job: Job) -> Stream:
     coloured = job.config.show_exits and console().is_terminal
 
     def write(piece: str, layer: int | None) -> None:
+        piece = _for_stdout(piece)
         sys.stdout.write(paint(piece, job.exit_layers, layer) if coloured else piece)
         sys.stdout.flush()
 
     return Stream(job.tokenizer, write)
+
+
+def _for_stdout(text: str) -> str:
+    """A pipe or file gets the text as it is; on a terminal it must not give commands."""
+    return shown(text) if sys.stdout.isatty() else text
 
 
 def _decode(tokenizer: Any, tokens: list[int]) -> str:

@@ -4,6 +4,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from ee_scale.cli.console import console
 from ee_scale.config.compose import group_options, has_groups
@@ -70,15 +71,17 @@ PREFIX_EXAMPLES = {
 def overview() -> None:
     """The commands, one line each."""
     out = console()
-    out.print("[bold]ee-scale[/] <command> key=value ...   early exits and smaller sizes of frozen HF models\n")
+    out.print(
+        "[bold]ee-scale[/] <command> key=value ...   early exits and smaller sizes of frozen HF models\n", markup=True
+    )
     table = Table.grid(padding=(0, 3))
     for verb, schema in VERBS.items():
-        table.add_row(f"  [bold]{verb}[/]", schema.__doc__)
+        table.add_row(Text(f"  {verb}", style="bold"), schema.__doc__)
     out.print(table)
     out.print("\nIn front of tune and supernet:\n")
     table = Table.grid(padding=(0, 3))
     for prefix, text in PREFIXES.items():
-        table.add_row(f"  [bold]{prefix}[/]", text)
+        table.add_row(Text(f"  {prefix}", style="bold"), text)
     out.print(table)
     out.print("\nee-scale <command> --help lists its settings; --cfg prints the resolved config and stops.")
 
@@ -86,23 +89,23 @@ def overview() -> None:
 def prefix_help(prefix: str) -> None:
     """What a word in front of a training command does."""
     out = console()
-    out.print(f"[bold]ee-scale {prefix}[/] tune|supernet key=value ...: {PREFIXES[prefix]}\n")
+    out.print(f"[bold]ee-scale {prefix}[/] tune|supernet key=value ...: {PREFIXES[prefix]}\n", markup=True)
     for example in PREFIX_EXAMPLES[prefix]:
-        out.print(f"  {example}", markup=False, highlight=False)
+        out.print(f"  {example}", highlight=False)
     out.print("\nIts settings are those of the command: ee-scale tune --help, ee-scale supernet --help.")
 
 
 def verb_help(verb: str) -> None:
     """Every setting of a command with its default."""
     out, schema = console(), VERBS[verb]
-    out.print(f"[bold]ee-scale {verb}[/]: {schema.__doc__}\n")
+    out.print(f"[bold]ee-scale {verb}[/]: {schema.__doc__}\n", markup=True)
     for example in EXAMPLES[verb]:
-        out.print(f"  {example}", markup=False, highlight=False)
+        out.print(f"  {example}", highlight=False)
     if has_groups(verb):
         out.print("\nReady-made groups (choose with group=option):")
         for group, options in group_options(verb).items():
             plus = "+" if group == "debug" else ""
-            out.print(f"  {plus}{group}={' '.join(options)}", markup=False, highlight=False)
+            out.print(f"  {plus}{group}={' '.join(options)}", highlight=False)
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("setting", no_wrap=True)
     table.add_column("default", overflow="fold")
@@ -110,7 +113,7 @@ def verb_help(verb: str) -> None:
     for key, default, text in _settings(schema):
         table.add_row(key, default, text)
     out.print()
-    out.print(table, markup=False)
+    out.print(table)
 
 
 def _settings(schema: type, prefix: str = "") -> list[tuple[str, str, str]]:

@@ -33,6 +33,6 @@ def text_dataset(config: Any, tokenizer: Any, prefixes: list[str], num_samples: 
 def load_tokenizer(folder: Path, field: str = "model.path") -> Any:
     """The model's tokenizer. Raises `UserError`."""
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise UserError(f"{field}={folder}: no tokenizer in it ({str(error).splitlines()[0]})") from error

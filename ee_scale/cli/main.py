@@ -12,6 +12,7 @@ from ee_scale.cli.ranks import STOPPING
 from ee_scale.config.compose import compose_config, to_yaml
 from ee_scale.config.schema import PREFIXES, TRAINING_VERBS, VERBS
 from ee_scale.errors import BAD_INPUT, FAILED, REQUEUE, Requeue, RunError, UserError
+from ee_scale.log import one_line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,7 +76,7 @@ def split_command(arguments: Sequence[str]) -> tuple[str | None, str | None, lis
 
 def _say(line: str, code: int, *, speaks: bool) -> int:
     if speaks:
-        sys.stderr.write(f"{line}\n")
+        sys.stderr.write(f"{one_line(line)}\n")
     return code
 
 

@@ -47,7 +47,7 @@ def run(config: Any, overrides: Sequence[str]) -> int:
     kind = "untrained exits" if untrained else "its exits"
     out.print(outlook_table(rows, f"{config.model}, {kind}, {parts.costs.num_layers} layers, batch 1"))
     for line in [*cost_lines(parts), "", *sentences]:
-        out.print(line, markup=False, highlight=False)
+        out.print(line, highlight=False)
     if config.out:
         facts = {
             "model": str(config.model),

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from ee_scale.errors import BAD_INPUT, FAILED, REQUEUE, STOPPED, Requeue, RunError, UserError
+from ee_scale.log import one_line
 
 if TYPE_CHECKING:
     import torch
@@ -170,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         line, code = str(left), REQUEUE
     except RunError as error:
         line, code = f"error: {error}", FAILED
-    sys.stderr.write(f"{line}\n")
+    sys.stderr.write(f"{one_line(line)}\n")
     return code
 
 

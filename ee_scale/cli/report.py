@@ -27,7 +27,7 @@ def run(config: Any, overrides: Sequence[str]) -> int:
     if set(summary.by(1)) != {NO_TAG}:
         out.print(report_table(summary, 1, "per tag", config.confidence))
     for sentence in _notes(summary) + warnings(summary, config.agreement, config.confidence):
-        out.print(f"warning: {sentence}", style="yellow", markup=False, highlight=False)
+        out.print(f"warning: {sentence}", style="yellow", highlight=False)
     if config.out:
         facts = {"files": [str(path) for path in files], "every_seconds": every, "agreement_wanted": config.agreement}
         write_log_report(Path(config.out).expanduser(), summary, facts, config.agreement, config.confidence)

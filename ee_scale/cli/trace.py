@@ -131,7 +131,7 @@ def _write(folder: Path, timelines: list[StageTimeline], offsets: dict[int, tupl
         (folder / "timeline.json", "the same for https://ui.perfetto.dev or chrome://tracing"),
         (folder / stages, "torch's profiler, by stage, for the same programs"),
     ):
-        out.print(f"{path}  {what}", soft_wrap=True, highlight=False, markup=False)
+        out.print(f"{path}  {what}", soft_wrap=True, highlight=False)
 
 
 def _check_window(logging: Any, total_steps: int) -> None:

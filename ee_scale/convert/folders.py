@@ -60,7 +60,7 @@ def iteration_folder(root: Path, iteration: int | None) -> Path:
     text = (root / TRACKER).read_text(encoding="utf-8").strip()
     if text == "release" and (root / text).is_dir():
         return root / text
-    if not text.isdigit() or int(text) not in saved:
+    if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) not in saved:
         raise UserError(f"{root / TRACKER}: names {text!r}, which is not there")
     return saved[int(text)]
 

@@ -11,7 +11,7 @@ import torch
 from ee_scale.artifact.calibration import read_calibration, write_calibration
 from ee_scale.artifact.files import file_digest, write_json
 from ee_scale.artifact.hf_folder import copy_small_files, read_config_json, stock_config, write_config, write_index
-from ee_scale.artifact.sidecar import SIDECAR_CONFIG, SIDECAR_WEIGHTS, read_sidecar
+from ee_scale.artifact.sidecar import SIDECAR_CONFIG, SIDECAR_WEIGHTS, base_folder, read_sidecar
 from ee_scale.artifact.trained_base import EMBEDDING, HEAD
 from ee_scale.backbone.loading import SINGLE_NAME, WAY_OUT, fingerprint, load_config, weight_files
 from ee_scale.backbone.shard import meta_model
@@ -41,7 +41,7 @@ def open_folder(folder: Path) -> Opened:
 def open_sidecar(folder: Path) -> Opened:
     """Exits alone: opened together with the base model that they name. Raises `UserError`."""
     facts = read_sidecar(folder)
-    base = Path(facts["base_model"])
+    base = base_folder(folder, facts)
     if not base.is_dir():
         raise UserError(f"src={folder}: its base model {base} is not there")
     if fingerprint(base) != facts["base_fingerprint"]:

@@ -28,6 +28,7 @@ from ee_scale.convert.tensors import Extent, Piece, Stored, cut
 from ee_scale.convert.torch_dist import COMMON, LAYERS
 from ee_scale.convert.unpickle import load_index, load_safely
 from ee_scale.errors import UserError
+from ee_scale.files import named_file
 
 PREFIXES = ("module.", "model.")  # NeMo 2 and 1
 NOT_WEIGHTS = ("optimizer.", "rng_state", "common_state", "opt_param_scheduler", "rerun_state_machine", "iteration")
@@ -216,19 +217,22 @@ class _Files:
 
     def extent(self, info: _StorageInfo) -> Extent:
         """Where the tensor of an entry lies. Raises `UserError`."""
-        path = self.folder / info.relative_path
+        path = self._path(info)
         return archive_extent(path, self._file(path), info.offset, info.length)
 
     def item(self, info: _StorageInfo, trust: bool) -> Any:
         """An entry that is no tensor. Raises `UserError`."""
-        path = self.folder / info.relative_path
+        path = self._path(info)
         file = self._file(path)
         file.seek(info.offset)
         return load_safely(BytesIO(file.read(info.length)), path, trust=trust)
 
+    def _path(self, info: _StorageInfo) -> Path:
+        return named_file(self.folder, info.relative_path, self.folder / ".metadata")
+
     def _file(self, path: Path) -> IO[bytes]:
         if path not in self._open:
-            if path.parent.resolve() != self.folder.resolve() or not path.is_file():
+            if not path.is_file():
                 raise UserError(f"{path}: named by the index, but not there")
             self._open[path] = path.open("rb")
         return self._open[path]

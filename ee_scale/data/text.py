@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 
 from ee_scale.data.corpora import Piece, Source, open_source, open_tokens, setting_name
 from ee_scale.errors import UserError
 from ee_scale.files import published
-from ee_scale.log import log
+from ee_scale.log import Terminal, log
 
 FORMAT_VERSION = 1
 BATCH_CHARS = 1 << 20
@@ -134,8 +133,13 @@ def _encoder(tokenizer: Any) -> Encode:
 @contextmanager
 def _progress_bar(source: Source, progress: bool) -> Iterator[Callable[[int], None]]:
     """A function to call with the number of bytes that were done; draws on a terminal only."""
-    columns = (TextColumn("tokenising {task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
+    columns = (
+        TextColumn("tokenising {task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+    )
+    console = Terminal(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not (progress and sys.stderr.isatty())) as bar:
         task = bar.add_task(source.name, total=source.num_bytes)
         yield lambda num_bytes: bar.advance(task, num_bytes)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from ee_scale.artifact.sidecar import SIDECAR_CONFIG, read_sidecar
+from ee_scale.artifact.sidecar import SIDECAR_CONFIG, base_folder, read_sidecar
 from ee_scale.errors import UserError
 from ee_scale.exits.policies import CALIBRATION_KEY, ExitPolicy, choose_layers, resolve_policy
 from ee_scale.inference.model import open_model
@@ -119,7 +119,7 @@ def _base_folder(pretrained: str) -> Path:
     path = Path(pretrained).expanduser()
     if not path.is_dir():
         raise UserError(f"pretrained={pretrained}: no such folder")
-    return Path(read_sidecar(path)["base_model"]) if (path / SIDECAR_CONFIG).is_file() else path
+    return base_folder(path, read_sidecar(path)) if (path / SIDECAR_CONFIG).is_file() else path
 
 
 def _value(value: Any) -> Any:

@@ -186,7 +186,7 @@ class EarlyExitForCausalLM:
         kwargs.pop("trust_remote_code", None)
         kwargs.pop("adapter_kwargs", None)
         wants_info = kwargs.pop("output_loading_info", False)
-        config = AutoConfig.from_pretrained(path) if config is None else config
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False) if config is None else config
         if getattr(config, "early_exit", None) is None:
             raise ValueError(f"{path}: its config.json has no 'early_exit'; it is not a model with exits")
         model_class = early_exit_class(config)

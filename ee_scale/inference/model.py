@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, logging
 
 from ee_scale.artifact.calibration import read_calibration
-from ee_scale.artifact.sidecar import SIDECAR_CONFIG, SIDECAR_WEIGHTS, read_sidecar
+from ee_scale.artifact.sidecar import SIDECAR_CONFIG, SIDECAR_WEIGHTS, base_folder, read_sidecar
 from ee_scale.backbone.loading import TensorFolder, fingerprint, load_config, read_config
 from ee_scale.backbone.narrowing import narrowed
 from ee_scale.backbone.shard import model_tensors
@@ -34,7 +34,7 @@ class EarlyExitForCausalLM(modeling.EarlyExitForCausalLM):
             _check_exported(Path(path), kwargs.get("config"))
             return super().from_pretrained(path, *args, **kwargs)
         facts = read_sidecar(Path(path))
-        folder = Path(base or facts["base_model"])
+        folder = Path(base) if base else base_folder(Path(path), facts)
         if not folder.is_dir():
             raise UserError(f"{path}: its base model {folder} is not there; pass base_model=<folder>")
         if fingerprint(folder) != facts["base_fingerprint"]:
@@ -86,7 +86,7 @@ def open_model(path: Path, **kwargs: Any) -> Any:
         model_tensors(path, config)  # transformers fills what is missing with random numbers
         opener = AutoModelForCausalLM
     try:
-        model = opener.from_pretrained(path, **kwargs)
+        model = opener.from_pretrained(path, trust_remote_code=False, **kwargs)
     except (ValueError, OSError, json.JSONDecodeError) as error:
         raise UserError(str(error).strip().splitlines()[0]) from error
     _check_numbers(path, model)

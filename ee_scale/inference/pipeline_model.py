@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from ee_scale.artifact.calibration import read_calibration
-from ee_scale.artifact.sidecar import SIDECAR_CONFIG, read_sidecar
+from ee_scale.artifact.sidecar import SIDECAR_CONFIG, base_folder, read_sidecar
 from ee_scale.backbone.families import shape_of
 from ee_scale.backbone.loading import TensorFolder, fingerprint, load_config
 from ee_scale.backbone.model_tensors import ModelTensors
@@ -66,7 +66,7 @@ def find_parts(folder: Path) -> ModelParts:
 def _find_parts(folder: Path) -> ModelParts:
     if (folder / SIDECAR_CONFIG).is_file():
         facts = read_sidecar(folder)
-        base = Path(facts["base_model"])
+        base = base_folder(folder, facts)
         if not base.is_dir():
             raise UserError(f"{folder}: its base model {base} is not there")
         if fingerprint(base) != facts["base_fingerprint"]:

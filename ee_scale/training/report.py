@@ -9,10 +9,9 @@ from types import TracebackType
 from typing import Any
 
 import wandb
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ee_scale.log import log
+from ee_scale.log import Terminal, log
 from ee_scale.training.metrics import StepMetrics
 
 
@@ -58,7 +57,7 @@ class ProgressLine:
                 MofNCompleteColumn(),
                 TextColumn("{task.description}"),
             )
-            self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
+            self._bar = Progress(*columns, TimeRemainingColumn(), console=Terminal(stderr=True))
             self._task = self._bar.add_task("", total=steps, completed=start)
             self._bar.start()
 
