@@ -27,6 +27,7 @@ SAVE_AS_SAFETENSORS = (
     "weights of another kind (pytorch_model.bin, say) are not read; "
     "AutoModelForCausalLM.from_pretrained(<model>).save_pretrained(<folder>) writes safetensors"
 )
+USUAL_LAYERS = 200
 
 
 def load_config(folder: Path) -> Any:
@@ -44,8 +45,12 @@ def read_config(folder: Path) -> Any:
         raise UserError(f"model.path={folder}: no config.json in it")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"model.path={folder}: config.json: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # transformers checks types and values in many ways
+        lines = str(error).strip().splitlines() or [""]
+        reason = lines[0] if len(lines) == 1 else f"{lines[0]} {lines[1].strip()}"
+        raise UserError(f"model.path={folder}: config.json: {reason or type(error).__name__}") from error
+    if any((folder / name).is_file() for name in (SINGLE_NAME, INDEX_NAME)):
+        check_claims(folder, config)
     _check_encoding(folder, config)
     if config.model_type in FAMILIES and config.tie_word_embeddings:
         config.tie_word_embeddings = is_tied(folder, config)
@@ -75,6 +80,33 @@ def is_tied(folder: Path, config: Any) -> bool:
     tensors = TensorFolder(folder)
     pair = stored_pair(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], tensors.files)
     return pair is None or tensors.equal(*pair)
+
+
+def check_claims(folder: Path, config: Any) -> None:
+    """Refuse a config that asks for far more than the weights beside it, before anything of its size is made.
+
+    Raises `UserError` naming the settings and both numbers.
+    """
+    exits, nbytes = getattr(config, "early_exit", None), sum(path.stat().st_size for path in weight_files(folder))
+    size = vars(config) | (exits if isinstance(exits, dict) else {})
+    size = {name: value for name, value in size.items() if isinstance(value, int) and not isinstance(value, bool)}
+    width = "embedding_size" if "embedding_size" in size else "hidden_size"  # ALBERT, ELECTRA
+    claims = [("vocab_size", width), ("intermediate_size", "hidden_size"), ("rank", "hidden_size")]
+    claims += [(f"num_{heads}_heads", "head_dim", "hidden_size") for heads in ("attention", "key_value")]
+    for name in {name for names in (*claims, ("num_hidden_layers",)) for name in names}:
+        if size.get(name, 1) < 1:
+            raise UserError(f"{folder}: config.json: {name}={size[name]}: must be at least 1")
+    for names in claims:
+        if (
+            set(names) <= set(size) and (count := prod(size[name] for name in names)) > 8 * nbytes
+        ):  # a weight has at least one bit
+            told = " x ".join(f"{name}={size[name]}" for name in names)
+            raise UserError(
+                f"{folder}: config.json: {told} = {count} weights in one matrix, but all files have {nbytes} bytes"
+            )
+    layers = size.get("num_hidden_layers", 0)
+    if layers > USUAL_LAYERS and layers > (count := len(TensorFolder(folder).files)):
+        raise UserError(f"{folder}: config.json: num_hidden_layers={layers}, but its files have {count} tensors")
 
 
 class TensorFolder:

@@ -57,8 +57,10 @@ def exits_of(folder: Path, config: Any, values: Any) -> ExitSpec | None:
         return None
     try:
         spec = ExitSpec.from_dict(values)
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{folder}: early_exit: {error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{folder}: early_exit: {type(error).__name__}: {error}") from error
+    if not isinstance(spec.rank, int) or spec.rank < 1:
+        raise UserError(f"{folder}: early_exit: rank={spec.rank!r}: give a whole number of at least 1")
     try:
         resolve_exit_layers(list(spec.layers), config.num_hidden_layers)
     except UserError as error:

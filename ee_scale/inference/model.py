@@ -1,6 +1,5 @@
 """Open a model with exits from any of the forms it takes on disk."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from ee_scale.artifact.sidecar import SIDECAR_CONFIG, SIDECAR_WEIGHTS, base_fold
 from ee_scale.backbone.loading import TensorFolder, fingerprint, load_config, read_config
 from ee_scale.backbone.narrowing import narrowed
 from ee_scale.backbone.shard import model_tensors
+from ee_scale.convert.huggingface import exits_of
 from ee_scale.errors import UserError
 from ee_scale.exits import modeling_early_exit as modeling
 from ee_scale.exits.heads import ExitSpec, LowRankHead
@@ -82,13 +82,16 @@ def open_model(path: Path, **kwargs: Any) -> Any:
         return EarlyExitForCausalLM.from_pretrained(path, **kwargs)
     config = load_config(path)
     opener = EarlyExitForCausalLM
-    if getattr(config, "early_exit", None) is None:
+    if exits_of(path, config, getattr(config, "early_exit", None)) is None:
         model_tensors(path, config)  # transformers fills what is missing with random numbers
         opener = AutoModelForCausalLM
     try:
         model = opener.from_pretrained(path, trust_remote_code=False, **kwargs)
-    except (ValueError, OSError, json.JSONDecodeError) as error:
-        raise UserError(str(error).strip().splitlines()[0]) from error
+    except UserError:
+        raise
+    except Exception as error:  # a folder that is damaged or was made up fails in many ways
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(lines[0] if str(path) in lines[0] else f"{path}: {lines[0]}") from error
     _check_numbers(path, model)
     return model
 

@@ -16,6 +16,7 @@ from ee_scale.backbone.model_tensors import ModelTensors
 from ee_scale.backbone.shard import tensor_plan
 from ee_scale.backbone.small_files import GENERATION_CONFIG
 from ee_scale.backbone.stages import StagePlan, plan_stages
+from ee_scale.convert.huggingface import exits_of
 from ee_scale.errors import UserError
 from ee_scale.exits.heads import ExitSpec
 from ee_scale.exits.placement import exit_parameters
@@ -71,11 +72,10 @@ def _find_parts(folder: Path) -> ModelParts:
             raise UserError(f"{folder}: its base model {base} is not there")
         if fingerprint(base) != facts["base_fingerprint"]:
             raise UserError(f"{folder}: {base} is not the base model that these exits were trained on")
-        spec = ExitSpec.from_dict(facts["early_exit"])
-        return ModelParts(folder, base, load_config(base), spec, folder)
+        config = load_config(base)
+        return ModelParts(folder, base, config, exits_of(folder, config, facts["early_exit"]), folder)
     config = load_config(folder)
-    early_exit = getattr(config, "early_exit", None)
-    return ModelParts(folder, folder, config, None if early_exit is None else ExitSpec.from_dict(early_exit))
+    return ModelParts(folder, folder, config, exits_of(folder, config, getattr(config, "early_exit", None)))
 
 
 def plan_decoding(
