@@ -14,22 +14,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
-import psutil
-
+from ee_scale.cli.signals import passing_on
 from ee_scale.errors import BAD_INPUT, FAILED, REQUEUE, STOPPED, Requeue, RunError, UserError
 from ee_scale.log import one_line
 
 if TYPE_CHECKING:
     import torch
 
-PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
 HANDLED = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # torchrun ends the ranks at these
 # torch 2.13 keeps one store for all rounds, where ranks that start again find addresses of ranks that are gone.
 OWN_STORE = ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-STOPPING = "EE_SCALE_STOPPING"  # in the environment of ranks that an agent starts again after a signal
+GRACE = 30.0  # seconds that ranks may go on after the run has ended on another machine
 
 
 @dataclass
@@ -73,14 +70,23 @@ def run_ranks(
 
 
 def run_agent(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Ended:
-    """`torchrun <arguments>` in this process, until all its ranks have ended."""
-    from torch.distributed import run
+    """`torchrun <arguments>` in this process, until all its ranks have ended.
+
+    Raises `RunError` where the other machines of the run are gone, `Requeue` if they are after a signal.
+    """
+    with _restored():
+        # When another machine is gone, its store's clients print C++ stacks; what follows from it is told in a line.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
+
+    from ee_scale.cli.agent import UNREACHABLE, our_agent
 
     _quieten()
     ended = Ended()
-    with _restored(), passing_on(ended.signals, of_agent=True):
+    with _restored(), our_agent(GRACE), passing_on(ended.signals, of_agent=True):
         os.environ.update(environment or {})
         os.environ.setdefault(*OWN_STORE)
         try:
@@ -92,6 +98,12 @@ def run_agent(arguments: Sequence[str], environment: Mapping[str, str] | None = 
             if error.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None
             ended.code = -error.sigval
+        except RendezvousError as error:
+            reason = "has ended on another machine" if isinstance(error, RendezvousClosedError) else UNREACHABLE
+            if ended.signals:
+                name = signal.Signals(ended.signals[0]).name
+                raise Requeue(f"{name} came, and the run {reason}; the same command goes on") from None
+            raise RunError(f"the run {reason}") from None
     return ended
 
 
@@ -109,32 +121,6 @@ def exit_code(ended: Ended, out: Path | None = None) -> int:
     if ended.code < 0:
         raise RunError(f"rank {ended.rank} was killed by {signal.Signals(-ended.code).name}")
     raise RunError(f"rank {ended.rank} failed with exit code {ended.code}; its own words are above")
-
-
-@contextmanager
-def passing_on(received: list[int], *, of_agent: bool = False) -> Iterator[None]:
-    """While the block runs, SIGTERM and SIGUSR1 go to the children of this process and are noted in `received`.
-
-    of_agent: only to an agent's ranks, and ranks that it starts after that leave at once (`STOPPING`).
-    """
-
-    def pass_on(number: int, _: FrameType | None) -> None:
-        received.append(number)
-        if of_agent:
-            os.environ[STOPPING] = signal.Signals(number).name
-        for child in psutil.Process().children():
-            try:
-                if not of_agent or "LOCAL_RANK" in child.environ():
-                    child.send_signal(number)
-            except psutil.NoSuchProcess:
-                continue
-
-    old = {number: signal.signal(number, pass_on) for number in PASSED_ON}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

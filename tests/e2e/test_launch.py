@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 from helpers.cli import run_cli
-from helpers.slurm import end
+from helpers.launcher import end
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
 

@@ -1,169 +1,164 @@
-"""A SLURM of one machine: stand-ins for sbatch, srun and scontrol, and the controller that runs what was submitted."""
+"""A real SLURM of two nodes on one machine, all of it below one folder."""
 
-import json
 import os
-import shlex
-import signal
+import shutil
+import socket
 import subprocess
-import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
-COMMANDS = {
-    # Keeps a copy of the script, as the real one does, with the options of its #SBATCH lines.
-    "sbatch": """
-script = [word for word in sys.argv[1:] if not word.startswith("--")][0]
-lines = [line for line in open(script) if line.startswith("#SBATCH ")]
-options = dict((*shlex.split(line)[1].removeprefix("--").split("=", 1), "")[:2] for line in lines)
-number = 100 * (1 + len(os.listdir(spool)))
-json.dump({"id": number, "options": options, "cwd": os.getcwd()}, open(f"{spool}/{number}.json", "w"))
-shutil.copy(script, f"{root}/{number}.script")
-print(number)
-""",
-    # One task per node, ended together when one fails; their ids for whoever sends signals.
-    "srun": """
-command = [word for i, word in enumerate(sys.argv[1:]) if "--kill-on-bad-exit=1" != word or i]
-tasks = []
-for number in range(int(os.environ["SLURM_JOB_NUM_NODES"])):
-    node = {"SLURM_NODEID": str(number), "SLURM_PROCID": str(number), "SLURMD_NODENAME": f"127.0.0.{number + 1}"}
-    tasks.append(subprocess.Popen(command, env={**os.environ, **node}))
-steps = f"{root}/{os.environ['SLURM_JOB_ID']}.tasks"
-open(steps, "w").write(" ".join(str(task.pid) for task in tasks))
-while any(task.poll() is None for task in tasks):
-    if any(task.poll() for task in tasks):
-        late = time.monotonic() + 5  # the others are leaving too; a code of their own is worth waiting for
-        while time.monotonic() < late and any(task.poll() is None for task in tasks):
-            time.sleep(0.05)
-        [task.terminate() for task in tasks if task.poll() is None]
-        [task.wait(30) for task in tasks]
-    time.sleep(0.05)
-os.remove(steps)
-sys.exit(max(task.returncode if task.returncode >= 0 else 128 - task.returncode for task in tasks))
-""",
-    "scontrol": """
-if sys.argv[1:3] == ["show", "hostnames"]:
-    base, first, last = re.fullmatch(r"(.*)\\[(\\d+)-(\\d+)\\]", sys.argv[3]).groups()
-    print("\\n".join(f"{base}{number}" for number in range(int(first), int(last) + 1)))
-else:
-    assert sys.argv[1] == "requeue"
-    open(f"{root}/requeued", "a").write(sys.argv[2] + "\\n")
-""",
-}
+from helpers.machines import Machine, wait_for, why_no_machines
+
+NODES = ("node1", "node2")
+TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "scancel", "scontrol")
+CONFIG = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.sock
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/%n.log
+PlugStackConfig=/dev/null
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+JobAcctGatherType=jobacct_gather/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerType=sched/builtin
+SchedulerParameters=sched_interval=1
+SlurmdParameters=config_overrides
+ReturnToService=2
+SlurmdTimeout=10
+KillWait=300
+NodeName=node1 NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4
+NodeName=node2 NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4
+PartitionName=all Nodes=ALL Default=YES State=UP MaxTime=INFINITE
+"""
 
 
-@dataclass(frozen=True)
+def why_no_slurm() -> str:
+    """Why it cannot run here; empty where it can."""
+    if missing := [tool for tool in TOOLS if shutil.which(tool) is None]:
+        return f"SLURM: not installed: {', '.join(missing)} (Debian: slurm-wlm, munge)"
+    reason = why_no_machines()
+    return f"SLURM: {reason}" if reason else ""
+
+
 class Slurm:
-    """root: folder of the stand-ins; environment: what every process of a job sees, on top of PATH."""
+    """Controller and nodes; `environment` is what its commands need."""
 
-    root: Path
-    environment: dict[str, str] = field(default_factory=dict)
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.environment = {"SLURM_CONF": str(folder / "slurm.conf")}
+        self.nodes: dict[str, Machine] = {}
+        self._daemons: list[subprocess.Popen] = []
 
-    def __post_init__(self) -> None:
-        (self.root / "bin").mkdir(parents=True)
-        (self.root / "spool").mkdir()
-        imports = "import json, os, re, shlex, shutil, subprocess, sys, time"
-        for name, code in COMMANDS.items():
-            path = self.root / "bin" / name
-            where = f"root = {str(self.root)!r}; spool = root + '/spool'"
-            path.write_text(f"#!{sys.executable} -IS\n{imports}\n{where}\n{code}")
-            path.chmod(0o755)
+    def start(self) -> None:
+        key, hosts = self.folder / "munge.key", self.folder / "hosts"
+        key.touch(0o600)
+        key.write_bytes(os.urandom(128))
+        hosts.write_text(f"127.0.0.1 localhost {' '.join(NODES)} {socket.gethostname()}\n")
+        text = CONFIG.format(folder=self.folder, host=socket.gethostname(), ports=_free_ports(3))
+        (self.folder / "slurm.conf").write_text(text)
+        for name in ("state", *NODES):
+            (self.folder / name).mkdir()
+        files = {"key-file": "munge.key", "socket": "munge.sock", "pid-file": "munged.pid"}
+        files |= {"log-file": "munged.log", "seed-file": "munged.seed"}
+        options = [f"--{option}={self.folder / name}" for option, name in files.items()]
+        self._daemons.append(self._daemon(["munged", "--foreground", "--force", *options], "munged"))
+        wait_for((self.folder / "munge.sock").exists, "munged")
+        self._daemons.append(self._daemon(["slurmctld", "-D"], "slurmctld"))
+        for name in NODES:
+            self.boot(name)
 
-    @property
-    def path(self) -> str:
-        return f"{self.root / 'bin'}:{os.environ['PATH']}"
+    def boot(self, name: str) -> None:
+        """Start a node that is not there, and wait until it takes jobs."""
+        self.nodes[name] = Machine(name, self.folder / "hosts")
+        # The machine ends its daemon, and with it the steps.
+        self._daemon(self.nodes[name].command(["slurmd", "-D", "-N", name]), name)
+        wait_for(lambda: self._node_state(name) == "IDLE", f"{name}: see {self.folder}")
 
-    def submitted(self) -> list[dict]:
-        """Jobs in the order they came."""
-        return [json.loads(path.read_text()) for path in sorted((self.root / "spool").iterdir())]
+    def stop(self) -> None:
+        """End all of it."""
+        for node in self.nodes.values():
+            node.kill()
+        for daemon in reversed(self._daemons):
+            below = psutil.Process(daemon.pid).children(recursive=True)
+            daemon.kill()
+            daemon.wait()
+            for process in below:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
 
-    def requeued(self) -> list[str]:
-        """What `scontrol requeue` was asked for."""
-        path = self.root / "requeued"
-        return path.read_text().split() if path.is_file() else []
+    def _daemon(self, command: list[str], name: str) -> subprocess.Popen:
+        with open(self.folder / f"{name}.out", "ab") as output:
+            command = ["setpriv", "--pdeathsig", "KILL", *command]
+            environment = os.environ | self.environment
+            return subprocess.Popen(command, env=environment, stdout=output, stderr=output, cwd=self.folder)
 
-    def run(
-        self,
-        job: dict,
-        element: int | None = None,
-        signal_when: Callable[[], bool] | None = None,
-        to_all: bool = False,
-        timeout: float = 180,
-    ) -> list[int]:
-        """Run a job, or one element of an array, as long as it asks to be queued again; its exit codes.
+    def _node_state(self, name: str) -> str:
+        with suppress(subprocess.CalledProcessError):  # the controller starts
+            return _fields(self.ask("scontrol", "show", "-o", "node", name))["State"]
+        return ""
 
-        signal_when: SIGUSR1 goes to the step when this is first true: to each node's first process, as under
-        proctrack/cgroup, or to all.
-        """
-        nodes, number = job["options"]["nodes"], job["id"] + (element or 0)
-        names = {
-            "SLURM_JOB_ID": str(number),
-            "SLURM_JOB_NUM_NODES": nodes,
-            "SLURM_JOB_NODELIST": f"127.0.0.[1-{nodes}]",
-        }
-        name = str(number)
-        if element is not None:
-            names |= {"SLURM_ARRAY_JOB_ID": str(job["id"]), "SLURM_ARRAY_TASK_ID": str(element)}
-            name = f"{job['id']}_{element}"
-        codes: list[int] = []
-        while not codes or (len(self.requeued()) == len(codes) and self.requeued()[-1] == name):
-            assert len(codes) < 3
-            restarted = {"SLURM_RESTART_COUNT": str(len(codes))} if codes else {}
-            environment = os.environ | {"PATH": self.path} | self.environment | names | restarted
-            log = job["options"]["output"].replace("%j", name).replace("%A_%a", name).replace("%%", "%")
-            with open(log, "a") as output:  # --open-mode=append
-                command = ["bash", str(self.root / f"{job['id']}.script")]
-                options = {"cwd": job["cwd"], "env": environment, "stdout": output, "stderr": output}
-                batch = subprocess.Popen(command, **options)
-                try:
-                    codes.append(self._wait(batch, number, None if codes else signal_when, to_all, timeout))
-                finally:
-                    end(batch.pid)
-        return codes
+    def ask(self, *words: str) -> str:
+        """Output of one of its commands."""
+        environment = os.environ | self.environment
+        return subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout
 
-    def _wait(self, batch, number, signal_when, to_all, timeout) -> int:
-        until = time.monotonic() + timeout
-        while batch.poll() is None:
-            assert time.monotonic() < until, "the job hangs"
-            if signal_when is not None and signal_when():
-                signal_when = None
-                for task in map(int, (self.root / f"{number}.tasks").read_text().split()):
-                    below = psutil.Process(task).children(recursive=True) if to_all else []
-                    os.kill(task, signal.SIGUSR1)
-                    for process in below:
-                        process.send_signal(signal.SIGUSR1)
-            time.sleep(0.05)
-        return batch.returncode
+    def job(self, name: str) -> dict[str, str]:
+        """What `scontrol show job` says of a job, or of one element of an array."""
+        return _fields(self.ask("scontrol", "show", "-o", "job", name))
 
+    def last_job(self) -> str:
+        """The id of what was submitted last."""
+        jobs = self.ask("scontrol", "show", "-o", "job").splitlines()
+        found = [_fields(line) for line in jobs]
+        return str(max(int(job.get("ArrayJobId", job["JobId"])) for job in found))
 
-def end(pid: int) -> None:
-    """Kill a process that is still there, and all below it."""
-    if psutil.pid_exists(pid):
-        for process in [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]:
-            process.kill()
+    def start_now(self, name: str) -> dict[str, str]:
+        """What `job` says; one that was queued again starts now, not in two minutes."""
+        job = self.job(name)
+        if job["JobState"] == "PENDING" and job["Reason"] == "BeginTime":
+            self.ask("scontrol", "update", f"JobId={name}", "StartTime=now")
+        return job
 
+    def wait(self, name: str, *states: str) -> dict[str, str]:
+        """Until a job is in one of these states."""
 
-def recorder(path: Path, behaviour: str = "") -> Path:
-    """A stand-in for Python that notes its arguments and environment in `<path>.<node>.<attempt>`, then does that.
+        def there() -> dict[str, str] | None:
+            job = self.job(name) if "PENDING" in states else self.start_now(name)
+            return job if job["JobState"] in states else None
 
-    behaviour: lines of bash; the output folder is "$OUT".
-    """
-    code = "import json,os,sys; json.dump([sys.argv[1:], dict(os.environ)], open(os.environ['NOTE'], 'w'))"
-    lines = [
-        "#!/bin/bash",
-        f"export NOTE={shlex.quote(str(path))}.${{SLURM_NODEID:-x}}.${{SLURM_RESTART_COUNT:-0}}",
-        f'{sys.executable} -IS -c "{code}" "$@"',
-        behaviour,
-    ]
-    path.write_text("\n".join(lines) + "\n")
-    path.chmod(0o755)
-    return path
+        return wait_for(there, f"job {name}: {' or '.join(states)}; now {self.job(name)['JobState']}")
+
+    def run(self, name: str) -> dict[str, str]:
+        """Until a job has ended for good."""
+        return self.wait(name, *ENDED)
 
 
-def noted(path: Path, node: int | str = 0, attempt: int = 0) -> tuple[list[str], dict[str, str]]:
-    """Arguments and environment that a `recorder` saw."""
-    arguments, environment = json.loads(Path(f"{path}.{node}.{attempt}").read_text())
-    return arguments, environment
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "DEADLINE", "BOOT_FAIL", "OUT_OF_MEMORY")
+
+
+def _fields(line: str) -> dict[str, str]:
+    return dict(word.split("=", 1) for word in line.split() if "=" in word)
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports

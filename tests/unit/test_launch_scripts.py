@@ -1,6 +1,5 @@
-"""What `ee-scale launch` writes, runs and refuses, against stand-ins for SLURM and Python; images' build files."""
+"""What `ee-scale launch` writes, runs and refuses, against a stand-in for Python; images' build files."""
 
-import json
 import os
 import re
 import shlex
@@ -11,13 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.slurm import Slurm, noted, recorder
+from helpers.launcher import noted, recorder
 
 import ee_scale
 from ee_scale.cli.launch import seconds, split_grid
 from ee_scale.cli.main import main
-from ee_scale.cli.ranks import STOPPING, Ended, exit_code
+from ee_scale.cli.ranks import Ended, exit_code
 from ee_scale.cli.ranks import main as main_of_ranks
+from ee_scale.cli.signals import STOPPING
 from ee_scale.config.groups import LauncherConfig
 from ee_scale.errors import Requeue, RunError, UserError
 from ee_scale.grid import Layout
@@ -37,16 +37,6 @@ def shellcheck(*paths: Path) -> None:
 def dry(arguments: list[str], capsys) -> str:
     assert main([*TUNE, *arguments, "--dry-run"]) == 0
     return capsys.readouterr().out
-
-
-@pytest.fixture
-def slurm(tmp_path, monkeypatch) -> Slurm:
-    found = Slurm(tmp_path / "slurm")
-    monkeypatch.setenv("PATH", found.path)
-    folder = tmp_path / "work folder"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return found
 
 
 def python(path: Path) -> str:
@@ -90,71 +80,6 @@ def test_sbatch_options_come_from_the_config(capsys):
 
 def test_local_dry_run_is_the_command(capsys):
     assert dry(["out=a b"], capsys) == "ee-scale tune +debug=cpu 'out=a b'\n"
-
-
-def test_job_starts_one_torchrun_per_node(slurm, tmp_path):
-    python_path = recorder(tmp_path / "python")
-    odd = "data.text_key='it\\'s $HOME & \"x\" `y`'"
-    assert main([*TUNE, *TWO_NODES, odd, python(python_path), "out=my run"]) == 0
-    (job,) = slurm.submitted()
-    assert slurm.run(job) == [0]
-    for node in (0, 1):
-        arguments, environment = noted(python_path, node)
-        rendezvous, command = arguments[:-1], arguments[arguments.index("tune") :]
-        assert arguments[:2] == ["-m", "ee_scale.cli.ranks"]
-        assert command[:2] == ["tune", "+debug=cpu"]
-        assert odd in command
-        assert command[-1] == f"out={tmp_path}/work folder/my run"
-        given = dict(zip(rendezvous[2::2], rendezvous[3::2], strict=False))
-        assert given["--nnodes"] == given["--nproc-per-node"] == "2"
-        assert given["--rdzv-endpoint"] == "127.0.0.1:10100"
-        assert given["--rdzv-id"] == "100.0"
-        assert given["--max-restarts"] == "3"
-        assert given["--rdzv-conf"] == f"is_host={'true' if node == 0 else 'false'}"
-        assert given["--local-addr"] == f"127.0.0.{node + 1}"
-        assert environment["PWD"] == f"{tmp_path}/work folder"
-    assert slurm.requeued() == []
-    assert (tmp_path / "work folder/my run/launch/slurm-100.out").is_file()
-
-
-def test_elements_of_an_array_do_not_meet(slurm, tmp_path):
-    python_path = recorder(tmp_path / "python", 'mkdir -p "$OUT"; [ "${SLURM_RESTART_COUNT:-0}" = 1 ] || exit 75')
-    assert main([*TUNE, *TWO_NODES, python(python_path), "-m", "optim.lr=1e-3,1e-4", "exits.rank=4,8", "out=s"]) == 0
-    (job,) = slurm.submitted()
-    assert job["options"]["array"] == "0-3"
-    assert job["options"]["output"].endswith("/s/launch/slurm-%A_%a.out")
-    seen = []
-    for element, name in ((0, "0_lr=0.001_rank=4"), (3, "3_lr=0.0001_rank=8")):
-        (slurm.root / "requeued").unlink(missing_ok=True)
-        assert slurm.run(job, element) == [75, 0]
-        assert slurm.requeued() == [f"100_{element}"]  # 100 alone would be all of them
-        arguments, environment = noted(python_path, attempt=1)
-        assert environment["OUT"] == f"{os.getcwd()}/s/{name}"
-        assert f"optim.{name[2:].split('_')[0]}" in arguments
-        assert "logging.wandb_group=s" in arguments
-        seen.append((environment["PORT"], environment["RUN_ID"]))
-    assert seen == [("10100", "100.1"), ("10103", "103.1")]
-
-
-WRITES = 'mkdir -p "$OUT"; printf \'{\\n "code": %s\\n}\\n\' "$SAYS" > "$OUT/stopped.json"; '
-
-
-@pytest.mark.parametrize(
-    ("behaviour", "codes"),
-    [
-        ("exit 3", [3]),
-        ("exit 75", [75, 1]),
-        ("SAYS=75; " + WRITES + "exit 1", [1, 1]),
-        ("SAYS=1; " + WRITES + "exit 1", [1]),
-    ],
-)
-def test_a_job_is_queued_again_when_the_run_says_so(slurm, tmp_path, behaviour, codes):
-    second = '[ -z "${SLURM_RESTART_COUNT:-}" ] || exit 1; '  # dies at once
-    python_path = recorder(tmp_path / "python", second + behaviour)
-    assert main([*TUNE, *TWO_NODES, python(python_path), "out=r"]) == 0
-    # What an earlier job left; nor may what the first attempt wrote queue the second one again.
-    Path("r/stopped.json").write_text(json.dumps({"code": 75}, indent=1))
-    assert slurm.run(slurm.submitted()[0]) == codes
 
 
 def test_torchrun_by_hand(tmp_path):
@@ -228,8 +153,11 @@ def test_refused_before_anything_starts(arguments, words, tmp_path, monkeypatch,
     assert os.listdir(tmp_path) == []
 
 
-def test_a_refusing_sbatch_is_told(slurm, capsys):
-    (slurm.root / "bin/sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\nexit 1\n")
+def test_a_refusing_sbatch_is_told(tmp_path, monkeypatch, capsys):
+    (tmp_path / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\nexit 1\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
     assert main([*TUNE, *TWO_NODES, "out=r"]) == 1
     assert "sbatch: error: invalid partition" in capsys.readouterr().err
 
@@ -299,12 +227,10 @@ def test_the_end_of_a_rank_is_told_unless_it_left_on_purpose(capfd):
 
 
 def test_signals_reach_the_ranks_and_the_agent_waits(tmp_path):
-    """A rank that takes its time to leave; one that died would be started again, and leaves at once."""
+    """A rank that takes its time to leave, and is not started again."""
     code = """if True:
         import os, signal, sys, time
-        if stop := os.environ.get("EE_SCALE_STOPPING"):
-            print(stop, flush=True)
-            sys.exit(75)
+        print("started", flush=True)
         def leave(*_):
             time.sleep(1)
             print("saved", flush=True)
@@ -319,7 +245,7 @@ def test_signals_reach_the_ranks_and_the_agent_waits(tmp_path):
     command = [sys.executable, "-m", "ee_scale.cli.ranks", *arguments]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 75, ended.stderr
-    assert ended.stdout.split() == ["saved", "SIGUSR1"]
+    assert ended.stdout.split() == ["started", "saved"]
     assert ended.stderr == ""
 
 
