@@ -93,7 +93,9 @@ class Slurm:
         for node in self.nodes.values():
             node.kill()
         for daemon in reversed(self._daemons):
-            below = psutil.Process(daemon.pid).children(recursive=True)
+            below = []
+            with suppress(psutil.NoSuchProcess):
+                below = psutil.Process(daemon.pid).children(recursive=True)
             daemon.kill()
             daemon.wait()
             for process in below:

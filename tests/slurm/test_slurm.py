@@ -61,12 +61,11 @@ def tune(tmp_path_factory) -> list[str]:
     return ["tune", "+debug=cpu", *data, f"train.steps={STEPS}", *saves, "logging.every=1"]
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tune, tmp_path_factory) -> list[dict]:
+def undisturbed(tune: list[str], folder: Path, ranks: int) -> list[dict]:
     """Its losses with nothing in between, without SLURM."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    finished = run_cli([*tune, "out=run"], folder, 2)
-    assert finished.codes == [0, 0], finished.output
+    folder.mkdir()
+    finished = run_cli([*tune, f"parallel.pp={ranks}", "out=run"], folder, ranks)
+    assert finished.codes == ranks * [0], finished.output
     return losses(folder / "run")
 
 
@@ -103,7 +102,7 @@ def log(out: Path) -> str:
     return "\n".join(path.read_text() for path in out.glob("launch/slurm-*.out"))
 
 
-def test_a_job_goes_on_after_all_that_happens_to_it(slurm, here, tune, undisturbed):
+def test_a_job_goes_on_after_all_that_happens_to_it(slurm, here, tune, tmp_path):
     """A rank that is killed, a signal, a node that dies and the time limit: every step once, to the last digit."""
     out = here / "my run"
     stops = {"0.0": 3, "0.1": 5, "1.0": 10, "2.0": 13}  # each beyond what the attempt before it saved
@@ -127,12 +126,12 @@ def test_a_job_goes_on_after_all_that_happens_to_it(slurm, here, tune, undisturb
     ended = slurm.run(job)
     told = log(out)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "3"), told
-    assert losses(out) == undisturbed
+    assert losses(out) == undisturbed(tune, tmp_path / "undisturbed", 2)
     assert told.count("continuing from") == 4
     assert told.count("stopped by SIGUSR1; saved step") == 2
 
 
-def test_elements_of_a_sweep(slurm, here, tune, undisturbed):
+def test_elements_of_a_sweep(slurm, here, tune, tmp_path):
     """One is stopped by a signal and goes on; one is cancelled: it saves, and that is the end of it."""
     setup = [ENVIRONMENT, *hold.setup(here.parent / "site", 0, {"0.0": 3})]
     single = ["parallel.pp=1", "exits.rank=8,4", "-m"]
@@ -145,7 +144,7 @@ def test_elements_of_a_sweep(slurm, here, tune, undisturbed):
     cancelled = slurm.wait(f"{job}_1", "CANCELLED")
     finished = slurm.run(f"{job}_0")
     assert (finished["JobState"], finished["Restarts"]) == ("COMPLETED", "1")
-    assert losses(outs[0]) == undisturbed
+    assert losses(outs[0]) == undisturbed(tune, tmp_path / "undisturbed", 1)
     assert cancelled["Restarts"] == "0"
     assert "stopped by SIGTERM; saved step" in log(here / "sweep")
     assert len(checkpoints(outs[1])) == 2
