@@ -123,6 +123,8 @@ def test_a_job_goes_on_after_all_that_happens_to_it(slurm, here, tune, tmp_path)
     held(slurm, job, out, "2.0")
     passed = slurm.job(job)["RunTime"].split(":")
     slurm.ask("scontrol", "update", f"JobId={job}", f"TimeLimit={10 + int(passed[0]) * 60 + int(passed[1])}")
+    slurm.wait(job, "PENDING")
+    slurm.ask("scontrol", "update", f"JobId={job}", "TimeLimit=1-00:00:00")
     ended = slurm.run(job)
     told = log(out)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "3"), told
