@@ -1,10 +1,10 @@
 """The prompts of `ee-scale generate`: read, put into a template, turned into ids, checked against the model."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from ee_scale.data.readers import TEXT, file_kind, read_records, read_text, whole_characters
 from ee_scale.errors import UserError
 
 
@@ -56,23 +56,21 @@ def encode_prompts(texts: list[str], tokenizer: Any, model_config: Any, config: 
 
 
 def _read_file(path: Path, given: str) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompts={given}: cannot read it ({getattr(error, 'strerror', None) or error})") from error
-    if path.suffix != ".jsonl":
-        return [line for line in lines if line]
-    return [_field(line, number, given) for number, line in enumerate(lines, 1) if line.strip()]
+    """One prompt per record with a field 'prompt', or per line that is not empty."""
+    here = f"prompts={given}"
+    if (kind := file_kind(path, here)) == TEXT:
+        # Lines end with line feeds: other ends that Unicode knows stand in prompts.
+        lines = "".join(text for text, _ in read_text(path, here)).split("\n")
+        return [line for line in (line.removesuffix("\r") for line in lines) if line]
+    return [_field(found.record, f"{here}: line {found.line}") for found in read_records(path, kind, here)]
 
 
-def _field(line: str, number: int, given: str) -> str:
-    try:
-        value = json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"prompts={given}: line {number} is no JSON object with a field 'prompt'") from error
-    if not isinstance(value, str):
-        raise UserError(f"prompts={given}: line {number}: 'prompt' is not a text but {type(value).__name__}")
-    return value
+def _field(record: dict[str, Any], here: str) -> str:
+    if "prompt" not in record:
+        raise UserError(f"{here} is no JSON object with a field 'prompt'")
+    if not isinstance(record["prompt"], str):
+        raise UserError(f"{here}: 'prompt' is not a text but {type(record['prompt']).__name__}")
+    return whole_characters(record["prompt"])
 
 
 def _name(config: Any, number: int, count: int) -> str:

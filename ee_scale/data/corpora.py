@@ -1,8 +1,6 @@
 """Where data comes from: text files, folders, the sources of CPython, and Megatron prefixes that exist already."""
 
-import codecs
 import hashlib
-import json
 import os
 import struct
 import sys
@@ -16,9 +14,10 @@ from typing import Any
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, get_bin_path, get_idx_path
 
+from ee_scale.data.folders import find_files, setting_name
+from ee_scale.data.readers import TEXT, read_records, read_text, text_of
 from ee_scale.errors import UserError
 
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
 PYTHON_KEYWORDS = {"python": "train", "python:train": "train", "python:valid": "valid"}
 PIECE_SIZE = 64 * 1024
 # pydoc_data holds the topics' prose, which would otherwise be in both splits.
@@ -31,7 +30,7 @@ INDEX_MAGIC, INDEX_HEADER = b"MMIDIDX\x00\x00", "<9sQBQQ"
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a document, at most 2 * PIECE_SIZE long, and how much of the source was read for it."""
+    """A part of a document, at most PIECE_SIZE characters, and how much of the source was read for it."""
 
     text: str
     num_bytes: int
@@ -40,22 +39,16 @@ class Piece:
 
 @dataclass(frozen=True)
 class Source:
-    """Text that can be read: `identity` (JSON-able) changes whenever the text does."""
+    """Text that can be read: `identity` (JSON-able) changes whenever the text does.
+
+    `told` says in a line each what is read as what, and what is left out and why.
+    """
 
     name: str
     identity: list[Any]
     num_bytes: int
     pieces: Callable[[], Iterator[Piece]]
-
-
-def setting_name(fields: str, name: str) -> str:
-    """What a person calls a setting of the data: `data.path`, or `data` in a config that has no group (fields='').
-
-    `data.valid` (fields='data.valid') is a path that shares the other settings of `data`.
-    """
-    if fields == "data.valid":
-        return fields if name == "path" else f"data.{name}"
-    return f"{fields}.{name}" if fields else {"path": "data"}.get(name, name)
+    told: tuple[str, ...] = ()
 
 
 def open_source(source: str, text_key: str, fields: str = "data") -> Source:
@@ -70,51 +63,29 @@ def open_source(source: str, text_key: str, fields: str = "data") -> Source:
             digest.update(f"{name}\0{text}\0".encode())
         num_bytes = sum(len(text) for _, text in documents)
         return Source(source, [sys.version, digest.hexdigest()], num_bytes, lambda: document_pieces(documents))
-    files = list_files(source, fields)
-    stats = [(str(path.resolve()), path.stat()) for path in files]
+    found = find_files(source, text_key, fields)
+    stats = [(str(path.resolve()), kind, path.stat()) for path, kind in found.files]
     return Source(
         source,
-        [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats],
-        sum(stat.st_size for _, stat in stats),
-        lambda: (piece for path in files for piece in file_pieces(path, text_key, fields)),
+        # A file that was copied over another one may have its size and time of writing, but not this inode and ctime.
+        [[path, kind, at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_ino] for path, kind, at in stats],
+        sum(at.st_size for *_, at in stats),
+        lambda: (piece for path, kind in found.files for piece in file_pieces(path, kind, text_key, fields)),
+        tuple(found.told()),
     )
 
 
-def list_files(source: str, fields: str = "data") -> list[Path]:
-    """The file itself, or every text file below a folder, sorted. Raises `UserError`."""
-    here = f"{setting_name(fields, 'path')}='{source}'"
-    path = Path(source).expanduser()
-    if path.suffix in (".bin", ".idx"):
-        raise UserError(f"{here}: give a Megatron dataset as its prefix, without {path.suffix}")
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        for found, lost in ((".bin", ".idx"), (".idx", ".bin")):
-            if Path(f"{path}{found}").is_file():
-                raise UserError(f"{here}: {path.name}{found} is there, {path.name}{lost} is missing")
-        raise UserError(f"{here}: no such file or folder")
-    files = []
-    for folder, folders, names in os.walk(path):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(folder, name) for name in names if name.endswith(TEXT_SUFFIXES) and not name.startswith(".")]
-    if not files:
-        raise UserError(f"{here}: no {', '.join(TEXT_SUFFIXES)} file in it")
-    return sorted(files)
-
-
-def file_pieces(path: Path, text_key: str, fields: str = "data") -> Iterator[Piece]:
-    """A text file as one document, or a `.jsonl` as one document per line. Raises `UserError` naming file and line."""
+def file_pieces(path: Path, kind: str, text_key: str, fields: str = "data") -> Iterator[Piece]:
+    """A text file as one document, or one document per record. Raises `UserError` naming file and line."""
     here = f"{setting_name(fields, 'path')}='{path}'"
-    try:
-        if path.suffix == ".jsonl":
-            yield from _jsonl_pieces(path, text_key, here, setting_name(fields, "text_key"))
-        else:
-            yield from _text_pieces(path)
-    except UnicodeDecodeError as error:
-        bad = error.object[error.start]
-        raise UserError(f"{here}: not UTF-8 text (byte 0x{bad:02x}: {error.reason})") from error
-    except OSError as error:
-        raise UserError(f"{here}: cannot read ({error.strerror})") from error
+    if kind == TEXT:
+        for index, (text, num_bytes) in enumerate(read_text(path, here)):
+            yield Piece(text, num_bytes, starts_document=index == 0)
+        return
+    for found in read_records(path, kind, here):
+        text = text_of(found.record, text_key, f"{here} line {found.line}", setting_name(fields, "text_key"))
+        for index, part in enumerate(split_text(text)):
+            yield Piece(part, found.num_bytes if index == 0 else 0, starts_document=index == 0)
 
 
 def document_pieces(documents: Iterable[tuple[str, str]]) -> Iterator[Piece]:
@@ -125,54 +96,9 @@ def document_pieces(documents: Iterable[tuple[str, str]]) -> Iterator[Piece]:
 
 
 def split_text(text: str) -> Iterator[str]:
-    """Parts of at least PIECE_SIZE characters that end with a line where a line ends in time; '' gives one part."""
-    start = 0
-    while True:
-        newline = text.find("\n", start + PIECE_SIZE - 1, start + 2 * PIECE_SIZE)
-        end = newline + 1 if newline >= 0 else start + 2 * PIECE_SIZE
-        yield text[start:end]
-        start = end
-        if start >= len(text):
-            return
-
-
-def _text_pieces(path: Path) -> Iterator[Piece]:
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    starts = True
-    with path.open("rb") as stream:
-        while (chunk := stream.read(PIECE_SIZE) + stream.readline(PIECE_SIZE)) or starts:
-            yield Piece(decoder.decode(chunk), len(chunk), starts)
-            starts = False
-    decoder.decode(b"", final=True)
-
-
-def _jsonl_pieces(path: Path, text_key: str, here: str, key_name: str) -> Iterator[Piece]:
-    with path.open("rb") as stream:
-        for number, raw in enumerate(stream, start=1):
-            if not raw.strip():
-                continue
-            text = _jsonl_text(raw, text_key, f"{here} line {number}", key_name)
-            for index, part in enumerate(split_text(text)):
-                yield Piece(part, len(raw) if index == 0 else 0, starts_document=index == 0)
-
-
-def _jsonl_text(raw: bytes, text_key: str, here: str, key_name: str) -> str:
-    try:
-        record = json.loads(raw.decode("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{here}: not valid JSON ({error.msg}: column {error.colno})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{here}: not UTF-8 text (byte 0x{raw[error.start]:02x}: {error.reason})") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{here}: not a JSON object but {type(record).__name__}")
-    if text_key not in record:
-        names = ", ".join(sorted(record)[:12])
-        raise UserError(f"{here}: no field '{text_key}' (fields: {names}); set {key_name}")
-    text = record[text_key]
-    if not isinstance(text, str):
-        raise UserError(f"{here}: field '{text_key}' is not text but {type(text).__name__}")
-    # An escaped half of a surrogate pair is valid JSON and no valid text.
-    return text.encode("utf-8", "replace").decode() if b"\\u" in raw else text
+    """Parts of PIECE_SIZE characters; '' gives one part."""
+    for start in range(0, len(text) or 1, PIECE_SIZE):
+        yield text[start : start + PIECE_SIZE]
 
 
 def python_documents(split: str = "train") -> Iterator[tuple[str, str]]:

@@ -19,7 +19,8 @@ from megatron.core.datasets.indexed_dataset import get_bin_path, get_idx_path
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ee_scale.data.corpora import num_tokens, open_tokens, read_tokens, setting_name
+from ee_scale.data.corpora import num_tokens, open_tokens, read_tokens
+from ee_scale.data.folders import setting_name
 from ee_scale.data.text import cache_root, published
 from ee_scale.errors import UserError
 

@@ -1,7 +1,5 @@
 """Labelled text for classification: files to examples, examples to token ids, ids to batches that no grid changes."""
 
-import csv
-import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ee_scale.data.corpora import setting_name
+from ee_scale.data.folders import setting_name
+from ee_scale.data.readers import KINDS, RECORDS, file_kind, read_records, whole_characters
 from ee_scale.errors import UserError
 
-LABELLED_SUFFIXES = (".jsonl", ".csv", ".tsv")
+LABELLED_SUFFIXES = tuple(suffix for suffix, kind in KINDS.items() if kind in RECORDS)
 # Batch lengths are multiples of this: fewer shapes, and matrix sizes that kernels like.
 LENGTH_STEP = 8
 ENCODE_AT_ONCE = 1024
@@ -40,7 +39,7 @@ def read_labelled(
     pair_key: str | None = None,
     fields: str = "data",
 ) -> list[Example]:
-    """The examples of a `.jsonl`, `.csv` or `.tsv` file (the last two with a header line), in the file's order.
+    """The examples of a file of records (`.csv` and `.tsv` with a header line), in the file's order.
 
     A label is a string, or in JSON also an integer or a bool, which is kept as JSON writes it ('3', 'true'); white
     space around it does not count. A quote in a `.tsv` is a character like any other, as in the files of GLUE.
@@ -49,11 +48,11 @@ def read_labelled(
     """
     path = Path(path).expanduser()
     here = f"{setting_name(fields, 'path')}='{path}'"
-    content = _content(path, here)
-    rows = _json_rows(content, here) if path.suffix == ".jsonl" else _csv_rows(content, path.suffix, here)
+    kind = _kind(path, here)
     keys = {"text_key": text_key, "pair_key": pair_key, "label_key": label_key}
     examples = []
-    for number, row in rows:
+    for found in read_records(path, kind, here):
+        number, row = found.line, found.record
         for setting, key in keys.items():
             if key is not None and key not in row:
                 names = ", ".join(sorted(row)[:12])
@@ -65,53 +64,15 @@ def read_labelled(
     return examples
 
 
-def _content(path: Path, here: str) -> str:
+def _kind(path: Path, here: str) -> str:
+    """What the file is read as. Raises `UserError`."""
+    if path.is_dir():
+        raise UserError(f"{here}: cannot read a folder; labelled data is one file")
     if not path.exists():
         raise UserError(f"{here}: no such file")
-    if path.suffix not in LABELLED_SUFFIXES:
+    if (kind := file_kind(path, here)) not in RECORDS:
         raise UserError(f"{here}: labelled text is a {', '.join(LABELLED_SUFFIXES)} file, this one is '{path.suffix}'")
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        number = error.object[: error.start].count(b"\n") + 1
-        bad = error.object[error.start]
-        raise UserError(f"{here} line {number}: not UTF-8 text (byte 0x{bad:02x}: {error.reason})") from error
-    except OSError as error:
-        raise UserError(f"{here}: cannot read ({error.strerror})") from error
-
-
-def _json_rows(content: str, here: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line, record), one per line that is not blank."""
-    # Not `splitlines`: JSON strings may hold the line ends of Unicode.
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{here} line {number}: not valid JSON ({error.msg}: column {error.colno})") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{here} line {number}: not a JSON object but {type(row).__name__}")
-        yield number, row
-
-
-def _csv_rows(content: str, suffix: str, here: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(last line of the row, values by column)."""
-    style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if suffix == ".tsv" else {"strict": True}
-    reader = csv.reader(io.StringIO(content, newline=""), **style)
-    header: list[str] = []
-    try:
-        for values in reader:
-            if not values:
-                continue
-            if not header:
-                header = [name.strip() for name in values]
-                continue
-            if len(values) != len(header):
-                raise UserError(f"{here} line {reader.line_num}: {len(values)} values, the header names {len(header)}")
-            yield reader.line_num, dict(zip(header, values, strict=True))
-    except csv.Error as error:
-        raise UserError(f"{here} line {reader.line_num}: not valid {suffix} ({error})") from error
+    return kind
 
 
 def _example(row: dict[str, Any], text_key: str, label_key: str, pair_key: str | None, here: str) -> Example:
@@ -131,8 +92,7 @@ def _text(value: Any, key: str, here: str) -> str:
         raise UserError(f"{here}: field '{key}' is not text but {type(value).__name__}")
     if not value.strip():
         raise UserError(f"{here}: field '{key}' is empty")
-    # An escaped half of a surrogate pair is valid JSON and no valid text.
-    return value.encode("utf-8", "replace").decode()
+    return whole_characters(value)
 
 
 def label_names(examples: Iterable[Example]) -> list[str]:

@@ -5,8 +5,9 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,15 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from tokenizers import Tokenizer
 
-from ee_scale.data.corpora import Piece, Source, open_source, open_tokens, setting_name
+from ee_scale.data.corpora import Source, open_source, open_tokens
+from ee_scale.data.encode import DocumentEncoder, Ids, tokenizer_digest
+from ee_scale.data.folders import setting_name
 from ee_scale.errors import UserError
 from ee_scale.files import published
 from ee_scale.log import Terminal, log
 
-FORMAT_VERSION = 1
-BATCH_CHARS = 1 << 20
-
-Encode = Callable[[list[str]], list[list[int]]]
+FORMAT_VERSION = 2
 
 
 def prepare_text(
@@ -39,9 +38,10 @@ def prepare_text(
 ) -> list[str]:
     """Megatron prefixes (paths without .bin/.idx), one per source; what is not in the cache is tokenised.
 
-    A source is a text file, a .jsonl, a folder, 'python', 'python:valid', or a Megatron prefix, which is returned as it
-    is: check its ids with `check_tokens`. Each document ends with EOS; empty ones are skipped. Several processes may
-    call this at once, but let one rank do the work first. Raises `UserError`; `fields` is the config group it names.
+    A source is a file of text or of records, a folder, 'python', 'python:valid', or a Megatron prefix, which is
+    returned as it is: check its ids with `check_tokens`. Each document ends with EOS; empty ones are skipped. Several
+    processes may call this at once, but let one rank do the work first. Raises `UserError`; `fields` is the config
+    group it names.
     """
     prefixes = []
     for source in sources:
@@ -50,6 +50,8 @@ def prepare_text(
             open_tokens(prefix, source, fields)
         else:
             text = open_source(source, text_key, fields)
+            for line in text.told:
+                _tell(line)
             key = _cache_key(text, tokenizer, tokenizer_dir, text_key)
             folder = cache_root(cache_dir, fields) / f"text-{key}"
             prefix = _tokenised(text, tokenizer, folder, progress, fields)
@@ -70,11 +72,17 @@ def cache_root(cache_dir: Path | str | None, fields: str = "data") -> Path:
     return root
 
 
+@cache
+def _tell(line: str) -> None:
+    """Say a line once, however often the data is opened."""
+    log.info("%s", line)
+
+
 def _cache_key(source: Source, tokenizer: Any, tokenizer_dir: Path | str, text_key: str) -> str:
     """Changes whenever the ids would; raises `UserError` for a tokenizer that cannot end a document."""
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer of {tokenizer_dir}: no eos_token; documents need an end mark")
-    identity = [FORMAT_VERSION, source.identity, text_key, _digest(tokenizer, tokenizer_dir), tokenizer.eos_token_id]
+    identity = [FORMAT_VERSION, source.identity, text_key, tokenizer_digest(tokenizer, tokenizer_dir)]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
 
@@ -88,9 +96,10 @@ def _tokenised(source: Source, tokenizer: Any, folder: Path, progress: bool, fie
     with published(folder) as temporary:
         writer = _Writer(str(temporary / "tokens"), tokenizer)
         with _progress_bar(source, progress) as advance:
-            for pieces in _batched(source.pieces()):
-                writer.add(pieces)
-                advance(sum(piece.num_bytes for piece in pieces))
+            encoder = DocumentEncoder(tokenizer, f"{setting_name(fields, 'path')}='{source.name}'")
+            for part in encoder.encode(source.pieces()):
+                writer.add(part)
+                advance(part.num_bytes)
         writer.finish()
         if writer.num_documents == 0:
             raise UserError(f"{setting_name(fields, 'path')}='{source.name}': no text in it")
@@ -104,30 +113,6 @@ def _is_complete(prefix: str) -> bool:
         return IndexedDataset.exists(prefix) and open_tokens(prefix) is not None
     except UserError:
         return False
-
-
-def _digest(tokenizer: Any, tokenizer_dir: Path | str) -> str:
-    """What the ids depend on: tokenizer.json, else the tokenizer itself, else its vocabulary."""
-    file = Path(tokenizer_dir) / "tokenizer.json"
-    if file.is_file():
-        content = file.read_bytes()
-    elif (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
-        content = backend.to_str().encode()
-    else:
-        content = json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()
-    return hashlib.sha256(content).hexdigest()
-
-
-def _encoder(tokenizer: Any) -> Encode:
-    """Texts to ids, without special tokens and without truncation, over all cores for a fast tokenizer."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return lambda texts: tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    # The tokenizer's own call also builds offsets and masks, which takes three times as long [measured].
-    own = Tokenizer.from_str(backend.to_str())
-    own.no_truncation()
-    own.no_padding()
-    return lambda texts: [item.ids for item in own.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 @contextmanager
@@ -145,52 +130,39 @@ def _progress_bar(source: Source, progress: bool) -> Iterator[Callable[[int], No
         yield lambda num_bytes: bar.advance(task, num_bytes)
 
 
-def _batched(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Lists of pieces of about BATCH_CHARS characters together."""
-    batch, size = [], 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece.text)
-        if size >= BATCH_CHARS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
 class _Writer:
-    """Pieces of documents into `prefix`.bin and `prefix`.idx, one sequence per document."""
+    """Ids of documents into `prefix`.bin and `prefix`.idx, one sequence per document."""
 
     def __init__(self, prefix: str, tokenizer: Any) -> None:
         self.prefix = prefix
-        self.encode = _encoder(tokenizer)
-        self.end_mark = [tokenizer.eos_token_id]
+        self.end_mark = np.array([tokenizer.eos_token_id])
         largest = max(len(tokenizer) - 1, tokenizer.eos_token_id, *tokenizer.get_vocab().values())
         self.builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(largest + 1))
         self.num_documents = self.num_empty = self.num_tokens = 0
-        self.lengths: list[int] | None = None
+        self.waiting: list[np.ndarray] = []  # white space, as long as nothing else came
+        self.lengths: list[int] = []
 
-    def add(self, pieces: list[Piece]) -> None:
-        """Tokenise and append; a document may go on in the next call."""
-        for piece, ids in zip(pieces, self.encode([piece.text for piece in pieces]), strict=True):
-            if piece.starts_document:
-                self._end_document()
-                self.lengths = []
-            if ids and (self.lengths or piece.text.strip()):
+    def add(self, part: Ids) -> None:
+        """Append; a document may go on in the next call."""
+        self.waiting.append(part.ids)
+        if self.lengths or not part.blank:
+            for ids in self.waiting:
                 self._append(ids)
+            self.waiting = []
+        if part.last:
+            self._end_document()
 
     def finish(self) -> None:
-        """Close the last document and write the index."""
-        self._end_document()
+        """Write the index."""
         self.builder.finalize(f"{self.prefix}.idx")
 
-    def _append(self, ids: list[int]) -> None:
-        self.builder.add_item(torch.tensor(ids))
-        self.lengths.append(len(ids))
+    def _append(self, ids: np.ndarray) -> None:
+        if len(ids):
+            self.builder.add_item(torch.from_numpy(ids))
+            self.lengths.append(len(ids))
 
     def _end_document(self) -> None:
-        if self.lengths is None:
-            return
+        self.waiting = []
         if not self.lengths:
             self.num_empty += 1
             return
@@ -202,3 +174,4 @@ class _Writer:
         self.builder.end_document()
         self.num_documents += 1
         self.num_tokens += total
+        self.lengths = []

@@ -2,14 +2,15 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ee_scale.data.corpora import _jsonl_text, list_files, num_tokens, open_tokens, read_tokens
+from ee_scale.data.corpora import num_tokens, open_tokens, read_tokens
+from ee_scale.data.folders import find_files
 from ee_scale.data.loader import windows
+from ee_scale.data.readers import RECORDS, Number, read_records, text_of
 from ee_scale.errors import UserError
 from ee_scale.evaluation.records import Window
 
@@ -44,15 +45,18 @@ def tagged_windows(
     max_tokens: int = 0,
     unit: str = "window",
 ) -> list[Window]:
-    """As `document_windows`, from `.jsonl` files (or folders of them) whose lines name a tag in the field `tag_key`.
+    """As `document_windows`, from files of records (or folders of them) that name a tag in the field `tag_key`.
 
-    Raises `UserError` for other data, and for a line without the tag, naming file and line.
+    Raises `UserError` for other data, and for a record without the tag, naming file and line.
     """
     documents, tags = [], []
-    for path in (path for source in sources for path in list_files(source, "")):
-        if path.suffix != ".jsonl":
-            raise UserError(f"tag_key={tag_key}: data='{path}' is no .jsonl; tags are fields of its lines")
-        for text, tag in _lines(path, text_key, tag_key):
+    for path, kind in (item for source in sources for item in find_files(source, text_key, "").files):
+        if kind not in RECORDS:
+            raise UserError(f"tag_key={tag_key}: data='{path}' is read as {kind}; tags are fields of records (.jsonl)")
+        for found in read_records(path, kind, f"data='{path}'", as_written=True):
+            here = f"data='{path}' line {found.line}"
+            text = text_of(found.record, text_key, here, "text_key")
+            tag = _tag(found.record, tag_key, here)
             if text.strip():
                 documents.append([*tokenizer(text, add_special_tokens=False, verbose=False).input_ids])
                 tags.append(tag)
@@ -61,22 +65,12 @@ def tagged_windows(
     return _chosen(_cut(ids, seq_length, tags), max_tokens, unit)
 
 
-def _lines(path: Path, text_key: str, tag_key: str) -> Iterator[tuple[str, str]]:
-    with path.open("rb") as stream:
-        for number, raw in enumerate(stream, start=1):
-            if raw.strip():
-                here = f"data='{path}' line {number}"
-                yield _jsonl_text(raw, text_key, here, "text_key"), _tag(raw, tag_key, here)
-
-
-def _tag(raw: bytes, tag_key: str, here: str) -> str:
-    """The tag of a valid line; a number or a bool is its text, as it was written."""
-    tag = json.loads(raw.decode("utf-8-sig"), parse_int=str, parse_float=str).get(tag_key)
+def _tag(record: dict[str, Any], tag_key: str, here: str) -> str:
+    """The tag of a record; a number or a bool is its text, as it was written."""
+    tag = record.get(tag_key)
     if isinstance(tag, bool):
         return json.dumps(tag)
-    return (
-        tag.encode("utf-8", "replace").decode() if isinstance(tag, str) else _jsonl_text(raw, tag_key, here, "tag_key")
-    )
+    return str(tag) if isinstance(tag, Number) else text_of(record, tag_key, here, "tag_key")
 
 
 def _split(prefix: str, eos_id: int) -> Iterator[torch.Tensor]:
