@@ -74,6 +74,11 @@ def tune_identity(config: Any, plan: TunePlan) -> dict[str, Any]:
     return run_identity("tune", config, plan.model_dir) | {"early_exit": plan.spec.to_dict()}
 
 
+def data_identity(digests: list[str], tokenizer: Any) -> dict[str, Any]:
+    """What the data is, whatever its path: digests of the tokens of each source, and the marks that losses know."""
+    return {"tokens": digests, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+
+
 def open_run(out: Path, config: Any, identity: dict[str, Any]) -> OpenedRun:
     """Make or re-open the output folder. One process calls it, before any rank trains.
 
@@ -144,3 +149,18 @@ def _check_same(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     for key, value in new["settings"].items():
         if before.get(key) != value:
             refuse(key, before.get(key), value)
+    if "data" in old and old["data"] != new["data"]:
+        raise UserError(
+            f"out={out}: its run was trained on other data: {_changed(old['data'], new)}; give that back, or choose "
+            "another out"
+        )
+
+
+def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:
+    for name in ("eos_token_id", "pad_token_id"):
+        if old[name] != new["data"][name]:
+            return f"the tokenizer's {name} was {old[name]} and is {new['data'][name]}"
+    path, pairs = new["settings"]["data.path"], zip(old["tokens"], new["data"]["tokens"], strict=False)
+    number = next((i for i, (there, here) in enumerate(pairs) if there != here), 0)
+    name = path if isinstance(path, str) else path[number]
+    return f"the tokens of data.path='{name}' are not those of then (its text or the model's tokenizer has changed)"

@@ -11,6 +11,7 @@ from ee_scale.backbone.loading import load_config
 from ee_scale.cli.console import console
 from ee_scale.cli.inputs import load_tokenizer, sources
 from ee_scale.data.dataset import check_tokens
+from ee_scale.data.encode import without_row
 from ee_scale.data.text import prepare_text
 from ee_scale.errors import UserError
 from ee_scale.evaluation import report
@@ -111,7 +112,7 @@ def read_prefixes(config: Any, model: Any, tokenizer: Any, tokenizer_dir: Path) 
     """The data of a config as Megatron prefixes whose ids the model knows. Raises `UserError`."""
     names = sources(config.data)
     prefixes = prepare_text(names, tokenizer, tokenizer_dir, config.cache_dir, config.text_key, True, fields="")
-    check_tokens(prefixes, model.config.vocab_size, 1, names=names, fields="")
+    check_tokens(prefixes, model.config.vocab_size, 1, names=names, fields="", tokenizer=tokenizer)
     return prefixes
 
 
@@ -121,7 +122,7 @@ def read_tagged(config: Any, model: Any, tokenizer: Any, unit: str = "window") -
     windows = tagged_windows(sources(config.data), tokenizer, *keys)
     largest = max(int(window.tokens.max()) for window in windows)
     if largest >= model.config.vocab_size:
-        raise UserError(f"data: token id {largest} is outside the model's vocabulary of {model.config.vocab_size}")
+        raise UserError(f"data: {without_row(tokenizer, largest, model.config.vocab_size)}")
     return windows
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ee_scale.cli.generate_job import Job, plain_words, policy_options
+from ee_scale.data.encode import token_with_row
 from ee_scale.exits.decision_log import DecisionLog
 from ee_scale.grid import Grid, Layout, join_grid
 from ee_scale.inference.model import open_model
@@ -47,7 +48,7 @@ def decode_here(job: Job, device: torch.device, streamer: Any = None) -> Answers
         settings |= {"exit_policy": config.policy, **{f"exit_{name}": value for name, value in options.items()}}
     torch.manual_seed(config.seed)
     ends = _ends(model.generation_config)
-    pad = next((t for t in (job.tokenizer.pad_token_id, *sorted(ends)) if t is not None), 0)
+    pad = token_with_row(job.parts.config.vocab_size, job.tokenizer.pad_token_id, *sorted(ends))
     start = time.perf_counter()
     for prompts, tags in job.batches():
         width = max(map(len, prompts))

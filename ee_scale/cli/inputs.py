@@ -1,5 +1,7 @@
 """What several verbs read: data lists and tokenizers."""
 
+import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,9 @@ from transformers import AutoTokenizer
 
 from ee_scale.data.dataset import build_gpt_dataset
 from ee_scale.errors import UserError
+
+# What tokenizers of some families need beside transformers.
+PACKAGES = re.compile(r"sentencepiece|tiktoken|protobuf|blobfile|sacremoses|fugashi|mistral_common|rjieba|jinja2")
 
 
 def sources(path: Any) -> list[str]:
@@ -31,8 +36,42 @@ def text_dataset(config: Any, tokenizer: Any, prefixes: list[str], num_samples: 
 
 
 def load_tokenizer(folder: Path, field: str = "model.path") -> Any:
-    """The model's tokenizer. Raises `UserError`."""
+    """The model's tokenizer. Raises `UserError`, which names the package that is missing where one is."""
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        raise UserError(f"{field}={folder}: no tokenizer in it ({str(error).splitlines()[0]})") from error
+        if (package := _missing_package(folder, error)) is not None:
+            raise UserError(
+                f"{field}={folder}: its tokenizer needs the package {package}; pip install {package}"
+            ) from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{field}={folder}: no tokenizer in it ({reason})") from error
+
+
+def _missing_package(folder: Path, error: BaseException | None) -> str | None:
+    """What to install; the last one that transformers tried to do without is not always what lacks."""
+    models = [] if (folder / "tokenizer.json").is_file() else [*folder.glob("*.model"), *folder.glob("*.tiktoken")]
+    for path in models:
+        package = "tiktoken" if _is_tiktoken(path) else "sentencepiece"
+        if not _is_there(package):
+            return package
+    while error is not None:
+        if isinstance(error, ImportError):
+            named = PACKAGES.search(f"{error.name} {error}".lower())
+            if named is not None and not _is_there(named[0]):
+                return named[0]
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _is_tiktoken(path: Path) -> bool:
+    """Whether a file holds lines of base64 and a number; sentencepiece's is a protobuf."""
+    with path.open("rb") as file:
+        return re.fullmatch(rb"[A-Za-z0-9+/=]+ [0-9]+", file.readline(1024).strip()) is not None
+
+
+def _is_there(package: str) -> bool:
+    try:
+        return importlib.util.find_spec({"protobuf": "google.protobuf"}.get(package, package)) is not None
+    except ModuleNotFoundError:
+        return False

@@ -19,9 +19,11 @@ from ee_scale.backbone.loading import read_config
 from ee_scale.cli.console import console
 from ee_scale.cli.inputs import load_tokenizer, sources
 from ee_scale.cli.supernet import ORDER
+from ee_scale.cli.supernet_data import encode_labelled
 from ee_scale.config.compose import from_yaml
 from ee_scale.config.schema import SupernetConfig
-from ee_scale.data.labelled import check_labels, encode, evaluation_batches, read_labelled
+from ee_scale.data.dataset import check_tokens
+from ee_scale.data.labelled import check_labels, evaluation_batches, read_labelled
 from ee_scale.data.loader import windows
 from ee_scale.data.text import prepare_text
 from ee_scale.elastic.extract import is_tied
@@ -122,9 +124,10 @@ def held_out(config: Any, plan: SupernetPlan) -> list[dict[str, torch.Tensor]]:
         if limit is not None and limit < len(examples):
             keep = torch.randperm(len(examples), generator=torch.Generator().manual_seed(config.seed))[:limit]
             examples = [examples[i] for i in keep.tolist()]
-        data = encode(examples, tokenizer, plan.labels, stored.seq_length, fields="")
+        data = encode_labelled(plan, examples, tokenizer, "")
         return list(evaluation_batches(data, config.batch_size))
     prefixes = prepare_text(names, tokenizer, plan.model_dir, config.cache_dir, stored.text_key, True, fields="")
+    check_tokens(prefixes, plan.map.config.vocab_size, 1, names=names, fields="", tokenizer=tokenizer)
     found = windows(prefixes, stored.seq_length, config.batch_size, (limit or 0) * stored.seq_length)
     return [{"tokens": rows[:, :-1], "labels": rows[:, 1:]} for rows in found]
 

@@ -114,7 +114,7 @@ def _text(config: Any, model: Any, tokenizer: Any, folder: Path) -> list[torch.T
     """Windows [B, S+1] of the data; each is longer than a prompt. Raises `UserError`."""
     names = sources(config.data)
     prefixes = prepare_text(names, tokenizer, folder, config.cache_dir, config.text_key, True, fields="")
-    check_tokens(prefixes, model.config.vocab_size, 1, names=names, fields="")
+    check_tokens(prefixes, model.config.vocab_size, 1, names=names, fields="", tokenizer=tokenizer)
     length = min(config.prompt_tokens + config.new_tokens, model.config.max_position_embeddings)
     found = list(windows(prefixes, length, 4, max(config.max_tokens, length * config.prompts)))
     if found[0].shape[1] <= config.prompt_tokens:

@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ee_scale.data.readers import TEXT, file_kind, read_records, read_text, whole_characters
+from ee_scale.data.encode import without_row
+from ee_scale.data.readers import TEXT, bad_bytes, file_kind, read_records, read_text, whole_characters
 from ee_scale.errors import UserError
 
 
@@ -15,7 +16,7 @@ def read_prompts(config: Any) -> list[str]:
     if config.prompts is not None:
         texts = _read_file(Path(config.prompts).expanduser(), config.prompts)
     elif isinstance(config.prompt, str):
-        texts = [sys.stdin.read() if config.prompt == "-" else config.prompt]
+        texts = [_standard_input() if config.prompt == "-" else config.prompt]
     else:
         texts = list(config.prompt)
     if not texts:
@@ -34,11 +35,7 @@ def encode_prompts(texts: list[str], tokenizer: Any, model_config: Any, config: 
         raise UserError(f"chat=true: the tokenizer of {config.model} has no chat template; use chat=false")
     context, rows = model_config.max_position_embeddings, []
     for number, text in enumerate(texts, 1):
-        if config.chat:
-            message = [{"role": "user", "content": text}]
-            ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
-        else:
-            ids = tokenizer(text, verbose=False)["input_ids"]
+        ids = _in_template(text, tokenizer, config) if config.chat else tokenizer(text, verbose=False)["input_ids"]
         name = _name(config, number, len(texts))
         if not ids:
             raise UserError(f"{name}: the tokenizer makes no token of it")
@@ -50,14 +47,32 @@ def encode_prompts(texts: list[str], tokenizer: Any, model_config: Any, config: 
                 f"context of {context}; at most {context - len(ids)} fit"
             )
         if max(ids) >= model_config.vocab_size:
-            raise UserError(f"{name}: token {max(ids)} is not in the model's vocabulary of {model_config.vocab_size}")
+            raise UserError(f"{name}: {without_row(tokenizer, max(ids), model_config.vocab_size)}")
         rows.append(list(ids))
     return rows
+
+
+def _in_template(text: str, tokenizer: Any, config: Any) -> list[int]:
+    message = [{"role": "user", "content": text}]
+    try:
+        return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
+    except Exception as error:  # jinja2 missing, or whatever a template does
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"chat=true: the chat template of {config.model}: {reason}") from error
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise UserError(f"prompt=-: {bad_bytes(error)}") from error
 
 
 def _read_file(path: Path, given: str) -> list[str]:
     """One prompt per record with a field 'prompt', or per line that is not empty."""
     here = f"prompts={given}"
+    if not path.is_file():
+        raise UserError(f"{here}: cannot read it ({'a folder' if path.is_dir() else 'no such file'})")
     if (kind := file_kind(path, here)) == TEXT:
         # Lines end with line feeds: other ends that Unicode knows stand in prompts.
         lines = "".join(text for text, _ in read_text(path, here)).split("\n")

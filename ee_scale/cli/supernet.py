@@ -41,8 +41,8 @@ def run(config: Any, overrides: Sequence[str]) -> int:
     plan = make_plan(config)
 
     def prepare() -> OpenedRun:
-        prepare_data(plan, progress=config.logging.progress)
-        identity = run_identity("supernet", config, plan.model_dir)
+        data = prepare_data(plan, progress=config.logging.progress)
+        identity = run_identity("supernet", config, plan.model_dir) | {"data": data}
         identity |= {"task": plan.task, "labels": list(plan.labels), "parts": plan.parts}
         opened = open_run(Path(config.out).expanduser(), config, identity)
         check_order(plan, opened)

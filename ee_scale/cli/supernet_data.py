@@ -6,9 +6,18 @@ from typing import Any
 
 import torch
 
+from ee_scale.artifact.run_folder import data_identity
 from ee_scale.cli.inputs import load_tokenizer, sources, text_dataset
 from ee_scale.data.dataset import check_tokens
-from ee_scale.data.labelled import check_labels, encode, label_names, labelled_batches, read_labelled
+from ee_scale.data.labelled import (
+    Example,
+    LabelledData,
+    check_labels,
+    encode,
+    label_names,
+    labelled_batches,
+    read_labelled,
+)
 from ee_scale.data.loader import batches
 from ee_scale.data.text import prepare_text
 from ee_scale.errors import UserError
@@ -35,26 +44,33 @@ def _one_file(path: Any, name: str) -> list[str]:
     return found
 
 
-def _examples(path: str, config: Any, fields: str = "data") -> list[Any]:
+def _examples(path: str, config: Any, fields: str = "data") -> list[Example]:
     return read_labelled(path, config.data.text_key, config.data.label_key, config.data.pair_key, fields)
 
 
-def prepare_data(plan: SupernetPlan, *, progress: bool) -> None:
-    """Tokenise text that is not cached and check it against the model. Raises `UserError`."""
+def prepare_data(plan: SupernetPlan, *, progress: bool) -> dict[str, Any]:
+    """Tokenise what is not cached, check it against the model, and say which data it is. Raises `UserError`."""
     tokenizer, config = load_tokenizer(plan.model_dir), plan.config
     vocab_size = plan.map.config.vocab_size
-    if len(tokenizer) > vocab_size:
-        raise UserError(
-            f"model.path={plan.model_dir}: its tokenizer has {len(tokenizer)} tokens, but the model's vocab_size is "
-            f"{vocab_size}; they do not belong together"
-        )
-    if plan.task == "causal_lm":
-        names = sources(config.data.path)
-        prefixes = prepare_text(names, tokenizer, plan.model_dir, config.data.cache_dir, config.data.text_key, progress)
-        check_tokens(prefixes, vocab_size, config.data.seq_length, names=names)
-        if config.data.valid is not None:  # for the palette: better missing now than after the training
-            given = (plan.model_dir, config.data.cache_dir, config.data.text_key, progress)
-            prepare_text(sources(config.data.valid), tokenizer, *given, fields="data.valid")
+    valid = [] if config.data.valid is None else sources(config.data.valid)  # better missing now than in the palette
+    if plan.task == "classify":
+        for path, fields in [*((path, "data.valid") for path in valid), (sources(config.data.path)[0], "data")]:
+            found = encode_labelled(plan, _examples(path, config, fields), tokenizer, fields)
+        return data_identity([found.digest], tokenizer)
+    given = (tokenizer, plan.model_dir, config.data.cache_dir, config.data.text_key, progress)
+    if valid:
+        prefixes = prepare_text(valid, *given, fields="data.valid")
+        check_tokens(prefixes, vocab_size, 1, names=valid, fields="data.valid", tokenizer=tokenizer)
+    names = sources(config.data.path)
+    prefixes = prepare_text(names, *given)
+    digests = check_tokens(prefixes, vocab_size, config.data.seq_length, names=names, tokenizer=tokenizer)
+    return data_identity(digests, tokenizer)
+
+
+def encode_labelled(plan: SupernetPlan, examples: list[Example], tokenizer: Any, fields: str = "data") -> LabelledData:
+    """Token ids of examples that the model has rows for. Raises `UserError`."""
+    config = plan.map.config
+    return encode(examples, tokenizer, plan.labels, plan.config.data.seq_length, config.vocab_size, fields)
 
 
 class Data:
@@ -65,7 +81,7 @@ class Data:
         tokenizer = load_tokenizer(plan.model_dir)
         names = sources(config.data.path)
         if plan.task == "classify":
-            self.data = encode(_examples(names[0], config), tokenizer, plan.labels, config.data.seq_length)
+            self.data = encode_labelled(plan, _examples(names[0], config), tokenizer)
             return
         prefixes = prepare_text(names, tokenizer, plan.model_dir, config.data.cache_dir, config.data.text_key, False)
         samples = plan.recipe.total_steps * config.train.global_batch_size

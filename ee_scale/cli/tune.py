@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ee_scale.artifact.run_folder import OpenedRun, open_run, tune_identity
+from ee_scale.artifact.run_folder import OpenedRun, data_identity, open_run, tune_identity
 from ee_scale.artifact.save import load_checkpoint
 from ee_scale.backbone.hub import find_model
 from ee_scale.backbone.loading import load_config
@@ -17,7 +17,6 @@ from ee_scale.cli.job import Job, log_as_rank, reporter, training_loop
 from ee_scale.data.builtin import TINY, tiny_model
 from ee_scale.data.dataset import check_tokens
 from ee_scale.data.text import prepare_text
-from ee_scale.errors import UserError
 from ee_scale.grid import Grid
 from ee_scale.log import log
 from ee_scale.training.memory import tune_parameters
@@ -31,8 +30,8 @@ def run(config: Any, overrides: Sequence[str]) -> int:
     plan = make_plan(config)
 
     def prepare() -> OpenedRun:
-        prepare_data(config, plan, progress=config.logging.progress)
-        return open_run(Path(config.out).expanduser(), config, tune_identity(config, plan))
+        data = prepare_data(config, plan, progress=config.logging.progress)
+        return open_run(Path(config.out).expanduser(), config, tune_identity(config, plan) | {"data": data})
 
     job = Job("tune", config, overrides, plan.layout, config.train.steps, "export")
     return job.run(
@@ -48,16 +47,13 @@ def make_plan(config: Any) -> TunePlan:
     return plan
 
 
-def prepare_data(config: Any, plan: TunePlan, *, progress: bool) -> None:
-    """Tokenise what is not cached and check it against the model. Raises `UserError`."""
+def prepare_data(config: Any, plan: TunePlan, *, progress: bool) -> dict[str, Any]:
+    """Tokenise what is not cached, check it against the model, and say which data it is. Raises `UserError`."""
     tokenizer, names = load_tokenizer(plan.model_dir), sources(config.data.path)
-    if len(tokenizer) > plan.shape.vocab_size:
-        raise UserError(
-            f"model.path={plan.model_dir}: its tokenizer has {len(tokenizer)} tokens, but the model's vocab_size is "
-            f"{plan.shape.vocab_size}; they do not belong together"
-        )
     prefixes = prepare_text(names, tokenizer, plan.model_dir, config.data.cache_dir, config.data.text_key, progress)
-    check_tokens(prefixes, plan.shape.vocab_size, config.data.seq_length, names=names)
+    vocab_size, seq_length = plan.shape.vocab_size, config.data.seq_length
+    digests = check_tokens(prefixes, vocab_size, seq_length, names=names, tokenizer=tokenizer)
+    return data_identity(digests, tokenizer)
 
 
 def train_rank(config: Any, plan: TunePlan, grid: Grid, opened: OpenedRun | None) -> None:

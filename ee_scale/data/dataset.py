@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ee_scale.data.corpora import num_tokens, open_tokens, read_tokens
+from ee_scale.data.encode import without_row
 from ee_scale.data.folders import setting_name
 from ee_scale.data.text import cache_root, published
 from ee_scale.errors import UserError
@@ -29,12 +30,20 @@ NO_PAD = -1
 
 
 def check_tokens(
-    prefixes: list[str], vocab_size: int, seq_length: int, *, names: list[str] | None = None, fields: str = "data"
-) -> None:
+    prefixes: list[str],
+    vocab_size: int,
+    seq_length: int,
+    *,
+    names: list[str] | None = None,
+    fields: str = "data",
+    tokenizer: Any = None,
+) -> list[str]:
     """Refuse (`UserError`) a dataset too short for one sequence, or with an id outside the model's vocabulary.
 
-    Reads every token once, in chunks: one rank is enough. `names` are what a person called the prefixes.
+    Reads every token once, in chunks: one rank is enough. `names` are what a person called the prefixes; `tokenizer`
+    made those that are no prefixes themselves. Returns a SHA-256 per dataset, of its tokens and documents.
     """
+    digests = []
     for prefix, name in zip(prefixes, names or prefixes, strict=True):
         here = f"{setting_name(fields, 'path')}='{name}'"
         dataset = open_tokens(prefix, name, fields)
@@ -42,14 +51,20 @@ def check_tokens(
         if total < seq_length + 1:
             needed = f"{setting_name(fields, 'seq_length')} + 1 = {seq_length + 1}"
             raise UserError(f"{here}: {total} tokens, one sequence needs {needed}")
+        digest = hashlib.sha256(dataset.sequence_lengths.tobytes() + dataset.document_indices.tobytes())
         for start in range(0, total, SCAN_TOKENS):
             ids = read_tokens(dataset, start, min(SCAN_TOKENS, total - start))
+            digest.update(ids.astype("<i4").tobytes())
             bad = ids[(ids >= vocab_size) | (ids < 0)]
+            if bad.size and tokenizer is not None and name != prefix:
+                raise UserError(f"{here}: {without_row(tokenizer, int(bad[0]), vocab_size)}")
             if bad.size:
                 raise UserError(
                     f"{here}: token id {bad[0]} is outside the model's vocabulary of {vocab_size}; "
                     "was it tokenised for another model?"
                 )
+        digests.append(digest.hexdigest())
+    return digests
 
 
 def build_gpt_dataset(
@@ -189,7 +204,7 @@ def _surplus(weights: list[float] | None, num_samples: int) -> float:
 def _fingerprint(prefix: str) -> list[Any]:
     """Changes when the files do: Megatron's own index cache knows a dataset by its path alone."""
     stats = [os.stat(path(prefix)) for path in (get_bin_path, get_idx_path)]
-    return [prefix, *[[stat.st_size, stat.st_mtime_ns] for stat in stats]]
+    return [prefix, *[[stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino] for stat in stats]]
 
 
 def _rank() -> int:

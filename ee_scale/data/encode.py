@@ -191,6 +191,21 @@ def own_backend(tokenizer: Any) -> Tokenizer | None:
     return own
 
 
+def without_row(tokenizer: Any, token: int, vocab_size: int) -> str:
+    """What to say of an id that a tokenizer made and the model has no row for: of a special token, most times."""
+    name = tokenizer.convert_ids_to_tokens(token)
+    where = "each document ends with" if token == tokenizer.eos_token_id else "the text holds"
+    return (
+        f"{where} the token {name!r} (id {token}), for which the model's vocabulary of {vocab_size} has no row; "
+        "take it out, or give the model rows for all tokens of its tokenizer (resize_token_embeddings)"
+    )
+
+
+def token_with_row(vocab_size: int, *candidates: int | None) -> int:
+    """The first of some ids that the model has a row for, else 0: what padding may be, since nobody looks at it."""
+    return next((token for token in candidates if token is not None and 0 <= token < vocab_size), 0)
+
+
 def tokenizer_digest(tokenizer: Any, folder: Path | str) -> str:
     """SHA-256 of all that ids depend on: the tokenizer as it was loaded, its end mark, and the library that runs it."""
     backend = own_backend(tokenizer)

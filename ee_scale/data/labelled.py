@@ -1,5 +1,6 @@
 """Labelled text for classification: files to examples, examples to token ids, ids to batches that no grid changes."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ee_scale.data.encode import token_with_row, without_row
 from ee_scale.data.folders import setting_name
 from ee_scale.data.readers import KINDS, RECORDS, file_kind, read_records, whole_characters
 from ee_scale.errors import UserError
@@ -134,6 +136,14 @@ class LabelledData:
         return len(self.labels)
 
     @property
+    def digest(self) -> str:
+        """SHA-256 of what a model sees."""
+        found = hashlib.sha256(f"{self.pad_id} {self.seq_length}".encode())
+        for tensor in (self.tokens, self.token_types, self.starts, self.labels):
+            found.update(tensor.numpy().tobytes())
+        return found.hexdigest()
+
+    @property
     def lengths(self) -> Tensor:
         """[n] int64: tokens of each example, special ones included."""
         return self.starts.diff()
@@ -157,12 +167,18 @@ class LabelledData:
 
 
 def encode(
-    examples: Sequence[Example], tokenizer: Any, labels: Sequence[str], seq_length: int, fields: str = "data"
+    examples: Sequence[Example],
+    tokenizer: Any,
+    labels: Sequence[str],
+    seq_length: int,
+    vocab_size: int | None = None,
+    fields: str = "data",
 ) -> LabelledData:
     """Token ids as the model's own tokenizer makes them: special tokens, token types, cut to `seq_length`.
 
     Of a pair the longer text is cut first. Token types are 0 where the tokenizer makes none. Every label must be in
-    `labels` (see `check_labels`). Raises `UserError` for a tokenizer that cannot pad, and a `seq_length` without room.
+    `labels` (see `check_labels`). Raises `UserError` for a tokenizer that cannot pad, a `seq_length` without room, and
+    a text with a token that a model of `vocab_size` rows does not have.
     """
     if tokenizer.pad_token_id is None:
         raise UserError(f"tokenizer of {tokenizer.name_or_path or 'the model'}: no pad_token; batches need one")
@@ -172,17 +188,20 @@ def encode(
         raise UserError(f"{name}={seq_length}: the tokenizer adds {special} special tokens, no room for text")
     numbers = {name: number for number, name in enumerate(labels)}
     tokens, types, lengths = [], [], [0]
+    rows_of_model = len(tokenizer) if vocab_size is None else vocab_size
     for first in range(0, len(examples), ENCODE_AT_ONCE):
         rows = _encoded(examples[first : first + ENCODE_AT_ONCE], tokenizer, seq_length)
         tokens.append(torch.tensor([token for ids, _ in rows for token in ids], dtype=torch.int32))
         types.append(torch.tensor([kind for _, kinds in rows for kind in kinds], dtype=torch.int8))
         lengths += [len(ids) for ids, _ in rows]
+        if (largest := int(tokens[-1].max())) >= rows_of_model:
+            raise UserError(f"{setting_name(fields, 'path')}: {without_row(tokenizer, largest, rows_of_model)}")
     return LabelledData(
         tokens=torch.cat(tokens),
         token_types=torch.cat(types),
         starts=torch.tensor(lengths).cumsum(0),
         labels=torch.tensor([numbers[example.label] for example in examples]),
-        pad_id=tokenizer.pad_token_id,
+        pad_id=token_with_row(rows_of_model, tokenizer.pad_token_id, tokenizer.eos_token_id),
         seq_length=seq_length,
     )
 
