@@ -96,7 +96,10 @@ def export_onnx(folder: Path, out: Path, task: str, *, int8: bool = False) -> On
     the runtime may round the inputs of products to int8 as well. Biases and norms stay in fp32.
     Raises `UserError` if the packages fail on the model or the fp32 file says anything but what torch says.
     """
-    config = read_config(folder)
+    try:
+        config = read_config(folder)
+    except UserError as error:
+        raise UserError(str(error).replace("model.path=", "src=", 1)) from error
     if config.model_type in FAMILIES.keys() | ARCHITECTURES.keys():
         ModelTensors(folder, meta_model(config, task, torch.float32))  # transformers fills what is missing at random
     try:
