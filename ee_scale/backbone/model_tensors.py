@@ -34,7 +34,7 @@ class ModelTensors(TensorFolder):
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         self._stored = {name: stored for stored, name in self.parameter_of.items() if name in shapes}
         self._check_plain()
-        self._check_others(model)
+        others = self._others(model)
         # Tied matrices are one, wherever it lies; two that differ are not tied (`read_config`).
         for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
             if (found := self._stored.get(source, self._stored.get(target))) is not None:
@@ -46,6 +46,10 @@ class ModelTensors(TensorFolder):
                     f"{folder}: '{stored}' has shape {list(self.shape(stored))}, "
                     f"but the config asks for {list(shapes[name])}"
                 )
+        launched = launch_info()
+        if others and (launched is None or launched.rank == 0):
+            kind = type(model).__name__
+            log.warning("%s: %s does not have these tensors, which are left out: %s", folder, kind, _some(others))
 
     def __contains__(self, name: str) -> bool:
         return name in self._stored or super().__contains__(name)
@@ -62,8 +66,11 @@ class ModelTensors(TensorFolder):
                     f"encoded (quantized) weights are not read; {WAY_OUT}"
                 )
 
-    def _check_others(self, model: PreTrainedModel) -> None:
-        """What no parameter takes: heads of another task are left out as transformers does, the rest is an error."""
+    def _others(self, model: PreTrainedModel) -> list[str]:
+        """What no parameter takes and lies beside the model's parts (heads of another task, layers behind the last).
+
+        Raises `UserError` for what lies inside of them: it would change what they compute.
+        """
         strange = {name: stored for stored, name in self.parameter_of.items() if name not in self._stored}
         others = []
         for name in sorted(left_out(model, strange)):
@@ -73,10 +80,7 @@ class ModelTensors(TensorFolder):
                     f"takes it: encoded (quantized) weights, an adapter's or another architecture's; {WAY_OUT}"
                 )
             others.append(strange[name])
-        launched = launch_info()
-        if others and (launched is None or launched.rank == 0):
-            log.warning("%s: %s does not have these tensors, which are left out: %s", self.folder,
-                        type(model).__name__, _some(others))  # fmt: skip
+        return others
 
     def _check_all_there(self, model: PreTrainedModel, wanted: Collection[str]) -> None:
         missing = [name for name in wanted if name not in self._stored]
