@@ -29,12 +29,15 @@ from ee_scale.convert.files import reserve
 from ee_scale.convert.folders import hugging_face_part
 from ee_scale.convert.huggingface import DROPPED, check_tensors, exits_of, target_files, whole_piece
 from ee_scale.convert.job import SLACK, Conversion, check_source, source_of, with_dtypes
-from ee_scale.convert.model import Model, Opened
+from ee_scale.convert.model import ADAPTER, Model, Opened
 from ee_scale.convert.tensors import Extent, Piece, Stored, TensorInfo
 from ee_scale.convert.unpickle import known_globals
 from ee_scale.convert.values import Values
 from ee_scale.errors import UserError
 
+# Modules around modules: of torch.compile, FSDP, activation checkpointing; of DistributedDataParallel, Lightning, peft.
+INSIDE = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+OUTSIDE = re.compile(r"^(module\.|_forward_module\.|base_model\.model\.(?=model\.|lm_head\.))+")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -179,6 +182,8 @@ def bare_conversion(opened: Opened, out: Path, shard_bytes: int, dtype: torch.dt
     conversion = Conversion(opened, source, files, finish, out)
     check_source(conversion)
     conversion.notes += [*opened.notes, "no model=: weights and their index are written, without config and tokenizer"]
+    if adapters := [name for name in opened.model.info() if ADAPTER.search(name)]:
+        conversion.notes.append(f"{len(adapters)} tensors of an adapter ({adapters[0]}, ...) keep their names")
     return conversion
 
 
@@ -197,10 +202,10 @@ def only_listed() -> Iterator[None]:
 
 
 def _renamed(tag: Path, extents: dict[str, Extent]) -> dict[str, Extent]:
-    """Without what wrappers (DistributedDataParallel, torch.compile) put before or into names; without old buffers."""
+    """Without what wrappers put before or into names; without old buffers."""
     found: dict[str, Extent] = {}
     for name, extent in extents.items():
-        short = re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", ""))
+        short = OUTSIDE.sub("", INSIDE.sub("", name))
         if short in found:
             raise UserError(f"{tag}: two weights are called '{short}' without their wrappers")
         if not short.endswith(DROPPED):

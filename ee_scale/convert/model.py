@@ -1,5 +1,6 @@
 """What is converted, whatever format it lies in: the config, the exits, the name and shape of every tensor."""
 
+import re
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -16,6 +17,16 @@ from ee_scale.convert.values import Values
 from ee_scale.errors import UserError
 from ee_scale.exits.heads import ExitSpec
 from ee_scale.exits.modeling_early_exit import PREFIX
+
+MERGE_ADAPTER = (
+    "merge it (peft: PeftModel.from_pretrained(<base model>, <adapter folder>).merge_and_unload()"
+    ".save_pretrained(<folder>)) and convert what comes out"
+)
+# What peft (LoRA, DoRA, and others of its kinds) and NeMo put beside the weights of a model, or around them.
+ADAPTER = re.compile(
+    r"(^|\.)((lora|hada|lokr|vera|oft|boft|ia3|randlora|hra|fourierft|trainable_tokens)_\w+|ln_tuning_layers|ranknum|"
+    r"base_layer|modules_to_save|original_module|prompt_encoder|adapter\.linear_(in|out)|to_wrap)(\.|$)"
+)
 
 
 @dataclass(frozen=True)
@@ -141,6 +152,11 @@ def check_words(place: Path, config: Any, args: Namespace | None, rows: Mapping[
 def check_whole(folder: Path, found: Iterable[str], expected: Iterable[str], what: str = "tensor") -> None:
     """Raise `UserError` naming what is missing, or what is there and belongs to nothing."""
     found, expected = set(found), set(expected)
+    if adapters := sorted(name for name in found - expected if ADAPTER.search(name)):
+        raise UserError(
+            f"{folder}: {what}s of an adapter (LoRA or its like), {len(adapters)} of them, {adapters[0]} first; "
+            f"{MERGE_ADAPTER}"
+        )
     for problem, names in (("missing", expected - found), ("not known", found - expected)):
         if names:
             shown = ", ".join(sorted(names)[:3]) + (" ..." if len(names) > 3 else "")

@@ -3,7 +3,7 @@
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -346,6 +346,64 @@ def test_cut_off_files(copy: Any, saves: Any, tmp_path: Path, case: str):
         with refused(path.name, "not a whole file"):
             make_conversion(settings(src, tmp_path / "out", saves[0] / "config"))
         shutil.rmtree(src)
+
+
+PROJECTION = "model.layers.1.self_attn.q_proj"
+PEFT = "base_model.model."
+ADAPTERS = {  # what peft 0.21 calls weights in a model that it wrapped; the rest has the prefix alone
+    "lora": {f"{PROJECTION}.base_layer.weight": None, f"{PROJECTION}.lora_A.default.weight": (8, 64)},
+    "lora-saved": {f"{PROJECTION}.weight": None, f"{PROJECTION}.lora_B.weight": (64, 8)},
+    "dora": {f"{PROJECTION}.weight": None, f"{PROJECTION}.lora_magnitude_vector.default.weight": (64,)},
+    "embedding": {f"{PROJECTION}.weight": None, "model.embed_tokens.lora_embedding_A.default": (8, 131)},
+    "whole modules": {f"{PROJECTION}.weight": None, "lm_head.modules_to_save.default.weight": (131, 64)},
+    "ia3": {f"{PROJECTION}.weight": None, "model.layers.0.self_attn.k_proj.ia3_l.default": (64, 1)},
+    "nemo": {f"{PROJECTION}.to_wrap.weight": None, f"{PROJECTION}.adapter.linear_in.weight": (8, 64)},
+}
+
+
+def rename_weights(src: Path, rename: Callable[[str], str], more: dict[str, torch.Tensor]) -> None:
+    path = src / TAG / "mp_rank_00_model_states.pt"
+    content = torch.load(path, weights_only=False)
+    content["module"] = {rename(name): tensor for name, tensor in content["module"].items()} | more
+    torch.save(content, path)
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_an_adapter_in_a_save(copy: Any, saves: Any, tmp_path: Path, kind: str):
+    """Its update is part of the model: said so, with the way out; without a config the tensors are written as such."""
+    src = copy("fp32-0")
+    (own, _), (name, shape) = ADAPTERS[kind].items()
+    change = lambda each: PEFT + (own if each == f"{PROJECTION}.weight" else each)  # noqa: E731
+    rename_weights(src, change, {PEFT + name: torch.ones(shape)})
+    model = config_of(saves[0], "fp32-0")
+    with refused("of an adapter (LoRA or its like)", " first; merge it (peft: ", "merge_and_unload()"):
+        make_conversion(settings(src, tmp_path / "out", model))
+    conversion = make_conversion(settings(src, tmp_path / "out", None))
+    assert any(note.endswith("keep their names") for note in conversion.notes)
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: f"{PEFT}{name}",
+        lambda name: f"_orig_mod.module.{PEFT}{name}",
+        lambda name: f"_forward_module.{name}",
+        lambda name: "_fsdp_wrapped_module." + name.replace("layers.1.", "layers.1._fsdp_wrapped_module."),
+        lambda name: name.replace("layers.0.", "layers.0._checkpoint_wrapped_module."),
+        lambda name: f"module.{name}".replace("layers.0.", "layers.0._orig_mod."),
+    ],
+)
+def test_names_of_wrappers(copy: Any, saves: Any, tmp_path: Path, rename: Callable[[str], str]):
+    src = copy("fp32-0")
+    rename_weights(src, rename, {})
+    assert_same(convert(src, tmp_path / "p" / "out", config_of(saves[0], "fp32-0")), saves[1]["fp32-0"])
+
+
+def test_the_folder_of_an_adapter(tmp_path: Path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    save_file({"x": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
+    with refused("an adapter of peft, without the model it belongs to", "merge_and_unload()"):
+        make_conversion(settings(tmp_path, tmp_path / "out", None, source="auto"))
 
 
 @pytest.mark.parametrize("case", ["fp32-0", "fp32-1", "fp32-3"])
