@@ -14,12 +14,26 @@ CHAT_TEMPLATES = "additional_chat_templates"
 VOCABULARIES = (
     *("tokenizer*.json", "tokenizer.model*", "*.model", "*.model.v[0-9]*", "*.tokenizer", "*.tiktoken", "tekken*.json"),
     *("vocab", "*vocab*.json", "*vocab*.txt", "merges*.txt", "dict*.txt", "*.bpe", "*.codes", "*.spm"),
-    *("special_tokens_map.json", "added_tokens.json", "normalizer.json", "byte_maps.json", "emoji.json", "word_*.json"),
+    *("normalizer.json", "byte_maps.json", "emoji.json", "word_*.json"),
 )
+TOKENS = ("special_tokens_map.json", "added_tokens.json")  # beside a vocabulary
 TEMPLATES = ("*.jinja", "chat_template*.json", f"{CHAT_TEMPLATES}/*.jinja")
 PROCESSORS = ("*processor_config.json", "audio_tokenizer_config.json")
 TERMS = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "COPYRIGHT*", "USE_POLICY*")
-SMALL_FILES = (*VOCABULARIES, *TEMPLATES, *PROCESSORS, GENERATION_CONFIG, *TERMS, *(name.lower() for name in TERMS))
+SMALL_FILES = (
+    *VOCABULARIES,
+    *TOKENS,
+    *TEMPLATES,
+    *PROCESSORS,
+    GENERATION_CONFIG,
+    *TERMS,
+    *(name.lower() for name in TERMS),
+)
+
+
+def has_vocabulary(folder: Path) -> bool:
+    """Whether a tokenizer lies in a folder, of whatever kind."""
+    return any(any(fnmatchcase(name.name, pattern) for pattern in VOCABULARIES) for name in small_files(folder))
 
 
 def small_files(folder: Path) -> Iterator[Path]:

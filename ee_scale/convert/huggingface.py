@@ -15,6 +15,7 @@ from ee_scale.artifact.sidecar import SIDECAR_CONFIG, SIDECAR_WEIGHTS, base_fold
 from ee_scale.artifact.trained_base import EMBEDDING, HEAD
 from ee_scale.backbone.loading import SINGLE_NAME, WAY_OUT, fingerprint, load_config, weight_files
 from ee_scale.backbone.shard import meta_model
+from ee_scale.backbone.small_files import has_vocabulary
 from ee_scale.backbone.stored_names import parameter_names
 from ee_scale.convert.args import rope_of
 from ee_scale.convert.copying import Source
@@ -27,7 +28,6 @@ from ee_scale.exits.heads import ExitSpec
 from ee_scale.exits.modeling_early_exit import AUTO_MAP, CODE_FILES, PREFIX
 from ee_scale.exits.placement import resolve_exit_layers
 
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 DROPPED = ("rotary_emb.inv_freq",)  # buffers of old files
 
 
@@ -157,7 +157,7 @@ def copy_part(folder: Path, opened: Opened, dtype: torch.dtype) -> None:
 
 def has_tokenizer(opened: Opened) -> bool:
     """Whether a tokenizer lies in the folder that came along."""
-    return opened.small is not None and any((opened.small / name).is_file() for name in TOKENIZERS)
+    return opened.small is not None and has_vocabulary(opened.small)
 
 
 def check_base(folder: Path, opened: Opened) -> None:

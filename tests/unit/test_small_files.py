@@ -12,7 +12,7 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, 
 
 from ee_scale.backbone import hub
 from ee_scale.backbone.loading import weight_files
-from ee_scale.backbone.small_files import CHAT_TEMPLATES, SMALL_FILES, small_files
+from ee_scale.backbone.small_files import CHAT_TEMPLATES, SMALL_FILES, has_vocabulary, small_files
 from ee_scale.errors import UserError
 
 
@@ -50,6 +50,15 @@ def test_a_cluttered_folder(tmp_path: Path):
     found = [name.as_posix() for name in small_files(clutter(tmp_path))]
     assert sorted(found) == sorted(BELONG)
     assert not set(found) & set(STALE)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "spiece.model", "vocab.txt", "tekken.json", "qwen.tiktoken"])
+def test_a_tokenizer_of_any_kind(tmp_path: Path, name: str):
+    for other in ("special_tokens_map.json", "chat_template.jinja", "generation_config.json", "LICENSE"):
+        (tmp_path / other).write_text("{}")
+    assert not has_vocabulary(tmp_path)
+    (tmp_path / name).write_text("{}")
+    assert has_vocabulary(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "model-00001-of-00002.safetensors", "x.py"])
