@@ -13,6 +13,7 @@ from helpers.spawn import spawn
 from safetensors.torch import load_file
 
 from ee_scale.backbone.loading import TensorFolder
+from ee_scale.cli.main import main
 from ee_scale.convert.mp_rank_reader import _chunks
 from ee_scale.convert.unpickle import load_safely
 from ee_scale.errors import UserError
@@ -205,3 +206,18 @@ def test_files_that_say_something_else(models: dict[str, Path], tmp_path: Path):
         UserError, match=r"its stages hold 3 \+ 2 = 5 layers, but the config asks for num_hidden_layers=6"
     ):
         convert(out, tmp_path / "hf", "hf")
+
+
+def test_flags_are_printed_and_the_result_computes_the_same(models: dict[str, Path], tmp_path: Path, capsys: Any):
+    """`--use-checkpoint-args` does not restore them; `verify` runs the stages as they were written."""
+    for to in ("megatron_core", "megatron_legacy"):
+        out = tmp_path / to
+        arguments = ["convert", f"src={models['untied']}", f"to={to}", f"out={out}", "pp=2", "verify=true"]
+        assert main([*arguments, "first_stage_layers=5"]) == 0
+        said = capsys.readouterr()
+        assert said.err.count("--decoder-first-pipeline-num-layers 5") == 1
+        assert "--decoder-last" not in said.err
+        assert "verified: " in said.out
+        assert main(["convert", f"src={out}", "to=hf", f"out={tmp_path / 'back' / to}", "verify=true"]) == 0
+        same_model(tmp_path / "back" / to, models["untied"])
+        capsys.readouterr()
