@@ -18,7 +18,8 @@ from ee_scale.artifact.hf_folder import copy_small_files, read_config_json, stoc
 from ee_scale.artifact.run_folder import CHECKPOINTS, read_run
 from ee_scale.artifact.sidecar import SIDECAR_CONFIG, SIDECAR_WEIGHTS, base_folder
 from ee_scale.artifact.trained_base import TrainedBase
-from ee_scale.backbone.loading import SINGLE_NAME, fingerprint, weight_files
+from ee_scale.backbone.fingerprint import is_model
+from ee_scale.backbone.loading import SINGLE_NAME, weight_files
 from ee_scale.backbone.narrowing import narrowed
 from ee_scale.errors import UserError
 from ee_scale.exits import modeling_early_exit
@@ -49,7 +50,7 @@ class Trained:
         base = base_folder(self.run, self.facts)
         if not base.is_dir():
             raise UserError(f"src={self.run}: its base model {base} is not there any more")
-        if fingerprint(base) != self.facts["base_fingerprint"]:
+        if not is_model(base, self.facts["base_fingerprint"]):
             raise UserError(f"src={self.run}: {base} changed since the exits were trained")
         return TrainedBase(base, self.checkpoint, self.files)
 

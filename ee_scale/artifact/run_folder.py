@@ -9,7 +9,7 @@ from uuid import uuid4
 
 from ee_scale.artifact.checkpoint import checkpoints, read_checkpoint
 from ee_scale.artifact.files import read_json, write_json
-from ee_scale.backbone.loading import fingerprint
+from ee_scale.backbone.fingerprint import fingerprint, is_model
 from ee_scale.config.compose import as_dict, to_yaml
 from ee_scale.errors import STOPPED, UserError
 from ee_scale.exits.joint import FROZEN
@@ -139,7 +139,7 @@ def _check_same(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
 
     if old.get("kind", "tune") != new["kind"]:
         refuse("command", old.get("kind", "tune"), new["kind"])
-    if old["base_fingerprint"] != new["base_fingerprint"]:
+    if not is_model(Path(new["base_model"]), old["base_fingerprint"]):
         refuse("model.path", old["base_model"], new["base_model"])
     if "early_exit" in new and old["early_exit"]["layers"] != new["early_exit"]["layers"]:
         refuse("exits.layers", old["early_exit"]["layers"], new["early_exit"]["layers"])

@@ -13,7 +13,8 @@ from ee_scale.artifact.checkpoint import checkpoints, read_checkpoint
 from ee_scale.artifact.hf_folder import copy_small_files, read_config_json, stock_config, write_config
 from ee_scale.artifact.run_folder import CHECKPOINTS, read_run
 from ee_scale.artifact.sidecar import base_folder
-from ee_scale.backbone.loading import TensorFolder, fingerprint
+from ee_scale.backbone.fingerprint import is_model
+from ee_scale.backbone.loading import TensorFolder
 from ee_scale.backbone.narrowing import narrowed
 from ee_scale.elastic.architecture import AUTO_CLASS, ElasticMap
 from ee_scale.elastic.extract import is_tied, subnet_config, subnet_tensors
@@ -45,7 +46,7 @@ def read_supernet(run: Path, step: int | None = None) -> TrainedSupernet:
     base = base_folder(run, identity)
     if not base.is_dir():
         raise UserError(f"src={run}: its base model {base} is not there any more")
-    if fingerprint(base) != identity["base_fingerprint"]:
+    if not is_model(base, identity["base_fingerprint"]):
         raise UserError(f"src={run}: {base} changed since the supernet was trained")
     found = checkpoints(run / CHECKPOINTS)
     if not found:

@@ -1,8 +1,7 @@
 """Read a Hugging Face folder: config, and slices of its safetensors. No rank reads more than its own part."""
 
-import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -188,31 +187,6 @@ def weight_files(folder: Path) -> list[Path]:
     if missing := [path.name for path in paths if not path.is_file()]:
         raise UserError(f"model.path={folder}: {INDEX_NAME} names {missing[0]}, which is not there")
     return paths
-
-
-def fingerprint(folder: Path) -> str:
-    """A digest that tells one model from another without reading all of it.
-
-    SHA-256 over each weight file's header, its size, and 64 blocks of 64 KiB spread over it.
-    """
-    digest = hashlib.sha256()
-    for path in weight_files(folder):
-        for block in _sample(path):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sample(path: Path, blocks: int = 64, block_size: int = 1 << 16) -> Iterator[bytes]:
-    size = path.stat().st_size
-    yield size.to_bytes(8, "little")
-    with path.open("rb") as file:
-        header = int.from_bytes(file.read(8), "little")
-        if header > size - 8:
-            raise UserError(f"{path}: not a whole safetensors file (a header of {header:,} of its {size:,} bytes)")
-        yield file.read(header)
-        for i in range(blocks):
-            file.seek(8 + header + (size - 8 - header) * i // blocks)
-            yield file.read(block_size)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from ee_scale.cli import evaluate, tune
 from ee_scale.cli.console import console
 from ee_scale.cli.inputs import load_tokenizer
 from ee_scale.config.compose import compose_config
-from ee_scale.data.builtin import llama_config, train_tokenizer
-from ee_scale.data.corpora import python_documents
+from ee_scale.data.builtin import llama_config, made_of, train_tokenizer
+from ee_scale.data.corpora import open_source, python_documents
 from ee_scale.data.dataset import build_gpt_dataset
 from ee_scale.data.loader import batches
 from ee_scale.data.text import prepare_text
@@ -56,7 +56,9 @@ def run(config: Any, overrides: Sequence[str]) -> int:
 def demo_backbone(config: Any, terminal: Console) -> Path:
     """Folder of a small Llama trained on Python's documentation and library; trained once, then cached."""
     cache = _cache(config)
-    folder = cache / "models" / f"demo-{LAYERS}x{HIDDEN}-{config.pretrain_minutes:g}min"
+    text = open_source("python", "text").identity
+    name = made_of(VOCAB, SEQ_LENGTH, BATCH, text)
+    folder = cache / "models" / f"demo-{LAYERS}x{HIDDEN}-{config.pretrain_minutes:g}min-{name}"
     if folder.is_dir():
         terminal.print(f"backbone from the cache: {folder}", highlight=False)
         return folder

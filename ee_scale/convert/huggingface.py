@@ -13,7 +13,8 @@ from ee_scale.artifact.files import file_digest, write_json
 from ee_scale.artifact.hf_folder import copy_small_files, read_config_json, stock_config, write_config, write_index
 from ee_scale.artifact.sidecar import SIDECAR_CONFIG, SIDECAR_WEIGHTS, base_folder, read_sidecar
 from ee_scale.artifact.trained_base import EMBEDDING, HEAD
-from ee_scale.backbone.loading import SINGLE_NAME, WAY_OUT, fingerprint, load_config, weight_files
+from ee_scale.backbone.fingerprint import fingerprint, is_model
+from ee_scale.backbone.loading import SINGLE_NAME, WAY_OUT, load_config, weight_files
 from ee_scale.backbone.shard import meta_model
 from ee_scale.backbone.small_files import has_vocabulary
 from ee_scale.backbone.stored_names import parameter_names
@@ -44,7 +45,7 @@ def open_sidecar(folder: Path) -> Opened:
     base = base_folder(folder, facts)
     if not base.is_dir():
         raise UserError(f"src={folder}: its base model {base} is not there")
-    if fingerprint(base) != facts["base_fingerprint"]:
+    if not is_model(base, facts["base_fingerprint"]):
         raise UserError(f"src={folder}: {base} changed since the exits were trained")
     config = load_config(base)
     exits = exits_of(folder, config, facts["early_exit"])

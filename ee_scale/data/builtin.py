@@ -1,6 +1,9 @@
 """A model and a tokenizer that need no download: for debug configs, the demo and tests."""
 
+import hashlib
+import json
 from collections.abc import Iterable
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 
@@ -48,16 +51,23 @@ def llama_config(tokenizer: PreTrainedTokenizerFast, *, layers: int, hidden: int
     )
 
 
+def made_of(*parts: object) -> str:
+    """Eight letters for a cached folder's name: they change with what a model is made of, and with who makes it."""
+    makers = [version(name) for name in ("torch", "transformers", "tokenizers")]
+    return hashlib.sha256(json.dumps([*makers, *parts]).encode("utf-8", "replace")).hexdigest()[:8]
+
+
 def tiny_model(cache_dir: Path | str | None = None) -> Path:
     """Folder of the random 4-layer Llama `model=tiny`, built on first use."""
-    folder = cache_root(cache_dir).parent / "models" / "tiny-v1" if cache_dir is None else Path(cache_dir) / "tiny-v1"
+    texts = [text for _, text in islice(python_documents(), 200)]
+    name = f"tiny-v1-{made_of(*texts)}"
+    folder = cache_root(cache_dir).parent / "models" / name if cache_dir is None else Path(cache_dir) / name
     if folder.is_dir():
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"model.path={TINY}: cannot write {folder.parent} ({error.strerror})") from error
-    texts = (text for _, text in islice(python_documents(), 200))
     tokenizer = train_tokenizer(texts, 512)
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -196,8 +196,8 @@ def without_row(tokenizer: Any, token: int, vocab_size: int) -> str:
     name = tokenizer.convert_ids_to_tokens(token)
     where = "each document ends with" if token == tokenizer.eos_token_id else "the text holds"
     return (
-        f"{where} the token {name!r} (id {token}), for which the model's vocabulary of {vocab_size} has no row; "
-        "take it out, or give the model rows for all tokens of its tokenizer (resize_token_embeddings)"
+        f"{where} the token {name!r} (id {token}), which has no row: its tokenizer has {len(tokenizer)} tokens, but "
+        f"the model's vocab_size is {vocab_size}; take it out, or give the model a row for each token (resize_token_embeddings)"
     )
 
 

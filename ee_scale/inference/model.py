@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, logging
 
 from ee_scale.artifact.calibration import read_calibration
 from ee_scale.artifact.sidecar import SIDECAR_CONFIG, SIDECAR_WEIGHTS, base_folder, read_sidecar
-from ee_scale.backbone.loading import TensorFolder, fingerprint, load_config, read_config
+from ee_scale.backbone.fingerprint import is_model
+from ee_scale.backbone.loading import TensorFolder, load_config, read_config
 from ee_scale.backbone.narrowing import narrowed
 from ee_scale.backbone.shard import model_tensors
 from ee_scale.convert.huggingface import exits_of
@@ -37,7 +38,7 @@ class EarlyExitForCausalLM(modeling.EarlyExitForCausalLM):
         folder = Path(base) if base else base_folder(Path(path), facts)
         if not folder.is_dir():
             raise UserError(f"{path}: its base model {folder} is not there; pass base_model=<folder>")
-        if fingerprint(folder) != facts["base_fingerprint"]:
+        if not is_model(folder, facts["base_fingerprint"]):
             raise UserError(f"{path}: {folder} is not the base model that these exits were trained on")
         spec = ExitSpec.from_dict(facts["early_exit"])
         tensors_with_exits(folder, load_config(folder), spec, Path(path))

@@ -11,7 +11,8 @@ from transformers import GenerationConfig
 from ee_scale.artifact.calibration import read_calibration
 from ee_scale.artifact.sidecar import SIDECAR_CONFIG, base_folder, read_sidecar
 from ee_scale.backbone.families import shape_of
-from ee_scale.backbone.loading import TensorFolder, fingerprint, load_config
+from ee_scale.backbone.fingerprint import is_model
+from ee_scale.backbone.loading import TensorFolder, load_config
 from ee_scale.backbone.model_tensors import ModelTensors
 from ee_scale.backbone.shard import tensor_plan
 from ee_scale.backbone.small_files import GENERATION_CONFIG
@@ -70,7 +71,7 @@ def _find_parts(folder: Path) -> ModelParts:
         base = base_folder(folder, facts)
         if not base.is_dir():
             raise UserError(f"{folder}: its base model {base} is not there")
-        if fingerprint(base) != facts["base_fingerprint"]:
+        if not is_model(base, facts["base_fingerprint"]):
             raise UserError(f"{folder}: {base} is not the base model that these exits were trained on")
         config = load_config(base)
         return ModelParts(folder, base, config, exits_of(folder, config, facts["early_exit"]), folder)

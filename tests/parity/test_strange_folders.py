@@ -18,7 +18,8 @@ from ee_scale.artifact.files import check_files, file_digest, read_json, write_j
 from ee_scale.artifact.hf_folder import copy_small_files
 from ee_scale.artifact.sidecar import SIDECAR_CONFIG, SIDECAR_WEIGHTS, base_folder, read_sidecar
 from ee_scale.artifact.submodel import copy_small_files as copy_for_submodel
-from ee_scale.backbone.loading import INDEX_NAME, SINGLE_NAME, TensorFolder, fingerprint, weight_files
+from ee_scale.backbone.fingerprint import fingerprint
+from ee_scale.backbone.loading import INDEX_NAME, SINGLE_NAME, TensorFolder, weight_files
 from ee_scale.cli.main import main
 from ee_scale.config.compose import from_yaml, to_yaml
 from ee_scale.config.schema import VERBS

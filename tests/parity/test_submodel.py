@@ -19,7 +19,8 @@ from ee_scale.artifact.export import EXITS_SHARD, export_early_exit
 from ee_scale.artifact.files import file_digest, write_json
 from ee_scale.artifact.run_folder import CHECKPOINTS, IDENTITY
 from ee_scale.artifact.submodel import export_submodel
-from ee_scale.backbone.loading import TensorFolder, fingerprint
+from ee_scale.backbone.fingerprint import fingerprint
+from ee_scale.backbone.loading import TensorFolder
 from ee_scale.errors import UserError
 from ee_scale.exits.modeling_early_exit import AUTO_MAP, CODE_FILES, PREFIX
 from ee_scale.exits.placement import exit_spec

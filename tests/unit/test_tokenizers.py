@@ -118,7 +118,7 @@ def message(folder: Path) -> str:
 def test_the_package_that_lacks_is_named(tmp_path, monkeypatch):
     # transformers tries one after the other, and speaks of the last: so do files that neither can read.
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02")
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\xff\x05 no protobuf")
     assert message(tmp_path).startswith("no tokenizer in it (")
     monkeypatch.setattr(inputs, "_is_there", lambda package: False)
     assert message(tmp_path) == "its tokenizer needs the package sentencepiece; pip install sentencepiece"
