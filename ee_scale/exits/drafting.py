@@ -13,6 +13,7 @@ PRIOR = (9.0, 3.0)  # accepted, rejected: counts that every exit starts from, an
 DECAY = 0.97
 SWITCH = 1.1  # another exit must promise this much more before it takes over: what is known of exits is noisy
 MEAN = 0.1  # weight of the newest measurement
+REJECTED, GAP = 6, 16  # an exit whose drafts fail in so many cycles in a row rests: for so many cycles, then twice, ...
 TRIALS, EVERY = 2, 16  # cycles at the start, and one in so many later, that draft whatever is expected of it
 
 
@@ -29,6 +30,8 @@ class Drafting:
         self.layer, self.check, self.tail, self.slope = 1.0, 2.0, 2.0, 0.05
         self.measured = False
         self.cycles = 0
+        self.rejected, self.gap = dict.fromkeys(layers, 0), dict.fromkeys(layers, GAP)
+        self.rests_until = dict.fromkeys(layers, 0)  # by number of cycles
         self.rate = 0.0  # tokens per second and row of the call so far
         self.current = max(layers, key=self.promise)
 
@@ -65,9 +68,9 @@ class Drafting:
         """Whether one more draft pays. chances: for each row, that all its drafts so far are accepted.
 
         It does as long as the expected extra tokens per extra second exceed the present rate; now and then one is made
-        in any case, because what is never tried is never measured.
+        in any case, because what is never tried is never measured. None while the exit rests.
         """
-        if drafted >= self.max_draft:
+        if drafted >= self.max_draft or self.cycles < self.rests_until[self.current]:
             return False
         if self.length is not None:
             return drafted < self.length
@@ -77,6 +80,16 @@ class Drafting:
         extra = k * self.layer + self.check + self.slope * (self.num_layers - k) * self.layer
         rate = len(chances) * (self.rate if self.measured else self.promise(k))
         return sum(chances) * self.acceptance(k) > rate * extra
+
+    def tried(self, k: int, accepted: int) -> None:
+        """A cycle that drafted from exit k; `accepted` drafts of all rows. One more failure after a rest is enough."""
+        if accepted:
+            self.rejected[k], self.gap[k] = 0, GAP
+            return
+        self.rejected[k] += 1
+        if self.rejected[k] >= REJECTED:
+            self.rests_until[k] = self.cycles + 1 + self.gap[k]
+            self.gap[k] *= 2
 
     def fared(self, k: int, confidences: Sequence[float], accepted: int) -> None:
         """One row's drafts: the first `accepted` were right, the one after them wrong, the rest says nothing."""

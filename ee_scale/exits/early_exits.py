@@ -32,7 +32,8 @@ class EarlyExits(DecodeLoop):
     def step(self) -> None:
         """Shallow layers, then deeper ones as long as a row wants them."""
         runner, last = self.runner, len(self.waiting) - 1
-        chosen: dict[int, tuple[int, int]] = {}  # slot -> (token, layer)
+        chosen: dict[int, int] = {}  # slot -> layer
+        logits: dict[int, torch.Tensor] = {}  # slot -> what its token is chosen from, [V]
         seen = [nan] * len(self.rows)
         self.decisions.start()
         hidden, block = runner.embed(self.tokens[:, None]), runner.block(self.next, 1)
@@ -41,18 +42,19 @@ class EarlyExits(DecodeLoop):
             hidden = runner.run(hidden, block, self.bounds[part], depth)
             self.waiting[part] = 0
             if part == last:
-                self._finish(hidden, block, chosen)
+                self._finish(hidden, block, chosen, logits)
             elif len(chosen) < len(self.rows):
-                self._ask(depth, hidden, block, chosen, seen)
+                self._ask(depth, hidden, block, chosen, logits, seen)
                 # A full queue goes on to the last layer though every next token is known.
                 if len(chosen) == len(self.rows) and self.waiting[last] < self.policy.max_pending:
                     for deeper in range(part + 1, last + 1):
                         self.waiting[deeper] += 1
                     break
-        tokens, layers = zip(*(chosen[slot] for slot in range(len(self.rows))), strict=True)
+        slots = range(len(self.rows))
+        # All rows at once: processors may count their calls.
+        self.tokens = self.choose(torch.stack([logits[slot] for slot in slots]), self.rows)
         self.next = [position + 1 for position in self.next]
-        self.tokens = torch.tensor(tokens, device=runner.device)
-        self.sequences.append_to_all(self.rows, list(tokens), list(layers), seen)
+        self.sequences.append_to_all(self.rows, self.tokens.tolist(), [chosen[slot] for slot in slots], seen)
 
     def _bring(self, part: int, hidden: torch.Tensor, block: Block) -> tuple[torch.Tensor, Block]:
         """The newest position of each row and those that wait in front of layers `bounds[part]`..: [B, q, D]."""
@@ -63,37 +65,39 @@ class EarlyExits(DecodeLoop):
         return self.runner.recall(self.bounds[part], block), block
 
     def _ask(
-        self, k: int, hidden: torch.Tensor, block: Block, chosen: dict[int, tuple[int, int]], seen: list[float]
+        self,
+        k: int,
+        hidden: torch.Tensor,
+        block: Block,
+        chosen: dict[int, int],
+        logits: dict[int, torch.Tensor],
+        seen: list[float],
     ) -> None:
-        """Exit k: tokens of the rows that leave here."""
-        logits = self.runner.exit_logits(k, hidden, block, -1)
-        index = None if len(self.rows) == len(self.pads) else torch.tensor(self.rows, device=logits.device)
-        leave, scores, tokens = (answer.tolist() for answer in self.decisions.ask(k, logits, index))
+        """Exit k: the rows that leave here, and their logits."""
+        own = self.runner.exit_logits(k, hidden, block, -1)
+        index = None if len(self.rows) == len(self.pads) else torch.tensor(self.rows, device=own.device)
+        leave, scores, tokens = (answer.tolist() for answer in self.decisions.ask(k, own, index))
         undecided = [slot for slot in range(len(self.rows)) if slot not in chosen]
         for slot in undecided:
             seen[slot] = scores[slot]
-        leaving = [slot for slot in undecided if leave[slot]]
-        if not leaving:
-            return
-        picked = {slot: tokens[slot] for slot in leaving}
-        if self.sequences.do_sample or self.sequences.processors or self.sequences.keeps_scores:
-            some = self.choose(logits[leaving], [self.rows[slot] for slot in leaving]).tolist()
-            picked = dict(zip(leaving, some, strict=True))
-        for slot in leaving:
+        for slot in undecided:
+            if not leave[slot]:
+                continue
             row = self.rows[slot]
-            chosen[slot] = (picked[slot], k)
+            chosen[slot], logits[slot] = k, own[slot]
             self.trail.left_early(row, self.next[slot], len(self.sequences.layers[row]), tokens[slot])
 
-    def _finish(self, hidden: torch.Tensor, block: Block, chosen: dict[int, tuple[int, int]]) -> None:
-        """The final layer: tokens of the rows that want it, and the comparison with what exits said before."""
+    def _finish(
+        self, hidden: torch.Tensor, block: Block, chosen: dict[int, int], logits: dict[int, torch.Tensor]
+    ) -> None:
+        """The final layer: logits of the rows that want it, and the comparison with what exits said before."""
         self._compare(hidden, block)
         undecided = [slot for slot in range(len(self.rows)) if slot not in chosen]
         if not undecided:
             return
         newest = hidden[:, -1] if not chosen else hidden[undecided, -1]
-        tokens = self.choose(self.runner.final_logits(newest), [self.rows[slot] for slot in undecided])
-        for slot, token in zip(undecided, tokens.tolist(), strict=True):
-            chosen[slot] = (token, self.runner.num_layers)
+        logits |= zip(undecided, self.runner.final_logits(newest), strict=True)
+        chosen |= dict.fromkeys(undecided, self.runner.num_layers)
 
     def _compare(self, hidden: torch.Tensor, block: Block) -> None:
         """The full model's choice at positions whose token left early and is audited."""

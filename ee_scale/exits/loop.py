@@ -68,12 +68,16 @@ class DecodeLoop:
 
     def choose(self, logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
         """Logits [N, V] for the next token of N rows -> tokens [N]."""
+        return self.sequences.pick(self.scored(logits, rows))
+
+    def scored(self, logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        """Logits [N, V] for the next token of N rows -> scores [N, V], kept if the caller wants them."""
         sequences = self.sequences
         scores = sequences.process(logits, rows, [sequences.lengths[row] for row in rows])
         if sequences.keeps_scores:
             for index, row in enumerate(rows):
                 sequences.keep_scores(row, sequences.lengths[row], scores[index], logits[index])
-        return sequences.pick(scores)
+        return scores
 
     def drop_finished(self) -> None:
         """Rows that are done give their place up."""

@@ -134,7 +134,8 @@ class EarlyExitMixin:
         exit_min_layer: no exit before this layer. exit_patience: exits in a row that must agree.
         exit_layer: the exit of 'fixed', or the drafting exit of 'lossless' (None: chosen by measured cost).
         exit_max_pending: tokens whose deeper keys and values may wait to be computed.
-        exit_draft_length: 'lossless': drafts per pass, None: decided draft by draft.
+        exit_draft_length: 'lossless': drafts per pass, None: decided draft by draft. An exit whose drafts are rejected
+            again and again rests for growing spells, in which every pass makes one token as plain decoding does.
         exit_shortlist: 'lossless': draft among this many tokens (as calibrated), or among these token ids.
         exit_log: path or `DecisionLog`; exit_requests, exit_tags: a name and a tag per row, for the log;
             exit_audit: share of early tokens that are compared with the full model when its layers catch up.

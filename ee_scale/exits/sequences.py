@@ -4,35 +4,69 @@ Rows of a batch may have different lengths, because drafts are accepted row by r
 """
 
 from collections import defaultdict
+from inspect import isfunction
 from typing import Any
 
 import torch
 from transformers import (
     EosTokenCriteria,
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    LogitNormalization,
+    LogitsProcessor,
     LogitsProcessorList,
     MaxLengthCriteria,
-    MinPLogitsWarper,
+    StoppingCriteria,
     StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
 )
 
-# Processors that do not look at the text before: one call for any number of positions.
-WITHOUT_HISTORY = (
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    LogitNormalization,
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-)
+# transformers' processors that do not look at the text before: one call for any number of positions.
+WITHOUT_HISTORY = {
+    "EpsilonLogitsWarper",
+    "EtaLogitsWarper",
+    "InfNanRemoveLogitsProcessor",
+    "LogitNormalization",
+    "MinPLogitsWarper",
+    "SuppressTokensLogitsProcessor",
+    "TemperatureLogitsWarper",
+    "TopHLogitsWarper",
+    "TopKLogitsWarper",
+    "TopPLogitsWarper",
+    "TypicalLogitsWarper",
+}
+# Those that remember nothing between calls: text and logits decide alone. All others, SynthID's watermark and what a
+# user brings, are called once per token, as plain decoding does, unless they have no place to remember anything in.
+WITHOUT_MEMORY = WITHOUT_HISTORY | {
+    "ExponentialDecayLengthPenalty",
+    "ForcedBOSTokenLogitsProcessor",
+    "ForcedEOSTokenLogitsProcessor",
+    "MinLengthLogitsProcessor",
+    "MinNewTokensLengthLogitsProcessor",
+    "NoBadWordsLogitsProcessor",
+    "NoRepeatNGramLogitsProcessor",
+    "RepetitionPenaltyLogitsProcessor",
+    "SequenceBiasLogitsProcessor",
+    "SuppressTokensAtBeginLogitsProcessor",
+    "WatermarkLogitsProcessor",
+}
+CRITERIA_WITHOUT_MEMORY = {"MaxTimeCriteria", "StopStringCriteria"}
+
+
+def known(part: Any, names: set[str], base: type) -> bool:
+    """Whether a processor or criterion is one of transformers' own, and not a class that somebody made of it."""
+    return type(part).__module__ == base.__module__ and type(part).__name__ in names
+
+
+def remembers(part: Any, names: set[str], base: type) -> bool:
+    """Whether a processor or criterion may act by what it was called with before."""
+    if known(part, names, base):
+        return False
+    classes = [cls for cls in type(part).__mro__ if cls not in (base, *base.__mro__)]
+    held = [value for cls in classes for name, value in vars(cls).items() if not name.startswith("__")]
+    closure = getattr(type(part).__call__, "__closure__", ())
+    return bool(vars(part)) or closure is not None or not all(isfunction(value) for value in held)
+
+
+def looks_back(processors: LogitsProcessorList) -> bool:
+    """Whether some processor may read the text before."""
+    return not all(known(processor, WITHOUT_HISTORY, LogitsProcessor) for processor in processors)
 
 
 class Sequences:
@@ -57,9 +91,18 @@ class Sequences:
         eos = config._eos_token_tensor
         self.eos = set() if eos is None else set(eos.flatten().tolist())
         self.processors, self.streamer, self.do_sample = processors, streamer, config.do_sample
-        self.stateless = all(isinstance(processor, WITHOUT_HISTORY) for processor in processors)
+        # Drafts must not be heard of by processors that remember.
+        self.draft_processors = LogitsProcessorList(
+            processor for processor in processors if not remembers(processor, WITHOUT_MEMORY, LogitsProcessor)
+        )
         self.criteria = StoppingCriteriaList(
             item for item in criteria if not isinstance(item, MaxLengthCriteria | EosTokenCriteria)
+        )
+        # Token by token, with all rows at the same length, where somebody would notice any other order.
+        self.in_step = (
+            len(self.draft_processors) < len(processors)
+            or any(remembers(item, CRITERIA_WITHOUT_MEMORY, StoppingCriteria) for item in self.criteria)
+            or (streamer is not None and self.batch_size > 1)
         )
         room = self.max_length - self.prompt_length
         self.ids = torch.full(
@@ -79,13 +122,18 @@ class Sequences:
         """Tokens that row may still get."""
         return self.max_length - self.lengths[row]
 
-    def process(self, logits: torch.Tensor, rows: list[int], prefixes: list[int]) -> torch.Tensor:
-        """Logits [N, V] -> processed scores, fp32. Position i follows the first prefixes[i] columns of rows[i]."""
-        logits = logits.float()
-        if not self.processors:
+    def process(
+        self, logits: torch.Tensor, rows: list[int], prefixes: list[int], *, draft: bool = False
+    ) -> torch.Tensor:
+        """Logits [N, V] -> processed scores, fp32. Position i follows the first prefixes[i] columns of rows[i].
+
+        `draft`: only by processors that remember nothing.
+        """
+        logits, processors = logits.float(), self.draft_processors if draft else self.processors
+        if not processors:
             return logits
-        if self.stateless:
-            return self.processors(self.ids[:1, :1].expand(len(rows), 1), logits)
+        if not looks_back(processors):
+            return processors(self.ids[:1, :1].expand(len(rows), 1), logits)
         groups = defaultdict(list)
         for index, prefix in enumerate(prefixes):
             groups[prefix].append(index)
@@ -96,7 +144,7 @@ class Sequences:
             owners = torch.tensor([rows[index] for index in members], device=logits.device)
             whole = logits.new_zeros(self.batch_size, logits.shape[1])
             whole[owners] = logits[where]
-            scores[where] = self.processors(self.ids[:, :prefix], whole)[owners]
+            scores[where] = processors(self.ids[:, :prefix], whole)[owners]
         return scores
 
     def pick(self, scores: torch.Tensor) -> torch.Tensor:
@@ -119,16 +167,21 @@ class Sequences:
     def append_to_all(self, rows: list[int], tokens: list[int], layers: list[int], confidences: list[float]) -> None:
         """One token for each of these rows, which are equally long: criteria then see the batch, as in transformers."""
         for row, token, layer, confidence in zip(rows, tokens, layers, confidences, strict=True):
-            self.append(row, [token], [layer], [confidence], check=False)
+            self.append(row, [token], [layer], [confidence], alone=False)
+        length = self.lengths[rows[0]]
+        self._stream(slice(None), length - 1)
         if self.criteria:
-            ended = self.criteria(self.ids[:, : self.lengths[rows[0]]], None).tolist()
+            ended = self.criteria(self.ids[:, :length], self.gathered(self.scores, float("-inf"), length)).tolist()
             for row in rows:
                 self.done[row] = self.done[row] or ended[row]
 
     def append(
-        self, row: int, tokens: list[int], layers: list[int], confidences: list[float], check: bool = True
+        self, row: int, tokens: list[int], layers: list[int], confidences: list[float], alone: bool = True
     ) -> int:
-        """Add tokens until one ends the text; returns how many were added. Criteria see this row alone."""
+        """Add tokens until one ends the text; returns how many were added.
+
+        `alone`: criteria and the streamer hear of this row, token by token; else they hear of the batch elsewhere.
+        """
         first = self.lengths[row]
         count = len(tokens)
         for index, token in enumerate(tokens):
@@ -136,7 +189,7 @@ class Sequences:
                 self.done[row], count = True, index + 1
                 break
         self.ids[row, first : first + count] = torch.tensor(tokens[:count], device=self.ids.device)
-        for index in range(count) if check and self.criteria else ():
+        for index in range(count) if alone and self.criteria else ():
             if bool(self.criteria(self.ids[row : row + 1, : first + index + 1], None)[0]):
                 self.done[row], count = True, index + 1
                 break
@@ -146,11 +199,19 @@ class Sequences:
         if self.draft_room:
             # What was on trial behind the text must not be taken for text.
             self.ids[row, first + count :] = self.pad
-        if self.streamer is not None and row == 0:
-            if hasattr(self.streamer, "put_exits"):
-                self.streamer.put_exits(tokens[:count], layers[:count])
-            self.streamer.put(self.ids[row, first : first + count].cpu())
+        for column in range(first, first + count) if alone else ():
+            self._stream(slice(row, row + 1), column)
         return count
+
+    def _stream(self, rows: slice, column: int) -> None:
+        """The tokens in one column to the streamer: [R], as plain decoding hands them on."""
+        if self.streamer is None:
+            return
+        tokens, place = self.ids[rows, column].cpu(), column - self.prompt_length
+        if hasattr(self.streamer, "put_exits"):
+            layers = [row[place] if place < len(row) else 0 for row in self.layers[rows]]
+            self.streamer.put_exits(tokens.tolist(), layers)
+        self.streamer.put(tokens)
 
     def finish(self) -> torch.Tensor:
         """End the stream; ids [B, longest]."""
@@ -163,11 +224,13 @@ class Sequences:
         new = max(self.lengths) - self.prompt_length
         return torch.tensor([row + [0] * (new - len(row)) for row in kept], dtype=dtype).view(self.batch_size, new)
 
-    def gathered(self, kept: dict[tuple[int, int], torch.Tensor] | None, end: float) -> tuple[torch.Tensor, ...] | None:
-        """Per-step [B, V] tensors as transformers returns them; `end` fills rows that have ended."""
+    def gathered(
+        self, kept: dict[tuple[int, int], torch.Tensor] | None, end: float, length: int | None = None
+    ) -> tuple[torch.Tensor, ...] | None:
+        """Per-step [B, V] tensors, up to `length` columns, as transformers has them; `end` fills ended rows."""
         if kept is None:
             return None
         some = next(iter(kept.values()))
-        steps = range(self.prompt_length, max(self.lengths))
+        steps = range(self.prompt_length, max(self.lengths) if length is None else length)
         filler = torch.full_like(some, end)
         return tuple(torch.stack([kept.get((b, c), filler) for b in range(self.batch_size)]) for c in steps)

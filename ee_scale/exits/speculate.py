@@ -17,6 +17,7 @@ from .drafting import Drafting
 from .layer_runner import Block, ShortHead
 from .loop import DecodeLoop
 from .policies import score
+from .sequences import looks_back
 
 PROMPT_SEEDS = 32  # prompt positions that give each exit's first acceptance estimate
 
@@ -40,7 +41,7 @@ class Speculation(DecodeLoop):
         """Draft, verify, accept."""
         runner, drafting = self.runner, self.drafting
         clock = Clock()
-        k = drafting.start()
+        k, accepted = drafting.start(), self.accepted
         starts = list(self.next)
         most = min(max(self.sequences.room(row) for row in self.rows) - 1, drafting.max_draft)
         tokens, drafts, confidences, q = self.tokens, [], [], []
@@ -66,8 +67,13 @@ class Speculation(DecodeLoop):
         hidden = runner.run(states, block, k, runner.num_layers)
         clock.lap("late")
         logits = runner.final_logits(hidden)
-        kept = self._verify(logits, drafts, q)
-        new = self._commit(k, kept, drafts, confidences)
+        if self.sequences.in_step:
+            new = self._commit_in_step(k, logits, drafts, q, confidences)
+        else:
+            new = self._commit(k, self._verify(logits, drafts, q), drafts, confidences)
+        self.used[k] += 1
+        if drafts:
+            drafting.tried(k, self.accepted - accepted)
         clock.lap("tail")
         drafting.took(k, len(drafts), clock["early"], clock["check"], clock["late"], clock["tail"])
         drafting.cycle_done(new, len(starts), clock.total())
@@ -83,7 +89,7 @@ class Speculation(DecodeLoop):
         logits = self.runner.exit_logits(k, hidden, block, -1, self.short.get(k))
         adaptive = self.drafting.length is None
         scores, best = score("threshold", logits) if adaptive else (None, logits.argmax(-1))
-        if not sequences.do_sample and not sequences.processors:
+        if not sequences.do_sample and not sequences.draft_processors:
             return (best if self.ids is None else self.ids[best]), scores, None
         if self.ids is not None:
             whole = logits.new_full((len(logits), self.runner.model.config.vocab_size), float("-inf"))
@@ -91,7 +97,7 @@ class Speculation(DecodeLoop):
             logits = whole
         self._try(drafts)
         prefixes = [sequences.lengths[row] + len(drafts) for row in self.rows]
-        processed = sequences.process(logits, self.rows, prefixes)
+        processed = sequences.process(logits, self.rows, prefixes, draft=True)
         if not sequences.do_sample:
             return processed.argmax(-1), scores, None
         q = processed.softmax(-1)
@@ -102,7 +108,7 @@ class Speculation(DecodeLoop):
     def _try(self, drafts: list[torch.Tensor]) -> None:
         """Write drafts behind the texts, where processors look for what came before."""
         sequences = self.sequences
-        if sequences.stateless or not drafts:
+        if not drafts or not looks_back(sequences.processors):
             return
         last = drafts[-1]
         for slot, row in enumerate(self.rows):
@@ -156,8 +162,63 @@ class Speculation(DecodeLoop):
             total += count
         runner.clip(self.next)
         self.tokens = torch.tensor(after, device=runner.device)
-        self.used[k] += 1
         return total
+
+    def _commit_in_step(
+        self,
+        k: int,
+        logits: torch.Tensor,
+        drafts: list[torch.Tensor],
+        q: list[torch.Tensor | None],
+        confidences: list[list[float]],
+    ) -> int:
+        """Verify and keep, token by token: final logits [R, g+1, V]; returns the number of new tokens of all rows.
+
+        All rows stop where one rejects its draft, so that processors, criteria and streamers are called exactly as in
+        plain decoding: once per token, behind the texts that stand.
+        """
+        sequences, runner, total = self.sequences, self.runner, 0
+        right, read = [0] * len(self.rows), 0
+        for i in range(len(drafts) + 1):
+            slots = [slot for slot, row in enumerate(self.rows) if not sequences.done[row]]
+            if not slots:
+                break
+            index = torch.tensor(slots, device=runner.device)
+            scores = self.scored(logits[index, i], [self.rows[slot] for slot in slots])
+            if i < len(drafts):
+                fine, tokens = self._judge(scores, drafts[i][index], None if q[i] is None else q[i][index])
+                read = i + 1
+            else:
+                fine, tokens = [False] * len(slots), sequences.pick(scores)
+            layers = [k if good else runner.num_layers for good in fine]
+            seen = [confidences[i][slot] if good else nan for slot, good in zip(slots, fine, strict=True)]
+            sequences.append_to_all([self.rows[slot] for slot in slots], tokens.tolist(), layers, seen)
+            self.tokens[index] = tokens
+            total += len(slots)
+            for slot, good in zip(slots, fine, strict=True):
+                self.next[slot] += 1
+                right[slot] += good
+            if not all(fine):
+                break
+        for slot in range(len(self.rows)):
+            if self.drafting.length is None:
+                self.drafting.fared(k, [value[slot] for value in confidences[:read]], right[slot])
+            self.drafted += len(drafts)
+            self.accepted += right[slot]
+            self.slot_cycles += 1
+        runner.clip(self.next)
+        return total
+
+    def _judge(
+        self, scores: torch.Tensor, draft: torch.Tensor, q: torch.Tensor | None
+    ) -> tuple[list[bool], torch.Tensor]:
+        """One draft per row [N] against the full model's scores [N, V]: (accepted, the token that stands [N])."""
+        if not self.sequences.do_sample:
+            target = scores.argmax(-1)
+            return (target == draft).tolist(), target
+        p = scores.softmax(-1)
+        accepted, other = accept_sampled(torch.stack([p, p], 1), draft[:, None], [q])
+        return accepted.bool().tolist(), torch.where(accepted.bool(), draft, other)
 
     def saw_prompt(self, hidden: torch.Tensor, block: Block) -> None:
         """First estimates of the exits' acceptance: how often they agree with the final layer on the prompt."""

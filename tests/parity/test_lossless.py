@@ -24,6 +24,7 @@ from helpers.decoding import (
 
 from ee_scale.exits.drafting import Drafting
 from ee_scale.exits.layer_runner import LayerRunner
+from ee_scale.exits.policies import MAX_DRAFT
 from ee_scale.exits.speculate import Speculation
 
 FAMILIES = ("llama", "qwen3", "mistral")
@@ -326,3 +327,28 @@ def test_layers_run_as_often_as_promised(llama, monkeypatch):
     finally:
         for handle in handles:
             handle.remove()
+
+
+@pytest.mark.parametrize("kind", ["norm", "mlp", "layer"])
+@pytest.mark.parametrize("options", [{}, {"exit_layer": 3}, {"exit_layer": 3, "exit_draft_length": 3}])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_exits_that_never_agree_cost_next_to_nothing(folder, monkeypatch, kind, options, rows):
+    """Counted: passes of every layer over what plain decoding needs, looks at exits, and rows that are verified."""
+    pair = make_pair(
+        folder, "llama", kind, "full", exits=(1, 3), calm=0.15, eos_token_id=None, max_position_embeddings=256
+    )
+    inputs, new = prompts(rows), 200
+    want = pair.reference(inputs, max_new_tokens=new)
+    script_drafts(monkeypatch, "none", want)
+    got = pair.generate(inputs, "lossless", max_new_tokens=new, **options)
+    assert torch.equal(got.sequences, want)
+    stats, exits = got.exit_stats, 1 if "exit_layer" in options else 2
+    # Six tries, and one after 16, 32, 64 and 128 cycles, of each exit; prompts are looked at once.
+    tries = 10 * exits * options.get("exit_draft_length", MAX_DRAFT)
+    assert stats["accepted"] == 0
+    assert stats["cycles"] == new - 1
+    if "exit_draft_length" in options:
+        assert stats["drafted"] <= rows * 9 * 3
+    assert sum(stats["exit_checks"].values()) <= tries + 2
+    assert all(new <= calls <= new + tries for calls in stats["layer_calls"])
+    assert stats["layer_calls"][-1] == new

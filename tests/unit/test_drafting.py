@@ -2,7 +2,7 @@
 
 import pytest
 
-from ee_scale.exits.drafting import Drafting
+from ee_scale.exits.drafting import GAP, REJECTED, Drafting
 
 
 def _drafting(layers=(2, 6), num_layers=8, max_draft=12, length=None) -> Drafting:
@@ -128,3 +128,35 @@ def test_confidence_bins_learn():
     assert drafting.calibrated(2, 0.12) < 0.1
     assert 0.2 < drafting.calibrated(2, 0.5) < 0.8  # never seen: between the confidence and the exit's mean
     assert drafting.calibrated(2, 1.0) > 0.9  # the upper edge belongs to the last bin
+
+
+@pytest.mark.parametrize("length", [None, 3])
+def test_an_exit_that_never_agrees_rests_for_growing_spells(length):
+    drafting, tried = _drafting(layers=(2,), length=length), []
+    drafting.rate = 1e-9  # a draft always seems to pay
+    drafting.measured = True
+    for cycle in range(300):
+        drafting.rate = 1e-9
+        if drafting.goes_on(0, [1.0]):
+            tried.append(cycle)
+            drafting.tried(2, 0)
+        drafting.cycle_done(1, 1, 1.0)
+    assert tried == [0, 1, 2, 3, 4, 5, 22, 55, 120, 249]
+
+
+def test_one_accepted_draft_ends_the_spells():
+    drafting = _drafting(length=1)
+    for _ in range(REJECTED):
+        drafting.tried(drafting.current, 0)
+    assert not drafting.goes_on(0, [1.0])
+    drafting.cycles += GAP + 1
+    assert drafting.goes_on(0, [1.0])
+    drafting.tried(drafting.current, 1)
+    for _ in range(REJECTED - 1):
+        drafting.tried(drafting.current, 0)
+        drafting.cycles += 1
+        assert drafting.goes_on(0, [1.0])
+    drafting.tried(drafting.current, 0)
+    assert drafting.rests_until[drafting.current] == drafting.cycles + 1 + GAP
+    other = next(k for k in drafting.layers if k != drafting.current)
+    assert drafting.rests_until[other] == 0
