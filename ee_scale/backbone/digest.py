@@ -26,5 +26,9 @@ def bit_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 def named_generator(name: str, seed: int) -> torch.Generator:
     """Random numbers of a tensor: by its name, so that they are the same at every grid."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    return torch.Generator().manual_seed(named_seed(name, seed))
+
+
+def named_seed(name: str, seed: int) -> int:
+    """A seed of its own for each name and seed; neighbours have nothing in common."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "little")

@@ -81,8 +81,8 @@ def decode_on_grid(
     answers, start = Answers(), time.perf_counter()
     for number, (rows, tags) in enumerate(job.batches()):
         policy = job.policy(tags, len(rows))
-        seed = config.seed + number * config.batch_size
-        decoded = decoder.generate(rows, policy, seed=seed, streamer=streamer, **job.sampling())
+        first, seed = number * config.batch_size, config.seed
+        decoded = decoder.generate(rows, policy, seed=seed, first_row=first, streamer=streamer, **job.sampling())
         if decoded is None:
             continue
         answers.add(decoded.tokens, decoded.exit_layers, {})
@@ -91,7 +91,7 @@ def decode_on_grid(
             for row, layers in enumerate(decoded.exit_layers):
                 for index, layer in enumerate(layers):
                     score = decoded.exit_confidences[row][index]
-                    request = number * config.batch_size + row
+                    request = first + row
                     log.add(request, index, layer, score, tags[row] if tags else None)
     answers.seconds = time.perf_counter() - start
     if log is not None:

@@ -59,7 +59,7 @@ def exits_of(folder: Path, config: Any, values: Any) -> ExitSpec | None:
     try:
         spec = ExitSpec.from_dict(values)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{folder}: early_exit: {type(error).__name__}: {error}") from error
+        raise UserError(f"{folder}: early_exit: {error}") from error
     if not isinstance(spec.rank, int) or spec.rank < 1:
         raise UserError(f"{folder}: early_exit: rank={spec.rank!r}: give a whole number of at least 1")
     try:

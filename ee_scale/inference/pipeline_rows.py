@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
+from ee_scale.backbone.digest import named_seed
 from ee_scale.backbone.shard import meta_model
 from ee_scale.errors import UserError
 from ee_scale.inference.pipeline_messages import Decision
@@ -47,6 +48,11 @@ class Row:
         return None if self.tokens[-1] in ends or len(self.tokens) >= settings.max_new_tokens else new
 
 
+def row_seed(seed: int, row: int) -> int:
+    """What the random numbers of a text begin with; no text of another seed has the same."""
+    return named_seed(f"row {row}", seed)
+
+
 class RowMaker:
     """Reads the settings of `generate` as transformers does, with its own code on a model without memory."""
 
@@ -56,7 +62,7 @@ class RowMaker:
         self.device = device
 
     def __call__(
-        self, prompts: Sequence[Sequence[int]], seed: int, changes: dict[str, Any]
+        self, prompts: Sequence[Sequence[int]], seed: int, first_row: int, changes: dict[str, Any]
     ) -> tuple[list[Row], GenerationConfig]:
         """The rows of a batch, and their settings. Raises `UserError` for what several devices cannot do."""
         settings, unknown = self.owner._prepare_generation_config(None, **{"max_new_tokens": 20, **changes})
@@ -72,5 +78,6 @@ class RowMaker:
         for number, prompt in enumerate(prompts):
             ids = torch.tensor([list(prompt)], device=self.device)
             processors = self.owner._get_logits_processor(tensors, ids.shape[1], device=self.device)
-            rows.append(Row(ids, processors, torch.Generator(self.device).manual_seed(seed + number)))
+            generator = torch.Generator(self.device).manual_seed(row_seed(seed, first_row + number))
+            rows.append(Row(ids, processors, generator))
         return rows, settings

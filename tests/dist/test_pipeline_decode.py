@@ -19,6 +19,7 @@ from ee_scale.grid import Layout, join_grid, leave_grid
 from ee_scale.inference.model import EarlyExitForCausalLM, untrained_exits
 from ee_scale.inference.pipeline import Decoded, PipelineDecoder, check_pipeline
 from ee_scale.inference.pipeline_model import find_parts, load_decoding_stage, plan_decoding
+from ee_scale.inference.pipeline_rows import row_seed
 
 LAYERS = 5
 EXITS = (1, 2, 4)
@@ -248,7 +249,7 @@ def test_the_cases_leave_at_every_exit_and_end_early(expected: dict) -> None:
 def test_off_is_transformers_generate(case: str, folder: Path, found: dict) -> None:
     model = load_whole(folder / "base" / CASES[case].family)
     for row, prompt in enumerate(prompts()):
-        torch.manual_seed(SEED + row)
+        torch.manual_seed(row_seed(SEED, row))
         ids = torch.tensor([prompt])
         whole = model.generate(ids, attention_mask=torch.ones_like(ids), **settings(case, folder))
         for layout in LAYOUTS:
@@ -271,3 +272,10 @@ def test_the_first_stage_starts_the_next_token_before_the_last_stage_has_finishe
 def test_what_several_devices_cannot_do(arguments: tuple, message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_pipeline(*arguments)
+
+
+def test_texts_of_other_seeds_share_no_random_numbers():
+    seeds = [row_seed(seed, row) for seed in range(20) for row in range(50)]
+    assert len(set(seeds)) == len(seeds)
+    draws = {torch.rand(4, generator=torch.Generator().manual_seed(seed)).numpy().tobytes() for seed in seeds}
+    assert len(draws) == len(seeds)

@@ -389,7 +389,7 @@ def test_an_index_cannot_name_files_elsewhere(copy, tmp_path: Path):
         if info.relative_path == "__0_0.distcp":
             info.relative_path = str(tmp_path / "elsewhere.distcp")
     path.write_bytes(pickle.dumps(index))
-    refused(src, "elsewhere.distcp: named by the index, but not there")
+    refused(src, "elsewhere.distcp', which is no name of a file beside it")
 
 
 # -- full disks and interruptions --------------------------------------------------------------------------------------
