@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ee_scale.cli.main import main
+from ee_scale.errors import UserError
 
 pytest.importorskip("lm_eval", reason="optional: pip install 'ee-scale[eval]'")
 
@@ -177,3 +179,14 @@ def test_command_line_on_a_local_task(exported, tmp_path):
     values = torch.tensor(_sums(lm, lambda output: output.exit_logits[3][0])).view(3, 3)
     answers = torch.tensor([item["answer"] for item in QUESTIONS])
     assert found == pytest.approx((values.argmax(-1) == answers).double().mean().item())
+
+
+def test_a_task_does_not_choose_what_is_logged(tmp_path):
+    """Its generation_kwargs come from a file that somebody else may have written."""
+    from ee_scale.evaluation.lm_eval_plugin import EarlyExitLM
+
+    lm = object.__new__(EarlyExitLM)
+    for policy in ("off", "fixed"):
+        lm.policy = SimpleNamespace(name=policy)
+        with pytest.raises(UserError, match="exit_log: in generation_kwargs of the task; give it in --model_args"):
+            lm._model_generate(torch.ones(1, 2), 4, [], exit_log=str(tmp_path / "log"), exit_policy="fixed")
