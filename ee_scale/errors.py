@@ -20,3 +20,9 @@ class Requeue(SystemExit):
 
     No `Exception`, so that nothing on the way up takes it for a failure.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of what an error of a library says, with its end; one without words says what it is."""
+    first, *more = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return f"{first} {more[0]}"[:300] if more and first.endswith(":") else first[:300]

@@ -61,6 +61,14 @@ def published(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def is_file(path: Path) -> bool:
+    """Whether a file is there; False also for names that no file can have."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def sync(path: Path) -> None:
     """Flush a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

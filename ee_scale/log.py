@@ -23,15 +23,15 @@ class Terminal(Console):
     def render(self, renderable: Any, options: Any = None) -> Iterable[Segment]:
         """As the base class; a control character becomes a sign for it."""
         for segment in super().render(renderable, options):
-            yield segment if segment.control else Segment(shown(segment.text), segment.style)
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
 
-def shown(text: str) -> str:
+def visible(text: str) -> str:
     """Text for a terminal: lines and tabs stay, other control characters become a sign."""
     return CONTROLS.sub("\ufffd", text)
 
 
-def one_line(text: str) -> str:
+def spelled(text: str) -> str:
     """Text for one line: what cannot be printed is spelled as in Python."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 

@@ -8,13 +8,20 @@ from transformers import AutoConfig, GenerationConfig
 
 from ee_scale.backbone.small_files import GENERATION_CONFIG
 from ee_scale.errors import UserError
-from ee_scale.exits.policies import CALIBRATION_KEY
+from ee_scale.exits.policies import CALIBRATION_KEY, check_calibration
 from ee_scale.files import write_text
+from ee_scale.reading import read_object
 
 
 def read_calibration(folder: Path) -> dict[str, Any] | None:
-    """The stored calibration, if there is one. Raises `UserError` for a file that is no JSON object."""
-    return _read(folder).get(CALIBRATION_KEY)
+    """The stored calibration, if there is one. Raises `UserError` for a file that says something else."""
+    found = _read(folder).get(CALIBRATION_KEY)
+    if found is not None:
+        try:
+            check_calibration(found)
+        except ValueError as error:
+            raise UserError(f"{folder / GENERATION_CONFIG}: {error}") from error
+    return found
 
 
 def write_calibration(folder: Path, calibration: dict[str, Any]) -> None:
@@ -35,12 +42,4 @@ def write_calibration(folder: Path, calibration: dict[str, Any]) -> None:
 
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / GENERATION_CONFIG
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: not a JSON object but {type(values).__name__}")
-    return values
+    return read_object(path) if path.is_file() else {}

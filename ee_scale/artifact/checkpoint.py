@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ee_scale.artifact.files import check_files, read_json
+from ee_scale.reading import Count, check_fields
 
 STATE = "state.json"
+COUNTS = ("consumed_samples", "steps", "recipe_stage")  # what the state of some runs has besides
 
 
 def checkpoints(root: Path) -> dict[int, Path]:
@@ -27,5 +29,7 @@ def checkpoints(root: Path) -> dict[int, Path]:
 def read_checkpoint(folder: Path) -> dict[str, Any]:
     """The state of a checkpoint after all its files were compared with their digests. Raises `UserError`."""
     state = read_json(folder / STATE)
+    check_fields(state, folder / STATE, files=dict[str, str], step=Count)
+    check_fields(state, folder / STATE, **{name: Count for name in COUNTS if name in state})
     check_files(folder, state["files"])
     return state

@@ -19,7 +19,7 @@ from ee_scale.artifact.run_folder import CHECKPOINTS, read_run
 from ee_scale.artifact.sidecar import SIDECAR_CONFIG, SIDECAR_WEIGHTS, base_folder
 from ee_scale.artifact.trained_base import TrainedBase
 from ee_scale.backbone.fingerprint import is_model
-from ee_scale.backbone.loading import SINGLE_NAME, weight_files
+from ee_scale.backbone.loading import SINGLE_NAME, TensorFolder, weight_files
 from ee_scale.backbone.narrowing import narrowed
 from ee_scale.errors import UserError
 from ee_scale.exits import modeling_early_exit
@@ -64,11 +64,9 @@ def open_trained(run: Path, step: int | None) -> Trained:
     if step is not None and step not in found:
         raise UserError(f"step={step}: {run} has checkpoints of steps {', '.join(map(str, found))}")
     folder = found[step if step is not None else max(found)]
-    state, tensors = read_checkpoint(folder), {}
-    for name in sorted(state["files"]):
-        if name.startswith("exits_"):
-            with safe_open(folder / name, framework="pt") as file:
-                tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    state = read_checkpoint(folder)
+    exits = TensorFolder(folder, [folder / name for name in sorted(state["files"]) if name.startswith("exits_")])
+    tensors = {name: exits.read(name) for name in exits.files}
     files = [name for name in state["files"] if re.fullmatch(r"backbone_\d+\.safetensors", name)]
     keys = ("base_model", "base_fingerprint", "early_exit")
     facts = {"step": state["step"], **{key: identity[key] for key in keys}}

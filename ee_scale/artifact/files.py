@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ee_scale.errors import UserError
-from ee_scale.files import named_file, published, write_text
+from ee_scale.errors import UserError, one_line
+from ee_scale.files import is_file, named_file, published, write_text
+from ee_scale.reading import parse_json
 
 DIGEST_KEY = "sha256"
 
@@ -21,11 +22,12 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Read JSON that `write_json` wrote. Raises `UserError` if it is torn or was edited."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        digest = value.pop(DIGEST_KEY)
-    except (OSError, ValueError, AttributeError, KeyError) as error:
-        raise UserError(f"{path}: not a whole file of ours ({type(error).__name__}: {error})") from error
-    if digest != _json_digest(value):
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a whole file of ours ({one_line(error)})") from error
+    if not isinstance(value, dict) or DIGEST_KEY not in value:
+        raise UserError(f"{path}: not a whole file of ours (no object with a '{DIGEST_KEY}')")
+    if value.pop(DIGEST_KEY) != _json_digest(value):
         raise UserError(f"{path}: its content does not match its digest; it was edited or damaged")
     return value
 
@@ -40,7 +42,7 @@ def check_files(folder: Path, digests: dict[str, str]) -> None:
     """Raise `UserError` naming the first file that is missing or not what was written."""
     for name, digest in digests.items():
         path = named_file(folder, name, folder)
-        if not path.is_file():
+        if not is_file(path):
             raise UserError(f"{path}: missing")
         if file_digest(path) != digest:
             raise UserError(f"{path}: its content does not match its digest; it was cut off or edited")

@@ -9,6 +9,7 @@ from ee_scale.backbone.loading import INDEX_NAME
 from ee_scale.backbone.small_files import GENERATION_CONFIG, small_files
 from ee_scale.exits.policies import CALIBRATION_KEY
 from ee_scale.files import own_file, write_text
+from ee_scale.reading import read_object
 
 RECORD = "conversion.json"  # digests, in a folder that a conversion made
 OF_THE_SOURCE = ("early_exit", "auto_map", "_name_or_path")  # keys of config.json that speak of files not copied
@@ -28,8 +29,8 @@ def copy_small_files(base: Path, folder: Path, *, same_exits: bool = False) -> N
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:
-    """config.json as it is."""
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    """config.json as it is. Raises `UserError`."""
+    return read_object(folder / "config.json")
 
 
 def stock_config(values: dict[str, Any]) -> dict[str, Any]:

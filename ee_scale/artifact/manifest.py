@@ -9,12 +9,14 @@ import torch
 from ee_scale.artifact.files import read_json, write_json
 from ee_scale.elastic.subnet import SubnetSpec
 from ee_scale.errors import UserError
+from ee_scale.reading import checked, whole
 
 MANIFEST = "manifest.json"
 VERSION = 1
 HIGHER_IS_BETTER = ("accuracy", "f1")  # every other metric is loss-like
 
 
+@whole
 @dataclass(frozen=True)
 class Device:
     """Where the members were measured."""
@@ -34,6 +36,7 @@ class Device:
         return cls(names[0] if names else "unknown CPU", threads or torch.get_num_threads(), torch.__version__)
 
 
+@whole
 @dataclass(frozen=True)
 class Member:
     """One subnet and its figures, measured on its own folder unless said otherwise.
@@ -65,6 +68,7 @@ class Member:
     onnx: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
+@whole
 @dataclass(frozen=True)
 class Tried:
     """A subnet that the search looked at: quality by metric, estimated costs by name ('params', 'latency_ms')."""
@@ -74,6 +78,7 @@ class Tried:
     estimates: dict[str, float]
 
 
+@whole
 @dataclass(frozen=True)
 class Manifest:
     """A palette.
@@ -118,20 +123,6 @@ class Manifest:
         """For JSON."""
         return {"version": VERSION, **asdict(self)}
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Manifest":
-        """Back from JSON, of this version. Raises KeyError, TypeError or AttributeError for missing or odd fields."""
-        fields = {name: value for name, value in values.items() if name != "version"}
-        return cls(
-            **fields
-            | {
-                "device": Device(**fields["device"]),
-                "full": _with_spec(Member, fields["full"]),
-                "members": [_with_spec(Member, value) for value in fields["members"]],
-                "tried": [_with_spec(Tried, value) for value in fields["tried"]],
-            }
-        )
-
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json with its digest into a palette's folder."""
@@ -146,11 +137,5 @@ def read_manifest(folder: Path) -> Manifest:
     values = read_json(path)
     if values.get("version") != VERSION:
         raise UserError(f"{path}: version {values.get('version')} of the manifest; this ee-scale reads {VERSION}")
-    try:
-        return Manifest.from_dict(values)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: a field is missing or unknown ({type(error).__name__}: {error})") from error
-
-
-def _with_spec(kind: type, values: dict[str, Any]) -> Any:
-    return kind(**values | {"spec": SubnetSpec.from_dict(values["spec"])})
+    del values["version"]
+    return checked(Manifest, values, path)

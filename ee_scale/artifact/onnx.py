@@ -25,7 +25,7 @@ from ee_scale.backbone.families import FAMILIES
 from ee_scale.backbone.loading import read_config
 from ee_scale.backbone.model_tensors import ModelTensors
 from ee_scale.elastic.architecture import ARCHITECTURES, AUTO_CLASS, meta_model
-from ee_scale.errors import UserError
+from ee_scale.errors import UserError, one_line
 from ee_scale.exits.versions import CACHE
 
 
@@ -105,7 +105,7 @@ def export_onnx(folder: Path, out: Path, task: str, *, int8: bool = False) -> On
     try:
         model = AUTO_CLASS[task].from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
     except (OSError, ValueError) as error:
-        raise UserError(f"src={folder}: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"src={folder}: {one_line(error)}") from error
     with new_folder(out) as temporary:
         path = temporary / FILE
         with quiet():
@@ -145,8 +145,7 @@ def _converted(model: Any, task: str, own_head: bool) -> Any:
     try:
         program = OnnxExporter().export(model, inputs, OnnxConfig(dynamic=True)).program
     except Exception as error:  # torch and onnxscript raise anything
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"format=onnx: {type(model).__name__} cannot be exported ({reason[0]})") from error
+        raise UserError(f"format=onnx: {type(model).__name__} cannot be exported ({one_line(error)})") from error
     _name_cache(program.graph)
     declare_shapes(program.graph)
     return program

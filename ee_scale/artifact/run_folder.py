@@ -1,6 +1,5 @@
 """The output folder of a run: one resolved config, one identity, metrics, checkpoints. One folder holds one run."""
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,9 @@ from ee_scale.backbone.fingerprint import fingerprint, is_model
 from ee_scale.config.compose import as_dict, to_yaml
 from ee_scale.errors import STOPPED, UserError
 from ee_scale.exits.joint import FROZEN
+from ee_scale.exits.placement import read_spec
 from ee_scale.files import write_text
+from ee_scale.reading import Count, check_fields, parse_json
 from ee_scale.training.plan import TunePlan
 
 CONFIG, IDENTITY, METRICS, CHECKPOINTS = "config.yaml", "run.json", "metrics.jsonl", "checkpoints"
@@ -93,7 +94,7 @@ def open_run(out: Path, config: Any, identity: dict[str, Any]) -> OpenedRun:
     if (out / IDENTITY).is_file():
         if config.train.resume == "never":
             raise UserError(f"out={out}: holds a run already and train.resume=never; choose another out")
-        stored = read_json(out / IDENTITY)
+        stored = _read_identity(out)
         _check_same(out, stored, identity)
         identity = stored
     else:
@@ -111,11 +112,22 @@ def read_run(out: Path, kind: str = "tune") -> dict[str, Any]:
     """The identity of a finished or running run. Raises `UserError` if the folder holds none of that kind."""
     if not (out / IDENTITY).is_file():
         raise UserError(f"src={out}: no {IDENTITY} in it; give the output folder of ee-scale {kind}")
-    identity = read_json(out / IDENTITY)
+    identity = _read_identity(out)
     if identity.get("kind", "tune") != kind:
         raise UserError(
             f"src={out}: a run of ee-scale {identity.get('kind', 'tune')}; one of ee-scale {kind} is wanted"
         )
+    return identity
+
+
+def _read_identity(out: Path) -> dict[str, Any]:
+    identity, path = read_json(out / IDENTITY), out / IDENTITY
+    check_fields(identity, path, base_model=str, base_fingerprint=str, settings=dict[str, Any], run_id=str)
+    if identity.get("kind", "tune") == "tune":
+        check_fields(identity, path, early_exit=dict[str, Any])
+        read_spec(identity["early_exit"], path)
+    else:
+        check_fields(identity, path, kind=str, task=str, labels=list[str], parts=Count)
     return identity
 
 
@@ -124,11 +136,11 @@ def trim_metrics(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):
+            if parse_json(line.decode())["step"] <= step:
+                kept.append(line.decode() + "\n")
+        except (ValueError, KeyError, TypeError):
             break  # the torn last line of a killed run
     write_text(path, "".join(kept))
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from ee_scale.artifact.files import check_files, read_json
 from ee_scale.errors import UserError
+from ee_scale.reading import check_fields
 
 SIDECAR_CONFIG, SIDECAR_WEIGHTS = "exits.json", "exits.safetensors"
 
@@ -23,10 +24,9 @@ def base_folder(folder: Path, facts: dict[str, Any]) -> Path:
 def read_sidecar(folder: Path) -> dict[str, Any]:
     """exits.json, after its weights were compared with their digest. Raises `UserError`."""
     facts = read_json(folder / SIDECAR_CONFIG)
-    for key in ("files", "base_model", "base_fingerprint", "early_exit"):
-        if key not in facts:
-            raise UserError(f"{folder / SIDECAR_CONFIG}: no '{key}' in it")
-    if not isinstance(facts["files"], dict) or SIDECAR_WEIGHTS not in facts["files"]:
+    kinds = {"files": dict[str, str], "base_model": str, "base_fingerprint": str, "early_exit": dict[str, Any]}
+    check_fields(facts, folder / SIDECAR_CONFIG, **kinds)
+    if SIDECAR_WEIGHTS not in facts["files"]:
         raise UserError(f"{folder / SIDECAR_CONFIG}: no digest of {SIDECAR_WEIGHTS} in it")
     check_files(folder, facts["files"])
     return facts

@@ -1,9 +1,12 @@
 """What differs per architecture, as data. A family is added here, in one place."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 from ee_scale.errors import UserError
+from ee_scale.reading import shown
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,40 @@ def family_of(config: Any) -> Family:
         raise UserError(
             f"model.path: architecture '{config.model_type}' is not supported; supported: {', '.join(FAMILIES)}"
         ) from None
+
+
+# The largest number that each size may be: far above every model, and small enough to compute with.
+SIZES = {
+    "num_hidden_layers": 10_000,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 24,
+    "num_attention_heads": 1 << 14,
+    "num_key_value_heads": 1 << 14,
+    "head_dim": 1 << 14,
+    "vocab_size": 1 << 26,
+    "max_position_embeddings": 1 << 31,
+}
+POSITIVE = ("rms_norm_eps", "layer_norm_eps", "rope_theta", "factor", "final_logit_softcapping")
+MAY_BE_NULL = ("num_key_value_heads", "head_dim", "intermediate_size")
+
+
+def check_sizes(values: Mapping[str, Any], here: Any) -> None:
+    """Refuse (`UserError`) sizes that no model has, before anything is built or counted by them.
+
+    `values`: config.json; what it leaves out, transformers fills in.
+    """
+    for name, most in SIZES.items():
+        size = values.get(name, 1)
+        if size is None and name in MAY_BE_NULL:
+            continue
+        if type(size) is not int or not 1 <= size <= most:
+            raise UserError(f"{here}: {name}={shown(size)}: give a whole number from 1 to {most}")
+    for group in (values, values.get("rope_parameters"), values.get("rope_scaling")):
+        for name, value in group.items() if isinstance(group, Mapping) else ():
+            if isinstance(value, float) and not isfinite(value):
+                raise UserError(f"{here}: {name}={value}: not a number to compute with")
+            if name in POSITIVE and isinstance(value, int | float) and value <= 0:
+                raise UserError(f"{here}: {name}={value}: must be above 0")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Read a Hugging Face folder: config, and slices of its safetensors. No rank reads more than its own part."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -12,11 +11,12 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from ee_scale.backbone.families import FAMILIES, family_of
+from ee_scale.backbone.families import FAMILIES, check_sizes, family_of
 from ee_scale.backbone.narrowing import fill
 from ee_scale.backbone.stored_names import stored_pair
-from ee_scale.errors import UserError
-from ee_scale.files import named_file, own_file
+from ee_scale.errors import UserError, one_line
+from ee_scale.files import is_file, named_file, own_file
+from ee_scale.reading import check_fields, read_object, shown
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 BLOCK = 1 << 22  # numbers that are compared at a time
@@ -42,12 +42,11 @@ def read_config(folder: Path) -> Any:
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"model.path={folder}: no config.json in it")
+    check_sizes(read_object(folder / "config.json"), f"model.path={folder}: config.json")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers checks types and values in many ways
-        lines = str(error).strip().splitlines() or [""]
-        reason = lines[0] if len(lines) == 1 else f"{lines[0]} {lines[1].strip()}"
-        raise UserError(f"model.path={folder}: config.json: {reason or type(error).__name__}") from error
+        raise UserError(f"model.path={folder}: config.json: {one_line(error)}") from error
     if any((folder / name).is_file() for name in (SINGLE_NAME, INDEX_NAME)):
         check_claims(folder, config)
     _check_encoding(folder, config)
@@ -150,9 +149,10 @@ class TensorFolder:
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """A tensor, or its part [start, stop) along `dim`; only that part is read from disk."""
         part = self._slice(name)
-        if dim is None:
-            return part[:]
-        return part[(slice(None),) * dim + (slice(start, stop),)]
+        try:
+            return part[:] if dim is None else part[(slice(None),) * dim + (slice(start, stop),)]
+        except (SafetensorError, RuntimeError) as error:  # a number type that torch has no whole bytes for
+            raise UserError(f"{self.files[name]}: cannot read '{name}' ({one_line(error)})") from error
 
     def _slice(self, name: str) -> Any:
         stored = self.stored_name(name)
@@ -177,15 +177,14 @@ def weight_files(folder: Path) -> list[Path]:
         other = any(folder.glob("*.bin*")) or any(folder.glob("*.pt*")) or any(folder.glob("*.gguf"))
         way_out = f"; {SAVE_AS_SAFETENSORS}" if other else ""
         raise UserError(f"model.path={folder}: neither {SINGLE_NAME} nor {INDEX_NAME} in it{way_out}")
-    try:
-        names = sorted(set(json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / INDEX_NAME}: not a whole index of safetensors ({error})") from error
+    index = read_object(folder / INDEX_NAME)
+    check_fields(index, folder / INDEX_NAME, weight_map=dict[str, str])
+    names = sorted(set(index["weight_map"].values()))
     paths = [named_file(folder, name, folder / INDEX_NAME) for name in names]
     if wrong := [name for name in names if not name.endswith(".safetensors")]:
-        raise UserError(f"{folder / INDEX_NAME}: names {wrong[0]!r}, which is no safetensors file")
-    if missing := [path.name for path in paths if not path.is_file()]:
-        raise UserError(f"model.path={folder}: {INDEX_NAME} names {missing[0]}, which is not there")
+        raise UserError(f"{folder / INDEX_NAME}: names {shown(wrong[0])}, which is no safetensors file")
+    if missing := [path.name for path in paths if not is_file(path)]:
+        raise UserError(f"model.path={folder}: {INDEX_NAME} names {shown(missing[0])[1:-1]}, which is not there")
     return paths
 
 

@@ -22,6 +22,7 @@ from ee_scale.backbone.parallel import (
     vocab_embedding,
 )
 from ee_scale.backbone.stages import StagePlan
+from ee_scale.errors import UserError, one_line
 from ee_scale.grid import Grid
 
 
@@ -34,10 +35,14 @@ def tensor_plan(config: Any, tp: int) -> dict[str, str]:
 
 
 def meta_model(config: Any, dtype: torch.dtype, attn_implementation: str | None = None) -> nn.Module:
-    """The whole model without memory, as transformers builds it."""
+    """The whole model without memory, as transformers builds it. Raises `UserError` if it cannot."""
     extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, **extra).eval()
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, **extra).eval()
+    except Exception as error:  # a setting of its config that the model's code has no answer to
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"model.path: transformers builds no '{config.model_type}' of its config ({reason})") from error
 
 
 def model_tensors(folder: Path, config: Any) -> ModelTensors:

@@ -1,6 +1,5 @@
 """`ee-scale export`: files that transformers, or an ONNX runtime, opens."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from ee_scale.artifact.run_folder import IDENTITY, read_run
 from ee_scale.artifact.submodel import export_submodel
 from ee_scale.cli.console import console
 from ee_scale.errors import UserError
+from ee_scale.reading import read_object
 
 if TYPE_CHECKING:
     from ee_scale.artifact.onnx import OnnxReport
@@ -70,16 +70,16 @@ def _task(source: Path) -> str:
             f"src={source}: a tune run; make a stock model of it first (kind=submodel exit=<layer> out=<folder>), "
             "then export that folder with format=onnx"
         )
-    try:
-        values = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"src={source}: no readable config.json in it; give a stock model folder") from error
+    if not (source / "config.json").is_file():
+        raise UserError(f"src={source}: no readable config.json in it; give a stock model folder")
+    values = read_object(source / "config.json")
     if "early_exit" in values:
         raise UserError(
             f"src={source}: a model with exits, which ONNX would leave out; "
             "export one exit of its run with kind=submodel, then that folder with format=onnx"
         )
-    names = values.get("architectures") or [None]
+    names = values.get("architectures")
+    names = names if isinstance(names, list) and names else [None]
     for ending, task in TASKS.items():
         if str(names[0]).endswith(ending):
             return task

@@ -15,7 +15,7 @@ from ee_scale.errors import UserError
 from ee_scale.evaluation.colours import PieceStreamer, legend, paint
 from ee_scale.files import write_text
 from ee_scale.grid import Layout, launch_info, pick_device, world_size_message
-from ee_scale.log import configure_logging, shown
+from ee_scale.log import configure_logging, visible
 
 
 def run(config: Any, overrides: Sequence[str]) -> int:
@@ -104,7 +104,7 @@ def open_stream(job: Job) -> Stream:
 
 def _for_stdout(text: str) -> str:
     """A pipe or file gets the text as it is; on a terminal it must not give commands."""
-    return shown(text) if sys.stdout.isatty() else text
+    return visible(text) if sys.stdout.isatty() else text
 
 
 def _decode(tokenizer: Any, tokens: list[int]) -> str:

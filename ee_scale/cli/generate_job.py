@@ -10,7 +10,7 @@ from typing import Any
 
 from ee_scale.cli.prompts import encode_prompts, read_prompts
 from ee_scale.config.compose import as_dict
-from ee_scale.errors import UserError
+from ee_scale.errors import UserError, one_line
 from ee_scale.exits.policies import ExitPolicy, resolve_policy
 from ee_scale.inference.pipeline import check_pipeline
 from ee_scale.inference.pipeline_model import ModelParts, find_parts, plan_decoding
@@ -153,4 +153,4 @@ def plain_words() -> Iterator[None]:
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(re.sub(r"\bexit_(\w+)", r"\1", str(error).strip().splitlines()[0])) from error
+        raise UserError(re.sub(r"\bexit_(\w+)", r"\1", one_line(error))) from error

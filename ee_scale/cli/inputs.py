@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from transformers import AutoTokenizer
 
 from ee_scale.data.dataset import build_gpt_dataset
-from ee_scale.errors import UserError
+from ee_scale.errors import UserError, one_line
 
 # What tokenizers of some families need beside transformers.
 PACKAGES = re.compile(r"sentencepiece|tiktoken|protobuf|blobfile|sacremoses|fugashi|mistral_common|rjieba|jinja2")
@@ -44,8 +44,7 @@ def load_tokenizer(folder: Path, field: str = "model.path") -> Any:
             raise UserError(
                 f"{field}={folder}: its tokenizer needs the package {package}; pip install {package}"
             ) from error
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{field}={folder}: no tokenizer in it ({reason})") from error
+        raise UserError(f"{field}={folder}: no tokenizer in it ({one_line(error)})") from error
 
 
 def _missing_package(folder: Path, error: BaseException | None) -> str | None:

@@ -1,6 +1,5 @@
 """What every training command does around its run: check, prepare once, start the ranks, tell the numbers."""
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from ee_scale.config.compose import as_dict
 from ee_scale.errors import REQUEUE, STOPPED, Requeue, RunError, UserError
 from ee_scale.grid import Grid, Layout, join_grid, launch_info, pick_device, world_size_message
 from ee_scale.log import configure_logging, log
+from ee_scale.reading import Count, check_fields, read_object
 from ee_scale.training.loop import Loop
 from ee_scale.training.metrics import MetricsStream, StepMetrics
 from ee_scale.training.parts import Run
@@ -95,7 +95,8 @@ def _one_line_for_lost_ranks() -> Iterator[None]:
 def _leave_again(out: Path) -> None:
     """torchrun starts ranks again however they left; those of a run that stopped on purpose leave at once."""
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and (out / STOPPED).is_file():
-        stopped = json.loads((out / STOPPED).read_text(encoding="utf-8"))
+        stopped = read_object(out / STOPPED)
+        check_fields(stopped, out / STOPPED, reason=str, code=Count)
         raise Requeue(stopped["reason"]) if stopped["code"] == REQUEUE else RunError(stopped["reason"])
 
 

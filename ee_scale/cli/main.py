@@ -1,5 +1,6 @@
 """`ee-scale <verb> key=value ...`: compose the config, then hand it to the verb's file."""
 
+import errno
 import importlib
 import logging
 import os
@@ -12,7 +13,8 @@ from ee_scale.cli.signals import STOPPING
 from ee_scale.config.compose import compose_config, to_yaml
 from ee_scale.config.schema import PREFIXES, TRAINING_VERBS, VERBS
 from ee_scale.errors import BAD_INPUT, FAILED, REQUEUE, Requeue, RunError, UserError
-from ee_scale.log import one_line
+from ee_scale.log import spelled
+from ee_scale.reading import shown
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,6 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _say(f"error: {error}", FAILED, speaks=_is_first())
     except UserError as error:
         return _say(f"error: {error}", BAD_INPUT, speaks=_speaks())
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return _say(f"error: {error.strerror}: {shown(error.filename)}", BAD_INPUT, speaks=_speaks())
 
 
 def split_command(arguments: Sequence[str]) -> tuple[str | None, str | None, list[str]]:
@@ -76,7 +82,7 @@ def split_command(arguments: Sequence[str]) -> tuple[str | None, str | None, lis
 
 def _say(line: str, code: int, *, speaks: bool) -> int:
     if speaks:
-        sys.stderr.write(f"{one_line(line)}\n")
+        sys.stderr.write(f"{spelled(line)}\n")
     return code
 
 

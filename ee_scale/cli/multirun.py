@@ -1,7 +1,6 @@
 """`ee-scale tune -m optim.lr=1e-4,3e-4 exits.rank=8,16`: every combination, one after the other or as a SLURM array."""
 
 import itertools
-import json
 import re
 import shlex
 import subprocess
@@ -23,6 +22,7 @@ from ee_scale.config.schema import TRAINING_VERBS
 from ee_scale.config.words import is_text, sweep_values, write_word
 from ee_scale.errors import FAILED, REQUEUE, UserError
 from ee_scale.log import configure_logging, log
+from ee_scale.reading import parse_json
 
 FLAGS = ("-m", "--multirun")
 LONGEST_NAME = 80
@@ -178,9 +178,9 @@ def show(combinations: Sequence[Combination], codes: Sequence[int | None]) -> No
 def last_losses(out: Path) -> dict[str, float]:
     """Step and losses, by exit or subnet, of the last line of metrics.jsonl; empty if there is none."""
     try:
-        last = json.loads((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    except (OSError, ValueError, IndexError):
+        last = parse_json((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+        step, losses = last["step"], last.get("loss")
+    except (OSError, ValueError, IndexError, KeyError, TypeError, AttributeError):
         return {}
-    losses = last.get("loss")
     losses = losses if isinstance(losses, dict) else {"": losses}
-    return {"step": last["step"], **{key: value for key, value in losses.items() if isinstance(value, float)}}
+    return {"step": step, **{key: value for key, value in losses.items() if isinstance(value, float)}}

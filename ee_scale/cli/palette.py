@@ -31,7 +31,7 @@ from ee_scale.elastic.order import UnitOrder
 from ee_scale.elastic.search import Candidate, pareto, search, verified
 from ee_scale.elastic.stage import base_tensors
 from ee_scale.elastic.subnet import SearchSpace, SubnetSpec
-from ee_scale.errors import UserError
+from ee_scale.errors import UserError, one_line
 from ee_scale.evaluation.edge import EdgeMeasure, measure_edge
 from ee_scale.evaluation.palette_report import palette_table, recommendations, write_palette_report
 from ee_scale.evaluation.supernet import Judge, PartTimes
@@ -97,8 +97,7 @@ def stored_plan(src: Path, supernet: TrainedSupernet, config: Any) -> SupernetPl
     try:
         stored = from_yaml(SupernetConfig, (src / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{src / CONFIG}: not the config of a supernet run ({reason})") from error
+        raise UserError(f"{src / CONFIG}: not the config of a supernet run ({one_line(error)})") from error
     stored.space.depth_parts = supernet.identity["parts"]
     # Sizes were checked against the grid that trained; one process has none.
     stored.parallel = OmegaConf.structured(SupernetConfig).parallel

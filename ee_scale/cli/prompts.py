@@ -26,7 +26,8 @@ def read_prompts(config: Any) -> list[str]:
     for number, text in enumerate(texts, 1):
         if not text:
             raise UserError(f"{_name(config, number, len(texts))}: empty; give at least one character")
-    return texts
+    # Half a surrogate pair, from JSON or from an argument that is not UTF-8, is no text that a tokenizer takes.
+    return [text.encode("utf-8", "replace").decode() for text in texts]
 
 
 def encode_prompts(texts: list[str], tokenizer: Any, model_config: Any, config: Any) -> list[list[int]]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from ee_scale.cli.signals import passing_on
 from ee_scale.errors import BAD_INPUT, FAILED, REQUEUE, STOPPED, Requeue, RunError, UserError
-from ee_scale.log import one_line
+from ee_scale.log import spelled
 
 if TYPE_CHECKING:
     import torch
@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         line, code = str(left), REQUEUE
     except RunError as error:
         line, code = f"error: {error}", FAILED
-    sys.stderr.write(f"{one_line(line)}\n")
+    sys.stderr.write(f"{spelled(line)}\n")
     return code
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from ee_scale.backbone.families import shape_of
-from ee_scale.errors import UserError
+from ee_scale.backbone.families import check_sizes, shape_of
+from ee_scale.errors import UserError, one_line
 
 CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 # What Megatron's rotary embedding has for the type llama3, and no argument changes.
@@ -187,7 +187,11 @@ def to_config(args: Namespace, vocab_size: int | None) -> Any:
             values |= {"use_sliding_window": True, "max_window_layers": 0}
     elif family == "mistral":
         values["sliding_window"] = None
-    config = CONFIGS[family](**values, bos_token_id=None, eos_token_id=None)
+    check_sizes(values, "args")
+    try:
+        config = CONFIGS[family](**values, bos_token_id=None, eos_token_id=None)
+    except Exception as error:  # each class of transformers fails in its own way over odd values
+        raise UserError(f"args: {one_line(error)}; give model=<Hugging Face folder with config.json>") from error
     config.architectures = [f"{type(config).__name__.removesuffix('Config')}ForCausalLM"]
     return config
 

@@ -31,9 +31,9 @@ from ee_scale.convert.huggingface import DROPPED, check_tensors, exits_of, targe
 from ee_scale.convert.job import SLACK, Conversion, check_source, source_of, with_dtypes
 from ee_scale.convert.model import ADAPTER, Model, Opened
 from ee_scale.convert.tensors import Extent, Piece, Stored, TensorInfo
-from ee_scale.convert.unpickle import known_globals
+from ee_scale.convert.unpickle import known_globals, reads_strangers
 from ee_scale.convert.values import Values
-from ee_scale.errors import UserError
+from ee_scale.errors import UserError, one_line
 
 # Modules around modules: of torch.compile, FSDP, activation checkpointing; of DistributedDataParallel, Lightning, peft.
 INSIDE = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -122,12 +122,11 @@ class Staging:
         except (OSError, UserError):
             raise
         except Exception as error:  # the tool has no error type of its own
-            first = (str(error).strip().splitlines() or [""])[0][:200]
-            raise UserError(
-                f"{self.tag}: DeepSpeed cannot put it together ({type(error).__name__}: {first})"
-            ) from error
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            raise UserError(f"{self.tag}: DeepSpeed cannot put it together ({reason})") from error
 
 
+@reads_strangers
 def open_folder(
     src: Path,
     staging: Path,

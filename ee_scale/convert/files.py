@@ -7,7 +7,7 @@ header and the bytes; for torch.save, torch itself can leave the bytes out (`ski
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -15,12 +15,13 @@ from typing import IO, Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.checkpoint.utils import _create_file_view
 from torch.serialization import skip_data
 
+from ee_scale.convert.archive import walk
 from ee_scale.convert.tensors import Extent, Piece, Stored
-from ee_scale.convert.unpickle import load_safely
-from ee_scale.errors import UserError
+from ee_scale.convert.unpickle import load_part, load_safely
+from ee_scale.errors import UserError, one_line
+from ee_scale.reading import parse_json
 
 ST_NAMES = {
     torch.float64: "F64",
@@ -150,7 +151,7 @@ class ArchivesFile:
 def archive_extent(path: Path, file: IO[bytes], offset: int, length: int) -> Extent:
     """Where the tensor of one archive inside a file lies. Raises `UserError`."""
     with FakeTensorMode():
-        tensor = load_safely(_create_file_view(file, offset, length), path)
+        tensor = load_part(path, file, offset, length)
     if not isinstance(tensor, torch.Tensor):
         raise UserError(f"{path}: a {type(tensor).__name__} at byte {offset}, where its index has a tensor")
     extent = tensor_extent(path, tensor)
@@ -173,7 +174,7 @@ def safetensors_extents(path: Path) -> dict[str, Extent]:
             pass
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
+            header = parse_json(file.read(size).decode())
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: not a whole safetensors file ({error})") from error
     header.pop("__metadata__", None)
@@ -181,18 +182,6 @@ def safetensors_extents(path: Path) -> dict[str, Extent]:
         name: Extent(path, 8 + size + entry["data_offsets"][0], tuple(entry["shape"]), _dtype(path, name, entry))
         for name, entry in header.items()
     }
-
-
-def walk(content: Any) -> Iterator[torch.Tensor]:
-    """The tensors of nested dicts and lists, in order."""
-    if isinstance(content, torch.Tensor):
-        yield content
-    elif isinstance(content, Mapping):
-        for value in content.values():
-            yield from walk(value)
-    elif isinstance(content, list | tuple):
-        for value in content:
-            yield from walk(value)
 
 
 def reserve(file: int, size: int) -> None:
@@ -207,7 +196,7 @@ def _save(value: Any, target: Path | IO[bytes]) -> None:
         with skip_data(materialize_fake_tensors=True):
             torch.save(value, target)
     except RuntimeError as error:  # what torch's archive writer makes of a full disk
-        raise OSError(f"torch.save: {str(error).splitlines()[0]}") from error
+        raise OSError(f"torch.save: {one_line(error)}") from error
 
 
 def _dtype(path: Path, name: str, entry: Mapping[str, Any]) -> torch.dtype:

@@ -27,7 +27,7 @@ from ee_scale.errors import UserError
 from ee_scale.exits import modeling_early_exit
 from ee_scale.exits.heads import ExitSpec
 from ee_scale.exits.modeling_early_exit import AUTO_MAP, CODE_FILES, PREFIX
-from ee_scale.exits.placement import resolve_exit_layers
+from ee_scale.exits.placement import read_spec
 
 DROPPED = ("rotary_emb.inv_freq",)  # buffers of old files
 
@@ -54,19 +54,7 @@ def open_sidecar(folder: Path) -> Opened:
 
 def exits_of(folder: Path, config: Any, values: Any) -> ExitSpec | None:
     """`early_exit` of a config as a spec; None without it. Raises `UserError` for what the model cannot have."""
-    if not values:
-        return None
-    try:
-        spec = ExitSpec.from_dict(values)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{folder}: early_exit: {error}") from error
-    if not isinstance(spec.rank, int) or spec.rank < 1:
-        raise UserError(f"{folder}: early_exit: rank={spec.rank!r}: give a whole number of at least 1")
-    try:
-        resolve_exit_layers(list(spec.layers), config.num_hidden_layers)
-    except UserError as error:
-        raise UserError(f"{folder}: early_exit: {error}") from error
-    return spec
+    return read_spec(values, folder, config.num_hidden_layers) if values else None
 
 
 def _open(folder: Path, config: Any, exits: ExitSpec | None, files: list[Path]) -> Opened:

@@ -17,7 +17,7 @@ from ee_scale.convert.model import Model, Opened, check_whole, check_words
 from ee_scale.convert.mp_rank import FILE, Layout, check_layout, hosted_exits, rank_pieces
 from ee_scale.convert.names import EMBEDDING
 from ee_scale.convert.tensors import Stored
-from ee_scale.convert.unpickle import load_safely
+from ee_scale.convert.unpickle import load_safely, reads_strangers
 from ee_scale.errors import UserError
 
 LAYER = re.compile(r"(?:decoder|language_model\.encoder)\.layers\.(\d+)\.(.*)")
@@ -33,6 +33,7 @@ OLD_NAMES = (  # before September 2023, and before 2021
 IGNORED = ("_extra_state", "inv_freq")
 
 
+@reads_strangers
 def open_folder(folder: Path, iteration: Path, model_folder: Path | None, trust: bool) -> Opened:
     """Every rank's file of an iteration. `model_folder`: Hugging Face folder of the same model. Raises `UserError`."""
     files = _rank_files(iteration)

@@ -7,7 +7,6 @@ import re
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,7 +25,7 @@ from ee_scale.convert.model import Model, Opened, check_whole, check_words
 from ee_scale.convert.names import EMBEDDING, FINAL_NORM, HEAD, Row, Rule
 from ee_scale.convert.tensors import Extent, Piece, Stored, cut
 from ee_scale.convert.torch_dist import COMMON, LAYERS
-from ee_scale.convert.unpickle import load_index, load_safely
+from ee_scale.convert.unpickle import load_index, load_part, load_safely, reads_strangers
 from ee_scale.errors import UserError
 from ee_scale.files import named_file
 
@@ -34,6 +33,7 @@ PREFIXES = ("module.", "model.")  # NeMo 2 and 1
 NOT_WEIGHTS = ("optimizer.", "rng_state", "common_state", "opt_param_scheduler", "rerun_state_machine", "iteration")
 
 
+@reads_strangers
 def open_folder(folder: Path, iteration: Path, model_folder: Path | None, trust: bool) -> Opened:
     """An iteration's folder. Raises `UserError`."""
     index = load_index(iteration / ".metadata")
@@ -224,8 +224,7 @@ class _Files:
         """An entry that is no tensor. Raises `UserError`."""
         path = self._path(info)
         file = self._file(path)
-        file.seek(info.offset)
-        return load_safely(BytesIO(file.read(info.length)), path, trust=trust)
+        return load_part(path, file, info.offset, info.length, trust=trust)
 
     def _path(self, info: _StorageInfo) -> Path:
         return named_file(self.folder, info.relative_path, self.folder / ".metadata")

@@ -1,21 +1,25 @@
 """Read pickles of strangers without running them: an allow-list, and stand-ins for what need not be real."""
 
 import argparse
+import io
 import pathlib
 import pickle
 import signal
 import threading
 import types
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import wraps
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import torch
 from torch.distributed.checkpoint import metadata, planner
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from ee_scale.errors import UserError
+from ee_scale.convert.archive import Part, check_pickle, check_places, read_records
+from ee_scale.errors import UserError, one_line
 
 TRUST = "trust=true runs the code that the file names; give it only for files of people you trust"
 
@@ -70,6 +74,7 @@ INDEX = {
 INDEX_STAND_INS = ("MCoreMetadata", "MCoreSavePlan")
 
 
+T = TypeVar("T")
 _LOCK = threading.Lock()
 
 
@@ -88,23 +93,58 @@ def load_safely(file: Path | IO[bytes], path: Path, *, trust: bool = False, allo
     Raises `UserError` that names what the file asks for.
     """
     try:
-        with known_globals(allowed):
-            return torch.load(file, map_location="cpu", weights_only=not trust)
+        with path.open("rb") if file == path else nullcontext(file) as opened:
+            size = opened.seek(0, io.SEEK_END) and opened.tell()
+            opened.seek(0)
+            records = read_records(opened, size, trusted=trust)
+            with known_globals(allowed), warnings.catch_warnings(action="ignore"):
+                content = torch.load(opened, map_location="cpu", weights_only=not trust)
+        check_places(content, records)
+        return content
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: {_what(path, error, allowed)}; {TRUST}") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # a file that is cut off or was made up fails in many ways
         raise UserError(f"{path}: not a whole file of torch.save ({_line(error)})") from error
+
+
+def reads_strangers(open_folder: Callable[..., T]) -> Callable[..., T]:
+    """For what opens a folder of pickles: their objects hold values of any type under any name, and code that counts on
+    others fails in many ways. It then raises `UserError` that names the folder and what was met.
+    """
+
+    @wraps(open_folder)
+    def opened(folder: Path, *args: Any, **kwargs: Any) -> T:
+        try:
+            return open_folder(folder, *args, **kwargs)
+        except (UserError, OSError):
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {_line(error)}"
+            raise UserError(f"{folder}: holds values that no checkpoint of its kind has ({reason})") from error
+
+    return opened
+
+
+def load_part(path: Path, file: IO[bytes], offset: int, length: int, *, trust: bool = False) -> Any:
+    """`load_safely` of `length` bytes of an open file, `path`, from `offset` on."""
+    try:
+        part = Part(file, offset, length)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: {_line(error)}, where its index has a tensor") from error
+    return load_safely(io.BufferedReader(part), path, trust=trust)
 
 
 def load_index(path: Path) -> metadata.Metadata:
     """The `.metadata` of a torch distributed checkpoint, by the allow-list alone. Raises `UserError`."""
     try:
-        with path.open("rb") as file:
-            found = _IndexUnpickler(file).load()
+        data = io.BytesIO(path.read_bytes())  # one that is read in pieces takes memory by the sizes that it is told
+        check_pickle(data, len(data.getbuffer()))
+        data.seek(0)
+        found = _IndexUnpickler(data).load()
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: {error}; it is not the index of a torch distributed checkpoint") from error
     except Exception as error:  # a pickle that is cut off or was made up fails in many ways
-        raise UserError(f"{path}: not a whole index of a torch distributed checkpoint ({error})") from error
+        raise UserError(f"{path}: not a whole index of a torch distributed checkpoint ({_line(error)})") from error
     if not isinstance(found, metadata.Metadata):
         raise UserError(f"{path}: holds a {type(found).__name__}, not the index of a torch distributed checkpoint")
     return found
@@ -148,4 +188,4 @@ def _what(path: Path, error: Exception, allowed: Sequence[Any] = ()) -> str:
 
 def _line(error: Exception) -> str:
     """The first sentence of an error; one without words says what it is."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0][:200]
+    return one_line(error).split(". ")[0][:200]

@@ -65,7 +65,8 @@ class UnitOrder:
         wanted = cls.identity(shape)
         for name in FIELDS:
             mine, theirs = getattr(order, name), getattr(wanted, name)
-            if mine.shape != theirs.shape or not torch.equal(mine.sort(-1).values, theirs.sort(-1).values):
+            same = (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype)
+            if not same or not torch.equal(mine.sort(-1).values, theirs.sort(-1).values):
                 raise UserError(f"{path}: '{name}' is no order of this model's units {list(theirs.shape)}")
         return order
 

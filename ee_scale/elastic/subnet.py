@@ -7,11 +7,13 @@ from random import Random
 from typing import Any
 
 from ee_scale.errors import UserError
+from ee_scale.reading import whole
 
 AXES = ("hidden", "heads", "ffn", "depth")
 MULTIPLE = 16  # fractions of widths are rounded to this many units: matrix kernels like it
 
 
+@whole
 @dataclass(frozen=True, order=True)
 class SubnetSpec:
     """One subnet, the same in every layer, so that a stock config can describe it.
@@ -40,11 +42,6 @@ class SubnetSpec:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {**asdict(self), "layers": list(self.layers)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "SubnetSpec":
-        """Back from JSON."""
-        return cls(values["hidden"], values["groups"], values["ffn"], tuple(values["layers"]))
 
 
 @dataclass(frozen=True)

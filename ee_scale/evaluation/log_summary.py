@@ -1,7 +1,6 @@
 """Sum decision logs over time and per tag. Files are streamed: they may be larger than memory."""
 
 import json
-import operator
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,9 +11,12 @@ from statistics import NormalDist
 from typing import Any
 
 from ee_scale.errors import UserError
+from ee_scale.reading import parse_json
 
 NO_TAG = "-"
-LARGEST = 2.5e11  # of the numbers in a log: seconds until the year 9892
+LONGEST_LINE = 1 << 20  # bytes; what is longer is no decision
+MOST_LAYERS, LARGEST_SCORE = 1 << 20, 1e6
+LAST_TIME = 1 << 36  # seconds; the calendar of a plot goes no further
 
 
 @dataclass
@@ -166,7 +168,7 @@ def _records(path: Path, result: LogSummary) -> Iterator[dict[str, Any]]:
     """Headers and decisions of a file; lines that are neither are counted."""
     try:
         with path.open("rb") as file:
-            for line in file:
+            while line := file.readline(LONGEST_LINE):
                 if (record := _record(line)) is not None:
                     yield record
                 else:
@@ -176,19 +178,34 @@ def _records(path: Path, result: LogSummary) -> Iterator[dict[str, Any]]:
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
-    """A header or a decision, the tag as text or left out; None for any other line."""
+    """A line as `DecisionLog` writes it; None for anything else."""
     try:
-        record = json.loads(line)
-        if "num_layers" in record:
-            return {"num_layers": operator.index(record["num_layers"])}
-        found: dict[str, Any] = {"layer": operator.index(record["layer"]), "time": float(record["time"])}
-        for key, kind in (("confidence", float), ("agrees", bool)):
-            found[key] = None if record.get(key) is None else kind(record[key])
-        if (tag := record.get("tag")) is not None:
-            if isinstance(tag, float):  # its text, as it was written
-                tag = json.loads(line, parse_float=str)["tag"]
-            found["tag"] = tag if isinstance(tag, str) else json.dumps(tag)
-        sums = found["layer"], found["time"], found["confidence"] or 0.0
-        return found if all(0 <= abs(number) < LARGEST for number in sums) and found["layer"] >= 0 else None
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        record = parse_json(line.decode())
+    except ValueError:
         return None
+    if not isinstance(record, dict):
+        return None
+    if "num_layers" in record:
+        return record if _is_number(record["num_layers"], int, 1, MOST_LAYERS) else None
+    tag, agrees, score = record.get("tag"), record.get("agrees"), record.get("confidence")
+    whole = (
+        _is_number(record.get("layer"), int, 0, MOST_LAYERS)
+        and _is_number(record.get("time"), int | float, 0, LAST_TIME)
+        and isinstance(agrees, bool | None)
+        and (score is None or _is_number(score, int | float, -LARGEST_SCORE, LARGEST_SCORE))
+    )
+    if whole and tag is not None:
+        record["tag"] = _tag(tag, line)
+    return record if whole else None
+
+
+def _tag(tag: Any, line: bytes) -> str:
+    """A tag as text; a number as it was written."""
+    if isinstance(tag, float):
+        tag = json.loads(line, parse_float=str)["tag"]
+    text = tag if isinstance(tag, str) else json.dumps(tag)
+    return text.encode("utf-8", "replace").decode()  # half a surrogate pair can be logged, and not written
+
+
+def _is_number(value: Any, kind: Any, least: float, most: float) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ee_scale.errors import UserError
+from ee_scale.errors import UserError, one_line
 from ee_scale.evaluation.calibration import Limits, calibrated_layers, limit_policy
 from ee_scale.evaluation.per_exit import Gap, largest_gap
 from ee_scale.evaluation.records import Outcome, Records, outcome, simulate
@@ -150,7 +150,7 @@ def _decode(
         generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
     except ValueError as error:
         name = point.name if point.limit is None else f"{point.name} at {point.limit:g}"
-        raise UserError(f"sweep: {name}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"sweep: {name}: {one_line(error)}") from error
     if ids.is_cuda:
         torch.cuda.synchronize(ids.device)
 

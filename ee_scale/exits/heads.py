@@ -15,6 +15,7 @@ from torch import nn
 
 KINDS = ("embedding", "norm", "mlp", "layer")
 HEADS = ("tied", "low_rank", "full")
+LARGEST_RANK, LARGEST_CAP = 1 << 20, 1e30
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,22 @@ class ExitSpec:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ExitSpec":
-        """From the JSON form. Raises ValueError on an unknown kind or head, TypeError on unknown keys."""
+        """From the JSON form. Raises ValueError on values that no exit has, TypeError on unknown keys."""
+        if not isinstance(values, dict) or not isinstance(values.get("layers"), list | tuple):
+            raise ValueError("early_exit: 'layers' is missing or no list")
         spec = cls(**{**values, "layers": tuple(values["layers"])})
         if spec.kind not in KINDS or spec.head not in HEADS:
             raise ValueError(f"early_exit: kind={spec.kind!r} (of {KINDS}), head={spec.head!r} (of {HEADS})")
+        if any(type(k) is not int or k < 1 for k in spec.layers):
+            raise ValueError("early_exit: layers are not whole numbers from 1 on")
+        if type(spec.rank) is not int or not 1 <= spec.rank <= LARGEST_RANK:
+            raise ValueError(f"early_exit: rank is not a number from 1 to {LARGEST_RANK}")
+        for name in ("mlp_input_norm", "mlp_output_norm"):
+            if not isinstance(getattr(spec, name), str | None):
+                raise ValueError(f"early_exit: {name} is not a name")
+        cap = spec.logit_softcap
+        if cap is not None and (type(cap) not in (int, float) or not 0 < cap <= LARGEST_CAP):
+            raise ValueError("early_exit: logit_softcap is not a number above 0")
         return spec
 
     def capped(self, logits: torch.Tensor) -> torch.Tensor:

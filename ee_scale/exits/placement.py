@@ -6,8 +6,19 @@ from typing import Any
 
 from ee_scale.backbone.families import ModelShape, family_of
 from ee_scale.backbone.stages import balanced_bounds
-from ee_scale.errors import UserError
+from ee_scale.errors import UserError, one_line
 from ee_scale.exits.heads import ExitSpec
+
+
+def read_spec(values: Any, here: Any, num_layers: int | None = None) -> ExitSpec:
+    """`early_exit` as some file says it. Raises `UserError` for what no exit is, or a model of `num_layers` has not."""
+    try:
+        spec = ExitSpec.from_dict(values)
+        if num_layers is not None:
+            resolve_exit_layers(list(spec.layers), num_layers)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{here}: early_exit: {one_line(error).removeprefix('early_exit: ')}") from error
+    return spec
 
 
 def resolve_exit_layers(wanted: Any, num_layers: int, pp: int = 1, stages: Sequence[int] | None = None) -> list[int]:

@@ -15,6 +15,7 @@ POLICIES = ("off", "threshold", "entropy", "margin", "patience", "fixed", "lossl
 MAX_DRAFT = 12  # drafts per pass, where their number is not fixed
 # A limit that no score reaches: the exit is never taken (and never computed).
 NEVER = {"threshold": inf, "entropy": -inf, "margin": inf}
+LARGEST_LIMIT, LARGEST_ID = 1e30, 1 << 31
 CALIBRATION_KEY = "early_exit_calibration"  # in generation_config.json
 
 
@@ -70,6 +71,8 @@ def resolve_policy(
     if name not in POLICIES:
         raise ValueError(f"exit_policy={name!r}: choose one of {', '.join(POLICIES)}")
     layers = tuple(spec_layers)
+    if calibration is not None:
+        check_calibration(calibration, vocab_size)
     _check_layers(name, layers, layer, min_layer)
     patience, max_pending = 2 if patience is None else patience, 8 if max_pending is None else max_pending
     _check_counts(
@@ -224,6 +227,27 @@ def _limits(
             if isinstance(value, bool) or not isinstance(value, (int, float)) or isnan(value):
                 raise ValueError(f"exit_threshold={list(row)}: {value!r} is not a number")
     return tuple(tuple(float(value) for value in row) for row in rows)
+
+
+def check_calibration(calibration: Any, vocab_size: int | None = None) -> None:
+    """Raise ValueError for what `ee-scale calibrate` does not write: whoever edits a folder may have put it there."""
+    if not isinstance(calibration, Mapping) or calibration.get("policy") not in tuple(NEVER):
+        raise ValueError(f"{CALIBRATION_KEY}: not an object with a policy of {', '.join(NEVER)}")
+    by_tag = calibration.get("tags")
+    if not isinstance(by_tag, Mapping | None):
+        raise ValueError(f"{CALIBRATION_KEY}: tags is not an object")
+    for table in (calibration, *(by_tag or {}).values()):
+        limits = table.get("thresholds") if isinstance(table, Mapping) else None
+        if not isinstance(limits, Mapping):
+            raise ValueError(f"{CALIBRATION_KEY}: no thresholds by layer in it")
+        for layer, limit in limits.items():
+            if limit is not None and (type(limit) not in (int, float) or not abs(limit) <= LARGEST_LIMIT):
+                raise ValueError(f"{CALIBRATION_KEY}: the threshold of layer {str(layer)[:20]!r} is not a number")
+    ids = calibration.get("shortlist")
+    if ids is not None and not (isinstance(ids, list) and all(type(i) is int and 0 <= i < LARGEST_ID for i in ids)):
+        raise ValueError(f"{CALIBRATION_KEY}: shortlist is not a list of token ids")
+    if ids and (len(set(ids)) < len(ids) or (vocab_size is not None and max(ids) >= vocab_size)):
+        raise ValueError(f"{CALIBRATION_KEY}: shortlist has an id twice, or one that the model's vocabulary has not")
 
 
 def _calibrated(

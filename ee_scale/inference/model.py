@@ -14,7 +14,7 @@ from ee_scale.backbone.loading import TensorFolder, load_config, read_config
 from ee_scale.backbone.narrowing import narrowed
 from ee_scale.backbone.shard import model_tensors
 from ee_scale.convert.huggingface import exits_of
-from ee_scale.errors import UserError
+from ee_scale.errors import UserError, one_line
 from ee_scale.exits import modeling_early_exit as modeling
 from ee_scale.exits.heads import ExitSpec, LowRankHead
 from ee_scale.exits.policies import CALIBRATION_KEY
@@ -91,8 +91,8 @@ def open_model(path: Path, **kwargs: Any) -> Any:
     except UserError:
         raise
     except Exception as error:  # a folder that is damaged or was made up fails in many ways
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(lines[0] if str(path) in lines[0] else f"{path}: {lines[0]}") from error
+        line = one_line(error)
+        raise UserError(line if str(path) in line else f"{path}: {line}") from error
     _check_numbers(path, model)
     return model
 

@@ -18,7 +18,7 @@ from ee_scale.backbone.shard import tensor_plan
 from ee_scale.backbone.small_files import GENERATION_CONFIG
 from ee_scale.backbone.stages import StagePlan, plan_stages
 from ee_scale.convert.huggingface import exits_of
-from ee_scale.errors import UserError
+from ee_scale.errors import UserError, one_line
 from ee_scale.exits.heads import ExitSpec
 from ee_scale.exits.placement import exit_parameters
 from ee_scale.exits.stage import TuningStage, build_stage, load_trained_stage
@@ -44,9 +44,12 @@ class ModelParts:
     sidecar: Path | None = None
 
     def generation_config(self) -> GenerationConfig:
-        """That of the base model; a sidecar's own file holds a calibration alone."""
+        """That of the base model; a sidecar's own file holds a calibration alone. Raises `UserError`."""
         if (self.base / GENERATION_CONFIG).is_file():
-            return GenerationConfig.from_pretrained(self.base)
+            try:
+                return GenerationConfig.from_pretrained(self.base)
+            except Exception as error:  # whatever transformers makes of a file that says odd things
+                raise UserError(f"{self.base / GENERATION_CONFIG}: {one_line(error)}") from error
         return GenerationConfig.from_model_config(self.config)
 
     def tensors(self) -> tuple[ModelTensors, TensorFolder]:

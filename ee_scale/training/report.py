@@ -11,6 +11,7 @@ from typing import Any
 import wandb
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ee_scale.errors import one_line
 from ee_scale.log import Terminal, log
 from ee_scale.training.metrics import StepMetrics
 
@@ -133,9 +134,7 @@ class WandbSink:
 
     def _give_up(self, error: Exception) -> None:
         self._run = None
-        log.warning(
-            "wandb failed and is off for the rest of the run: %s", str(error).splitlines()[0] if str(error) else error
-        )
+        log.warning("wandb failed and is off for the rest of the run: %s", one_line(error))
 
 
 def _series(metrics: StepMetrics, keyed_by: str) -> dict[str, float]:

@@ -25,6 +25,7 @@ ORDER = [
     "errors",
     "log",
     "files",
+    "reading",
     "config",
     "grid",
     "backbone",

@@ -18,6 +18,7 @@ from ee_scale.elastic.extract import subnet_config
 from ee_scale.elastic.factors import FactorPlan, FactorSettings
 from ee_scale.elastic.subnet import ElasticShape, SearchSpace, SubnetSpec, drop_order, resolve_space
 from ee_scale.errors import UserError
+from ee_scale.reading import checked
 
 SHAPE = ElasticShape(64, 4, 128, 4, 16, 2, head_dim_is_derived=False)  # 8 query heads, 2 for each KV head
 BERT_SHAPE = ElasticShape(64, 4, 128, 4, 16, 1, head_dim_is_derived=True)
@@ -206,7 +207,7 @@ def test_depths_keep_nested_layers() -> None:
 
 def test_a_spec_survives_json() -> None:
     spec = SubnetSpec(48, 2, 96, (0, 2, 3))
-    assert SubnetSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    assert checked(SubnetSpec, json.loads(json.dumps(spec.to_dict())), "spec") == spec
     assert (spec.name, spec.depth) == ("h48-g2-f96-l3", 3)
 
 

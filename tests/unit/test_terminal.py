@@ -12,7 +12,7 @@ from rich.text import Text
 from ee_scale.cli.main import main
 from ee_scale.evaluation.log_report import report_table
 from ee_scale.evaluation.log_summary import summarise
-from ee_scale.log import Terminal, one_line, shown
+from ee_scale.log import Terminal, spelled, visible
 
 EVIL = "[red]a[/red] \x1b[31mb\x1b]0;title\x07 \x9b2J c\x7f [/]"
 
@@ -49,10 +49,10 @@ def test_tags_of_a_log(tmp_path):
     assert "\x1b" not in said
 
 
-def test_an_error_is_one_line(capsys):
+def test_an_error_is_spelled(capsys):
     assert main(["generate", "model=a\n\x1b[31m\u202eb", "prompt=x"]) == 2
     assert capsys.readouterr().err == "error: model=a\\n\\x1b[31m\\u202eb: no such folder\n"
-    assert one_line("数据 é 👍") == "数据 é 👍"
+    assert spelled("数据 é 👍") == "数据 é 👍"
 
 
 def test_help_has_its_bold_words(capsys):
@@ -70,7 +70,7 @@ def test_generated_text(monkeypatch, capsys, terminal):
 
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     assert _for_stdout("a\x1b[31m\n") == ("a\ufffd[31m\n" if terminal else "a\x1b[31m\n")
-    assert shown("a\tb\n") == "a\tb\n"
+    assert visible("a\tb\n") == "a\tb\n"
 
 
 def test_log_lines(monkeypatch):
