@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from helpers.cli import run_cli
@@ -57,6 +58,21 @@ def test_our_calls_are_errors(call: Callable[[], int]) -> None:
 @pytest.mark.parametrize(("function", "options"), [(Renamed(), {"old": 1}), (old_function, {})])
 def test_those_of_other_libraries_are_not(function: Callable[..., int], options: dict[str, int]) -> None:
     assert elsewhere("return function(**options)")(function, **options) == 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_another_library_asks_of_compiled_code_is_not() -> None:
+    """As Megatron does with numpy."""
+    assert elsewhere("return function(options['what'], dtype=float)")(numpy.array, what=Old()) == 1
+    with pytest.raises(DeprecationWarning):
+        numpy.array(Old(), dtype=float)
+
+
+class Old:
+    """numpy 2 warns, from C, about the missing `copy`."""
+
+    def __array__(self, dtype: type | None = None) -> numpy.ndarray:
+        return numpy.ones(1)
 
 
 def rename_in_a_rank(rank: int) -> None:
