@@ -143,7 +143,8 @@ def _converted(model: Any, task: str, own_head: bool) -> Any:
         length += PAST
     inputs["attention_mask"] = torch.ones((EXPORTED[0], length), dtype=torch.long)
     try:
-        program = OnnxExporter().export(model, inputs, OnnxConfig(dynamic=True)).program
+        exported = OnnxExporter().export(model, inputs, OnnxConfig(dynamic=True))
+        program = exported.program if hasattr(exported, "program") else exported.model  # older: torch's ONNXProgram
     except Exception as error:  # torch and onnxscript raise anything
         raise UserError(f"format=onnx: {type(model).__name__} cannot be exported ({one_line(error)})") from error
     _name_cache(program.graph)
