@@ -197,8 +197,7 @@ def without_row(tokenizer: Any, token: int, vocab_size: int) -> str:
     where = "each document ends with" if token == tokenizer.eos_token_id else "the text holds"
     return (
         f"{where} the token {name!r} (id {token}), which has no row: its tokenizer has {len(tokenizer)} tokens, but "
-        f"the model's vocab_size is {vocab_size}; take it out, or give the model a row for each token "
-        "(resize_token_embeddings)"
+        f"the model's vocab_size is {vocab_size}; take it out, or give the model more rows (resize_token_embeddings)"
     )
 
 

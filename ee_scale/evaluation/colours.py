@@ -28,8 +28,11 @@ def first_agreeing_exits(model: Any, prompt_ids: torch.Tensor, new_tokens: int) 
 def coloured_text(tokenizer: Any, prompt: str, ids: list[int], exits: list[int | None], layers: list[int]) -> Text:
     """The prompt in bold, then the tokens; white ones needed the whole model."""
     text = Text(prompt, style="bold")
-    for token, k in zip(ids, exits, strict=True):
-        text.append(tokenizer.decode([token]), style=_colour(layers, k))
+    streamer = PieceStreamer(tokenizer, lambda piece, k: text.append(piece, style=_colour(layers, k)))
+    streamer.in_prompt = False
+    streamer.put_exits(ids, exits)
+    streamer.put(torch.tensor(ids))
+    streamer.end()
     return text
 
 

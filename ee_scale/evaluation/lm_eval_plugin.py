@@ -13,6 +13,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ee_scale.artifact.sidecar import SIDECAR_CONFIG, base_folder, read_sidecar
+from ee_scale.data.encode import token_with_row
 from ee_scale.errors import UserError
 from ee_scale.exits.policies import CALIBRATION_KEY, ExitPolicy, choose_layers, resolve_policy
 from ee_scale.inference.model import open_model
@@ -44,6 +45,9 @@ class EarlyExitLM(HFLM):
         if "exit_layer" in self.exit_options:
             self.exit_options.setdefault("exit_policy", "fixed")
         super().__init__(pretrained, tokenizer=tokenizer or str(_base_folder(pretrained)), **kwargs)
+        rows, pad = self.model.config.vocab_size, self.tokenizer.pad_token_id
+        if pad is not None and pad >= rows:
+            self.tokenizer.pad_token_id = token_with_row(rows, self.tokenizer.eos_token_id)
         self.policy = self._policy()
 
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:
