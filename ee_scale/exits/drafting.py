@@ -13,7 +13,9 @@ PRIOR = (9.0, 3.0)  # accepted, rejected: counts that every exit starts from, an
 DECAY = 0.97
 SWITCH = 1.1  # another exit must promise this much more before it takes over: what is known of exits is noisy
 MEAN = 0.1  # weight of the newest measurement
-REJECTED, GAP = 6, 16  # an exit whose drafts fail in so many cycles in a row rests: for so many cycles, then twice, ...
+# An exit whose drafts fail in so many cycles in a row (the first: before any was accepted) rests: for GAP cycles, then
+# for twice as many, ...
+REJECTED, GAP = (3, 6), 16
 TRIALS, EVERY = 2, 16  # cycles at the start, and one in so many later, that draft whatever is expected of it
 
 
@@ -32,6 +34,7 @@ class Drafting:
         self.cycles = 0
         self.rejected, self.gap = dict.fromkeys(layers, 0), dict.fromkeys(layers, GAP)
         self.rests_until = dict.fromkeys(layers, 0)  # by number of cycles
+        self.agreed: set[int] = set()  # exits with an accepted draft
         self.rate = 0.0  # tokens per second and row of the call so far
         self.current = max(layers, key=self.promise)
 
@@ -70,13 +73,15 @@ class Drafting:
         It does as long as the expected extra tokens per extra second exceed the present rate; now and then one is made
         in any case, because what is never tried is never measured. None while the exit rests.
         """
-        if drafted >= self.max_draft or self.cycles < self.rests_until[self.current]:
+        k = self.current
+        if drafted >= self.max_draft or self.cycles < self.rests_until[k]:
             return False
+        if drafted and self.rests_until[k] and self.rejected[k]:
+            return False  # after a rest one draft tells enough
         if self.length is not None:
             return drafted < self.length
         if drafted == 0 and (self.cycles < TRIALS or self.cycles % EVERY == 0):
             return True
-        k = self.current
         extra = k * self.layer + self.check + self.slope * (self.num_layers - k) * self.layer
         rate = len(chances) * (self.rate if self.measured else self.promise(k))
         return sum(chances) * self.acceptance(k) > rate * extra
@@ -84,10 +89,11 @@ class Drafting:
     def tried(self, k: int, accepted: int) -> None:
         """A cycle that drafted from exit k; `accepted` drafts of all rows. One more failure after a rest is enough."""
         if accepted:
+            self.agreed.add(k)
             self.rejected[k], self.gap[k] = 0, GAP
             return
         self.rejected[k] += 1
-        if self.rejected[k] >= REJECTED:
+        if self.rejected[k] >= REJECTED[k in self.agreed]:
             self.rests_until[k] = self.cycles + 1 + self.gap[k]
             self.gap[k] *= 2
 
