@@ -14,6 +14,7 @@ from ee_scale.errors import UserError, one_line
 from ee_scale.exits.policies import ExitPolicy, resolve_policy
 from ee_scale.inference.pipeline import check_pipeline
 from ee_scale.inference.pipeline_model import ModelParts, find_parts, plan_decoding
+from ee_scale.inference.settings import check_settings
 
 OPTIONS = ("threshold", "patience", "layer", "min_layer", "max_pending", "draft_length", "shortlist")
 
@@ -106,6 +107,8 @@ def check_model(config: Any) -> ModelParts:
         raise UserError(f"policy={config.policy}: {config.model} has no exits; use policy=off, or export a tuned run")
     policy = read_policy(config, parts)
     parallel = config.parallel
+    grid = parallel.tp * parallel.pp > 1
+    check_settings(parts.generation_config(), own_loop=grid or policy.name != "off", grid=grid)
     plan_decoding(parts, parallel.tp, parallel.pp, policy.layers, parallel.stages)
     return parts
 
@@ -119,7 +122,8 @@ def check_prompts(config: Any, parts: ModelParts, tokenizer: Any) -> Job:
     )
     if tags is not None and len(tags) != len(texts):
         raise UserError(f"tag={tags}: {len(tags)} tags for {len(texts)} prompts")
-    streams = len(texts) == 1 and config.out is None
+    # Beams know their text at the end only.
+    streams = len(texts) == 1 and config.out is None and (parts.generation_config().num_beams or 1) == 1
     if config.show_exits and not streams:
         raise UserError(f"show_exits=true: colours one answer on the terminal, not {len(texts)} prompts or a file")
     return Job(config, parts, tokenizer, texts, prompts, tags, streams)

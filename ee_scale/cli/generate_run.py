@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from ee_scale.cli.generate_job import Job, plain_words, policy_options
+from ee_scale.cli.inputs import load_tokenizer
 from ee_scale.data.encode import token_with_row
 from ee_scale.exits.decision_log import DecisionLog
 from ee_scale.grid import Grid, Layout, join_grid
 from ee_scale.inference.model import open_model
 from ee_scale.inference.pipeline import PipelineDecoder
 from ee_scale.inference.pipeline_model import ModelParts, load_decoding_stage, plan_decoding
+from ee_scale.inference.settings import end_marks, new_lengths, stop_criterion
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -42,12 +44,12 @@ def decode_here(job: Job, device: torch.device, streamer: Any = None) -> Answers
     config, answers = job.config, Answers()
     model = open_model(job.parts.folder, dtype=DTYPES.get(config.dtype, "auto")).to(device).eval()
     options = policy_options(config)
-    settings = {**job.sampling(), "return_dict_in_generate": True, "streamer": streamer}
+    settings = {**job.sampling(), "return_dict_in_generate": True, "streamer": streamer, "tokenizer": job.tokenizer}
     log = DecisionLog(Path(config.log).expanduser()) if config.log else None
     if job.parts.spec is not None:
         settings |= {"exit_policy": config.policy, **{f"exit_{name}": value for name, value in options.items()}}
     torch.manual_seed(config.seed)
-    ends = _ends(model.generation_config)
+    ends, stop = end_marks(model.generation_config), stop_criterion(model.generation_config, job.tokenizer)
     pad = token_with_row(job.parts.config.vocab_size, job.tokenizer.pad_token_id, *sorted(ends))
     start = time.perf_counter()
     for prompts, tags in job.batches():
@@ -58,7 +60,8 @@ def decode_here(job: Job, device: torch.device, streamer: Any = None) -> Answers
         extra = {name: value for name, value in extra.items() if value is not None}
         with plain_words():
             output = model.generate(ids, attention_mask=mask, pad_token_id=pad, **settings, **extra)
-        tokens = [_until_end(row[width:].tolist(), ends) for row in output.sequences]
+        lengths = new_lengths(output.sequences, width, model.generation_config, stop)
+        tokens = [row[width : width + n].tolist() for row, n in zip(output.sequences, lengths, strict=True)]
         layers = getattr(output, "exit_layers", None)
         layers = [[job.num_layers] * len(row) for row in tokens] if layers is None else layers.tolist()
         layers = [own[: len(row)] for own, row in zip(layers, tokens, strict=True)]
@@ -77,12 +80,20 @@ def decode_on_grid(
     prompts, tags = grid.from_rank_0((job.prompts, job.tags) if job else None)
     job = job or Job(config, parts, None, [], prompts, tags, streams=False)
     decoder = _decoder(job, grid)
+    tokenizer = load_tokenizer(parts.base, "model") if parts.generation_config().stop_strings else None
     log = DecisionLog(Path(config.log).expanduser()) if config.log and grid.rank == 0 else None
     answers, start = Answers(), time.perf_counter()
     for number, (rows, tags) in enumerate(job.batches()):
         policy = job.policy(tags, len(rows))
-        first, seed = number * config.batch_size, config.seed
-        decoded = decoder.generate(rows, policy, seed=seed, first_row=first, streamer=streamer, **job.sampling())
+        decoded = decoder.generate(
+            rows,
+            policy,
+            seed=config.seed,
+            first_row=number * config.batch_size,
+            streamer=streamer,
+            tokenizer=tokenizer,
+            **job.sampling(),
+        )
         if decoded is None:
             continue
         answers.add(decoded.tokens, decoded.exit_layers, {})
@@ -107,13 +118,3 @@ def _decoder(job: Job, grid: Grid) -> PipelineDecoder:
     dtype = DTYPES.get(config.dtype) or getattr(parts.config, "dtype", None) or torch.float32
     stage = load_decoding_stage(parts, plan, grid, dtype)
     return PipelineDecoder(stage, plan, grid, parts.generation_config())
-
-
-def _ends(generation_config: Any) -> set[int]:
-    ends = generation_config.eos_token_id
-    return set() if ends is None else set(ends) if isinstance(ends, list) else {ends}
-
-
-def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
-    """The tokens with the end mark, without the padding behind it."""
-    return tokens[: next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))]

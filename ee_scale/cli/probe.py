@@ -33,12 +33,13 @@ def run(config: Any, overrides: Sequence[str]) -> int:
     path = Path(config.model).expanduser()
     model, untrained = _open(config, path)
     folder = Path(model.config.name_or_path)
-    batches = _text(config, model, load_tokenizer(folder, "model"), folder)
+    tokenizer = load_tokenizer(folder, "model")
+    batches = _text(config, model, tokenizer, folder)
     err = console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn())
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task("reading text", total=1.0)
-        readings, repeated = _read(config, model, batches, lambda what, share: _show(bar, task, what, share))
+        readings, repeated = _read(config, model, tokenizer, batches, lambda what, share: _show(bar, task, what, share))
         timed = lambda share: _show(bar, task, "timing the parts", share)  # noqa: E731
         parts = measure_parts(model, config.context, config.seconds, advance=timed)
     rows = outlook(parts, readings)
@@ -123,7 +124,7 @@ def _text(config: Any, model: Any, tokenizer: Any, folder: Path) -> list[torch.T
 
 
 def _read(
-    config: Any, model: Any, batches: list[torch.Tensor], show: Callable[[str, float], None]
+    config: Any, model: Any, tokenizer: Any, batches: list[torch.Tensor], show: Callable[[str, float], None]
 ) -> tuple[dict[str, list[Reading]], float]:
     """Readings on the text, on greedy and on sampled text; how much of the greedy text repeats itself."""
     read = lambda passages: read_exits(model, passages, config.temperature, config.agreement)  # noqa: E731
@@ -132,7 +133,7 @@ def _read(
     repeated = 0.0
     for name, temperature in (("greedy", None), ("sampled", config.temperature)):
         show(f"the model writes ({name})", 0.3)
-        passage = own_text(model, prompts, config.new_tokens, temperature, config.seed)
+        passage = own_text(model, prompts, config.new_tokens, temperature, config.seed, tokenizer)
         readings[name] = read([passage])
         if temperature is None:
             repeated = repeated_share(passage)

@@ -92,6 +92,7 @@ class EarlyExitLM(HFLM):
         """Token ids [B, P] -> [B, P + new]. kwargs come from the task's file, which names no file to write."""
         if own := [key for key in kwargs if key.startswith(OPTIONS)]:
             raise UserError(f"{own[0]}: in generation_kwargs of the task; give it in --model_args")
+        kwargs["tokenizer"] = self.tokenizer  # for stop strings of the model's own generation config
         if self.policy.name == "off":
             return super()._model_generate(context, max_length, stop, **kwargs)
         if not kwargs.get("temperature"):  # 0 means greedy, as in HFLM

@@ -9,6 +9,7 @@ import torch
 from ee_scale.errors import UserError
 from ee_scale.evaluation.states import exit_states
 from ee_scale.exits.policies import score
+from ee_scale.inference.settings import check_settings, end_marks, new_lengths, stop_criterion
 
 CHUNK_LOGITS = 1 << 24  # logits of one exit that exist at the same time (64 MiB in fp32)
 
@@ -48,12 +49,19 @@ def given_text(windows: Iterable[torch.Tensor]) -> Iterable[Passage]:
 
 
 @torch.no_grad()
-def own_text(model: Any, prompts: torch.Tensor, new_tokens: int, temperature: float | None, seed: int) -> Passage:
-    """The model's continuation of prompts [B, P] by its final layer (None: greedy), each up to its end mark."""
+def own_text(
+    model: Any, prompts: torch.Tensor, new_tokens: int, temperature: float | None, seed: int, tokenizer: Any = None
+) -> Passage:
+    """The model's continuation of prompts [B, P] by its final layer (None: greedy), each up to its end.
+
+    Ends and everything else are those of its generation config; stop strings need the `tokenizer`.
+    """
     device = next(model.parameters()).device
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     greedy = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
-    ends = _end_marks(model)
+    settings = model.generation_config
+    check_settings(settings, own_loop=True)
+    ends, stop = end_marks(settings), stop_criterion(settings, tokenizer)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         ids = model.generate(
@@ -62,12 +70,13 @@ def own_text(model: Any, prompts: torch.Tensor, new_tokens: int, temperature: fl
             max_new_tokens=new_tokens,
             use_cache=True,
             pad_token_id=ends[0] if ends else 0,
+            tokenizer=tokenizer,
             **(greedy if temperature is None else sampling),
         )
     kept = torch.ones(ids.shape[0], ids.shape[1] - 1, dtype=torch.bool)
     kept[:, : prompts.shape[1] - 1] = False
-    ended = torch.isin(ids[:, prompts.shape[1] :].cpu(), torch.tensor(ends)).cumsum(-1) > 0
-    kept[:, prompts.shape[1] :] &= ~ended[:, :-1]
+    for row, count in enumerate(new_lengths(ids, prompts.shape[1], settings, stop)):
+        kept[row, prompts.shape[1] + count - 1 :] = False
     return Passage(ids.cpu(), kept)
 
 
@@ -137,8 +146,3 @@ def _reading(k: int, values: dict[str, torch.Tensor], bound: float) -> Reading:
         leaving=count / len(agreed),
         limit=float(ordered[count - 1]) if count else None,
     )
-
-
-def _end_marks(model: Any) -> list[int]:
-    ends = model.generation_config.eos_token_id
-    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)

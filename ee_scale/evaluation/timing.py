@@ -169,6 +169,8 @@ def _generate_time(model: Any, context: int, device: torch.device) -> float:
     for count in (1, GENERATED + 1):
         given = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "use_cache": True}
         given |= {"attention_mask": torch.ones_like(prompt), "pad_token_id": 0}
+        # What the model's own config may add to plain greedy decoding.
+        given |= {"stop_strings": None, "max_time": None, "num_beams": 1, "num_return_sequences": 1}
         tries = []
         for _ in range(4):
             start = time.perf_counter()

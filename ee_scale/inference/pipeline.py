@@ -74,19 +74,20 @@ class PipelineDecoder:
         seed: int = 0,
         first_row: int = 0,
         streamer: Any = None,
+        tokenizer: Any = None,
         **settings: Any,
     ) -> Decoded | None:
         """Continue each prompt (token ids, any lengths). Returns the texts on the ranks of the first stage, else None.
 
         settings: those of transformers' `generate` (`max_new_tokens`, `do_sample`, `temperature`, ...), over the
-        model's own generation config. Each row draws from a generator of its own, made of
-        the seed and its number, from `first_row` on. `streamer` gets the tokens of a single
-        prompt, on rank 0. Raises `UserError` for an empty prompt or what several devices cannot do.
+        model's own generation config; stop strings need the `tokenizer`. Each row draws from a generator of its own,
+        made of the seed and its number, from `first_row` on. `streamer` gets the tokens of a single prompt, on rank 0.
+        Raises `UserError` for an empty prompt or what several devices cannot do.
         """
         check_pipeline(self.grid.layout.tp, self.grid.layout.pp, policy.name)
         if streamer is not None and len(prompts) > 1:
             raise UserError(f"streaming needs a single prompt, not {len(prompts)}")
-        rows, settings = self.make_rows(prompts, seed, first_row, settings)
+        rows, settings = self.make_rows(prompts, seed, first_row, settings, tokenizer)
         self.policy = policy
         self.decisions = Decisions(policy, len(rows), self.grid.device)
         self.caches: dict[int, DynamicCache] = {}

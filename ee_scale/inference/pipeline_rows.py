@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from ee_scale.backbone.digest import named_seed
 from ee_scale.backbone.shard import meta_model
 from ee_scale.errors import UserError
 from ee_scale.inference.pipeline_messages import Decision
+from ee_scale.inference.settings import check_settings, end_marks, stop_criterion
 
 
 @dataclass
@@ -21,12 +22,14 @@ class Row:
     Attributes:
         ids: int64 [1, S], the prompt and what came so far.
         processors: transformers' logits processors for this row.
+        stop: transformers' criterion for stop strings, or None.
         generator: random numbers of this row alone: its text does not depend on the other rows.
         tokens, layers, scores: the new tokens (with the end mark), the layer each came from, and its score.
     """
 
     ids: torch.Tensor
     processors: LogitsProcessorList
+    stop: StoppingCriteria | None
     generator: torch.Generator
     tokens: list[int] = field(default_factory=list)
     layers: list[int] = field(default_factory=list)
@@ -44,8 +47,8 @@ class Row:
         self.tokens.append(int(new))
         self.layers.append(decision.layer)
         self.scores.append(decision.score)
-        ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-        return None if self.tokens[-1] in ends or len(self.tokens) >= settings.max_new_tokens else new
+        ended = self.tokens[-1] in end_marks(settings) or len(self.tokens) >= settings.max_new_tokens
+        return None if ended or (self.stop is not None and bool(self.stop(self.ids, None)[0])) else new
 
 
 def row_seed(seed: int, row: int) -> int:
@@ -62,7 +65,12 @@ class RowMaker:
         self.device = device
 
     def __call__(
-        self, prompts: Sequence[Sequence[int]], seed: int, first_row: int, changes: dict[str, Any]
+        self,
+        prompts: Sequence[Sequence[int]],
+        seed: int,
+        first_row: int,
+        changes: dict[str, Any],
+        tokenizer: Any = None,
     ) -> tuple[list[Row], GenerationConfig]:
         """The rows of a batch, and their settings. Raises `UserError` for what several devices cannot do."""
         settings, unknown = self.owner._prepare_generation_config(None, **{"max_new_tokens": 20, **changes})
@@ -70,6 +78,8 @@ class RowMaker:
             raise UserError(f"pipeline decoding does not know {', '.join(unknown)}")
         if (settings.num_beams or 1) > 1:
             raise UserError(f"num_beams={settings.num_beams}: pipeline decoding has no beam search; use 1")
+        check_settings(settings, own_loop=True, grid=True)
+        stop = stop_criterion(settings, tokenizer)
         if any(len(prompt) == 0 for prompt in prompts):
             raise UserError("empty prompt: give at least one token")
         tensors = copy.deepcopy(settings)
@@ -79,5 +89,5 @@ class RowMaker:
             ids = torch.tensor([list(prompt)], device=self.device)
             processors = self.owner._get_logits_processor(tensors, ids.shape[1], device=self.device)
             generator = torch.Generator(self.device).manual_seed(row_seed(seed, first_row + number))
-            rows.append(Row(ids, processors, generator))
+            rows.append(Row(ids, processors, stop, generator))
         return rows, settings
