@@ -84,12 +84,12 @@ def decode_on_grid(
     log = DecisionLog(Path(config.log).expanduser()) if config.log and grid.rank == 0 else None
     answers, start = Answers(), time.perf_counter()
     for number, (rows, tags) in enumerate(job.batches()):
-        policy = job.policy(tags, len(rows))
+        first, policy = number * config.batch_size, job.policy(tags, len(rows))
         decoded = decoder.generate(
             rows,
             policy,
             seed=config.seed,
-            first_row=number * config.batch_size,
+            first_row=first,
             streamer=streamer,
             tokenizer=tokenizer,
             **job.sampling(),
