@@ -141,9 +141,7 @@ class Slurm:
             and job["EligibleTime"] != self._begin.get(name)
         ):
             title = f"slurmstepd: [{job['JobId']}."
-            if not any(
-                title in " ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])
-            ):
+            if not any(title in node.run("ps", "-eo", "args") for node in self.nodes.values()):
                 self.ask("scontrol", "update", f"JobId={name}", "StartTime=now+4")
                 self._begin[name] = self.job(name)["EligibleTime"]
         return job
