@@ -23,7 +23,7 @@ def own_file(path: Path) -> Path:
     """The path itself. Raises `UserError` for a link that leads out of its folder: what came from others with a folder
     must not choose what else is read. The blobs of the hub's cache belong to the folders that link to them.
     """
-    if path.is_symlink():
+    if os.path.islink(path):  # False also for names that no file can have
         target = path.resolve()
         in_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith(("models--", "datasets--"))
         if not in_cache and not target.is_relative_to(path.parent.resolve()):

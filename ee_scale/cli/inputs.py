@@ -54,10 +54,11 @@ def _missing_package(folder: Path, error: BaseException | None) -> str | None:
         package = "tiktoken" if _is_tiktoken(path) else "sentencepiece"
         if not _is_there(package):
             return package
+    readers = ("sentencepiece", "tiktoken") if models else ()  # the right one is there
     while error is not None:
         if isinstance(error, ImportError):
             named = PACKAGES.search(f"{error.name} {error}".lower())
-            if named is not None and not _is_there(named[0]):
+            if named is not None and named[0] not in readers and not _is_there(named[0]):
                 return named[0]
         error = error.__cause__ or error.__context__
     return None

@@ -1,5 +1,6 @@
 """The prompts of `ee-scale generate`: read, put into a template, turned into ids, checked against the model."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from ee_scale.data.encode import without_row
 from ee_scale.data.readers import TEXT, bad_bytes, file_kind, read_records, read_text, whole_characters
 from ee_scale.errors import UserError
+from ee_scale.files import is_file
 
 
 def read_prompts(config: Any) -> list[str]:
@@ -72,8 +74,8 @@ def _standard_input() -> str:
 def _read_file(path: Path, given: str) -> list[str]:
     """One prompt per record with a field 'prompt', or per line that is not empty."""
     here = f"prompts={given}"
-    if not path.is_file():
-        raise UserError(f"{here}: cannot read it ({'a folder' if path.is_dir() else 'no such file'})")
+    if not is_file(path):
+        raise UserError(f"{here}: cannot read it ({'a folder' if os.path.isdir(path) else 'no such file'})")
     if (kind := file_kind(path, here)) == TEXT:
         # Lines end with line feeds: other ends that Unicode knows stand in prompts.
         lines = "".join(text for text, _ in read_text(path, here)).split("\n")

@@ -154,7 +154,7 @@ def summarise(files: Iterable[Path], every: float, tag: str | None = None) -> Lo
                 depth = record["num_layers"]
                 result.num_layers.add(depth)
                 continue
-            name = record.get("tag", NO_TAG)
+            name = record["tag"]
             if tag is None or name == tag:
                 key = (record["time"] // every * every, name)
                 result.cells.setdefault(key, Summary()).add(record, depth)
@@ -191,12 +191,13 @@ def _record(line: bytes) -> dict[str, Any] | None:
     whole = (
         _is_number(record.get("layer"), int, 0, MOST_LAYERS)
         and _is_number(record.get("time"), int | float, 0, LAST_TIME)
+        and isinstance(tag, str | int | float | None)
         and isinstance(agrees, bool | None)
         and (score is None or _is_number(score, int | float, -LARGEST_SCORE, LARGEST_SCORE))
     )
-    if whole and tag is not None:
-        record["tag"] = _tag(tag, line)
-    return record if whole else None
+    if not whole:
+        return None
+    return {**record, "tag": NO_TAG if tag is None else _tag(tag, line)}
 
 
 def _tag(tag: Any, line: bytes) -> str:

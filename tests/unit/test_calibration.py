@@ -353,7 +353,7 @@ def test_tagged_documents_become_windows_of_their_own(tmp_path):
     [
         ("a.jsonl", [{"text": "a", "tsk": "x"}], r"line 1: no field 'task' \(fields: text, tsk\); set tag_key"),
         ("a.jsonl", [{"text": "ab", "task": [3]}], "line 1: field 'task' is not text but list"),
-        ("a.txt", [], "tag_key=task: data='.*a.txt' is no .jsonl; tags are fields of its lines"),
+        ("a.txt", [], "tag_key=task: data='.*a.txt' is read as text; tags are fields of records"),
         ("a.jsonl", [{"text": " ", "task": "x"}], "data: no document has the 2 tokens that a prediction needs"),
     ],
 )

@@ -7,11 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ee_scale.backbone import loading
-from ee_scale.backbone.fingerprint import fingerprint, is_model
+from ee_scale.backbone.fingerprint import _first_fingerprint, fingerprint, is_model
 
 # As ee_scale computed it before configs counted, for the folder below.
-FIRST = loading._first_fingerprint
+FIRST = _first_fingerprint
 
 
 @pytest.fixture
@@ -31,7 +30,7 @@ def write(folder: Path, matrix: torch.Tensor, norm: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_small_tensor_in_a_big_file_counts(folder, whole, monkeypatch):
-    monkeypatch.setattr(loading, "READ_WHOLE", 1 << 30 if whole else 1 << 20)
+    monkeypatch.setattr("ee_scale.backbone.fingerprint.READ_WHOLE", 1 << 30 if whole else 1 << 20)
     before, first = fingerprint(folder), FIRST(folder)
     assert before == fingerprint(folder)
     write(folder, big(), torch.tensor([0.0] * 6 + [1.0]))

@@ -14,6 +14,7 @@ from ee_scale.config.compose import as_dict, compose_config, known_keys, to_yaml
 from ee_scale.config.schema import VERBS
 from ee_scale.data.corpora import file_pieces
 from ee_scale.data.labelled import read_labelled
+from ee_scale.data.readers import file_kind
 
 KEYS = {verb: known_keys(schema) for verb, schema in VERBS.items()}
 NEEDED = {"tune": ["model=tiny", "data=python"], "supernet": ["model=tiny", "data=python"]}
@@ -93,7 +94,9 @@ def test_labelled_data(folder, content) -> None:
 def test_text_data(folder, content) -> None:
     for name in ("text.jsonl", "text.txt"):
         (folder / name).write_bytes(content)
-        found = refused(lambda path=folder / name: list(file_pieces(path, "text")), megabytes=30)
+        found = refused(
+            lambda path=folder / name: list(file_pieces(path, file_kind(path, str(path)), "text")), megabytes=30
+        )
         for piece in found or ():
             assert piece.text.encode("utf-8") is not None
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from ee_scale.backbone.families import shape_of
-from ee_scale.backbone.loading import INDEX_NAME, SINGLE_NAME, TensorFolder, fingerprint, load_config, weight_files
+from ee_scale.backbone.fingerprint import fingerprint
+from ee_scale.backbone.loading import INDEX_NAME, SINGLE_NAME, TensorFolder, load_config, weight_files
 from ee_scale.backbone.shard import meta_model, tensor_plan
 from ee_scale.backbone.stages import plan_stages
 from ee_scale.convert.args import check_config, to_args
