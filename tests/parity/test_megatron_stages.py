@@ -79,7 +79,7 @@ def saved(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
             jobs.append(
                 Sharded(f"{split_name} {name}", (1, split.pp), folder / "release", split.chunks, again, ranks, changes)
             )
-    spawn(take_sharded, 4, jobs, timeout=180.0)
+    spawn(take_sharded, 4, jobs)
     return root
 
 
@@ -142,7 +142,7 @@ def taken(written: dict[tuple, dict[str, Path]], tmp_path_factory: pytest.TempPa
         for (name, tp, pp), made in written.items()
     ]
     folders = [Sharded(name, (tp, pp), made["sharded"] / "release") for (name, tp, pp), made in written.items()]
-    return spawn(both, 4, files, folders, tokens(), timeout=180.0)
+    return spawn(both, 4, files, folders, tokens())
 
 
 def tokens() -> torch.Tensor:

@@ -195,7 +195,7 @@ def test_tags_that_are_numbers_are_their_text(tmp_path):
         "true": 1,
         "1e2": 1,
         NO_TAG: 1,
-    }  # a list is no tag: that line is counted as unreadable
+    }  # a list is no tag
     assert summarise([path], 60, tag="7").by(None)[None].tokens == 2
 
 
