@@ -16,6 +16,7 @@ MEAN = 0.1  # weight of the newest measurement
 # An exit whose drafts fail in so many cycles in a row (the first: before any was accepted) rests: for GAP cycles, then
 # for twice as many, ...
 REJECTED, GAP = (3, 6), 16
+SEEN = 8  # positions of the prompt; an exit that agreed with the final layer at none of so many rests at once
 TRIALS, EVERY = 2, 16  # cycles at the start, and one in so many later, that draft whatever is expected of it
 
 
@@ -94,8 +95,18 @@ class Drafting:
             return
         self.rejected[k] += 1
         if self.rejected[k] >= REJECTED[k in self.agreed]:
-            self.rests_until[k] = self.cycles + 1 + self.gap[k]
-            self.gap[k] *= 2
+            self._rest(k, self.cycles + 1)
+
+    def foresaw(self, k: int, agreed: int, seen: int) -> None:
+        """On the prompt, exit k said at `agreed` of `seen` positions what the final layer said."""
+        self.counts[k] = [float(agreed), float(seen - agreed)]
+        if seen >= SEEN and not agreed:
+            self.rejected[k] = REJECTED[0]
+            self._rest(k, self.cycles)
+
+    def _rest(self, k: int, start: int) -> None:
+        self.rests_until[k] = start + self.gap[k]
+        self.gap[k] *= 2
 
     def fared(self, k: int, confidences: Sequence[float], accepted: int) -> None:
         """One row's drafts: the first `accepted` were right, the one after them wrong, the rest says nothing."""

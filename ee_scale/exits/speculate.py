@@ -13,13 +13,11 @@ from typing import Any
 
 import torch
 
-from .drafting import Drafting
+from .drafting import SEEN, Drafting
 from .layer_runner import Block, ShortHead
 from .loop import DecodeLoop
 from .policies import score
 from .sequences import looks_back
-
-PROMPT_SEEDS = 32  # prompt positions that give each exit's first acceptance estimate
 
 
 class Speculation(DecodeLoop):
@@ -222,9 +220,9 @@ class Speculation(DecodeLoop):
 
     def saw_prompt(self, hidden: torch.Tensor, block: Block) -> None:
         """First estimates of the exits' acceptance: how often they agree with the final layer on the prompt."""
-        if len(self.policy.layers) < 2 or self.policy.draft_length is not None or block.end < max(self.next):
+        if self.policy.draft_length is not None or block.end < max(self.next):
             return
-        runner, width = self.runner, min(PROMPT_SEEDS, block.length)
+        runner, width = self.runner, min(SEEN, block.length)  # logits are dear
         last = slice(block.length - width, None)
         want = runner.final_logits(hidden[:, last]).argmax(-1)
         ends = torch.tensor(self.next, device=runner.device)[:, None]
@@ -232,8 +230,7 @@ class Speculation(DecodeLoop):
         for k in self.policy.layers:
             tokens = runner.exit_logits(k, runner.recall(k, block), block, last, self.short.get(k)).argmax(-1)
             tokens = tokens if self.ids is None else self.ids[tokens]
-            agreed, seen = int(((tokens == want) & valid).sum()), int(valid.sum())
-            self.drafting.counts[k] = [float(agreed), float(seen - agreed)]
+            self.drafting.foresaw(k, int(((tokens == want) & valid).sum()), int(valid.sum()))
         runner.clip(self.next)
 
     def stats(self) -> dict[str, Any]:

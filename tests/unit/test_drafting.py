@@ -2,7 +2,7 @@
 
 import pytest
 
-from ee_scale.exits.drafting import GAP, REJECTED, Drafting
+from ee_scale.exits.drafting import GAP, REJECTED, SEEN, Drafting
 
 
 def _drafting(layers=(2, 6), num_layers=8, max_draft=12, length=None) -> Drafting:
@@ -144,6 +144,21 @@ def test_an_exit_that_never_agrees_rests_for_growing_spells(length):
         if length:  # after that one draft at a time
             assert drafting.goes_on(1, [1.0]) == (cycle < 2)
     assert tried == [0, 1, 2, 19, 52, 117, 246]
+
+
+def test_an_exit_that_never_agreed_on_the_prompt_rests_at_once():
+    drafting, tried = _drafting(layers=(2,)), []
+    drafting.foresaw(2, 0, SEEN)
+    for cycle in range(300):
+        if drafting.goes_on(0, [1.0]):
+            tried.append(cycle)
+            drafting.tried(2, 0)
+        drafting.cycle_done(1, 1, 1.0)
+    assert tried == [16, 49, 114, 243]
+    for agreed, seen in ((0, SEEN - 1), (1, SEEN)):
+        drafting = _drafting(layers=(2,))
+        drafting.foresaw(2, agreed, seen)
+        assert drafting.goes_on(0, [1.0])
 
 
 def test_one_accepted_draft_ends_the_spells():
