@@ -108,7 +108,7 @@ class EarlyExitLM(HFLM):
 
 
 class StopTexts(StoppingCriteria):
-    """Ends a row whose new text contains a stop text. It remembers nothing: rows of a batch do not keep step."""
+    """Ends a row whose new text contains a stop text."""
 
     def __init__(self, tokenizer: Any, stop: list[str], prompt_length: int):
         self.tokenizer, self.stop, self.prompt_length = tokenizer, stop, prompt_length

@@ -217,7 +217,8 @@ def take_stop_strings(kwargs: dict[str, Any], *configs: Any) -> None:
         raise ValueError(f"stop_strings={strings!r}: pass the tokenizer too")
     kwargs["stop_strings"] = None  # done; nobody is to look for them again
     criteria = kwargs.get("stopping_criteria") or []
-    kwargs["stopping_criteria"] = StoppingCriteriaList([*criteria, StopStringCriteria(tokenizer, strings)])
+    if not any(type(item) is StopStringCriteria for item in criteria):  # the caller's own take its place
+        kwargs["stopping_criteria"] = StoppingCriteriaList([*criteria, StopStringCriteria(tokenizer, strings)])
 
 
 def check_request(config: Any, model_kwargs: dict[str, Any]) -> None:

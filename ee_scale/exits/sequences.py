@@ -5,6 +5,8 @@ Rows of a batch may have different lengths, because drafts are accepted row by r
 
 from collections import defaultdict
 from inspect import isfunction
+from itertools import chain
+from types import CodeType, ModuleType
 from typing import Any
 
 import torch
@@ -59,9 +61,19 @@ def remembers(part: Any, names: set[str], base: type) -> bool:
     if known(part, names, base):
         return False
     classes = [cls for cls in type(part).__mro__ if cls not in (base, *base.__mro__)]
-    held = [value for cls in classes for name, value in vars(cls).items() if not name.startswith("__")]
-    closure = getattr(type(part).__call__, "__closure__", ())
-    return bool(vars(part)) or closure is not None or not all(isfunction(value) for value in held)
+    items = [item for cls in classes for item in vars(cls).items()]
+    held = [value for name, value in items if name == "__call__" or not name.startswith("__")]
+    return bool(vars(part)) or not all(isfunction(value) and keeps_nothing(value) for value in held)
+
+
+def keeps_nothing(function: Any) -> bool:
+    """Whether a function has no place to keep anything in: all that it reads from outside is torch."""
+    code, there = function.__code__, function.__globals__
+    places = [function.__closure__, function.__defaults__, function.__kwdefaults__]
+    inner = [value for value in code.co_consts if isinstance(value, CodeType)]
+    outside = [there[name] for name in code.co_names if name in there]
+    torch_only = all(isinstance(value, ModuleType) and value.__name__.split(".")[0] == "torch" for value in outside)
+    return torch_only and not inner and not any(places)
 
 
 def looks_back(processors: LogitsProcessorList) -> bool:
@@ -86,17 +98,19 @@ class Sequences:
     ):
         """config: a prepared GenerationConfig; draft_room: columns behind the longest text, for tokens on trial."""
         self.batch_size, self.prompt_length = input_ids.shape
-        self.max_length = config.max_length
+        # Where the caller brings one of these, transformers has put it in the place of the config's.
+        lengths = [item.max_length for item in criteria if type(item) is MaxLengthCriteria]
+        self.max_length = max(min(lengths, default=config.max_length), self.prompt_length + 1)
+        ends = [item.eos_token_id.flatten().tolist() for item in criteria if type(item) is EosTokenCriteria]
+        self.eos = set(chain(*ends))
         self.pad = int(config._pad_token_tensor) if config._pad_token_tensor is not None else 0
-        eos = config._eos_token_tensor
-        self.eos = set() if eos is None else set(eos.flatten().tolist())
         self.processors, self.streamer, self.do_sample = processors, streamer, config.do_sample
         # Drafts must not be heard of by processors that remember.
         self.draft_processors = LogitsProcessorList(
             processor for processor in processors if not remembers(processor, WITHOUT_MEMORY, LogitsProcessor)
         )
         self.criteria = StoppingCriteriaList(
-            item for item in criteria if not isinstance(item, MaxLengthCriteria | EosTokenCriteria)
+            item for item in criteria if type(item) not in (MaxLengthCriteria, EosTokenCriteria)
         )
         # Token by token, with all rows at the same length, where somebody would notice any other order.
         self.in_step = (
@@ -104,13 +118,12 @@ class Sequences:
             or any(remembers(item, CRITERIA_WITHOUT_MEMORY, StoppingCriteria) for item in self.criteria)
             or (streamer is not None and self.batch_size > 1)
         )
-        room = self.max_length - self.prompt_length
         self.ids = torch.full(
             (self.batch_size, self.max_length + draft_room), self.pad, dtype=input_ids.dtype, device=input_ids.device
         )
         self.ids[:, : self.prompt_length] = input_ids
         self.lengths = [self.prompt_length] * self.batch_size
-        self.done = [room <= 0] * self.batch_size
+        self.done = [False] * self.batch_size
         self.draft_room = draft_room
         self.layers: list[list[int]] = [[] for _ in self.lengths]
         self.confidences: list[list[float]] = [[] for _ in self.lengths]

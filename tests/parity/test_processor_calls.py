@@ -7,8 +7,10 @@ import pytest
 import torch
 from helpers.decoding import Pair, make_pair, one_row, prompts, script_drafts
 from transformers import (
+    EosTokenCriteria,
     LogitsProcessor,
     LogitsProcessorList,
+    MaxLengthCriteria,
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     SynthIDTextWatermarkingConfig,
@@ -78,6 +80,19 @@ def _in_a_closure() -> LogitsProcessor:
     return Inner()
 
 
+IN_A_MODULE = [0]
+
+
+class InAModule(LogitsProcessor):
+    """Counts where nobody would look."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        IN_A_MODULE[0] += 1
+        scores = scores.clone()
+        scores[:, IN_A_MODULE[0] % scores.shape[1]] += 3
+        return scores
+
+
 def _allowed() -> dict[str, Any]:
     calls = []
 
@@ -89,8 +104,7 @@ def _allowed() -> dict[str, Any]:
 
 
 def _fresh(cls: type) -> dict[str, Any]:
-    if cls is OnTheClass:
-        OnTheClass.calls = 0
+    OnTheClass.calls = IN_A_MODULE[0] = 0
     return {"logits_processor": LogitsProcessorList([cls()])}
 
 
@@ -100,6 +114,7 @@ MADE: dict[str, Callable[[], dict[str, Any]]] = {
     "counting": lambda: _fresh(Counting),
     "counting penalty": lambda: _fresh(CountingPenalty),
     "on the class": lambda: _fresh(OnTheClass),
+    "in a module": lambda: _fresh(InAModule),
     "in a closure": lambda: {"logits_processor": [_in_a_closure()]},
     "allowed": _allowed,
     "many": lambda: (
@@ -184,6 +199,26 @@ def test_criteria_that_count(pair, monkeypatch, policy, options, rows, pattern, 
     got = pair.generate(inputs, policy, max_new_tokens=NEW, stopping_criteria=[mine], **kept, **options)
     assert torch.equal(got.sequences, want)
     assert mine.seen == theirs.seen
+
+
+class AnotherEnd(EosTokenCriteria):
+    """Added to what the config says; transformers' own class takes its place."""
+
+
+@pytest.mark.parametrize("pattern", ["natural", "all"])
+@pytest.mark.parametrize("longest", [None, 14, 40])
+@pytest.mark.parametrize("end", [None, EosTokenCriteria, AnotherEnd])
+@pytest.mark.parametrize(("policy", "options"), POLICIES)
+def test_criteria_in_the_place_of_the_config(pair, monkeypatch, policy, options, end, longest, pattern):
+    inputs = prompts(5)
+    free = pair.reference(inputs, max_new_tokens=NEW)
+    given = {"max_new_tokens": NEW, "eos_token_id": int(free[0, 9 + 5])}
+    criteria = [] if end is None else [end(eos_token_id=[int(free[0, 9 + 3]), int(free[2, 9 + 9])])]
+    criteria += [] if longest is None else [MaxLengthCriteria(max_length=longest)]
+    want = pair.reference(inputs, stopping_criteria=criteria, **given)
+    script_drafts(monkeypatch, pattern, want)
+    got = pair.generate(inputs, policy, stopping_criteria=criteria, **given, **options)
+    assert torch.equal(got.sequences, want)
 
 
 class Puts:
