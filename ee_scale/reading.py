@@ -46,9 +46,9 @@ def checked(kind: Any, value: Any, here: Any) -> Any:
         return TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
+        place = f": {'.'.join(map(str, first['loc']))}" if first["loc"] else ""
         found = "" if first["type"] in ("missing", "json_invalid") else f"={shown(first['input'])}"
-        raise UserError(f"{here}: {place}{found}: {first['msg'].lower()}") from error
+        raise UserError(f"{here}{place}{found}: {first['msg'].lower()}") from error
 
 
 def check_fields(values: dict[str, Any], here: Any, **kinds: Any) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from ee_scale.artifact.checkpoint import checkpoints, read_checkpoint
 from ee_scale.artifact.files import file_digest, new_folder, write_json
-from ee_scale.artifact.hf_folder import copy_small_files, read_config_json, stock_config, write_config, write_index
+from ee_scale.artifact.hf_folder import copy_small_files, stock_config, write_config, write_index
 from ee_scale.artifact.run_folder import CHECKPOINTS, read_run
 from ee_scale.artifact.sidecar import SIDECAR_CONFIG, SIDECAR_WEIGHTS, base_folder
 from ee_scale.artifact.trained_base import TrainedBase
@@ -25,6 +25,7 @@ from ee_scale.errors import UserError
 from ee_scale.exits import modeling_early_exit
 from ee_scale.exits.modeling_early_exit import AUTO_MAP, CODE_FILES, PREFIX
 from ee_scale.files import write_text
+from ee_scale.reading import read_object
 
 EXITS_SHARD = "model-exit-heads.safetensors"
 
@@ -102,7 +103,7 @@ def export_early_exit(run: Path, out: Path, step: int | None, copied: Callable[[
         weight_map |= dict.fromkeys(tensors, EXITS_SHARD)
         write_index(folder, weight_map)
         own = {"early_exit": trained.facts["early_exit"], "auto_map": AUTO_MAP}
-        write_config(folder, stock_config(read_config_json(base.folder)) | own)
+        write_config(folder, stock_config(read_object(base.folder / "config.json")) | own)
         for name in CODE_FILES:
             shutil.copyfile(Path(modeling_early_exit.__file__).with_name(name), folder / name)
         write_text(folder / "README.md", _model_card(out, trained))

@@ -9,7 +9,6 @@ from ee_scale.backbone.loading import INDEX_NAME
 from ee_scale.backbone.small_files import GENERATION_CONFIG, small_files
 from ee_scale.exits.policies import CALIBRATION_KEY
 from ee_scale.files import own_file, write_text
-from ee_scale.reading import read_object
 
 RECORD = "conversion.json"  # digests, in a folder that a conversion made
 OF_THE_SOURCE = ("early_exit", "auto_map", "_name_or_path")  # keys of config.json that speak of files not copied
@@ -26,11 +25,6 @@ def copy_small_files(base: Path, folder: Path, *, same_exits: bool = False) -> N
     path = folder / GENERATION_CONFIG
     if path.is_file() and not same_exits:
         _drop_exits(path)
-
-
-def read_config_json(folder: Path) -> dict[str, Any]:
-    """config.json as it is. Raises `UserError`."""
-    return read_object(folder / "config.json")
 
 
 def stock_config(values: dict[str, Any]) -> dict[str, Any]:

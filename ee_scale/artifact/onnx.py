@@ -19,7 +19,7 @@ import torch
 from transformers import DynamicCache
 
 from ee_scale.artifact.files import new_folder
-from ee_scale.artifact.hf_folder import copy_small_files, read_config_json, stock_config, write_config
+from ee_scale.artifact.hf_folder import copy_small_files, stock_config, write_config
 from ee_scale.artifact.onnx_shapes import declare_shapes
 from ee_scale.backbone.families import FAMILIES
 from ee_scale.backbone.loading import read_config
@@ -27,6 +27,7 @@ from ee_scale.backbone.model_tensors import ModelTensors
 from ee_scale.elastic.architecture import ARCHITECTURES, AUTO_CLASS, meta_model
 from ee_scale.errors import UserError, one_line
 from ee_scale.exits.versions import CACHE
+from ee_scale.reading import read_object
 
 
 @contextmanager
@@ -122,7 +123,8 @@ def export_onnx(folder: Path, out: Path, task: str, *, int8: bool = False) -> On
                 _quantize(path)
             report = _compare(path, model, task)
         copy_small_files(folder, temporary)
-        write_config(temporary, stock_config(read_config_json(folder)) | {"dtype": "float32", "torch_dtype": "float32"})
+        own = {"dtype": "float32", "torch_dtype": "float32"}
+        write_config(temporary, stock_config(read_object(folder / "config.json")) | own)
     return report
 
 

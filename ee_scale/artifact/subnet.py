@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ee_scale.artifact.checkpoint import checkpoints, read_checkpoint
-from ee_scale.artifact.hf_folder import copy_small_files, read_config_json, stock_config, write_config
+from ee_scale.artifact.hf_folder import copy_small_files, stock_config, write_config
 from ee_scale.artifact.run_folder import CHECKPOINTS, read_run
 from ee_scale.artifact.sidecar import base_folder
 from ee_scale.backbone.fingerprint import is_model
@@ -22,6 +22,7 @@ from ee_scale.elastic.order import UnitOrder
 from ee_scale.elastic.subnet import SubnetSpec
 from ee_scale.errors import UserError
 from ee_scale.files import write_text
+from ee_scale.reading import read_object
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def write_subnet(folder: Path, model: nn.Module, supernet: TrainedSupernet, spec
     """Weights, config, tokenizer files and a model card into a new folder."""
     folder.mkdir()
     model.save_pretrained(folder)
-    write_config(folder, stock_config(read_config_json(folder)))
+    write_config(folder, stock_config(read_object(folder / "config.json")))
     copy_small_files(supernet.base, folder)  # after transformers, which makes generation settings of its own
     write_text(folder / "README.md", "\n".join(_model_card(folder.name, model, supernet, spec, facts)) + "\n")
 

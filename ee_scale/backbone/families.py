@@ -59,6 +59,7 @@ def family_of(config: Any) -> Family:
 SIZES = {
     "num_hidden_layers": 10_000,
     "hidden_size": 1 << 20,
+    "embedding_size": 1 << 20,
     "intermediate_size": 1 << 24,
     "num_attention_heads": 1 << 14,
     "num_key_value_heads": 1 << 14,

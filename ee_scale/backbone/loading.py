@@ -83,6 +83,7 @@ def is_tied(folder: Path, config: Any) -> bool:
 def check_claims(folder: Path, config: Any) -> None:
     """Refuse a config that asks for far more than the weights beside it, before anything of its size is made.
 
+    `check_sizes` says of each setting alone what no model has; this, of matrices and layers, what these files have not.
     Raises `UserError` naming the settings and both numbers.
     """
     exits, nbytes = getattr(config, "early_exit", None), sum(path.stat().st_size for path in weight_files(folder))
@@ -91,9 +92,6 @@ def check_claims(folder: Path, config: Any) -> None:
     width = "embedding_size" if "embedding_size" in size else "hidden_size"  # ALBERT, ELECTRA
     claims = [("vocab_size", width), ("intermediate_size", "hidden_size"), ("rank", "hidden_size")]
     claims += [(f"num_{heads}_heads", "head_dim", "hidden_size") for heads in ("attention", "key_value")]
-    for name in {name for names in (*claims, ("num_hidden_layers",)) for name in names}:
-        if size.get(name, 1) < 1:
-            raise UserError(f"{folder}: config.json: {name}={size[name]}: must be at least 1")
     for names in claims:
         if (
             set(names) <= set(size) and (count := prod(size[name] for name in names)) > 8 * nbytes

@@ -27,13 +27,14 @@ from ee_scale.artifact.hf_folder import write_index
 from ee_scale.convert.deepspeed_files import harmless, scan, tag_folder
 from ee_scale.convert.files import reserve
 from ee_scale.convert.folders import hugging_face_part
-from ee_scale.convert.huggingface import DROPPED, check_tensors, exits_of, target_files, whole_piece
+from ee_scale.convert.huggingface import DROPPED, check_tensors, target_files, whole_piece
 from ee_scale.convert.job import SLACK, Conversion, check_source, source_of, with_dtypes
 from ee_scale.convert.model import ADAPTER, Model, Opened
 from ee_scale.convert.tensors import Extent, Piece, Stored, TensorInfo
 from ee_scale.convert.unpickle import known_globals, reads_strangers
 from ee_scale.convert.values import Values
 from ee_scale.errors import UserError, one_line
+from ee_scale.exits.placement import exits_of
 
 # Modules around modules: of torch.compile, FSDP, activation checkpointing; of DistributedDataParallel, Lightning, peft.
 INSIDE = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -220,7 +221,7 @@ def _model(tag: Path, config: Any, extents: dict[str, Extent]) -> Model | Bare:
         return Bare({name: TensorInfo(extent.shape) for name, extent in extents.items()}, dtype)
     if config.tie_word_embeddings and extents.pop(HEAD, extents.get(EMBEDDING)) != extents.get(EMBEDDING):
         raise UserError(f"{tag}: '{HEAD}' is not tied to the embedding, but the config says tie_word_embeddings=true")
-    exits = exits_of(tag, config, getattr(config, "early_exit", None))
+    exits = exits_of(tag, config)
     model = Model(config, exits, dtype, config.vocab_size)
     check_tensors(tag, extents, model.info())
     return model

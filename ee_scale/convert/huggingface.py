@@ -10,7 +10,7 @@ import torch
 
 from ee_scale.artifact.calibration import read_calibration, write_calibration
 from ee_scale.artifact.files import file_digest, write_json
-from ee_scale.artifact.hf_folder import copy_small_files, read_config_json, stock_config, write_config, write_index
+from ee_scale.artifact.hf_folder import copy_small_files, stock_config, write_config, write_index
 from ee_scale.artifact.sidecar import SIDECAR_CONFIG, SIDECAR_WEIGHTS, base_folder, read_sidecar
 from ee_scale.artifact.trained_base import EMBEDDING, HEAD
 from ee_scale.backbone.fingerprint import fingerprint, is_model
@@ -27,7 +27,8 @@ from ee_scale.errors import UserError
 from ee_scale.exits import modeling_early_exit
 from ee_scale.exits.heads import ExitSpec
 from ee_scale.exits.modeling_early_exit import AUTO_MAP, CODE_FILES, PREFIX
-from ee_scale.exits.placement import read_spec
+from ee_scale.exits.placement import exits_of, read_spec
+from ee_scale.reading import read_object
 
 DROPPED = ("rotary_emb.inv_freq",)  # buffers of old files
 
@@ -35,7 +36,7 @@ DROPPED = ("rotary_emb.inv_freq",)  # buffers of old files
 def open_folder(folder: Path) -> Opened:
     """A model folder, with exits where its config names them. Raises `UserError`."""
     config = load_config(folder)
-    exits = exits_of(folder, config, getattr(config, "early_exit", None))
+    exits = exits_of(folder, config)
     return _open(folder, config, exits, weight_files(folder))
 
 
@@ -48,13 +49,8 @@ def open_sidecar(folder: Path) -> Opened:
     if not is_model(base, facts["base_fingerprint"]):
         raise UserError(f"src={folder}: {base} changed since the exits were trained")
     config = load_config(base)
-    exits = exits_of(folder, config, facts["early_exit"])
+    exits = read_spec(facts["early_exit"], folder, config.num_hidden_layers)
     return replace(_open(base, config, exits, [*weight_files(base), folder / SIDECAR_WEIGHTS]), exits_from=folder)
-
-
-def exits_of(folder: Path, config: Any, values: Any) -> ExitSpec | None:
-    """`early_exit` of a config as a spec; None without it. Raises `UserError` for what the model cannot have."""
-    return read_spec(values, folder, config.num_hidden_layers) if values else None
 
 
 def _open(folder: Path, config: Any, exits: ExitSpec | None, files: list[Path]) -> Opened:
@@ -182,7 +178,7 @@ def config_values(opened: Opened, dtype: torch.dtype) -> dict[str, Any]:
     """
     model = opened.model
     if opened.small is not None and (opened.small / "config.json").is_file():
-        values = read_config_json(opened.small)
+        values = read_object(opened.small / "config.json")
     else:
         values = model.config.to_diff_dict() | {"architectures": model.config.architectures}
     rope = rope_of(model.config)

@@ -2,7 +2,7 @@
 
 import re
 from argparse import Namespace
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,19 +120,19 @@ def padded(words: int, divisor: int, tp: int) -> int:
     return -(-words // multiple) * multiple
 
 
-def check_words(place: Path, config: Any, args: Namespace | None, rows: Mapping[str, Sequence[int]]) -> None:
+def check_words(place: Path, config: Any, args: Namespace | None, rows: Sequence[tuple[str, Sequence[int]]]) -> None:
     """Raise `UserError` if the vocabulary matrices of a Megatron checkpoint are not of this config.
 
-    `rows`: of each such matrix by its name, those of every tensor rank; padding is part of them.
+    `rows`: of each such matrix (each stage has its own of a name), those of every tensor rank, padding included.
     """
-    for name, parts in rows.items():
+    for name, parts in rows:
         if len(set(parts)) > 1:
             raise UserError(
                 f"{place}: '{name}' has {', '.join(map(str, parts))} rows on its tensor ranks; all have the same number"
             )
-    totals = {name: sum(parts) for name, parts in rows.items()}
-    first, total = next(iter(totals.items()))
-    for name, count in totals.items():
+    totals = [(name, sum(parts)) for name, parts in rows]
+    first, total = totals[0]
+    for name, count in totals:
         if count != total:
             raise UserError(f"{place}: '{name}' has {count} rows, but '{first}' has {total}")
     words, told = config.vocab_size, getattr(args, "vocab_size", None)

@@ -135,14 +135,15 @@ def _modern(key: str) -> str:
     return key
 
 
-def _word_rows(tensors: Mapping[tuple[int, int], list[dict[str, torch.Tensor]]]) -> dict[str, list[int]]:
-    """Rows of every vocabulary matrix on each tensor rank, the embedding's first."""
-    found: dict[str, list[int]] = {}
-    for _, chunks in sorted(tensors.items(), key=lambda item: item[0][::-1]):
-        for key, tensor in ((key, tensor) for chunk in chunks for key, tensor in chunk.items()):
-            if WORDS.search(key):
-                found.setdefault(key, []).append(tensor.shape[0])
-    return found
+def _word_rows(tensors: Mapping[tuple[int, int], list[dict[str, torch.Tensor]]]) -> list[tuple[str, list[int]]]:
+    """(key, rows on each tensor rank) of every vocabulary matrix of every stage, the embedding's first."""
+    found: dict[tuple[int, int, str], list[int]] = {}
+    for (_, stage), chunks in sorted(tensors.items(), key=lambda item: item[0][::-1]):
+        for number, chunk in enumerate(chunks):
+            for key, tensor in chunk.items():
+                if WORDS.search(key):
+                    found.setdefault((stage, number, key), []).append(tensor.shape[0])
+    return [(key, rows) for (*_, key), rows in found.items()]
 
 
 def _is_local(chunks: list[dict[str, torch.Tensor]]) -> bool:

@@ -55,7 +55,7 @@ def open_folder(folder: Path, iteration: Path, model_folder: Path | None, trust:
     sizes = {
         name: index.state_dict_metadata[entries[name]].size for name in (EMBEDDING.core, HEAD.core) if name in entries
     }
-    check_words(iteration, config, args, {name: size[:1] for name, size in sizes.items()})
+    check_words(iteration, config, args, [(name, size[:1]) for name, size in sizes.items()])
     model = Model(config, None, embedding.properties.dtype, embedding.size[0])
     stored = list(_stored(iteration, index, entries, model))
     return Opened("megatron_core", folder, model, stored, args=args, small=small)

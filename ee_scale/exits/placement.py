@@ -21,6 +21,12 @@ def read_spec(values: Any, here: Any, num_layers: int | None = None) -> ExitSpec
     return spec
 
 
+def exits_of(here: Any, config: Any) -> ExitSpec | None:
+    """The exits that a config names; None without any. Raises `UserError` as `read_spec`."""
+    values = getattr(config, "early_exit", None)
+    return read_spec(values, here, config.num_hidden_layers) if values else None
+
+
 def resolve_exit_layers(wanted: Any, num_layers: int, pp: int = 1, stages: Sequence[int] | None = None) -> list[int]:
     """`exits.layers` as sorted layer numbers 1..num_layers.
 

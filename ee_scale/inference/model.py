@@ -13,10 +13,10 @@ from ee_scale.backbone.fingerprint import is_model
 from ee_scale.backbone.loading import TensorFolder, load_config, read_config
 from ee_scale.backbone.narrowing import narrowed
 from ee_scale.backbone.shard import model_tensors
-from ee_scale.convert.huggingface import exits_of
 from ee_scale.errors import UserError, one_line
 from ee_scale.exits import modeling_early_exit as modeling
 from ee_scale.exits.heads import ExitSpec, LowRankHead
+from ee_scale.exits.placement import exits_of, read_spec
 from ee_scale.exits.policies import CALIBRATION_KEY
 from ee_scale.inference.weights import tensors_with_exits
 
@@ -40,8 +40,9 @@ class EarlyExitForCausalLM(modeling.EarlyExitForCausalLM):
             raise UserError(f"{path}: its base model {folder} is not there; pass base_model=<folder>")
         if not is_model(folder, facts["base_fingerprint"]):
             raise UserError(f"{path}: {folder} is not the base model that these exits were trained on")
-        spec = ExitSpec.from_dict(facts["early_exit"])
-        tensors_with_exits(folder, load_config(folder), spec, Path(path))
+        config = load_config(folder)
+        spec = read_spec(facts["early_exit"], path, config.num_hidden_layers)
+        tensors_with_exits(folder, config, spec, Path(path))
         model = _with_new_heads(folder, spec, **kwargs)
         _check_numbers(folder, model)
         exits = load_file(Path(path) / SIDECAR_WEIGHTS)
@@ -56,8 +57,8 @@ def _check_exported(folder: Path, config: Any) -> None:
     """What transformers would only warn of, in a local folder. Raises `UserError`."""
     if (folder / "config.json").is_file():
         config = config or read_config(folder)
-        if (early_exit := getattr(config, "early_exit", None)) is not None:
-            tensors_with_exits(folder, config, ExitSpec.from_dict(early_exit))
+        if (spec := exits_of(folder, config)) is not None:
+            tensors_with_exits(folder, config, spec)
 
 
 def untrained_exits(folder: Path, spec: ExitSpec, **kwargs: Any) -> Any:
@@ -83,7 +84,7 @@ def open_model(path: Path, **kwargs: Any) -> Any:
         return EarlyExitForCausalLM.from_pretrained(path, **kwargs)
     config = load_config(path)
     opener = EarlyExitForCausalLM
-    if exits_of(path, config, getattr(config, "early_exit", None)) is None:
+    if exits_of(path, config) is None:
         model_tensors(path, config)  # transformers fills what is missing with random numbers
         opener = AutoModelForCausalLM
     try:

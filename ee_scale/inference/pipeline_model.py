@@ -17,10 +17,9 @@ from ee_scale.backbone.model_tensors import ModelTensors
 from ee_scale.backbone.shard import tensor_plan
 from ee_scale.backbone.small_files import GENERATION_CONFIG
 from ee_scale.backbone.stages import StagePlan, plan_stages
-from ee_scale.convert.huggingface import exits_of
 from ee_scale.errors import UserError, one_line
 from ee_scale.exits.heads import ExitSpec
-from ee_scale.exits.placement import exit_parameters
+from ee_scale.exits.placement import exit_parameters, exits_of, read_spec
 from ee_scale.exits.stage import TuningStage, build_stage, load_trained_stage
 from ee_scale.grid import Grid
 from ee_scale.inference.weights import tensors_with_exits
@@ -77,9 +76,10 @@ def _find_parts(folder: Path) -> ModelParts:
         if not is_model(base, facts["base_fingerprint"]):
             raise UserError(f"{folder}: {base} is not the base model that these exits were trained on")
         config = load_config(base)
-        return ModelParts(folder, base, config, exits_of(folder, config, facts["early_exit"]), folder)
+        spec = read_spec(facts["early_exit"], folder, config.num_hidden_layers)
+        return ModelParts(folder, base, config, spec, folder)
     config = load_config(folder)
-    return ModelParts(folder, folder, config, exits_of(folder, config, getattr(config, "early_exit", None)))
+    return ModelParts(folder, folder, config, exits_of(folder, config))
 
 
 def plan_decoding(
