@@ -29,16 +29,18 @@ SAVE_AS_SAFETENSORS = (
 USUAL_LAYERS = 200
 
 
-def load_config(folder: Path) -> Any:
+def load_config(folder: Path, *, alone: bool = False) -> Any:
     """The transformers config of an architecture that exits are known for. Raises `UserError`."""
-    config = read_config(folder)
+    config = read_config(folder, alone=alone)
     family_of(config)
     return config
 
 
-def read_config(folder: Path) -> Any:
+def read_config(folder: Path, *, alone: bool = False) -> Any:
     """The transformers config of a folder, of whatever architecture; its `tie_word_embeddings` says what is true of
-    the weights beside it (`is_tied`). Raises `UserError`, also for weights that are encoded.
+    the weights beside it (`is_tied`), unless it counts `alone`: for weights that lie elsewhere.
+
+    Raises `UserError`, also for weights that are encoded.
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"model.path={folder}: no config.json in it")
@@ -47,10 +49,11 @@ def read_config(folder: Path) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers checks types and values in many ways
         raise UserError(f"model.path={folder}: config.json: {one_line(error)}") from error
-    if any((folder / name).is_file() for name in (SINGLE_NAME, INDEX_NAME)):
+    weights = not alone and any((folder / name).is_file() for name in (SINGLE_NAME, INDEX_NAME))
+    if weights:
         check_claims(folder, config)
     _check_encoding(folder, config)
-    if config.model_type in FAMILIES and config.tie_word_embeddings:
+    if weights and config.model_type in FAMILIES and config.tie_word_embeddings:
         config.tie_word_embeddings = is_tied(folder, config)
     return config
 
@@ -73,8 +76,6 @@ def is_tied(folder: Path, config: Any) -> bool:
 
     As in transformers 5: it is, unless the folder has both matrices and they differ; then both count.
     """
-    if not any((folder / name).is_file() for name in (SINGLE_NAME, INDEX_NAME)):
-        return True
     tensors = TensorFolder(folder)
     pair = stored_pair(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], tensors.files)
     return pair is None or tensors.equal(*pair)

@@ -72,7 +72,8 @@ def hugging_face_part(folder: Path, model_folder: Path | None) -> tuple[Path | N
     """(folder with config and tokenizer, its config): as given, or as it came with the checkpoint; else two None."""
     part = model_folder or folder / HF_PART
     if (part / "config.json").is_file():
-        return part, load_config(part)
+        # What transformers' Trainer leaves beside a save of DeepSpeed may be weights in part, or none at all.
+        return part, load_config(part, alone=part == folder)
     if model_folder is not None:
         raise UserError(f"model={model_folder}: no config.json in it")
     return None, None
