@@ -12,6 +12,7 @@ from ee_scale.cli.generate_job import Job, plain_words, policy_options
 from ee_scale.cli.inputs import load_tokenizer
 from ee_scale.data.encode import token_with_row
 from ee_scale.exits.decision_log import DecisionLog
+from ee_scale.exits.trail import request_names
 from ee_scale.grid import Grid, Layout, join_grid
 from ee_scale.inference.model import open_model
 from ee_scale.inference.pipeline import PipelineDecoder
@@ -58,6 +59,8 @@ def decode_here(job: Job, device: torch.device, streamer: Any = None) -> Answers
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         extra = {"exit_log": log, "exit_tags": tags, "exit_audit": config.audit}
         extra = {name: value for name, value in extra.items() if value is not None}
+        if config.audit:  # the seed is that of sampling: commands of one seed do not all audit the same places
+            extra["exit_requests"] = request_names(len(prompts))
         with plain_words():
             output = model.generate(ids, attention_mask=mask, pad_token_id=pad, **settings, **extra)
         lengths = new_lengths(output.sequences, width, model.generation_config, stop)
@@ -99,11 +102,11 @@ def decode_on_grid(
         answers.add(decoded.tokens, decoded.exit_layers, {})
         if log is not None:
             log.describe(job.num_layers, policy.layers, policy.name)
+            names = request_names(len(rows))
             for row, layers in enumerate(decoded.exit_layers):
                 for index, layer in enumerate(layers):
                     score = decoded.exit_confidences[row][index]
-                    request = first + row
-                    log.add(request, index, layer, score, tags[row] if tags else None)
+                    log.add(names[row], index, layer, score, tags[row] if tags else None)
     answers.seconds = time.perf_counter() - start
     if log is not None:
         log.close()

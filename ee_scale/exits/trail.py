@@ -46,6 +46,12 @@ class AuditDraws:
 DRAWS = AuditDraws()
 
 
+def request_names(count: int) -> list[str]:
+    """Names for requests that have none; no two calls give the same."""
+    name = f"{random.SystemRandom().getrandbits(48):012x}"
+    return [f"{name}-{row}" for row in range(count)]
+
+
 class Trail:
     """What is written to the decision log, and which tokens are compared with the full model."""
 
@@ -60,8 +66,7 @@ class Trail:
         self.requests = options.get("exit_requests")
         self.random = DRAWS.streams(prompts, self.requests) if 0 < self.share < 1 else None
         if self.requests is None:
-            name = f"{random.SystemRandom().getrandbits(48):012x}"
-            self.requests = [f"{name}-{row}" for row in range(batch_size)]
+            self.requests = request_names(batch_size)
         self.header = {
             "num_layers": model.config.num_hidden_layers,
             "layers": list(policy.layers),

@@ -13,6 +13,7 @@ from helpers.cli import run_cli
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ee_scale.cli.main import main
+from ee_scale.exits.trail import AuditDraws
 
 PROMPT = "one token reads"
 NEW = 12
@@ -120,6 +121,21 @@ def test_the_decision_log(given, capsys):
     assert {line["tag"] for line in lines} == {"sql"}
 
 
+def test_audits_of_one_seed_fall_anywhere(given, capsys, monkeypatch):
+    """One prompt over and over, each command as if in a process of its own."""
+    for _ in range(12):
+        monkeypatch.setattr("ee_scale.exits.trail.DRAWS", AuditDraws())
+        said([*given, "policy=fixed", "layer=1", f"prompt={PROMPT}", "log=log.jsonl", "audit=0.3"], capsys)
+    lines = [json.loads(line) for line in Path("log.jsonl").read_text().splitlines()]
+    places: dict[str, set[int]] = {}
+    for line in lines:
+        if "request" in line:
+            places.setdefault(line["request"], set()).update([line["position"]] * (line["agrees"] is not None))
+    assert len(places) == 12  # a request of one command is not that of another
+    assert len(set(map(frozenset, places.values()))) > 6
+    assert len(set().union(*places.values())) > 6
+
+
 def test_chat(folder, tmp_path, capsys):
     shutil.copytree(folder / "model", tmp_path / "chat")
     settings = json.loads((tmp_path / "chat" / "tokenizer_config.json").read_text())
@@ -142,6 +158,7 @@ def test_ranks_of_a_launcher_say_the_same(folder, given, expected, tmp_path, cap
     share = re.search("mean depth .* left early", numbers)[0]
     assert share in finished.output
     grid = Path("grid.jsonl").read_text().splitlines()
+    assert len({json.loads(line).get("request") for line in grid + one_device}) == 3  # none in headers, one per command
     assert [json.loads(line).get("layer") for line in grid] == [json.loads(line).get("layer") for line in one_device]
 
 
