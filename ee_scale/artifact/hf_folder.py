@@ -9,6 +9,7 @@ from ee_scale.backbone.loading import INDEX_NAME
 from ee_scale.backbone.small_files import GENERATION_CONFIG, small_files
 from ee_scale.exits.policies import CALIBRATION_KEY
 from ee_scale.files import own_file, write_text
+from ee_scale.reading import parse_json
 
 RECORD = "conversion.json"  # digests, in a folder that a conversion made
 OF_THE_SOURCE = ("early_exit", "auto_map", "_name_or_path")  # keys of config.json that speak of files not copied
@@ -51,7 +52,7 @@ def write_index(folder: Path, weight_map: dict[str, str]) -> None:
 def _drop_exits(path: Path) -> None:
     """Take what is said of exits out of a generation config; a file that says nothing of them stays as it is."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8"))
         kept = {name: value for name, value in values.items() if not name.startswith(("exit_", CALIBRATION_KEY))}
     except (ValueError, AttributeError):
         return  # not an object of JSON: transformers says so

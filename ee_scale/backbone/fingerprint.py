@@ -8,6 +8,7 @@ from typing import IO
 
 from ee_scale.backbone.loading import weight_files
 from ee_scale.errors import UserError
+from ee_scale.reading import parse_json, read_object
 
 FINGERPRINT = "2:"  # how those of this version begin
 READ_WHOLE = 1 << 26  # bytes: a smaller file is read to its end
@@ -37,11 +38,7 @@ def is_model(folder: Path, stored: str) -> bool:
 
 
 def _config_values(folder: Path) -> dict[str, object]:
-    try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return {key: value for key, value in values.items() if key not in SAVED_BY}
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder / 'config.json'}: cannot read it ({error})") from error
+    return {key: value for key, value in read_object(folder / "config.json").items() if key not in SAVED_BY}
 
 
 def _sample(path: Path) -> Iterator[bytes]:
@@ -54,7 +51,7 @@ def _sample(path: Path) -> Iterator[bytes]:
             return
         header = _header(path, file, size)
         yield header
-        for name, entry in sorted(json.loads(header).items()):
+        for name, entry in sorted(parse_json(header.decode()).items()):
             if name == "__metadata__":
                 continue
             begin, end = entry["data_offsets"]

@@ -1,6 +1,5 @@
 """A model by its folder, or by its name on the hub."""
 
-import json
 import re
 from pathlib import Path
 
@@ -8,7 +7,8 @@ from huggingface_hub import snapshot_download
 
 from ee_scale.backbone.loading import INDEX_NAME, SAVE_AS_SAFETENSORS, SINGLE_NAME
 from ee_scale.backbone.small_files import SMALL_FILES
-from ee_scale.errors import UserError
+from ee_scale.errors import UserError, one_line
+from ee_scale.reading import read_object
 
 # Patterns of the hub match through folders; of these only additional_chat_templates is wanted.
 FOLDERS = ("[!a]*/*", "a[!d]*/*")
@@ -24,8 +24,8 @@ def find_model(path: str) -> Path:
     try:
         folder = _download(path)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"model.path={path}: no such folder, and not to be had from the hub ({reason})") from error
+        line = f"model.path={path}: no such folder, and not to be had from the hub ({one_line(error)})"
+        raise UserError(line) from error
     if not any((folder / name).is_file() for name in (SINGLE_NAME, INDEX_NAME)):
         raise UserError(f"model.path={path}: no {SINGLE_NAME} or {INDEX_NAME} on the hub; {SAVE_AS_SAFETENSORS}")
     return folder
@@ -38,6 +38,6 @@ def _download(name: str) -> Path:
     fetch = lambda files: snapshot_download(name, revision=folder.name, allow_patterns=files)  # noqa: E731
     fetch([SINGLE_NAME])
     if not (folder / SINGLE_NAME).is_file() and (folder / INDEX_NAME).is_file():
-        index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
+        index = read_object(folder / INDEX_NAME)
         fetch(sorted(set(index["weight_map"].values())))
     return folder

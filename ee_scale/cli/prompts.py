@@ -7,7 +7,7 @@ from typing import Any
 
 from ee_scale.data.encode import without_row
 from ee_scale.data.readers import TEXT, bad_bytes, file_kind, read_records, read_text, whole_characters
-from ee_scale.errors import UserError
+from ee_scale.errors import UserError, one_line
 from ee_scale.files import is_file
 
 
@@ -60,8 +60,7 @@ def _in_template(text: str, tokenizer: Any, config: Any) -> list[int]:
     try:
         return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
     except Exception as error:  # jinja2 missing, or whatever a template does
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"chat=true: the chat template of {config.model}: {reason}") from error
+        raise UserError(f"chat=true: the chat template of {config.model}: {one_line(error)}") from error
 
 
 def _standard_input() -> str:

@@ -5,7 +5,6 @@ on a step, save and leave with code 75 (`ee_scale.training.loop`); the agent onl
 `python -m ee_scale.cli.ranks` is `torchrun` with that difference: launch/torchrun.sh starts it on every node.
 """
 
-import json
 import logging
 import os
 import signal
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING
 from ee_scale.cli.signals import passing_on
 from ee_scale.errors import BAD_INPUT, FAILED, REQUEUE, STOPPED, Requeue, RunError, UserError
 from ee_scale.log import spelled
+from ee_scale.reading import Count, check_fields, read_object
 
 if TYPE_CHECKING:
     import torch
@@ -112,7 +112,9 @@ def exit_code(ended: Ended, out: Path | None = None) -> int:
     if ended.code == 0:
         return 0
     if out is not None and (out / STOPPED).is_file():
-        return json.loads((out / STOPPED).read_text(encoding="utf-8"))["code"]  # rank 0 has said why
+        stopped = read_object(out / STOPPED)
+        check_fields(stopped, out / STOPPED, code=Count)
+        return stopped["code"]  # rank 0 has said why
     if ended.code in (REQUEUE, BAD_INPUT):  # a rank has said why
         return ended.code
     if ended.signals and ended.code == -ended.signals[0]:

@@ -162,11 +162,12 @@ def _run(found: Encoding, span: tuple[int, int]) -> tuple[int, Run]:
         return 0, run
     while index < len(found) and found.token_to_chars(index)[0] < begin:
         index += 1
+    ids = found.ids  # a new list of all of them each time it is asked for
     for i in range(index, len(found)):
         first, last = found.token_to_chars(i)
         if last > end:
             break
-        run.append((found.ids[i], first - begin, last - begin))
+        run.append((ids[i], first - begin, last - begin))
     return index, run
 
 

@@ -38,6 +38,8 @@ class Files:
 
     def drop(self, paths: set[Path], reason: str) -> None:
         """Leave out files that were found."""
+        if not paths:
+            return
         self.left_out[reason] += [path.name for path, _ in self.files if path in paths]
         self.files = [item for item in self.files if item[0] not in paths]
 
@@ -91,7 +93,7 @@ def find_files(source: str, text_key: str, fields: str = "data") -> Files:
 
 def _sort(found: Files, root: Path, text_key: str) -> bool:
     """Fill in files and reasons; whether there is data that cannot be read."""
-    refused = False
+    refused, seen = False, set()
     for file in sorted(_walk(root, set(), found)):
         suffix, _ = split_name(file)
         if not file.is_file():
@@ -103,7 +105,10 @@ def _sort(found: Files, root: Path, text_key: str) -> bool:
             found.left_out["no kind of text that is known"].append(file.name)
         elif KINDS[suffix] in RECORDS and KINDS[suffix] != JSON_LINES and (reason := _no_data(file, text_key)):
             found.left_out[reason].append(file.name)
+        elif (real := os.path.realpath(file)) in seen:
+            found.left_out["the same file again, by a link"].append(file.name)
         else:
+            seen.add(real)
             found.files.append((file, KINDS[suffix]))
     return refused
 

@@ -23,7 +23,7 @@ csv.field_size_limit(sys.maxsize)
 TEXT, JSON_LINES, JSON, CSV, TSV = "text", "JSON lines", "JSON", "csv", "tsv"
 KINDS = {
     **dict.fromkeys((".txt", ".md", ".rst", ".py"), TEXT),
-    **{".jsonl": JSON_LINES, ".csv": CSV, ".tsv": TSV, ".ndjson": JSON_LINES, ".json": JSON},
+    **{".jsonl": JSON_LINES, ".csv": CSV, ".tsv": TSV, ".ndjson": JSON_LINES, ".json": JSON, ".jsonlines": JSON_LINES},
 }
 RECORDS = (JSON_LINES, JSON, CSV, TSV)
 OPENERS: dict[str, Callable[[IO[bytes]], IO[bytes]]] = {
@@ -233,7 +233,7 @@ def _csv_rows(lines: Iterable[str], kind: str, here: str) -> Iterator[tuple[int,
                 continue
             if not header:
                 header = [name.strip() for name in values]
-                if twice := sorted({name for name in header if header.count(name) > 1}):
+                if twice := sorted({name for name in header if name and header.count(name) > 1}):
                     raise UserError(f"{here} line {reader.line_num}: the header names '{twice[0]}' twice")
                 continue
             if len(values) != len(header):

@@ -229,7 +229,7 @@ def test_errors_of_paths(prepare, tmp_path):
     assert message(prepare, "x.txt", fields="") == "data='x.txt': no such file or folder"
     (tmp_path / "empty").mkdir()
     assert message(prepare, tmp_path / "empty").endswith(
-        "/empty': no .txt, .md, .rst, .py, .jsonl, .csv, .tsv, .ndjson, .json file in it"
+        "/empty': no .txt, .md, .rst, .py, .jsonl, .csv, .tsv, .ndjson, .json, .jsonlines file in it"
     )
     prefix = write_prefix(tmp_path / "p", [[1, 2, 3]])
     assert message(prepare, f"{prefix}.bin").endswith("p.bin': give a Megatron dataset as its prefix, without .bin")

@@ -3,9 +3,10 @@
 import json
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Encoding, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from ee_scale.data import encode
@@ -148,6 +149,26 @@ def test_what_cannot_be_decided_in_parts_is_refused(tokenizers, small_windows, m
     assert ids_of(tokenizer, text) == [tokenizer(text, add_special_tokens=False)["input_ids"]]
     with pytest.raises(UserError, match=r"data: in a document of more than 1,500 characters .* cut that document"):
         DocumentEncoder(tokenizer)._found_again(own_backend(tokenizer).encode(text), [(1, 2, 3)])
+
+
+def test_ids_are_asked_for_once(tokenizers):
+    """The library makes a new list of all of them each time."""
+
+    class Counted:
+        def __init__(self, found: Encoding):
+            self.found, self.asked = found, 0
+
+        def __len__(self) -> int:
+            return len(self.found)
+
+        def __getattr__(self, name: str) -> Any:
+            self.asked += name == "ids"
+            return getattr(self.found, name)
+
+    counted = Counted(own_backend(tokenizers["llama 2"]).encode(prose(1, 2000)))
+    _, run = encode._run(counted, (500, 1500))
+    assert len(run) > 100
+    assert counted.asked == 1
 
 
 @pytest.mark.parametrize("kind", ["llama 2", "byte level", "unigram"])

@@ -96,6 +96,22 @@ def test_columns_of_one_name_are_refused(tmp_path):
     assert message(read_labelled, tmp_path / "a.csv").endswith("line 1: the header names 'text' twice")
 
 
+def test_columns_without_a_name_may_be_several(tmp_path):
+    """As spreadsheets write them."""
+    (tmp_path / "a.csv").write_text(",text,,\n0,a,,\n")
+    assert texts(tmp_path / "a.csv") == ["a"]
+
+
+def test_a_file_of_two_names_is_read_once(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.jsonl").write_text('{"text": "a"}')
+    (tmp_path / "latest.jsonl").symlink_to("sub/a.jsonl")
+    (tmp_path / "twice").symlink_to("sub")
+    assert texts(tmp_path) == ["a"]
+    told = [line.partition(": ")[2] for line in open_source(str(tmp_path), "text").told]
+    assert told == ["read as JSON lines: latest.jsonl", "left out (the same file again, by a link): a.jsonl, a.jsonl"]
+
+
 def test_what_a_folder_holds_is_said(tmp_path):
     folder, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
     (folder / "sub").mkdir(parents=True)
