@@ -19,6 +19,7 @@ from ee_scale.files import is_file, named_file, own_file
 from ee_scale.reading import check_fields, read_object, shown
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 BLOCK = 1 << 22  # numbers that are compared at a time
 WAY_OUT = "save a plain copy (dequantized, adapters merged) first"
 PLAIN = ("F32", "BF16", "F16", "F64")  # number types of weights that are what they say
@@ -53,6 +54,8 @@ def read_config(folder: Path, *, alone: bool = False) -> Any:
     if weights:
         check_claims(folder, config)
     _check_encoding(folder, config)
+    if not alone:
+        _check_adapter(folder)
     if weights and config.model_type in FAMILIES and config.tie_word_embeddings:
         config.tie_word_embeddings = is_tied(folder, config)
     return config
@@ -69,6 +72,16 @@ def _check_encoding(folder: Path, config: Any) -> None:
             )
     if name := getattr(config, "transformers_weights", None):
         raise UserError(f"model.path={folder}: config.transformers_weights={name}: only {SINGLE_NAME} is read")
+
+
+def _check_adapter(folder: Path) -> None:
+    """What transformers makes of the folder depends on whether peft is installed: it adds such an adapter then."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise UserError(
+            f"model.path={folder}: {ADAPTER_CONFIG}: an adapter of peft lies beside the weights and is not read; "
+            "merge it (peft: PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(<folder>)), or move "
+            "its files away to go without it"
+        )
 
 
 def is_tied(folder: Path, config: Any) -> bool:

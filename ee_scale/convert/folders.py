@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ee_scale.artifact.sidecar import SIDECAR_CONFIG
-from ee_scale.backbone.loading import load_config
+from ee_scale.backbone.loading import ADAPTER_CONFIG, load_config
 from ee_scale.convert.model import MERGE_ADAPTER
 from ee_scale.errors import UserError
 
@@ -21,7 +21,7 @@ def detect(folder: Path, iteration: int | None) -> str:
     if (folder / SIDECAR_CONFIG).is_file():
         return "sidecar"
     has_config, has_weights = (folder / "config.json").is_file(), any(folder.glob("*.safetensors"))
-    if (folder / "adapter_config.json").is_file() and not has_config and not saved_by_deepspeed(folder):
+    if (folder / ADAPTER_CONFIG).is_file() and not has_config and not saved_by_deepspeed(folder):
         raise UserError(f"src={folder}: an adapter of peft, without the model it belongs to; {MERGE_ADAPTER}")
     if saved_by_deepspeed(folder) and not (has_config and has_weights):
         return "deepspeed"  # transformers' Trainer puts a config beside it, and weights only if told to

@@ -150,6 +150,15 @@ def test_the_base_of_a_sidecar_and_of_a_run(no_ranks, model_dir, finished_run, c
         path.write_text(before)
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_adapter_beside_the_weights(no_ranks, model_dir, corpus, capsys, command):
+    """transformers adds it to them where peft is installed."""
+    folder = Path(shutil.copytree(model_dir, "adapted"))
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    line = refused(given(command, str(folder), corpus), capsys)
+    assert f"{folder}: adapter_config.json: an adapter of peft lies beside the weights" in line
+
+
 def test_an_export_that_was_encoded_later(no_ranks, finished_run, capsys):
     assert main(["export", f"src={finished_run}", "out=model"]) == 0
     for weights in Path("model").glob("model-0*.safetensors"):

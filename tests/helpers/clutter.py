@@ -15,13 +15,7 @@ BELONG = (
 STALE = (
     *("conversion.json", "exits.json", "manifest.json", "run.json", "trainer_state.json", "training_args.bin"),
     *("optimizer.pt", "scheduler.pt", "rng_state.pth", "all_results.json", "eval_results.json", "params.json"),
-    *(
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "pytorch_model.bin.index.json",
-        "README.md",
-        "modelcard.json",
-    ),
+    *("pytorch_model.bin.index.json", "README.md", "modelcard.json"),
     *("model.safetensors.index.fp8.json", "consolidated.safetensors.index.json", "modeling_strange.py", "notes.txt"),
     *("original/params.json", "onnx/config.json", "model.gguf", "flax_model.msgpack", "openvino_model.xml"),
 )

@@ -46,7 +46,10 @@ def forbid_deprecated_calls() -> None:
 
 def _caller(frame: FrameType) -> FrameType | None:
     caller = frame.f_back
-    while caller is not None and caller.f_code.co_filename.endswith(BETWEEN):
+    # Calls of others pass through a `__torch_function__`, whoever wrote it.
+    while caller is not None and (
+        caller.f_code.co_filename.endswith(BETWEEN) or caller.f_code.co_name == "__torch_function__"
+    ):
         caller = caller.f_back
     return caller
 

@@ -171,7 +171,7 @@ def test_a_base_model_that_changed_or_went_is_refused(bases, tmp_path):
 
 
 def test_what_is_copied_is_true_in_the_copy(bases, tmp_path):
-    """Digests, results, adapters, code and a calibration of other exits stay behind; a tokenizer comes whole."""
+    """Digests, results, code and a calibration of other exits stay behind; a tokenizer comes whole."""
     base = clutter(Path(shutil.copytree(bases / "llama", tmp_path / "base")))
     run = write_run(tmp_path / "run", base, with_exits(base, "norm", "tied"))
     export_submodel(run, tmp_path / "submodel", 2)
