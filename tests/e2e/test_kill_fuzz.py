@@ -3,12 +3,9 @@
 import sys
 from pathlib import Path
 
-import pytest
-
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
-@pytest.mark.timeout(1800)
 def test_three_kills(tune_arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(SCRIPTS), *sys.path])
     from kill_fuzz import fuzz

@@ -18,7 +18,6 @@ import ee_scale
 pytestmark = [
     pytest.mark.hosts,
     pytest.mark.skipif(bool(reason := why_no_machines(network=True)), reason=f"hosts: {reason}"),
-    pytest.mark.timeout(1800),
 ]
 
 ROOT = Path(ee_scale.__file__).parents[1]

@@ -17,7 +17,6 @@ from ee_scale.cli.main import main
 pytestmark = [
     pytest.mark.slurm,
     pytest.mark.skipif(bool(reason := why_no_slurm()), reason=reason),
-    pytest.mark.timeout(1800),
 ]
 
 STEPS = 18
