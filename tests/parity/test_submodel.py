@@ -38,6 +38,8 @@ def write_run(folder: Path, base: Path, model: Any, steps: tuple[int, ...] = (1,
         "base_model": str(base.resolve()),
         "base_fingerprint": fingerprint(base),
         "early_exit": model.exit_spec.to_dict(),
+        "settings": {},
+        "run_id": "1",
     }
     folder.mkdir(parents=True)
     write_json(folder / IDENTITY, identity)
