@@ -1,6 +1,7 @@
 # make demo: from nothing to early exits in a few minutes.   make test: the whole suite.   make lint: ruff.
 # make lock: write the newest versions that pyproject.toml allows into constraints.txt; `make install` installs those.
-# make test-newest, make test-oldest: numbers, decoding and exports with the newest and the oldest that it allows.
+# make test-newest, make test-oldest: numbers, decoding and exports with the newest and the oldest that it allows. The
+# environment of each takes several GB: these torch wheels bring the CUDA libraries, unless pip has a CPU index.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
