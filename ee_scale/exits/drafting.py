@@ -81,6 +81,8 @@ class Drafting:
             return False  # after a rest one draft tells enough
         if self.length is not None:
             return drafted < self.length
+        if drafted and k not in self.agreed:
+            return False  # one at a time until one was right
         if drafted == 0 and (self.cycles < TRIALS or self.cycles % EVERY == 0):
             return True
         extra = k * self.layer + self.check + self.slope * (self.num_layers - k) * self.layer

@@ -83,6 +83,8 @@ def test_hopeless_drafts_are_not_made_and_sure_ones_are():
     assert _drafts(drafting, 0.01) == 0
     drafting = _drafting(layers=(2,))
     _fares(drafting, 2, 400, 0)
+    assert _drafts(drafting, 0.999) == 1  # none was right yet
+    drafting.tried(2, 1)
     assert _drafts(drafting, 0.999) == 12
     assert 0 < _drafts(drafting, 0.7) < 12
 
