@@ -37,6 +37,8 @@ def write_run(folder: Path, base: Path, model: Any, steps: tuple[int, ...] = (1,
     identity = {
         "base_model": str(base.resolve()),
         "base_fingerprint": fingerprint(base),
+        "settings": {},
+        "run_id": "0123",
         "early_exit": model.exit_spec.to_dict(),
         "settings": {},
         "run_id": "1",
