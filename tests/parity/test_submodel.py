@@ -35,13 +35,11 @@ CASES = [("norm", "tied"), ("norm", "full"), ("mlp", "tied"), ("mlp", "low_rank"
 def write_run(folder: Path, base: Path, model: Any, steps: tuple[int, ...] = (1,)) -> Path:
     """What `ee-scale tune` leaves, with the exits of `model`; a later step has larger norms."""
     identity = {
+        "run_id": "0",
         "base_model": str(base.resolve()),
         "base_fingerprint": fingerprint(base),
         "settings": {},
-        "run_id": "0123",
         "early_exit": model.exit_spec.to_dict(),
-        "settings": {},
-        "run_id": "1",
     }
     folder.mkdir(parents=True)
     write_json(folder / IDENTITY, identity)
