@@ -86,10 +86,7 @@ def resolve_policy(
     limits: tuple[tuple[float, ...], ...] = ()
     if name in NEVER:
         rows = _limits(name, threshold, layers, calibration, tags, batch_size)
-        rows = tuple(tuple(row[layers.index(k)] for k in chosen) for row in rows)
-        # Exits that no row can take are not looked at.
-        used = [i for i in range(len(chosen)) if any(_reachable(name, row[i]) for row in rows)]
-        chosen, limits = tuple(chosen[i] for i in used), tuple(tuple(row[i] for i in used) for row in rows)
+        chosen, limits = _reached(name, chosen, [[row[layers.index(k)] for k in chosen] for row in rows])
     elif threshold is not None:
         raise ValueError(f"exit_threshold={threshold}: exit_policy={name} has no threshold")
     if layer is not None:
@@ -109,6 +106,14 @@ def resolve_policy(
         max_draft=max(MAX_DRAFT, draft_length or 0),
         shortlist=_shortlist(shortlist, name, calibration, vocab_size),
     )
+
+
+def _reached(
+    name: str, layers: Sequence[int], rows: Sequence[Sequence[float]]
+) -> tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]:
+    """Exits that some row can take, and their limits by row; others are not looked at."""
+    used = [i for i in range(len(layers)) if any(_reachable(name, row[i]) for row in rows)]
+    return tuple(layers[i] for i in used), tuple(tuple(row[i] for i in used) for row in rows)
 
 
 def _check_counts(**counts: tuple[Any, int]) -> None:
