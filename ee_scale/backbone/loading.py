@@ -107,9 +107,8 @@ def check_claims(folder: Path, config: Any) -> None:
     claims = [("vocab_size", width), ("intermediate_size", "hidden_size"), ("rank", "hidden_size")]
     claims += [(f"num_{heads}_heads", "head_dim", "hidden_size") for heads in ("attention", "key_value")]
     for names in claims:
-        if (
-            set(names) <= set(size) and (count := prod(size[name] for name in names)) > 8 * nbytes
-        ):  # a weight has at least one bit
+        count = prod(size[name] for name in names) if set(names) <= set(size) else 0
+        if count > 8 * nbytes:  # a weight has at least one bit
             told = " x ".join(f"{name}={size[name]}" for name in names)
             raise UserError(
                 f"{folder}: config.json: {told} = {count} weights in one matrix, but all files have {nbytes} bytes"
