@@ -28,7 +28,7 @@ from ee_scale.grid import Grid
 
 def tensor_plan(config: Any, tp: int) -> dict[str, str]:
     """The tensor-parallel plan inside a decoder layer, checked against the sizes. Raises `UserError`."""
-    # transformers 5.20 to 5.22 also say how to cut a tied embedding; the vocabulary is cut as it is here.
+    # Some configs also say how to cut the vocabulary, which is cut as it is here.
     plan = {name: style for name, style in (config.base_model_tp_plan or {}).items() if name.startswith("layers.")}
     check_tensor_parallel(tp, shape_of(config), plan, config.model_type)
     return layer_plan(plan)

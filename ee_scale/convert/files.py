@@ -37,6 +37,9 @@ ST_NAMES = {
 }
 ST_DTYPES = {name: dtype for dtype, name in ST_NAMES.items()}
 
+with FakeTensorMode():  # torch sets its CUDA guard on entering, without a lock: here, before threads enter it
+    pass
+
 
 class TargetFile(Protocol):
     """A file to be written.

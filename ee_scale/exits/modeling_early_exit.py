@@ -4,7 +4,7 @@ model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 model(input_ids).exit_logits    # {layer: [B, S, V]}
 """
 
-from .versions import CACHE, kept_positions, name_cache  # before all that an old transformers lacks
+from .versions import CACHE, name_cache  # before all that an old transformers lacks
 
 # isort: split
 import shutil
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .decode import LOG_OPTIONS, ExitDecoding, settle_cache, take_options, take_stop_strings
@@ -112,7 +113,7 @@ class EarlyExitMixin:
 
         norm_name, head = self.exit_spec.mlp_output_norm, self.exit_heads[str(k)]
         output_norm = getattr(self.base_model.layers[k - 1], norm_name) if norm_name else None
-        hidden = kept_positions(head.hidden(tap, output_norm, run_layer), logits_to_keep)
+        hidden = slice_logits_to_keep(head.hidden(tap, output_norm, run_layer), logits_to_keep)
         return head.logits(hidden, self.get_output_embeddings())
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:

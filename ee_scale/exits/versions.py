@@ -8,12 +8,10 @@ import warnings
 from dataclasses import fields
 from typing import Any
 
-import torch
 import transformers
-from transformers import modeling_utils
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-OLDEST, NEWEST = "5.20", "5.24"  # tested
+OLDEST, NEWEST = "5.21", "5.24"  # tested
 CACHE_NAMES = ("cache", "past_key_values")
 
 
@@ -46,13 +44,6 @@ def name_cache(kwargs: dict[str, Any]) -> None:
         raise ValueError(f"{' and '.join(CACHE_NAMES)} are two names of one argument: give one of them")
     if given:
         kwargs[CACHE] = given[0]
-
-
-def kept_positions(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """The hidden states [B, S, D] that the model makes logits of, as the installed transformers chooses them."""
-    if hasattr(modeling_utils, "slice_logits_to_keep"):
-        return modeling_utils.slice_logits_to_keep(hidden, logits_to_keep)
-    return hidden[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
 
 
 def _number(version: str) -> tuple[int, ...]:

@@ -58,7 +58,7 @@ def test_tensor_parallel_that_does_not_fit(family: str, changes: dict, text: str
 
 
 def test_a_plan_for_the_vocabulary_is_not_ours() -> None:
-    """transformers 5.20 has one in the configs of tied models."""
+    """Some configs have one."""
     config = tiny_config("llama")
     plan = tensor_plan(config, 2)
     config.base_model_tp_plan = {**config.base_model_tp_plan, "embed_tokens": "embedding_rowwise"}

@@ -5,6 +5,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -834,3 +836,27 @@ def test_rows_that_differ(hf: Path, tmp_path: Path):
     cut(content)
     torch.save(content, path)
     refused(out, r"'output_layer.weight' has 72, 64 rows on its tensor ranks; all have the same number")
+
+
+FIRST_TO_ENTER = """
+import sys, threading
+import torch
+threads = []
+torch._C._ensureCUDADeviceGuardSet = lambda: threads.append(threading.current_thread())
+from helpers.convert import convert
+convert(*map(__import__("pathlib").Path, sys.argv[1:]), "megatron_legacy", tp=2)
+assert threads[0] is threading.main_thread(), threads[0]
+assert set(threads[1:]) - {threading.main_thread()}  # in writing there are others
+"""
+
+
+def test_threads_do_not_set_torchs_guard(tmp_path: Path) -> None:
+    """Several at once end in a segmentation fault where torch is built for CUDA and there is no GPU (a login node)."""
+    source = write_model(tmp_path / "model", "llama")
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_TO_ENTER, source, tmp_path / "out"],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
