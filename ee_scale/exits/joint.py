@@ -77,7 +77,9 @@ class JointStage(TuningStage):
 
     def _checkpoint_layers(self) -> None:
         # transformers' own switch; it looks at each layer's `training`, which children and dropout must not see.
-        self.backbone.base.activation_checkpointing_enable({"use_reentrant": False})
+        base = self.backbone.base
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable  # < 5.23
+        enable({"use_reentrant": False})
         for layer in self.backbone.base.layers:
             layer.training = True
 
