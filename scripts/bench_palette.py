@@ -199,7 +199,7 @@ class Bench:
     def _train_one(self, run: SupernetRun, spec: SubnetSpec) -> None:
         steps = sum(self.case.steps[1:])
         peak = run.plan.learning_rate(run.index)
-        rate = LearningRate(SimpleNamespace(**{**dict(run.config.optim), "lr": peak}), steps)
+        rate = LearningRate(replace(run.config.optim, lr=peak), steps)
         micro_batches = Data(run.plan, self.grid).micro_batches(run.consumed_samples)
         for step in range(steps):
             run.engine.set_lr(rate.at(step))

@@ -1,7 +1,7 @@
 """The output folder of a run: one resolved config, one identity, metrics, checkpoints. One folder holds one run."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -9,7 +9,8 @@ from uuid import uuid4
 from ee_scale.artifact.checkpoint import checkpoints, read_checkpoint
 from ee_scale.artifact.files import read_json, write_json
 from ee_scale.backbone.fingerprint import fingerprint, is_model
-from ee_scale.config.compose import as_dict, to_yaml
+from ee_scale.config.compose import to_yaml
+from ee_scale.config.schema import TrainingConfig, TuneConfig
 from ee_scale.errors import STOPPED, UserError
 from ee_scale.exits.joint import FROZEN
 from ee_scale.exits.placement import read_spec
@@ -50,9 +51,9 @@ class OpenedRun:
     state: dict[str, Any]
 
 
-def run_identity(kind: str, config: Any, model_dir: Path) -> dict[str, Any]:
+def run_identity(kind: str, config: TrainingConfig, model_dir: Path) -> dict[str, Any]:
     """What must be equal for a run to go on: settings that shape the result, and the base model."""
-    values, settings = as_dict(config), {}
+    values, settings = asdict(config), {}
     for key in IDENTITY_KEYS[kind]:
         found = values
         for part in key.split("."):
@@ -70,7 +71,7 @@ def run_identity(kind: str, config: Any, model_dir: Path) -> dict[str, Any]:
     }
 
 
-def tune_identity(config: Any, plan: TunePlan) -> dict[str, Any]:
+def tune_identity(config: TuneConfig, plan: TunePlan) -> dict[str, Any]:
     """Identity of a tune run: the exits belong to it."""
     return run_identity("tune", config, plan.model_dir) | {"early_exit": plan.spec.to_dict()}
 
@@ -80,7 +81,7 @@ def data_identity(digests: list[str], tokenizer: Any) -> dict[str, Any]:
     return {"tokens": digests, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
 
 
-def open_run(out: Path, config: Any, identity: dict[str, Any]) -> OpenedRun:
+def open_run(out: Path, config: TrainingConfig, identity: dict[str, Any]) -> OpenedRun:
     """Make or re-open the output folder. One process calls it, before any rank trains.
 
     Raises `UserError` if the folder holds another run, a damaged checkpoint, or cannot be written.

@@ -1,21 +1,19 @@
 """`ee-scale check <command>`: what a run would be, said before any process starts, and refused if it cannot fit."""
 
-import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import psutil
 import torch
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ee_scale.cli import supernet, tune
 from ee_scale.cli.console import console
-from ee_scale.config.compose import as_dict
-from ee_scale.config.schema import VERBS
+from ee_scale.config.compose import with_value
+from ee_scale.config.schema import VERBS, TrainingConfig
 from ee_scale.errors import UserError
 from ee_scale.training.cost import draws_per_micro_batch, flops_per_token
 from ee_scale.training.memory import Parameters, rank_memory, supernet_parameters, tune_parameters
@@ -28,7 +26,7 @@ Plan = TunePlan | SupernetPlan
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "overhead")
 
 
-def run(verb: str, config: Any, overrides: Sequence[str]) -> int:
+def run(verb: str, config: TrainingConfig, overrides: Sequence[str]) -> int:
     """Print the plan. Raises `UserError` if a rank needs more memory than its device has."""
     plan, terminal = (tune if verb == "tune" else supernet).make_plan(config), console()
     print_settings(terminal, verb, config)
@@ -54,18 +52,18 @@ class Room:
         return "this machine has" if self.shared else "the device has"
 
 
-def device_type(config: Any) -> str:
+def device_type(config: TrainingConfig) -> str:
     """'cuda' or 'cpu', without asking for a GPU that a login node does not have."""
     name = config.parallel.device
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
-def is_bf16(config: Any) -> bool:
+def is_bf16(config: TrainingConfig) -> bool:
     """Whether the run trains in bf16."""
     return uses_bf16(config.train.precision, torch.device(device_type(config)))
 
 
-def room_of(config: Any) -> Room | None:
+def room_of(config: TrainingConfig) -> Room | None:
     """What there is; None for a GPU that is not here and of which nothing was said."""
     if (given := config.parallel.device_memory_gb) is not None:
         return Room(given * GIB, False)
@@ -76,7 +74,7 @@ def room_of(config: Any) -> Room | None:
     return None
 
 
-def needs(plan: Plan, config: Any, room: Room) -> tuple[float, int]:
+def needs(plan: Plan, config: TrainingConfig, room: Room) -> tuple[float, int]:
     """(bytes, stage): of the rank that needs most; where memory is shared, of the machine's ranks together."""
     memory = [rank.total for rank in rank_memory(plan, config, bf16=is_bf16(config), device=device_type(config))]
     worst = max(range(len(memory)), key=memory.__getitem__)
@@ -88,7 +86,7 @@ def needs(plan: Plan, config: Any, room: Room) -> tuple[float, int]:
     return max(sum(ranks[first : first + each]) for first in range(0, world, each)), worst
 
 
-def check_fits(plan: Plan, config: Any) -> None:
+def check_fits(plan: Plan, config: TrainingConfig) -> None:
     """Raises `UserError`, with a change of the config that helps, if a rank needs more than there is."""
     room = room_of(config)
     if room is None:
@@ -108,7 +106,7 @@ def check_fits(plan: Plan, config: Any) -> None:
     raise UserError(f"{line}; no small change of the grid or the batch is enough ({least})")
 
 
-def changes(plan: Plan, config: Any) -> Iterator[tuple[str, Plan, Any]]:
+def changes(plan: Plan, config: TrainingConfig) -> Iterator[tuple[str, Plan, TrainingConfig]]:
     """(the change in words, plan, config) of what may help, the same model and exits, the mildest first."""
     parallel, train = config.parallel, config.train
     single: list[dict[str, Any]] = [{"parallel.tp": parallel.tp * 2}, {"parallel.pp": parallel.pp * 2}]
@@ -119,18 +117,18 @@ def changes(plan: Plan, config: Any) -> Iterator[tuple[str, Plan, Any]]:
     more = [{"parallel.tp": parallel.tp * 4}, {"parallel.pp": parallel.pp * 4}, both]
     more += [{"parallel.tp": parallel.tp * 4, "parallel.pp": parallel.pp * n} for n in (2, 4)]
     for change in [*single, *more]:
-        if all(OmegaConf.select(config, key) == value for key, value in change.items()):
-            continue
-        other = copy.deepcopy(config)
+        other = config
         for key, value in change.items():
-            OmegaConf.update(other, key, value)
+            other = with_value(other, key, value)
+        if other == config:
+            continue
         try:
             yield " ".join(f"{key}={_text(value)}" for key, value in change.items()), _plan_again(plan, other), other
         except UserError:  # does not divide the heads, the batch, the layers
             continue
 
 
-def _plan_again(plan: Plan, config: Any) -> Plan:
+def _plan_again(plan: Plan, config: TrainingConfig) -> Plan:
     if isinstance(plan, TunePlan):
         return plan_tune(config, plan.model_dir, plan.model_config)
     return plan_supernet(config, plan.model_dir, plan.map.config, plan.labels)
@@ -143,15 +141,14 @@ def _text(value: Any) -> str:
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def print_settings(terminal: Console, verb: str, config: Any) -> None:
+def print_settings(terminal: Console, verb: str, config: TrainingConfig) -> None:
     """The settings that differ from their defaults; all of them: `ee-scale <command> ... --cfg`."""
-    defaults = OmegaConf.to_container(OmegaConf.structured(VERBS[verb]), throw_on_missing=False)
     terminal.print(f"[bold]{verb}[/], settings that are not the default (--cfg shows all):", markup=True)
     table = Table(box=None, show_header=False)
     table.add_column("setting")
     table.add_column("value", overflow="fold")
-    standard = dict(_flat(defaults))
-    for key, value in _flat(as_dict(config)):
+    standard = dict(_flat(asdict(VERBS[verb]())))
+    for key, value in _flat(asdict(config)):
         if standard.get(key) != value:
             table.add_row(key, str(value))
     terminal.print(table)
@@ -165,14 +162,14 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield prefix + key, value
 
 
-def parameters_of(plan: Plan, config: Any, stage: int) -> Parameters:
+def parameters_of(plan: Plan, config: TrainingConfig, stage: int) -> Parameters:
     """Of one rank; of a supernet: in its last recipe stage."""
     if isinstance(plan, TunePlan):
         return tune_parameters(plan, config, stage)
     return supernet_parameters(plan, len(plan.recipe.stages) - 1, stage)
 
 
-def print_stages(terminal: Console, plan: Plan, config: Any) -> None:
+def print_stages(terminal: Console, plan: Plan, config: TrainingConfig) -> None:
     """Layers, exits, parameters and memory of each stage."""
     bf16, kind = is_bf16(config), device_type(config)
     memory = rank_memory(plan, config, bf16=bf16, device=kind)
@@ -195,7 +192,7 @@ def print_stages(terminal: Console, plan: Plan, config: Any) -> None:
     terminal.print(table)
 
 
-def print_traffic(terminal: Console, plan: Plan, config: Any) -> None:
+def print_traffic(terminal: Console, plan: Plan, config: TrainingConfig) -> None:
     """What one rank of each stage sends in a step."""
     table = Table(title="what one rank sends per step", title_justify="left")
     for column in (
@@ -213,7 +210,7 @@ def print_traffic(terminal: Console, plan: Plan, config: Any) -> None:
     terminal.print(table)
 
 
-def print_summary(terminal: Console, plan: Plan, config: Any) -> None:
+def print_summary(terminal: Console, plan: Plan, config: TrainingConfig) -> None:
     """The grid, the batch, the work of a step, the bubble and the room there is."""
     layout, train, room = plan.layout, config.train, room_of(config)
     tokens = train.global_batch_size * config.data.seq_length
@@ -236,7 +233,7 @@ def print_summary(terminal: Console, plan: Plan, config: Any) -> None:
     terminal.print(table)
 
 
-def bubble(plan: Plan, config: Any) -> tuple[float, str]:
+def bubble(plan: Plan, config: TrainingConfig) -> tuple[float, str]:
     """(share of a step in which an evenly loaded stage waits, the formula)."""
     p, m = plan.layout.pp, plan.num_micro_batches
     if p == 1:

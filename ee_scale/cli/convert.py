@@ -3,12 +3,12 @@
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from ee_scale.cli.console import console
+from ee_scale.config.schema import ConvertConfig
 from ee_scale.convert.copying import differing_copies
 from ee_scale.convert.job import Conversion
 from ee_scale.convert.job import run as write_files
@@ -19,14 +19,12 @@ from ee_scale.errors import UserError
 from ee_scale.log import configure_logging
 
 
-def run(config: Any, overrides: Sequence[str]) -> int:
+def run(config: ConvertConfig, overrides: Sequence[str]) -> int:
     """Plan, then print the plan or carry it out; with `verify`, compare source and result."""
     configure_logging()
     settings = _settings(config)
     if settings.out.exists():
         raise UserError(f"out={settings.out}: exists already; choose another folder")
-    if config.workers < 1:
-        raise UserError(f"workers={config.workers}: must be at least 1")
     conversion = make_conversion(settings)
     if config.verify and conversion.opened.model.config is None:
         raise UserError("verify=true: without a config there is no model to run; give model=<Hugging Face folder>")
@@ -67,11 +65,11 @@ def _check(conversion: Conversion, settings: Settings, err: Console) -> Callable
     return check
 
 
-def _settings(config: Any) -> Settings:
+def _settings(config: ConvertConfig) -> Settings:
     path = lambda text: None if text is None else Path(text).expanduser()  # noqa: E731
-    paths = {name: path(config[name]) for name in ("src", "out", "model")}
+    paths = {name: path(getattr(config, name)) for name in ("src", "out", "model")}
     names = {field.name for field in fields(Settings)} - paths.keys()
-    return Settings(**paths, **{name: config[name] for name in names})
+    return Settings(**paths, **{name: getattr(config, name) for name in names})
 
 
 def _write(conversion: Conversion, workers: int, err: Console, check: Callable[[Path], None]) -> None:

@@ -11,6 +11,7 @@ from ee_scale.cli.generate_job import Job, check_config, check_model, check_prom
 from ee_scale.cli.generate_run import Answers, decode_here, decode_on_grid
 from ee_scale.cli.inputs import load_tokenizer
 from ee_scale.cli.ranks import run_ranks
+from ee_scale.config.schema import GenerateConfig
 from ee_scale.errors import UserError
 from ee_scale.evaluation.colours import PieceStreamer, legend, paint
 from ee_scale.files import write_text
@@ -18,7 +19,7 @@ from ee_scale.grid import Layout, launch_info, pick_device, world_size_message
 from ee_scale.log import configure_logging, visible
 
 
-def run(config: Any, overrides: Sequence[str]) -> int:
+def run(config: GenerateConfig, overrides: Sequence[str]) -> int:
     """Continue the prompts in this process, or in ranks that it starts; under torchrun this process is one of them."""
     launched, layout = launch_info(), Layout(config.parallel.tp, config.parallel.pp, config.parallel.dp)
     leader = launched is None or launched.rank == 0

@@ -4,12 +4,11 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from ee_scale.cli.prompts import encode_prompts, read_prompts
-from ee_scale.config.compose import as_dict
+from ee_scale.config.schema import GenerateConfig
 from ee_scale.errors import UserError, one_line
 from ee_scale.exits.policies import ExitPolicy, resolve_policy
 from ee_scale.inference.pipeline import check_pipeline
@@ -28,7 +27,7 @@ class Job:
         streams: the one prompt's answer goes to stdout as it comes.
     """
 
-    config: Any
+    config: GenerateConfig
     parts: ModelParts
     tokenizer: Any
     texts: list[str]
@@ -64,20 +63,11 @@ class Job:
         return chosen
 
 
-def check_config(config: Any) -> None:
+def check_config(config: GenerateConfig) -> None:
     """Refuse numbers that mean nothing. Raises `UserError`."""
-    for key in ("max_new_tokens", "batch_size"):
-        if config[key] < 1:
-            raise UserError(f"{key}={config[key]}: must be at least 1")
-    if not isfinite(config.temperature) or config.temperature < 0:
-        raise UserError(f"temperature={config.temperature}: must be 0 (the most likely token) or above")
-    for key, fits in (("top_k", lambda k: k >= 1), ("top_p", lambda p: 0 < p <= 1)):
-        if config[key] is not None and not fits(config[key]):
-            raise UserError(f"{key}={config[key]}: must be {'at least 1' if key == 'top_k' else 'above 0, at most 1'}")
-        if config[key] is not None and config.temperature == 0:
-            raise UserError(
-                f"{key}={config[key]}: temperature=0 takes the most likely token; set temperature to sample"
-            )
+    for key in ("top_k", "top_p"):
+        if (value := getattr(config, key)) is not None and config.temperature == 0:
+            raise UserError(f"{key}={value}: temperature=0 takes the most likely token; set temperature to sample")
     if config.out is not None:
         out = Path(config.out).expanduser()
         if out.exists() or not out.parent.is_dir():
@@ -86,18 +76,16 @@ def check_config(config: Any) -> None:
             )
     if config.log is not None and not Path(config.log).expanduser().parent.is_dir():
         raise UserError(f"log={config.log}: no such folder")
-    if config.audit is not None and not 0 <= config.audit <= 1:
-        raise UserError(f"audit={config.audit}: give a share between 0 and 1")
-    logs = [key for key in ("log", "tag", "audit") if config[key] is not None]
+    logs = [key for key in ("log", "tag", "audit") if getattr(config, key) is not None]
     if config.policy == "off" and logs:
-        raise UserError(f"{logs[0]}={config[logs[0]]}: policy=off makes no decisions; choose a policy")
+        raise UserError(f"{logs[0]}={getattr(config, logs[0])}: policy=off makes no decisions; choose a policy")
     parallel = config.parallel
     check_pipeline(parallel.tp, parallel.pp, config.policy, parallel.dp)
     if config.audit is not None and parallel.tp * parallel.pp > 1:
         raise UserError(f"audit={config.audit}: needs one device, not tp={parallel.tp} x pp={parallel.pp}")
 
 
-def check_model(config: Any) -> ModelParts:
+def check_model(config: GenerateConfig) -> ModelParts:
     """Find the model and check policy and grid against it. Raises `UserError`."""
     folder = Path(config.model).expanduser()
     if not folder.is_dir():
@@ -113,7 +101,7 @@ def check_model(config: Any) -> ModelParts:
     return parts
 
 
-def check_prompts(config: Any, parts: ModelParts, tokenizer: Any) -> Job:
+def check_prompts(config: GenerateConfig, parts: ModelParts, tokenizer: Any) -> Job:
     """Read and encode the prompts. Raises `UserError`."""
     texts = read_prompts(config)
     prompts = encode_prompts(texts, tokenizer, parts.config, config)
@@ -129,7 +117,9 @@ def check_prompts(config: Any, parts: ModelParts, tokenizer: Any) -> Job:
     return Job(config, parts, tokenizer, texts, prompts, tags, streams)
 
 
-def read_policy(config: Any, parts: ModelParts, tags: list[str] | None = None, rows: int | None = None) -> ExitPolicy:
+def read_policy(
+    config: GenerateConfig, parts: ModelParts, tags: list[str] | None = None, rows: int | None = None
+) -> ExitPolicy:
     """The policy of a batch with these tags. Raises `UserError`."""
     with plain_words():
         return resolve_policy(
@@ -143,10 +133,10 @@ def read_policy(config: Any, parts: ModelParts, tags: list[str] | None = None, r
         )
 
 
-def policy_options(config: Any) -> dict[str, Any]:
+def policy_options(config: GenerateConfig) -> dict[str, Any]:
     """The policy's settings that were given."""
-    values = as_dict(config)
-    return {name: values[name] for name in OPTIONS if values[name] is not None}
+    given = {name: getattr(config, name) for name in OPTIONS}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 
 from ee_scale.cli.generate_job import Job, plain_words, policy_options
 from ee_scale.cli.inputs import load_tokenizer
+from ee_scale.config.schema import GenerateConfig
 from ee_scale.data.encode import token_with_row
 from ee_scale.exits.decision_log import DecisionLog
 from ee_scale.exits.trail import request_names
@@ -76,7 +77,12 @@ def decode_here(job: Job, device: torch.device, streamer: Any = None) -> Answers
 
 
 def decode_on_grid(
-    config: Any, parts: ModelParts, job: Job | None, layout: Layout, device: torch.device, streamer: Any = None
+    config: GenerateConfig,
+    parts: ModelParts,
+    job: Job | None,
+    layout: Layout,
+    device: torch.device,
+    streamer: Any = None,
 ) -> Answers:
     """All batches, as one rank of the grid; rank 0 has the job and gets the answers."""
     grid = join_grid(layout, device, config.parallel.timeout_minutes)

@@ -8,6 +8,7 @@ from typing import Any
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer
 
+from ee_scale.config.schema import TrainingConfig
 from ee_scale.data.dataset import build_gpt_dataset
 from ee_scale.errors import UserError, one_line
 
@@ -20,7 +21,9 @@ def sources(path: Any) -> list[str]:
     return [str(path)] if isinstance(path, str) else [str(item) for item in path]
 
 
-def text_dataset(config: Any, tokenizer: Any, prefixes: list[str], num_samples: int, vocab_size: int) -> Dataset:
+def text_dataset(
+    config: TrainingConfig, tokenizer: Any, prefixes: list[str], num_samples: int, vocab_size: int
+) -> Dataset:
     """Megatron's GPT dataset of a run's `data` group."""
     return build_gpt_dataset(
         prefixes,

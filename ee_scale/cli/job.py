@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.distributed import DistError
 from ee_scale.artifact.run_folder import CHECKPOINTS, METRICS, OpenedRun
 from ee_scale.artifact.writer import CheckpointWriter
 from ee_scale.cli.ranks import run_ranks
-from ee_scale.config.compose import as_dict
+from ee_scale.config.schema import TrainingConfig
 from ee_scale.errors import REQUEUE, STOPPED, Requeue, RunError, UserError
 from ee_scale.grid import Grid, Layout, join_grid, launch_info, pick_device, world_size_message
 from ee_scale.log import configure_logging, log
@@ -26,7 +26,7 @@ from ee_scale.training.watchdog import Watchdog
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")  # gloo's words
 
 
-def log_as_rank(config: Any) -> None:
+def log_as_rank(config: TrainingConfig) -> None:
     """Rank 0 logs, the others only complain."""
     launched = launch_info()
     configure_logging(0 if launched is None or launched.rank == 0 else 1, config.logging.level)
@@ -37,7 +37,7 @@ class Job:
     """A training command: `layout` is what is launched, `next_verb` what a person runs on the result."""
 
     verb: str
-    config: Any
+    config: TrainingConfig
     overrides: Sequence[str]
     layout: Layout
     total_steps: int
@@ -114,7 +114,7 @@ def training_loop(
     return Loop(run, opened.out, stream, report, writer, watchdog, facts)
 
 
-def reporter(config: Any, grid: Grid, opened: OpenedRun, steps: int, step: int, keyed_by: str) -> Reporter:
+def reporter(config: TrainingConfig, grid: Grid, opened: OpenedRun, steps: int, step: int, keyed_by: str) -> Reporter:
     """Progress, metrics.jsonl and wandb on rank 0; nothing elsewhere."""
     if grid.rank != 0:
         return Reporter([])
@@ -124,5 +124,5 @@ def reporter(config: Any, grid: Grid, opened: OpenedRun, steps: int, step: int, 
         ProgressLine(steps, step, config.logging.every, keyed_by, enabled=config.logging.progress),
     ]
     if config.logging.wandb != "disabled":
-        sinks.append(WandbSink(out, config.logging, as_dict(config), opened.identity["run_id"], keyed_by))
+        sinks.append(WandbSink(out, config.logging, asdict(config), opened.identity["run_id"], keyed_by))
     return Reporter(sinks)

@@ -118,6 +118,5 @@ def _prepare_libraries() -> None:
 
 def _pick_accelerator(config: object) -> None:
     """DeepSpeed chooses its accelerator when it is imported; a run that asks for the CPU must say so before."""
-    device = config.device if "device" in config else "parallel" in config and config.parallel.device
-    if device == "cpu":
+    if "cpu" in (getattr(config, "device", None), getattr(getattr(config, "parallel", None), "device", None)):
         os.environ["DS_ACCELERATOR"] = "cpu"

@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn
+from transformers import PreTrainedConfig
 
 from ee_scale.artifact.sidecar import SIDECAR_CONFIG
 from ee_scale.backbone.loading import load_config
 from ee_scale.cli.console import console
 from ee_scale.cli.inputs import load_tokenizer, sources
+from ee_scale.config.schema import ProbeConfig
 from ee_scale.data.dataset import check_tokens
 from ee_scale.data.loader import windows
 from ee_scale.data.text import prepare_text
@@ -26,10 +28,9 @@ from ee_scale.log import configure_logging
 MOST_EXITS = 11
 
 
-def run(config: Any, overrides: Sequence[str]) -> int:
+def run(config: ProbeConfig, overrides: Sequence[str]) -> int:
     """Read text, let the model write, time the parts; print the table and the verdict, write files with `out`."""
     configure_logging()
-    _check(config)
     path = Path(config.model).expanduser()
     model, untrained = _open(config, path)
     folder = Path(model.config.name_or_path)
@@ -64,18 +65,7 @@ def run(config: Any, overrides: Sequence[str]) -> int:
     return 0
 
 
-def _check(config: Any) -> None:
-    for name in ("context", "max_tokens", "prompts", "prompt_tokens", "new_tokens"):
-        if config[name] < 1:
-            raise UserError(f"{name}={config[name]}: must be at least 1")
-    for name in ("temperature", "seconds"):
-        if not 0 < config[name] < float("inf"):
-            raise UserError(f"{name}={config[name]}: must be above 0")
-    if not 0 < config.agreement <= 1:
-        raise UserError(f"agreement={config.agreement}: must be above 0 and at most 1")
-
-
-def _open(config: Any, path: Path) -> tuple[Any, bool]:
+def _open(config: ProbeConfig, path: Path) -> tuple[Any, bool]:
     """The model with its exits, or with untrained ones. Raises `UserError`, before weights are read where it can."""
     if not path.is_dir():
         raise UserError(f"model={config.model}: no such folder")
@@ -101,7 +91,7 @@ def _open(config: Any, path: Path) -> tuple[Any, bool]:
     return untrained_exits(path, exit_spec(model_config, layers, config.kind, head, 64)).to(device), True
 
 
-def _check_lengths(config: Any, model_config: Any) -> None:
+def _check_lengths(config: ProbeConfig, model_config: PreTrainedConfig) -> None:
     most = model_config.max_position_embeddings
     for name, length in (
         ("context", config.context + 16),
@@ -111,7 +101,7 @@ def _check_lengths(config: Any, model_config: Any) -> None:
             raise UserError(f"{name}: {length} positions are needed, the model has max_position_embeddings={most}")
 
 
-def _text(config: Any, model: Any, tokenizer: Any, folder: Path) -> list[torch.Tensor]:
+def _text(config: ProbeConfig, model: Any, tokenizer: Any, folder: Path) -> list[torch.Tensor]:
     """Windows [B, S+1] of the data; each is longer than a prompt. Raises `UserError`."""
     names = sources(config.data)
     prefixes = prepare_text(names, tokenizer, folder, config.cache_dir, config.text_key, True, fields="")
@@ -124,7 +114,7 @@ def _text(config: Any, model: Any, tokenizer: Any, folder: Path) -> list[torch.T
 
 
 def _read(
-    config: Any, model: Any, tokenizer: Any, batches: list[torch.Tensor], show: Callable[[str, float], None]
+    config: ProbeConfig, model: Any, tokenizer: Any, batches: list[torch.Tensor], show: Callable[[str, float], None]
 ) -> tuple[dict[str, list[Reading]], float]:
     """Readings on the text, on greedy and on sampled text; how much of the greedy text repeats itself."""
     read = lambda passages: read_exits(model, passages, config.temperature, config.agreement)  # noqa: E731

@@ -13,6 +13,7 @@ from ee_scale.backbone.loading import read_config
 from ee_scale.cli.console import console
 from ee_scale.cli.job import Job, log_as_rank, reporter, training_loop
 from ee_scale.cli.supernet_data import Data, prepare_data, read_labels
+from ee_scale.config.schema import SupernetConfig
 from ee_scale.data.builtin import TINY, tiny_model
 from ee_scale.elastic.importance import measure_order
 from ee_scale.elastic.order import UnitOrder
@@ -35,7 +36,7 @@ from ee_scale.training.supernet_plan import SupernetPlan, plan_supernet, recipe_
 ORDER = "order.safetensors"
 
 
-def run(config: Any, overrides: Sequence[str]) -> int:
+def run(config: SupernetConfig, overrides: Sequence[str]) -> int:
     """Train a supernet."""
     log_as_rank(config)
     plan = make_plan(config)
@@ -52,7 +53,7 @@ def run(config: Any, overrides: Sequence[str]) -> int:
     return job.run(prepare, lambda: show_plan(plan), lambda grid, opened: train_rank(plan, grid, opened))
 
 
-def make_plan(config: Any) -> SupernetPlan:
+def make_plan(config: SupernetConfig) -> SupernetPlan:
     """Find and read the model and the classes, and check the config against them. Raises `UserError`."""
     folder = tiny_model() if config.model.path == TINY else find_model(config.model.path)
     model_config, labels = read_config(folder), []

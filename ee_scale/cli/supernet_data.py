@@ -8,6 +8,7 @@ import torch
 
 from ee_scale.artifact.run_folder import data_identity
 from ee_scale.cli.inputs import load_tokenizer, sources, text_dataset
+from ee_scale.config.schema import SupernetConfig
 from ee_scale.data.dataset import check_tokens
 from ee_scale.data.labelled import (
     Example,
@@ -25,7 +26,7 @@ from ee_scale.grid import Grid
 from ee_scale.training.supernet_plan import SupernetPlan
 
 
-def read_labels(config: Any) -> list[str]:
+def read_labels(config: SupernetConfig) -> list[str]:
     """The classes of labelled data. Raises `UserError`."""
     (path,) = _one_file(config.data.path, "data.path")
     labels = label_names(_examples(path, config))
@@ -44,7 +45,7 @@ def _one_file(path: Any, name: str) -> list[str]:
     return found
 
 
-def _examples(path: str, config: Any, fields: str = "data") -> list[Example]:
+def _examples(path: str, config: SupernetConfig, fields: str = "data") -> list[Example]:
     return read_labelled(path, config.data.text_key, config.data.label_key, config.data.pair_key, fields)
 
 

@@ -5,9 +5,8 @@ Writes <out>/trace and nothing else: no checkpoint, no run.
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,6 +21,8 @@ from ee_scale.cli.job import log_as_rank
 from ee_scale.cli.ranks import run_ranks
 from ee_scale.cli.supernet_data import Data
 from ee_scale.cli.supernet_data import prepare_data as prepare_supernet_data
+from ee_scale.config.groups import LoggingConfig
+from ee_scale.config.schema import SupernetConfig, TrainingConfig, TuneConfig
 from ee_scale.data.text import prepare_text
 from ee_scale.elastic.factors import FactorPlan
 from ee_scale.elastic.sampling import draw_stream
@@ -49,7 +50,7 @@ class Traced:
     begin: Callable[[Grid, Path], tuple[ObservedEngine, Step]]
 
 
-def run(verb: str, config: Any, overrides: Sequence[str]) -> int:
+def run(verb: str, config: TrainingConfig, overrides: Sequence[str]) -> int:
     """Trace the command `verb`. The ranks are started like those of the command itself."""
     log_as_rank(config)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # lines of torch's profiler about itself
@@ -69,7 +70,7 @@ def run(verb: str, config: Any, overrides: Sequence[str]) -> int:
     return 0
 
 
-def trace_rank(logging: Any, traced: Traced, grid: Grid, folder: Path) -> None:
+def trace_rank(logging: LoggingConfig, traced: Traced, grid: Grid, folder: Path) -> None:
     """One rank's whole part. The first rank of each stage records; rank 0 puts the stages together."""
     engine, step = traced.begin(grid, folder)
     for number in range(1, logging.trace_after + 1):
@@ -134,7 +135,7 @@ def _write(folder: Path, timelines: list[StageTimeline], offsets: dict[int, tupl
         out.print(f"{path}  {what}", soft_wrap=True, highlight=False)
 
 
-def _check_window(logging: Any, total_steps: int) -> None:
+def _check_window(logging: LoggingConfig, total_steps: int) -> None:
     after, steps = logging.trace_after, logging.trace_steps
     if after + steps > total_steps:
         raise UserError(
@@ -151,7 +152,7 @@ def _clear(folder: Path) -> None:
         raise UserError(f"out={folder.parent}: cannot write there ({error.strerror})") from error
 
 
-def _tune(config: Any) -> Traced:
+def _tune(config: TuneConfig) -> Traced:
     plan = tune.make_plan(config)
 
     def begin(grid: Grid, folder: Path) -> tuple[ObservedEngine, Step]:
@@ -178,7 +179,7 @@ def _tune(config: Any) -> Traced:
     return Traced(plan.layout, config.train.steps, prepare, begin)
 
 
-def _supernet(config: Any) -> Traced:
+def _supernet(config: SupernetConfig) -> Traced:
     """The last stage of the recipe: it draws along every axis, with the teacher that it learns from."""
     plan = supernet.make_plan(config)
     index = len(plan.recipe.stages) - 1
@@ -190,8 +191,7 @@ def _supernet(config: Any) -> Traced:
         supernet_recipe.open_stages(started, index)
         supernet_recipe.begin_stage(started)
         micro_batches = data.micro_batches(0)
-        optim = SimpleNamespace(**{**dict(config.optim), "lr": plan.learning_rate(index)})
-        rate = LearningRate(optim, recipe.steps)
+        rate = LearningRate(replace(config.optim, lr=plan.learning_rate(index)), recipe.steps)
         trainable = FactorPlan(plan.map, plan.factor_settings(index), stage.new).parameters
 
         def step(number: int) -> None:

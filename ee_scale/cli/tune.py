@@ -14,6 +14,7 @@ from ee_scale.backbone.shard import model_tensors
 from ee_scale.cli.console import console
 from ee_scale.cli.inputs import load_tokenizer, sources, text_dataset
 from ee_scale.cli.job import Job, log_as_rank, reporter, training_loop
+from ee_scale.config.schema import TuneConfig
 from ee_scale.data.builtin import TINY, tiny_model
 from ee_scale.data.dataset import check_tokens
 from ee_scale.data.text import prepare_text
@@ -24,7 +25,7 @@ from ee_scale.training.plan import TunePlan, plan_tune
 from ee_scale.training.tune import TuneRun, metrics_stream, start_run, train
 
 
-def run(config: Any, overrides: Sequence[str]) -> int:
+def run(config: TuneConfig, overrides: Sequence[str]) -> int:
     """Train exits."""
     log_as_rank(config)
     plan = make_plan(config)
@@ -39,7 +40,7 @@ def run(config: Any, overrides: Sequence[str]) -> int:
     )
 
 
-def make_plan(config: Any) -> TunePlan:
+def make_plan(config: TuneConfig) -> TunePlan:
     """Find and read the model, and check the config against it. Raises `UserError`."""
     folder = tiny_model() if config.model.path == TINY else find_model(config.model.path)
     plan = plan_tune(config, folder, load_config(folder))
@@ -47,7 +48,7 @@ def make_plan(config: Any) -> TunePlan:
     return plan
 
 
-def prepare_data(config: Any, plan: TunePlan, *, progress: bool) -> dict[str, Any]:
+def prepare_data(config: TuneConfig, plan: TunePlan, *, progress: bool) -> dict[str, Any]:
     """Tokenise what is not cached, check it against the model, and say which data it is. Raises `UserError`."""
     tokenizer, names = load_tokenizer(plan.model_dir), sources(config.data.path)
     prefixes = prepare_text(names, tokenizer, plan.model_dir, config.data.cache_dir, config.data.text_key, progress)
@@ -56,7 +57,7 @@ def prepare_data(config: Any, plan: TunePlan, *, progress: bool) -> dict[str, An
     return data_identity(digests, tokenizer)
 
 
-def train_rank(config: Any, plan: TunePlan, grid: Grid, opened: OpenedRun | None) -> None:
+def train_rank(config: TuneConfig, plan: TunePlan, grid: Grid, opened: OpenedRun | None) -> None:
     """One rank's whole run: data, stage, resume, loop. `opened` is known on rank 0."""
     opened = grid.from_rank_0(opened)
     tokenizer = load_tokenizer(plan.model_dir)
@@ -81,7 +82,7 @@ def resume(tune_run: TuneRun, opened: OpenedRun) -> None:
         log.warning("train.steps was %d: learning rate and order of the data now follow the new value", steps)
 
 
-def show_plan(config: Any, plan: TunePlan) -> None:
+def show_plan(config: TuneConfig, plan: TunePlan) -> None:
     """The stage table."""
     table = Table(title=f"{plan.model_config.model_type}, {plan.shape.num_layers} layers", title_justify="left")
     for column in ("stage", "layers", "exits after layer", "trained by a rank"):

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from random import Random
-from typing import Any
 
 from ee_scale.backbone.families import ModelShape, family_of
+from ee_scale.config.schema import TrainingConfig, TuneConfig
 from ee_scale.elastic.architecture import HEADS
 from ee_scale.elastic.distill import FROZEN
 from ee_scale.elastic.factors import FactorPlan
@@ -44,7 +44,9 @@ class StageWork:
         return self.forward + self.backward + self.exits + self.teacher
 
 
-def flops_per_token(plan: TunePlan | SupernetPlan, config: Any = None, recipe_stage: int | None = None) -> list[float]:
+def flops_per_token(
+    plan: TunePlan | SupernetPlan, config: TrainingConfig = None, recipe_stage: int | None = None
+) -> list[float]:
     """FLOPs per token, forward and backward, of each launched stage: one replica, summed over its tensor ranks.
 
     config: of a tune run, for its sequence length and its losses (None: without attention and teacher).
@@ -53,7 +55,9 @@ def flops_per_token(plan: TunePlan | SupernetPlan, config: Any = None, recipe_st
     return [work.total for work in stage_work(plan, config, recipe_stage)]
 
 
-def stage_work(plan: TunePlan | SupernetPlan, config: Any = None, recipe_stage: int | None = None) -> list[StageWork]:
+def stage_work(
+    plan: TunePlan | SupernetPlan, config: TrainingConfig = None, recipe_stage: int | None = None
+) -> list[StageWork]:
     """The same, by kind of work."""
     if isinstance(plan, TunePlan):
         return tune_work(plan, config)
@@ -124,7 +128,7 @@ def adapter_parameters(plan: TunePlan) -> int:
     return backbone.rank * sum(ends[target] for target in backbone.targets)
 
 
-def tune_work(plan: TunePlan, config: Any = None) -> list[StageWork]:
+def tune_work(plan: TunePlan, config: TuneConfig = None) -> list[StageWork]:
     """Of a run on exits, the backbone frozen or not."""
     shape, mode = plan.shape, plan.backbone.mode
     seq_length = 0 if config is None else config.data.seq_length

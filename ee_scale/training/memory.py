@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ee_scale.backbone.parallel import padded_vocab
+from ee_scale.config.schema import TrainingConfig, TuneConfig
 from ee_scale.elastic.architecture import SHARDED, VOCAB
 from ee_scale.elastic.factors import FactorPlan
 from ee_scale.exits.heads import ExitSpec
@@ -40,7 +41,7 @@ def count(module: nn.Module | None) -> int:
     return 0 if module is None else sum(parameter.numel() for parameter in module.parameters())
 
 
-def tune_parameters(plan: TunePlan, config: Any, stage: int) -> Parameters:
+def tune_parameters(plan: TunePlan, config: TuneConfig, stage: int) -> Parameters:
     """What one rank of a stage holds and trains in a run on exits."""
     local = local_model(plan.model_config, plan.layout.tp, torch.float32)
     layer, norm, spec = local.base_model.layers[0], local.base_model.norm, plan.spec
@@ -161,7 +162,9 @@ class RankMemory:
         return sum(astuple(self))
 
 
-def rank_memory(plan: TunePlan | SupernetPlan, config: Any, *, bf16: bool, device: str = "cuda") -> list[RankMemory]:
+def rank_memory(
+    plan: TunePlan | SupernetPlan, config: TrainingConfig, *, bf16: bool, device: str = "cuda"
+) -> list[RankMemory]:
     """The most that one rank of each launched stage holds at one time."""
     size = 2 if bf16 else 4
     if isinstance(plan, TunePlan):
@@ -195,7 +198,7 @@ def _state(parameters: Parameters, dp: int, size: int) -> tuple[float, float, fl
     return size * parameters.held, whole * trained, divided * trained / dp, moment
 
 
-def _tune_memory(plan: TunePlan, config: Any, stage: int, size: int, device: str) -> RankMemory:
+def _tune_memory(plan: TunePlan, config: TuneConfig, stage: int, size: int, device: str) -> RankMemory:
     dtype, mode = {2: torch.bfloat16, 4: torch.float32}[size], plan.backbone.mode
     rows, length, exits = config.train.micro_batch_size, config.data.seq_length, len(plan.stages.exits(stage))
     parameters = tune_parameters(plan, config, stage)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig
 
 FUSED = "ee_scale_fused_sizes"  # attention that keeps what fused kernels keep, and computes nothing
 
@@ -90,7 +90,9 @@ class Passes:
     moved_training: int = 0
 
 
-def local_model(config: Any, tp: int, dtype: torch.dtype, attn_implementation: str | None = None) -> nn.Module:
+def local_model(
+    config: PreTrainedConfig, tp: int, dtype: torch.dtype, attn_implementation: str | None = None
+) -> nn.Module:
     """The model with one decoder layer at one tensor rank's sizes, on the meta device (vocabulary matrices whole)."""
     config = copy.deepcopy(config)
     config.num_hidden_layers = 1

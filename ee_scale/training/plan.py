@@ -2,14 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from ee_scale.backbone.families import ModelShape, shape_of
 from ee_scale.backbone.shard import tensor_plan
 from ee_scale.backbone.stages import StagePlan, plan_stages
 from ee_scale.config.checks import check_batch, check_tune
+from ee_scale.config.schema import BackboneConfig, TrainingConfig, TuneConfig
 from ee_scale.errors import UserError
 from ee_scale.exits.heads import ExitSpec
 from ee_scale.exits.joint import FROZEN, FULL, LOW_RANK, BackbonePlan
@@ -37,7 +38,7 @@ class TunePlan:
     """
 
     model_dir: Path
-    model_config: Any
+    model_config: PreTrainedConfig
     shape: ModelShape
     spec: ExitSpec
     stages: StagePlan
@@ -47,7 +48,7 @@ class TunePlan:
     backbone: BackbonePlan
 
 
-def plan_tune(config: Any, model_dir: Path, model_config: Any) -> TunePlan:
+def plan_tune(config: TuneConfig, model_dir: Path, model_config: PreTrainedConfig) -> TunePlan:
     """Check the config against the model and cut it into stages. Raises `UserError`."""
     check_tune(config)
     shape, parallel, exits = shape_of(model_config), config.parallel, config.exits
@@ -79,7 +80,7 @@ def plan_tune(config: Any, model_dir: Path, model_config: Any) -> TunePlan:
     )
 
 
-def backbone_plan(backbone: Any) -> BackbonePlan:
+def backbone_plan(backbone: BackboneConfig) -> BackbonePlan:
     """From the config group of that name."""
     return BackbonePlan(
         backbone.mode,
@@ -90,7 +91,7 @@ def backbone_plan(backbone: Any) -> BackbonePlan:
     )
 
 
-def check_fits(config: Any, max_positions: int, num_layers: int) -> None:
+def check_fits(config: TrainingConfig, max_positions: int, num_layers: int) -> None:
     """Refuse sequences and grids that are too long for the model. Raises `UserError`."""
     if config.data.seq_length > max_positions:
         raise UserError(

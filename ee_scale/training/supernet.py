@@ -1,13 +1,12 @@
 """The recipe `supernet`: factors of a weight-sharing supernet, stage after stage."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from types import SimpleNamespace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
+from ee_scale.config.schema import SupernetConfig
 from ee_scale.elastic.factors import FactorPlan, FactorSet
 from ee_scale.elastic.order import UnitOrder
 from ee_scale.elastic.sampling import ROLES, draw_stream
@@ -48,7 +47,7 @@ class SupernetRun:
     roles: Sequence[str] = ROLES
 
     @property
-    def config(self) -> Any:
+    def config(self) -> SupernetConfig:
         return self.plan.config
 
     @property
@@ -159,7 +158,7 @@ def _train_stage(run: SupernetRun, micro_batches: Iterator[dict[str, torch.Tenso
     """The rest of the current recipe stage. Raises RuntimeError if something frozen changed."""
     config, stage, end = run.config, run.plan.recipe.stages[run.index], run.plan.recipe.ends[run.index]
     before = run.stage.frozen_digest() if config.train.verify_frozen else ""
-    rate = LearningRate(SimpleNamespace(**{**dict(config.optim), "lr": run.plan.learning_rate(run.index)}), stage.steps)
+    rate = LearningRate(replace(config.optim, lr=run.plan.learning_rate(run.index)), stage.steps)
     trainable = FactorPlan(run.plan.map, run.plan.factor_settings(run.index), run.stage.new).parameters
     while run.step < end:
         loop.begin()

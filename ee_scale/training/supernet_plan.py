@@ -4,10 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any
+
+from transformers import PreTrainedConfig
 
 from ee_scale.backbone.stages import StagePlan, plan_stages
 from ee_scale.config.checks import check_batch, check_supernet
+from ee_scale.config.schema import SupernetConfig
+from ee_scale.config.supernet import RecipeStage
 from ee_scale.elastic.architecture import ARCHITECTURES, ElasticMap, architecture_of
 from ee_scale.elastic.distill import DistillSettings
 from ee_scale.elastic.factors import FactorPlan, FactorSettings
@@ -21,9 +24,9 @@ from ee_scale.training.plan import check_fits
 
 @dataclass(frozen=True)
 class Recipe:
-    """The stages of a run, as the config gives them (`RecipeStage`), end to end."""
+    """The stages of a run, as the config gives them, end to end."""
 
-    stages: Sequence[Any]
+    stages: Sequence[RecipeStage]
 
     @property
     def ends(self) -> list[int]:
@@ -58,7 +61,7 @@ class SupernetPlan:
         num_micro_batches: per optimizer step and rank.
     """
 
-    config: Any
+    config: SupernetConfig
     model_dir: Path
     map: ElasticMap
     labels: tuple[str, ...]
@@ -98,17 +101,17 @@ class SupernetPlan:
         return DistillSettings(*weights, d.temperature, d.teacher, d.loss_chunk_tokens)
 
 
-def task_of(config: Any, model_config: Any) -> str:
+def task_of(config: SupernetConfig, model_config: PreTrainedConfig) -> str:
     """The task of a run: as given, or by architecture. Raises `UserError`, also for an architecture of another task."""
-    if config.task is not None and config.task not in ("causal_lm", "classify"):
-        raise UserError(f"task={config.task}: choose one of causal_lm, classify")
     known = ARCHITECTURES.get(model_config.model_type)
     task = config.task or (known.task if known else "causal_lm")
     architecture_of(model_config, task)
     return task
 
 
-def plan_supernet(config: Any, model_dir: Path, model_config: Any, labels: Sequence[str] = ()) -> SupernetPlan:
+def plan_supernet(
+    config: SupernetConfig, model_dir: Path, model_config: PreTrainedConfig, labels: Sequence[str] = ()
+) -> SupernetPlan:
     """Check the config against model and data. Raises `UserError`."""
     check_supernet(config)
     task, parallel = task_of(config, model_config), config.parallel
@@ -132,7 +135,7 @@ def plan_supernet(config: Any, model_dir: Path, model_config: Any, labels: Seque
         model_dir=model_dir,
         map=elastic_map,
         labels=tuple(labels),
-        recipe=Recipe(list(config.stages)),
+        recipe=Recipe(config.stages),
         stages=plan_stages(shape.num_layers, parallel.pp, [shape.num_layers], given=parallel.stages, whole_model=True),
         layout=Layout(parallel.tp, parallel.pp, parallel.dp),
         parts=parts,
@@ -149,7 +152,7 @@ def _check_axes(plan: SupernetPlan, space: SearchSpace) -> None:
             raise UserError(f"stages: '{stage.name}' has axes={unknown}; known: {', '.join(AXES)}")
         if stage.axes and all(spec == plan.map.shape.full for spec in islice(space.members(stage.axes), 2)):
             raise UserError(
-                f"stages: nothing can shrink in '{stage.name}': space.* has the full size alone for {list(stage.axes)}"
+                f"stages: nothing can shrink in '{stage.name}': space.* has the full size alone for {stage.axes}"
             )
 
 

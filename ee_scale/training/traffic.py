@@ -7,6 +7,7 @@ from math import inf
 from typing import Any
 
 from ee_scale.backbone.parallel import padded_vocab
+from ee_scale.config.schema import SupernetConfig, TrainingConfig, TuneConfig
 from ee_scale.exits.joint import FULL, output_copies
 from ee_scale.training.cost import drawn_specs, draws_per_micro_batch
 from ee_scale.training.memory import supernet_parameters, tune_parameters
@@ -45,14 +46,14 @@ def ring(bytes_: float, ranks: int) -> float:
     return bytes_ * (ranks - 1) / ranks
 
 
-def step_traffic(plan: TunePlan | SupernetPlan, config: Any, *, bf16: bool) -> list[StageTraffic]:
+def step_traffic(plan: TunePlan | SupernetPlan, config: TrainingConfig, *, bf16: bool) -> list[StageTraffic]:
     """Of each launched stage; of a supernet: of its last recipe stage."""
     size = 2 if bf16 else 4
     of_stage = _tune_traffic if isinstance(plan, TunePlan) else _supernet_traffic
     return [of_stage(plan, config, stage, size) for stage in range(plan.stages.launched)]
 
 
-def _tune_traffic(plan: TunePlan, config: Any, stage: int, size: int) -> StageTraffic:
+def _tune_traffic(plan: TunePlan, config: TuneConfig, stage: int, size: int) -> StageTraffic:
     state = config.train.micro_batch_size * config.data.seq_length * plan.shape.hidden_size * size
     joint, last = plan.backbone.mode != "frozen", stage == plan.stages.launched - 1
     layers, exits, count = len(plan.stages.layers(stage)), len(plan.stages.exits(stage)), plan.num_micro_batches
@@ -73,7 +74,7 @@ def _tune_traffic(plan: TunePlan, config: Any, stage: int, size: int) -> StageTr
     return replace(traffic, stages=traffic.stages + 2 * ring(4 * rows * plan.shape.hidden_size, len(copies)))
 
 
-def _supernet_traffic(plan: SupernetPlan, config: Any, stage: int, size: int) -> StageTraffic:
+def _supernet_traffic(plan: SupernetPlan, config: SupernetConfig, stage: int, size: int) -> StageTraffic:
     index = len(plan.recipe.stages) - 1
     last, draws = stage == plan.stages.launched - 1, draws_per_micro_batch(plan, index)
     width = sum(spec.hidden * times for spec, times in drawn_specs(plan, index)) / draws

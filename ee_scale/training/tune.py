@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
 from ee_scale.backbone.shard import model_tensors
+from ee_scale.config.schema import TuneConfig
 from ee_scale.data.loader import batches
 from ee_scale.engine.clipping import ALL, TOGETHER
 from ee_scale.engine.frozen import EngineSettings, FrozenPipelineEngine
@@ -32,7 +32,7 @@ from ee_scale.training.schedules import LearningRate, loss_weights_at
 class TuneRun:
     """One rank's live run. `step` counts finished optimizer steps."""
 
-    config: Any
+    config: TuneConfig
     plan: TunePlan
     grid: Grid
     stage: TuningStage
@@ -81,7 +81,7 @@ def optimizer_name(k: int) -> str:
     return f"optimizer_{k:03d}.safetensors"
 
 
-def start_run(config: Any, plan: TunePlan, grid: Grid) -> TuneRun:
+def start_run(config: TuneConfig, plan: TunePlan, grid: Grid) -> TuneRun:
     """Build and load this rank's stage and wrap it in the engine. All ranks call it."""
     bf16 = uses_bf16(config.train.precision, grid.device)
     stage = build_stage(
@@ -105,7 +105,7 @@ def start_run(config: Any, plan: TunePlan, grid: Grid) -> TuneRun:
     return TuneRun(config, plan, grid, stage, JointPipelineEngine.build(stage, grid, settings))
 
 
-def engine_settings(config: Any, plan: TunePlan, bf16: bool) -> EngineSettings:
+def engine_settings(config: TuneConfig, plan: TunePlan, bf16: bool) -> EngineSettings:
     """The engine's view of the config."""
     optim, exits = config.optim, config.exits
     return EngineSettings(
