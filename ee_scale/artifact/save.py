@@ -19,7 +19,7 @@ from ee_scale.engine.state import MOMENTS, restore_tensors, whole_tensors
 from ee_scale.files import sync
 from ee_scale.grid import Grid
 from ee_scale.log import log
-from ee_scale.training.parts import Run
+from ee_scale.training.recipe import Run
 
 
 class NotWrittenError(Exception):

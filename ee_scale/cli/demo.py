@@ -11,9 +11,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import LlamaForCausalLM
 
 from ee_scale.artifact.export import export_early_exit
-from ee_scale.cli import evaluate, tune
+from ee_scale.cli import evaluate, train
 from ee_scale.cli.console import console
-from ee_scale.cli.inputs import load_tokenizer
+from ee_scale.data.inputs import load_tokenizer
 from ee_scale.config.compose import compose_config
 from ee_scale.config.schema import DemoConfig
 from ee_scale.data.builtin import llama_config, made_of, train_tokenizer
@@ -96,7 +96,7 @@ def _tune(backbone: Path, out: Path, config: DemoConfig) -> None:
         f"out={out}",
     ]
     remove_folder(out)
-    tune.run(compose_config("tune", overrides), overrides)
+    train.run("tune", compose_config("tune", overrides), overrides)
 
 
 def _measure(model: Path, config: DemoConfig, **settings: str) -> tuple[list[ExitQuality], int]:

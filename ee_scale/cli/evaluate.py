@@ -9,7 +9,7 @@ from rich.progress import track
 
 from ee_scale.backbone.loading import load_config
 from ee_scale.cli.console import console
-from ee_scale.cli.inputs import load_tokenizer, sources
+from ee_scale.data.inputs import load_tokenizer, sources
 from ee_scale.config.schema import CalibrateConfig, EvaluateConfig
 from ee_scale.data.dataset import check_tokens
 from ee_scale.data.encode import without_row

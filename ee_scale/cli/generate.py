@@ -9,8 +9,8 @@ from typing import Any
 from ee_scale.cli.console import console
 from ee_scale.cli.generate_job import Job, check_config, check_model, check_prompts
 from ee_scale.cli.generate_run import Answers, decode_here, decode_on_grid
-from ee_scale.cli.inputs import load_tokenizer
-from ee_scale.cli.ranks import run_ranks
+from ee_scale.data.inputs import load_tokenizer
+from ee_scale.launching.ranks import run_ranks
 from ee_scale.config.schema import GenerateConfig
 from ee_scale.errors import UserError
 from ee_scale.evaluation.colours import PieceStreamer, legend, paint

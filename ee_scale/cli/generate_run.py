@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ee_scale.cli.generate_job import Job, plain_words, policy_options
-from ee_scale.cli.inputs import load_tokenizer
+from ee_scale.data.inputs import load_tokenizer
 from ee_scale.config.schema import GenerateConfig
 from ee_scale.data.encode import token_with_row
 from ee_scale.exits.decision_log import DecisionLog

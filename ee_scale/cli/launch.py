@@ -4,7 +4,6 @@ What is started is a script of `launch/` with the values of the config in front 
 person starts by hand.
 """
 
-import importlib
 import os
 import re
 import shlex
@@ -15,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ee_scale.cli import train
 from ee_scale.cli.check import check_fits
 from ee_scale.config.groups import LauncherConfig
 from ee_scale.config.schema import TrainingConfig
@@ -22,6 +22,7 @@ from ee_scale.errors import RunError, UserError
 from ee_scale.files import write_text
 from ee_scale.grid import Layout
 from ee_scale.log import configure_logging, log
+from ee_scale.training.recipes import RECIPES
 
 TORCHRUN, SBATCH = "torchrun.sh", "slurm.sbatch"
 JOB = {"torchrun": "job.sh", "slurm": "job.sbatch"}  # their names in <out>/launch
@@ -52,16 +53,16 @@ def run(verb: str, config: TrainingConfig, overrides: Sequence[str]) -> int:
     if launcher.dry_run:
         sys.stdout.write(shlex.join(["ee-scale", *task.words]) + "\n")
         return 0
-    return importlib.import_module(f"ee_scale.cli.{verb}").run(config, task.words[1:]) or 0
+    return train.run(verb, config, task.words[1:])
 
 
 def check_task(verb: str, config: TrainingConfig, overrides: Sequence[str]) -> Task:
     """The run that a config asks for. Raises `UserError` for what its launcher, its model or its grid refuses."""
     check_launcher(config.launcher)
-    plan = importlib.import_module(f"ee_scale.cli.{verb}").make_plan(config)
+    recipe = RECIPES[verb].of(config)
     if config.launcher.kind == "local" or config.parallel.device_memory_gb is not None:
-        check_fits(plan, config)  # this machine may not be like those that the run is for
-    layout = plan.layout
+        check_fits(recipe)  # this machine may not be like those that the run is for
+    layout = recipe.plan.layout
     words = [word for word in overrides if not re.match(r"(--dry[-_]run|(launcher\.)?dry_run=)", word)]
     processes = layout.world_size if config.launcher.kind == "local" else split_grid(layout, config.launcher)
     return Task([verb, *words], Path(config.out).expanduser().absolute(), processes)

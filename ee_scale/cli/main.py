@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 
 from ee_scale.cli.help import overview, prefix_help, verb_help
-from ee_scale.cli.signals import STOPPING
+from ee_scale.launching.signals import STOPPING
 from ee_scale.config.compose import compose_config, to_yaml
 from ee_scale.config.schema import PREFIXES, TRAINING_VERBS, VERBS
 from ee_scale.errors import BAD_INPUT, FAILED, REQUEUE, Requeue, RunError, UserError
@@ -45,8 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         _prepare_libraries()
         _pick_accelerator(config)
-        if prefix is not None:
-            return importlib.import_module(f"ee_scale.cli.{prefix}").run(verb, config, rest) or 0
+        if verb in TRAINING_VERBS:
+            return importlib.import_module(f"ee_scale.cli.{prefix or 'train'}").run(verb, config, rest) or 0
         return importlib.import_module(f"ee_scale.cli.{verb}").run(config, rest) or 0
     except KeyboardInterrupt:
         return 130

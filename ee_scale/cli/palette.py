@@ -17,9 +17,9 @@ from ee_scale.artifact.run_folder import CONFIG
 from ee_scale.artifact.subnet import TrainedSupernet, read_supernet, subnet_model, write_subnet
 from ee_scale.backbone.loading import read_config
 from ee_scale.cli.console import console
-from ee_scale.cli.inputs import load_tokenizer, sources
+from ee_scale.data.inputs import load_tokenizer, sources
 from ee_scale.cli.supernet import ORDER
-from ee_scale.cli.supernet_data import encode_labelled
+from ee_scale.training.supernet_data import encode_labelled
 from ee_scale.config.compose import from_yaml
 from ee_scale.config.groups import ParallelConfig
 from ee_scale.config.schema import PaletteConfig, SupernetConfig

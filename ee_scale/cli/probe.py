@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from ee_scale.artifact.sidecar import SIDECAR_CONFIG
 from ee_scale.backbone.loading import load_config
 from ee_scale.cli.console import console
-from ee_scale.cli.inputs import load_tokenizer, sources
+from ee_scale.data.inputs import load_tokenizer, sources
 from ee_scale.config.schema import ProbeConfig
 from ee_scale.data.dataset import check_tokens
 from ee_scale.data.loader import windows

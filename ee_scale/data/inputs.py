@@ -8,8 +8,9 @@ from typing import Any
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer
 
-from ee_scale.config.schema import TrainingConfig
-from ee_scale.data.dataset import build_gpt_dataset
+from ee_scale.config.groups import DataConfig
+from ee_scale.data.dataset import build_gpt_dataset, check_tokens
+from ee_scale.data.text import prepare_text
 from ee_scale.errors import UserError, one_line
 
 # What tokenizers of some families need beside transformers.
@@ -21,20 +22,32 @@ def sources(path: Any) -> list[str]:
     return [str(path)] if isinstance(path, str) else [str(item) for item in path]
 
 
-def text_dataset(
-    config: TrainingConfig, tokenizer: Any, prefixes: list[str], num_samples: int, vocab_size: int
-) -> Dataset:
-    """Megatron's GPT dataset of a run's `data` group."""
+def check_run_text(data: DataConfig, model_dir: Path, vocab_size: int, *, progress: bool) -> dict[str, Any]:
+    """Tokenise what is not cached, check it against the model, and say which data it is. Raises `UserError`."""
+    tokenizer, names = load_tokenizer(model_dir), sources(data.path)
+    prefixes = prepare_text(names, tokenizer, model_dir, data.cache_dir, data.text_key, progress)
+    digests = check_tokens(prefixes, vocab_size, data.seq_length, names=names, tokenizer=tokenizer)
+    return data_identity(digests, tokenizer)
+
+
+def data_identity(digests: list[str], tokenizer: Any) -> dict[str, Any]:
+    """What the data is, whatever its path: digests of the tokens of each source, and the marks that losses know."""
+    return {"tokens": digests, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+
+
+def run_dataset(data: DataConfig, model_dir: Path, vocab_size: int, num_samples: int) -> Dataset:
+    """Megatron's GPT dataset of text that `check_run_text` has tokenised."""
+    tokenizer = load_tokenizer(model_dir)
     return build_gpt_dataset(
-        prefixes,
-        list(config.data.weights) if config.data.weights else None,
-        config.data.seq_length,
+        prepare_text(sources(data.path), tokenizer, model_dir, data.cache_dir, data.text_key, progress=False),
+        list(data.weights) if data.weights else None,
+        data.seq_length,
         num_samples,
-        config.data.seed,
+        data.seed,
         tokenizer.eos_token_id,
         tokenizer.pad_token_id,
         vocab_size,
-        config.data.cache_dir,
+        data.cache_dir,
     )
 
 

@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from ee_scale.artifact.run_folder import data_identity
-from ee_scale.cli.inputs import load_tokenizer, sources, text_dataset
+from ee_scale.data.inputs import check_run_text, data_identity, load_tokenizer, run_dataset, sources
 from ee_scale.config.schema import SupernetConfig
 from ee_scale.data.dataset import check_tokens
 from ee_scale.data.labelled import (
@@ -58,14 +57,11 @@ def prepare_data(plan: SupernetPlan, *, progress: bool) -> dict[str, Any]:
         for path, fields in [*((path, "data.valid") for path in valid), (sources(config.data.path)[0], "data")]:
             found = encode_labelled(plan, _examples(path, config, fields), tokenizer, fields)
         return data_identity([found.digest], tokenizer)
-    given = (tokenizer, plan.model_dir, config.data.cache_dir, config.data.text_key, progress)
     if valid:
+        given = (tokenizer, plan.model_dir, config.data.cache_dir, config.data.text_key, progress)
         prefixes = prepare_text(valid, *given, fields="data.valid")
         check_tokens(prefixes, vocab_size, 1, names=valid, fields="data.valid", tokenizer=tokenizer)
-    names = sources(config.data.path)
-    prefixes = prepare_text(names, *given)
-    digests = check_tokens(prefixes, vocab_size, config.data.seq_length, names=names, tokenizer=tokenizer)
-    return data_identity(digests, tokenizer)
+    return check_run_text(config.data, plan.model_dir, vocab_size, progress=progress)
 
 
 def encode_labelled(plan: SupernetPlan, examples: list[Example], tokenizer: Any, fields: str = "data") -> LabelledData:
@@ -79,14 +75,12 @@ class Data:
 
     def __init__(self, plan: SupernetPlan, grid: Grid):
         self.plan, self.grid, config = plan, grid, plan.config
-        tokenizer = load_tokenizer(plan.model_dir)
-        names = sources(config.data.path)
         if plan.task == "classify":
-            self.data = encode_labelled(plan, _examples(names[0], config), tokenizer)
+            examples = _examples(sources(config.data.path)[0], config)
+            self.data = encode_labelled(plan, examples, load_tokenizer(plan.model_dir))
             return
-        prefixes = prepare_text(names, tokenizer, plan.model_dir, config.data.cache_dir, config.data.text_key, False)
         samples = plan.recipe.total_steps * config.train.global_batch_size
-        self.data = text_dataset(config, tokenizer, prefixes, samples, plan.map.config.vocab_size)
+        self.data = run_dataset(config.data, plan.model_dir, plan.map.config.vocab_size, samples)
 
     def micro_batches(self, consumed_samples: int) -> Iterator[dict[str, torch.Tensor]]:
         """This replica's micro-batches after so many samples."""

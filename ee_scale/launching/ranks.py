@@ -2,7 +2,7 @@
 
 torchrun answers a signal by ending its ranks, 30 s later by force. Here SIGTERM and SIGUSR1 reach the ranks: they agree
 on a step, save and leave with code 75 (`ee_scale.training.loop`); the agent only waits for them.
-`python -m ee_scale.cli.ranks` is `torchrun` with that difference: launch/torchrun.sh starts it on every node.
+`python -m ee_scale.launching.ranks` is `torchrun` with that difference: launch/torchrun.sh starts it on every node.
 """
 
 import logging
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ee_scale.cli.signals import passing_on
+from ee_scale.launching.signals import passing_on
 from ee_scale.errors import BAD_INPUT, FAILED, REQUEUE, STOPPED, Requeue, RunError, UserError
 from ee_scale.log import spelled
 from ee_scale.reading import Count, check_fields, read_object
@@ -82,7 +82,7 @@ def run_agent(arguments: Sequence[str], environment: Mapping[str, str] | None = 
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
 
-    from ee_scale.cli.agent import UNREACHABLE, our_agent
+    from ee_scale.launching.agent import UNREACHABLE, our_agent
 
     _quieten()
     ended = Ended()

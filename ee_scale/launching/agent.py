@@ -21,7 +21,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousHandler, RendezvousInfo
 from torch.distributed.launcher import api
 
-from ee_scale.cli.signals import PASSED_ON, STOPPING, ranks_of_agent
+from ee_scale.launching.signals import PASSED_ON, STOPPING, ranks_of_agent
 from ee_scale.errors import BAD_INPUT, FAILED, REQUEUE, Requeue
 
 ON_PURPOSE = (REQUEUE, BAD_INPUT)
