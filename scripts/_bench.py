@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from ee_scale.backbone.loading import load_config
 from ee_scale.backbone.shard import model_tensors
 from ee_scale.backbone.stages import plan_stages
-from ee_scale.engine.frozen import EngineSettings, FrozenPipelineEngine
+from ee_scale.config.schema import ExitsConfig, TrainConfig, TuneConfig
+from ee_scale.engine.frozen import FrozenPipelineEngine
 from ee_scale.exits.heads import ExitSpec, Tap, build_exit_heads
-from ee_scale.exits.losses import LossSettings
 from ee_scale.exits.placement import exit_spec
 from ee_scale.exits.stage import build_stage, load_stage
 from ee_scale.grid import Grid
@@ -64,9 +64,9 @@ def build_engine(job: Job, grid: Grid, kind: type[FrozenPipelineEngine] = Frozen
     plan = plan_stages(job.layers, job.stages, spec.layers)
     stage = build_stage(config, plan, spec, grid, dtype_of(job))
     load_stage(stage, model_tensors(Path(job.folder), config), grid, init="copy", seed=0)
-    losses = LossSettings(job.vocab, chunk_tokens=job.chunk_tokens)
-    settings = EngineSettings(job.micro_batch, job.micro_batches, losses, bf16=dtype_of(job) == torch.bfloat16)
-    return kind.build(stage, grid, settings)
+    batch = job.micro_batch * job.micro_batches * grid.layout.dp
+    train = TrainConfig(micro_batch_size=job.micro_batch, global_batch_size=batch, spike_factor=0.0)
+    return kind.build(stage, grid, TuneConfig(exits=ExitsConfig(loss_chunk_tokens=job.chunk_tokens), train=train))
 
 
 def load_reference(job: Job, device: torch.device) -> tuple[nn.Module, nn.ModuleDict]:

@@ -119,17 +119,15 @@ def _tune(config: Any, plan: Any, grid: Any) -> int:
 
 def _supernet(config: Any, plan: Any, grid: Any) -> int:
     from ee_scale.elastic.order import UnitOrder
-    from ee_scale.elastic.sampling import draw_stream
     from ee_scale.training.supernet import begin_stage, build_stage, open_stages, start_run
 
     run = start_run(plan, grid, build_stage(plan, grid), UnitOrder.identity(plan.map.shape))
     micro_batches, loaded = _random_text(config, plan.map.config.vocab_size), anonymous_bytes()
-    for index, stage in enumerate(plan.recipe.stages):
+    for index in range(len(plan.recipe.stages)):
         open_stages(run, index)
         begin_stage(run)
         for step in range(STEPS):
-            draws = draw_stream(run.space, stage.axes, step, plan.num_micro_batches, plan.sampling, lambda spec: 1)
-            run.engine.train_step(micro_batches, draws)
+            run.engine.train_step(micro_batches, plan.draws(run.space, index, step, lambda spec: 1))
     return loaded
 
 

@@ -206,7 +206,7 @@ class Bench:
             run.engine.train_step(micro_batches, [Draw(0, RANDOM, spec, 1.0)])
 
     def _factors(self, run: SupernetRun, index: int) -> FactorPlan:
-        return FactorPlan(run.plan.map, run.plan.factor_settings(index), run.stage.new)
+        return run.plan.factors(index, run.stage.new)
 
     def add(self, result: Result) -> None:
         """Keep and tell."""

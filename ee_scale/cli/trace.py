@@ -24,8 +24,6 @@ from ee_scale.cli.supernet_data import prepare_data as prepare_supernet_data
 from ee_scale.config.groups import LoggingConfig
 from ee_scale.config.schema import SupernetConfig, TrainingConfig, TuneConfig
 from ee_scale.data.text import prepare_text
-from ee_scale.elastic.factors import FactorPlan
-from ee_scale.elastic.sampling import draw_stream
 from ee_scale.engine.observed import ObservedEngine
 from ee_scale.engine.timeline import StageTimeline, TimelineRecorder, chrome_trace, clock_offsets
 from ee_scale.errors import UserError
@@ -192,12 +190,11 @@ def _supernet(config: SupernetConfig) -> Traced:
         supernet_recipe.begin_stage(started)
         micro_batches = data.micro_batches(0)
         rate = LearningRate(replace(config.optim, lr=plan.learning_rate(index)), recipe.steps)
-        trainable = FactorPlan(plan.map, plan.factor_settings(index), stage.new).parameters
+        trainable = plan.factors(index, stage.new).parameters
 
         def step(number: int) -> None:
             started.engine.set_lr(rate.at(number - 1))
-            count = plan.num_micro_batches
-            draws = draw_stream(started.space, recipe.axes, first + number - 1, count, plan.sampling, trainable)
+            draws = plan.draws(started.space, index, first + number - 1, trainable)
             started.engine.train_step(micro_batches, draws)
 
         return started.engine, step

@@ -79,6 +79,11 @@ class BackboneConfig:
         False, "keep only each layer's input for the backward pass and compute the rest again"
     )
 
+    @property
+    def trains(self) -> bool:
+        """Whether gradients cross stages; then all stages run, and the model's own loss counts."""
+        return self.mode != "frozen"
+
 
 @dataclass
 class TrainConfig(BatchConfig):

@@ -167,7 +167,7 @@ def tune_work(plan: TunePlan, config: TuneConfig = None) -> list[StageWork]:
 
 def drawn_specs(plan: SupernetPlan, index: int) -> list[tuple[SubnetSpec, float]]:
     """(subnet, times per micro-batch) of a recipe stage: the full net, the smallest, and random ones on average."""
-    axes, sampling = plan.recipe.stages[index].axes, plan.sampling
+    axes, sampling = plan.recipe.stages[index].axes, plan.config.sampling
     specs = [(plan.map.shape.full, 1.0)]
     if axes:
         space, random = _space(plan), Random(0)
@@ -178,14 +178,14 @@ def drawn_specs(plan: SupernetPlan, index: int) -> list[tuple[SubnetSpec, float]
 
 def draws_per_micro_batch(plan: SupernetPlan, index: int) -> int:
     """Forward and backward passes of one micro-batch in a recipe stage."""
-    sampling = plan.sampling
+    sampling = plan.config.sampling
     return 1 + (sampling.smallest + sampling.randoms if plan.recipe.stages[index].axes else 0)
 
 
 def supernet_work(plan: SupernetPlan, index: int) -> list[StageWork]:
     """Of one recipe stage of a supernet run."""
     specs = drawn_specs(plan, index)
-    teaches = bool(plan.recipe.stages[index].axes) and plan.distill.teacher == FROZEN
+    teaches = bool(plan.recipe.stages[index].axes) and plan.config.distill.teacher == FROZEN
     counts = _FactorCounts(plan, index)
     return [
         _supernet_stage(plan, counts, specs, stage, teaches=teaches, index=index)
@@ -200,8 +200,8 @@ class _FactorCounts:
     def __init__(self, plan: SupernetPlan, index: int):
         self.map = plan.map
         first = min(plan.recipe.teacher_stages, index)
-        self.training = FactorPlan(plan.map, plan.factor_settings(index))
-        self.earlier = [FactorPlan(plan.map, plan.factor_settings(i)) for i in range(first, index)]
+        self.training = plan.factors(index)
+        self.earlier = [plan.factors(i) for i in range(first, index)]
 
     def pair(self, factors: FactorPlan, spec: SubnetSpec, module: str) -> int:
         """Multiply-adds per token of a matrix's low-rank pair."""
@@ -230,7 +230,7 @@ def _supernet_stage(
     index: int,
 ) -> StageWork:
     config, full = plan.config, plan.map.shape.full
-    seq_length, distill = config.data.seq_length, plan.distill
+    seq_length, distill = config.data.seq_length, plan.config.distill
     learns, last = bool(plan.recipe.stages[index].axes), stage == plan.stages.launched - 1
     features = min(distill.feature_dim, full.hidden) if learns and distill.feature_weight else 0
     forward = backward = head = 0.0

@@ -15,7 +15,6 @@ from torch import nn
 from ee_scale.backbone.parallel import padded_vocab
 from ee_scale.config.schema import TrainingConfig, TuneConfig
 from ee_scale.elastic.architecture import SHARDED, VOCAB
-from ee_scale.elastic.factors import FactorPlan
 from ee_scale.exits.heads import ExitSpec
 from ee_scale.training.cost import draws_per_micro_batch
 from ee_scale.training.passes import Passes, layer_call, local_model, watch
@@ -83,9 +82,9 @@ def supernet_parameters(plan: SupernetPlan, index: int, stage: int) -> Parameter
 
     frozen = sum(mine(described.items()))
     for earlier in range(index):
-        tensors = FactorPlan(plan.map, plan.factor_settings(earlier)).tensors
+        tensors = plan.factors(earlier).tensors
         frozen += sum(mine((module, tensor) for (module, _), tensor in tensors.items()))
-    tensors = FactorPlan(plan.map, plan.factor_settings(index)).tensors
+    tensors = plan.factors(index).tensors
     trained = mine((module, tensor) for (module, _), tensor in tensors.items())
     return Parameters(frozen, sum(trained), max(trained, default=0))
 
@@ -251,11 +250,12 @@ def _supernet_memory(plan: SupernetPlan, index: int, stage: int, size: int, devi
     weights, gradients, optimizer, moment = _state(parameters, plan.layout.dp, size)
     tokens, hidden = rows * length, plan.map.shape.hidden
     state = tokens * hidden * size
-    settings, last = plan.factor_settings(index), stage == plan.stages.launched - 1
+    rank, last = plan.recipe.stages[index].rank, stage == plan.stages.launched - 1
+    factors = config.factors
     local = local_model(plan.map.config, plan.layout.tp, dtype, config.model.attn_implementation)
-    layer = layer_passes(local, rows, length, _prefixes(settings.targets), settings.rank, vectors=settings.vectors)
+    layer = layer_passes(local, rows, length, _prefixes(factors.targets), rank, vectors=factors.vectors)
     layers, learns = len(plan.stages.layers(stage)), bool(plan.recipe.stages[index].axes)
-    features = min(plan.distill.feature_dim, hidden) if learns and plan.distill.feature_weight else 0
+    features = min(plan.config.distill.feature_dim, hidden) if learns and plan.config.distill.feature_weight else 0
     pairs = draws_per_micro_batch(plan, index) * plan.num_micro_batches
     flying = min(plan.stages.launched - stage, pairs)
     taught = plan.num_micro_batches * learns * (tokens * size * features * layers + state * last)
@@ -263,9 +263,9 @@ def _supernet_memory(plan: SupernetPlan, index: int, stage: int, size: int, devi
     logits = 0.0
     if last and plan.task == "causal_lm":
         columns = padded_vocab(plan.map.config.vocab_size, plan.layout.tp) // plan.layout.tp
-        trains = settings.rank or hidden
+        trains = rank or hidden
         logits = logits_bytes(
-            tokens, plan.distill.chunk_tokens, columns, size, pair=bool(settings.rank), teacher=learns,
+            tokens, plan.config.distill.loss_chunk_tokens, columns, size, pair=bool(rank), teacher=learns,
             largest=columns * trains,
         )  # fmt: skip
     crossing = 4 * state * (plan.stages.launched > 1)

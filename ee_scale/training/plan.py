@@ -13,7 +13,7 @@ from ee_scale.config.checks import check_batch, check_tune
 from ee_scale.config.schema import BackboneConfig, TrainingConfig, TuneConfig
 from ee_scale.errors import UserError
 from ee_scale.exits.heads import ExitSpec
-from ee_scale.exits.joint import FROZEN, FULL, LOW_RANK, BackbonePlan
+from ee_scale.exits.joint import FROZEN, FULL, LOW_RANK
 from ee_scale.exits.placement import (
     exit_cost,
     exit_spec,
@@ -45,7 +45,7 @@ class TunePlan:
     layout: Layout
     loss_weights: dict[int, float]
     num_micro_batches: int
-    backbone: BackbonePlan
+    backbone: BackboneConfig
 
 
 def plan_tune(config: TuneConfig, model_dir: Path, model_config: PreTrainedConfig) -> TunePlan:
@@ -56,7 +56,7 @@ def plan_tune(config: TuneConfig, model_dir: Path, model_config: PreTrainedConfi
     tensor_plan(model_config, parallel.tp)
     layers = resolve_exit_layers(exits.layers, shape.num_layers, parallel.pp, parallel.stages)
     spec = exit_spec(model_config, layers, exits.kind, exits.head, exits.rank)
-    backbone = backbone_plan(config.backbone)
+    backbone = config.backbone
     stages = plan_stages(
         shape.num_layers,
         parallel.pp,
@@ -77,17 +77,6 @@ def plan_tune(config: TuneConfig, model_dir: Path, model_config: PreTrainedConfi
         loss_weights=resolve_loss_weights(exits.loss_weights, layers),
         num_micro_batches=check_batch(config.train.global_batch_size, config.train.micro_batch_size, parallel.dp),
         backbone=backbone,
-    )
-
-
-def backbone_plan(backbone: BackboneConfig) -> BackbonePlan:
-    """From the config group of that name."""
-    return BackbonePlan(
-        backbone.mode,
-        backbone.rank,
-        tuple(backbone.targets),
-        backbone.final_weight,
-        backbone.activation_checkpointing,
     )
 
 

@@ -7,14 +7,13 @@ import torch
 from torch import nn
 
 from ee_scale.config.schema import SupernetConfig
-from ee_scale.elastic.factors import FactorPlan, FactorSet
+from ee_scale.elastic.factors import FactorSet
 from ee_scale.elastic.order import UnitOrder
-from ee_scale.elastic.sampling import ROLES, draw_stream
+from ee_scale.elastic.sampling import ROLES
 from ee_scale.elastic.stage import ElasticStage, base_tensors
 from ee_scale.elastic.subnet import SearchSpace
 from ee_scale.engine.clipping import TOGETHER
-from ee_scale.engine.setup import OptimizerSettings
-from ee_scale.engine.supernet import SupernetEngine, SupernetEngineSettings
+from ee_scale.engine.supernet import SupernetEngine
 from ee_scale.grid import Grid
 from ee_scale.log import log
 from ee_scale.training.cost import flops_per_token
@@ -100,7 +99,7 @@ def open_stages(run: SupernetRun, upto: int) -> None:
         for factors in run.factors:
             factors.freeze()
         index = run.index + 1
-        plan = FactorPlan(run.plan.map, run.plan.factor_settings(index), run.stage.new)
+        plan = run.plan.factors(index, run.stage.new)
         run.factors.append(FactorSet(run.stage, plan, index, run.config.train.seed))
 
 
@@ -110,18 +109,8 @@ def begin_stage(run: SupernetRun) -> None:
     for module in run.stage.elastic.values():
         for index in range(min(teacher, run.index)):
             module.merge(index)
-    optim, train, peak = run.config.optim, run.config.train, run.plan.learning_rate(run.index)
-    settings = SupernetEngineSettings(
-        micro_batch_size=train.micro_batch_size,
-        num_micro_batches=run.plan.num_micro_batches,
-        distill=run.plan.distill,
-        teacher_stages=teacher if recipe.axes else None,
-        optimizer=OptimizerSettings(peak, tuple(optim.betas), optim.eps, optim.weight_decay, optim.clip_grad),
-        bf16=run.stage.dtype == torch.bfloat16,
-        spike_factor=train.spike_factor,
-        seed=train.seed,
-    )
-    run.engine = SupernetEngine.build(run.stage, run.factors[-1], run.grid, settings)
+    teaches = teacher if recipe.axes else None
+    run.engine = SupernetEngine.build(run.stage, run.factors[-1], run.grid, run.config, teaches)
 
 
 def metrics_stream(run: SupernetRun) -> MetricsStream:
@@ -159,12 +148,12 @@ def _train_stage(run: SupernetRun, micro_batches: Iterator[dict[str, torch.Tenso
     config, stage, end = run.config, run.plan.recipe.stages[run.index], run.plan.recipe.ends[run.index]
     before = run.stage.frozen_digest() if config.train.verify_frozen else ""
     rate = LearningRate(replace(config.optim, lr=run.plan.learning_rate(run.index)), stage.steps)
-    trainable = FactorPlan(run.plan.map, run.plan.factor_settings(run.index), run.stage.new).parameters
+    trainable = run.plan.factors(run.index, run.stage.new).parameters
     while run.step < end:
         loop.begin()
         learning_rate = rate.at(run.optimizer_steps)
         run.engine.set_lr(learning_rate)
-        draws = draw_stream(run.space, stage.axes, run.step, run.plan.num_micro_batches, run.plan.sampling, trainable)
+        draws = run.plan.draws(run.space, run.index, run.step, trainable)
         run.roles = [role for role in ROLES if any(draw.role == role for draw in draws)]
         losses = run.engine.train_step(micro_batches, draws)
         last = run.step + 1 == end

@@ -1,6 +1,6 @@
 """Everything about a supernet run that follows from config, model and data, decided before any process starts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from pathlib import Path
@@ -12,11 +12,10 @@ from ee_scale.config.checks import check_batch, check_supernet
 from ee_scale.config.schema import SupernetConfig
 from ee_scale.config.supernet import RecipeStage
 from ee_scale.elastic.architecture import ARCHITECTURES, ElasticMap, architecture_of
-from ee_scale.elastic.distill import DistillSettings
-from ee_scale.elastic.factors import FactorPlan, FactorSettings
+from ee_scale.elastic.factors import FactorPlan
 from ee_scale.elastic.order import UnitOrder
-from ee_scale.elastic.sampling import SamplingSettings
-from ee_scale.elastic.subnet import AXES, SearchSpace, resolve_space
+from ee_scale.elastic.sampling import Draw, draw_stream
+from ee_scale.elastic.subnet import AXES, SearchSpace, SubnetSpec, resolve_space
 from ee_scale.errors import UserError
 from ee_scale.grid import Layout
 from ee_scale.training.plan import check_fits
@@ -84,21 +83,15 @@ class SupernetPlan:
         lr = self.recipe.stages[index].lr
         return self.config.optim.lr if lr is None else lr
 
-    def factor_settings(self, index: int) -> FactorSettings:
-        """What a recipe stage trains."""
-        factors = self.config.factors
-        return FactorSettings(self.recipe.stages[index].rank, tuple(factors.targets), factors.vectors)
+    def factors(self, index: int, new: Collection[str] = ()) -> FactorPlan:
+        """What a recipe stage trains; `new`: modules that the base folder lacks."""
+        return FactorPlan(self.map, self.config.factors, self.recipe.stages[index].rank, new)
 
-    @property
-    def sampling(self) -> SamplingSettings:
-        sampling = self.config.sampling
-        return SamplingSettings(sampling.smallest, sampling.randoms, sampling.gamma, self.config.train.seed)
-
-    @property
-    def distill(self) -> DistillSettings:
-        d = self.config.distill
-        weights = (d.kl_weight, d.feature_weight, d.feature_dim)
-        return DistillSettings(*weights, d.temperature, d.teacher, d.loss_chunk_tokens)
+    def draws(self, space: SearchSpace, index: int, step: int, trainable: Callable[[SubnetSpec], int]) -> list[Draw]:
+        """What trains in step `step` of the run, which lies in recipe stage `index`; see `draw_stream`."""
+        sampling, seed = self.config.sampling, self.config.train.seed
+        axes = self.recipe.stages[index].axes
+        return draw_stream(space, axes, step, self.num_micro_batches, sampling, seed, trainable)
 
 
 def task_of(config: SupernetConfig, model_config: PreTrainedConfig) -> str:
@@ -161,7 +154,7 @@ def recipe_rows(plan: SupernetPlan) -> list[tuple[str, ...]]:
     space, full = plan.space(UnitOrder.identity(plan.map.shape)), plan.map.shape.full
     rows = []
     for index, stage in enumerate(plan.recipe.stages):
-        factors = FactorPlan(plan.map, plan.factor_settings(index))
+        factors = plan.factors(index)
         smallest = space.smallest(stage.axes)
         rows.append(
             (

@@ -11,11 +11,9 @@ from ee_scale.backbone.shard import model_tensors
 from ee_scale.config.schema import TuneConfig
 from ee_scale.data.loader import batches
 from ee_scale.engine.clipping import ALL, TOGETHER
-from ee_scale.engine.frozen import EngineSettings, FrozenPipelineEngine
+from ee_scale.engine.frozen import FrozenPipelineEngine
 from ee_scale.engine.joint import FINAL, JointPipelineEngine
-from ee_scale.engine.setup import OptimizerSettings
 from ee_scale.exits.joint import FULL, JointStage, output_copies
-from ee_scale.exits.losses import LossSettings
 from ee_scale.exits.stage import TuningStage, build_stage, gather_whole, load_stage, local_slice
 from ee_scale.grid import Grid
 from ee_scale.log import log
@@ -97,32 +95,11 @@ def start_run(config: TuneConfig, plan: TunePlan, grid: Grid) -> TuneRun:
     )
     tensors = model_tensors(plan.model_dir, plan.model_config)
     load_stage(stage, tensors, grid, init=config.exits.init, seed=config.train.seed)
-    settings = engine_settings(config, plan, bf16)
     if not plan.backbone.trains:
-        return TuneRun(config, plan, grid, stage, FrozenPipelineEngine.build(stage, grid, settings))
+        return TuneRun(config, plan, grid, stage, FrozenPipelineEngine.build(stage, grid, config))
     copies = output_copies(plan.stages, plan.spec, plan.shape.tied_embeddings)
     stage.train_backbone(plan.backbone, copies, grid, config.train.seed)
-    return TuneRun(config, plan, grid, stage, JointPipelineEngine.build(stage, grid, settings))
-
-
-def engine_settings(config: TuneConfig, plan: TunePlan, bf16: bool) -> EngineSettings:
-    """The engine's view of the config."""
-    optim, exits = config.optim, config.exits
-    return EngineSettings(
-        micro_batch_size=config.train.micro_batch_size,
-        num_micro_batches=plan.num_micro_batches,
-        losses=LossSettings(
-            vocab_size=plan.shape.vocab_size,
-            chunk_tokens=exits.loss_chunk_tokens,
-            confidence_weighting=exits.confidence_weighting,
-            kl_weight=exits.kl_weight,
-            kl_temperature=exits.kl_temperature,
-        ),
-        optimizer=OptimizerSettings(optim.lr, tuple(optim.betas), optim.eps, optim.weight_decay, optim.clip_grad),
-        bf16=bf16,
-        spike_factor=config.train.spike_factor,
-        final_weight=plan.backbone.final_weight,
-    )
+    return TuneRun(config, plan, grid, stage, JointPipelineEngine.build(stage, grid, config))
 
 
 def metrics_stream(run: TuneRun) -> MetricsStream:

@@ -13,10 +13,10 @@ from ee_scale.backbone.loading import load_config
 from ee_scale.backbone.parallel import cut_dim
 from ee_scale.backbone.shard import BackboneStage, meta_model, model_tensors
 from ee_scale.backbone.stages import StagePlan, plan_stages
+from ee_scale.config.groups import OptimConfig
+from ee_scale.config.schema import ExitsConfig, TrainConfig, TuneConfig
 from ee_scale.engine import frozen
-from ee_scale.engine.frozen import EngineSettings, FrozenPipelineEngine
-from ee_scale.engine.setup import OptimizerSettings
-from ee_scale.exits.losses import LossSettings
+from ee_scale.engine.frozen import FrozenPipelineEngine
 from ee_scale.exits.placement import exit_spec
 from ee_scale.exits.stage import TuningStage, build_stage, load_stage
 from ee_scale.grid import Grid
@@ -43,16 +43,17 @@ def build_engine(
     stage = build_stage(config, plan, spec, grid, dtype, teacher=job.kl_weight > 0)
     load_stage(stage, model_tensors(folder, config), grid, init="copy", seed=0)
     add_start_noise(stage, grid)
-    losses = LossSettings(
-        VOCAB,
-        chunk_tokens=14,  # of 24 tokens: uneven chunks
+    exits = ExitsConfig(
+        loss_chunk_tokens=14,  # of 24 tokens: uneven chunks
         confidence_weighting=job.confidence,
         kl_weight=job.kl_weight,
         kl_temperature=job.kl_temperature,
     )
-    optimizer = OptimizerSettings(job.lr, job.betas, job.eps, job.weight_decay, job.clip_grad)
-    settings = EngineSettings(BATCH, job.micro_batches // grid.layout.dp, losses, optimizer, bf16=bf16)
-    engine = FrozenPipelineEngine.build(stage, grid, settings)
+    optim = OptimConfig(
+        lr=job.lr, betas=list(job.betas), eps=job.eps, weight_decay=job.weight_decay, clip_grad=job.clip_grad
+    )
+    train = TrainConfig(micro_batch_size=BATCH, global_batch_size=BATCH * job.micro_batches, spike_factor=0.0)
+    engine = FrozenPipelineEngine.build(stage, grid, TuneConfig(exits=exits, optim=optim, train=train))
     engine.loss_weights = {
         k: weight for k, weight in zip(job.exit_layers, job.loss_weights, strict=True) if k in stage.exit_layers
     }

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, BertConfig
 
 from ee_scale.cli.check import check_fits
 from ee_scale.config.compose import compose_config
-from ee_scale.elastic.factors import FactorPlan, FactorSet
+from ee_scale.elastic.factors import FactorSet
 from ee_scale.elastic.stage import ElasticStage
 from ee_scale.engine.schedule import FrozenSchedule, SupernetSchedule
 from ee_scale.errors import UserError
@@ -145,7 +145,7 @@ def bert(**changes: Any) -> BertConfig:
 
 def elastic_stage(plan: SupernetPlan, stage: int, device: str = "meta") -> tuple[ElasticStage, list[FactorSet]]:
     real = ElasticStage(plan.map, plan.stages, grid_of(plan, stage, device), torch.float32, "eager")
-    plans = [FactorPlan(plan.map, plan.factor_settings(i)) for i in range(len(plan.recipe.stages))]
+    plans = [plan.factors(i) for i in range(len(plan.recipe.stages))]
     return real, [FactorSet(real, factors, i, 0) for i, factors in enumerate(plans)]
 
 

@@ -9,6 +9,7 @@ from transformers import BertConfig
 
 from ee_scale.config.checks import check_supernet
 from ee_scale.config.compose import compose_config
+from ee_scale.config.supernet import DistillConfig, FactorsConfig, SamplingConfig
 from ee_scale.elastic.order import UnitOrder
 from ee_scale.elastic.subnet import SubnetSpec
 from ee_scale.errors import UserError
@@ -184,12 +185,10 @@ def test_settings_reach_the_parts_that_read_them():
         "loss_chunk_tokens: 11}",
         "train.seed=9",
     )
-    first, second = made.factor_settings(0), made.factor_settings(1)
-    assert (first.rank, second.rank, first.targets, first.vectors) == (2, 8, ("mlp",), False)
-    sampling, distill = made.sampling, made.distill
-    assert (sampling.smallest, sampling.randoms, sampling.gamma, sampling.seed) == (False, 3, -0.5, 9)
-    assert (distill.teacher, distill.kl_weight, distill.feature_weight) == ("live", 0.25, 0.5)
-    assert (distill.feature_dim, distill.temperature, distill.chunk_tokens) == (7, 2.0, 11)
+    first, second = made.factors(0), made.factors(1)
+    assert (first.rank, second.rank, first.config) == (2, 8, FactorsConfig(["mlp"], vectors=False))
+    assert made.config.sampling == SamplingConfig(smallest=False, randoms=3, gamma=-0.5)
+    assert made.config.distill == DistillConfig("live", 0.25, 0.5, 7, 2.0, 11)
 
 
 def test_stages_follow_each_other():
