@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from ee_scale.config.convert import ConvertConfig
 from ee_scale.convert import job
 from ee_scale.convert.job import run
-from ee_scale.config.convert import ConvertConfig
 from ee_scale.convert.plan import make_conversion
 from ee_scale.convert.unpickle import TRUST
 from ee_scale.errors import UserError
