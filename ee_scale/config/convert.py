@@ -1,6 +1,7 @@
 """Settings of `ee-scale convert`."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from omegaconf import MISSING
 
@@ -55,3 +56,20 @@ class ConvertConfig:
     plan: bool = setting(False, "print which tensors would be made of what, and stop")
     verify: bool = setting(False, "afterwards run random tokens through source and result, layer by layer, and compare")
     trust: bool = setting(False, "run code that pickled files of src name; only for files of people you trust")
+
+    @property
+    def src_folder(self) -> Path:
+        return Path(self.src).expanduser()
+
+    @property
+    def out_folder(self) -> Path:
+        return Path(self.out).expanduser()
+
+    @property
+    def model_folder(self) -> Path | None:
+        return None if self.model is None else Path(self.model).expanduser()
+
+    @property
+    def uneven(self) -> tuple[int | None, int | None]:
+        """Layers of the first and of the last stage where these were chosen."""
+        return self.first_stage_layers, self.last_stage_layers

@@ -14,12 +14,12 @@ from helpers import hangs
 from helpers.hangs import HangError, HangWatch, wait_asleep, wait_for
 from helpers.models import tiny_config, write_model
 from helpers.spawn import RankError, spawn
+from helpers.tuning import stage_backbone
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
 
 from ee_scale.backbone.loading import load_config
 from ee_scale.backbone.shard import tensor_plan
-from helpers.tuning import stage_backbone
 from ee_scale.backbone.stages import plan_stages
 from ee_scale.errors import UserError
 from ee_scale.grid import Layout, join_grid

@@ -10,11 +10,11 @@ import pytest
 import torch
 from helpers.models import tiny_config
 from helpers.spawn import spawn
+from helpers.tuning import stage_backbone
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from ee_scale.backbone.loading import load_config
-from helpers.tuning import stage_backbone
 from ee_scale.backbone.stages import plan_stages
 from ee_scale.grid import Layout, join_grid
 

@@ -10,11 +10,11 @@ from deepspeed.utils import safe_get_full_fp32_param
 from helpers.spawn import spawn
 from helpers.supernet import (
     MICRO_BATCHES,
-    ROWS,
+    SEED,
     SupernetJob,
     batch,
-    scrambled_order,
     config_of,
+    scrambled_order,
     small_space,
     write_base,
 )
