@@ -14,9 +14,9 @@ from ee_scale.convert.model import Model
 from ee_scale.convert.names import EMBEDDING, HEAD, MLP, Row, Rule
 from ee_scale.convert.tensors import Span
 from ee_scale.errors import UserError
-from ee_scale.exits.heads import ExitSpec
-from ee_scale.exits.modeling_early_exit import PREFIX
 from ee_scale.exits.placement import exit_spec
+from ee_scale.modeling.heads import ExitSpec
+from ee_scale.modeling.modeling_early_exit import PREFIX
 
 NORM = Row(("norm.weight",), "", "exit_norm.weight", Rule.WHOLE)
 

@@ -23,9 +23,9 @@ from ee_scale.backbone.parallel import (
 )
 from ee_scale.backbone.shard import BackboneStage, is_vocabulary, load_task, meta_model, output_matrix_name, tensor_plan
 from ee_scale.backbone.stages import StagePlan
-from ee_scale.exits.heads import ExitHead, ExitSpec, ExitTaps, Tap, build_exit_heads, run_single_layer
-from ee_scale.exits.versions import CACHE
 from ee_scale.grid import Grid
+from ee_scale.modeling.heads import ExitHead, ExitSpec, ExitTaps, Tap, build_exit_heads, run_single_layer
+from ee_scale.modeling.versions import CACHE
 
 StageType = TypeVar("StageType", bound="TuningStage")
 
