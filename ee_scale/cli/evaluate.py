@@ -23,6 +23,7 @@ from ee_scale.exits.placement import exit_spec, resolve_exit_layers
 from ee_scale.grid import pick_device
 from ee_scale.inference.model import open_model, untrained_exits
 from ee_scale.log import configure_logging
+from ee_scale.modeling.kinds import KINDS
 from ee_scale.modeling.policies import CALIBRATION_KEY
 
 
@@ -79,7 +80,7 @@ def open_for_measuring(config: Any) -> Any:
     if getattr(model_config, "early_exit", None) is not None:
         raise UserError(f"exits={config.exits}: {path} has exits already; leave exits out")
     layers = resolve_exit_layers(config.exits, model_config.num_hidden_layers)
-    head = "full" if config.kind == "embedding" else "tied"
+    head = "tied" if KINDS[config.kind].trains else "full"
     return untrained_exits(path, exit_spec(model_config, layers, config.kind, head, 1)).to(device)
 
 

@@ -22,6 +22,7 @@ from ee_scale.exits.placement import exit_spec, resolve_exit_layers
 from ee_scale.grid import pick_device
 from ee_scale.inference.model import open_model, untrained_exits
 from ee_scale.log import configure_logging
+from ee_scale.modeling.kinds import KINDS
 
 MOST_EXITS = 11
 
@@ -97,7 +98,7 @@ def _open(config: Any, path: Path) -> tuple[Any, bool]:
     layers = spread if config.layers is None else resolve_exit_layers(config.layers, count)
     if layers[-1] == count:
         raise UserError(f"layers={config.layers}: {count} is the final layer; exits lie before it")
-    head = "low_rank" if config.kind == "mlp" else "tied"
+    head = "low_rank" if KINDS[config.kind].body else "tied"
     return untrained_exits(path, exit_spec(model_config, layers, config.kind, head, 64)).to(device), True
 
 

@@ -21,6 +21,7 @@ from ee_scale.config.groups import (
     setting,
 )
 from ee_scale.config.supernet import PaletteConfig, SupernetConfig
+from ee_scale.modeling.kinds import KINDS
 
 
 @dataclass
@@ -30,7 +31,7 @@ class ExitsConfig:
         "where exits sit: layer numbers [3,6,9] (an exit at k reads the hidden state after k layers), "
         "fractions of the depth [0.25,0.5], or 'stages' for every stage boundary",
     )
-    kind: str = setting("mlp", "what an exit trains before its head", choices=("embedding", "norm", "mlp", "layer"))
+    kind: str = setting("mlp", "what an exit trains before its head", choices=KINDS)
     head: str = setting(
         "low_rank",
         "output head: the frozen lm_head (tied), lm_head plus a low-rank update, or an own copy (full)",
@@ -127,7 +128,7 @@ class EvaluateConfig:
     exits: Any = setting(
         None, "exit layers to measure on a model without exits, as untrained copies: what tuning would start from"
     )
-    kind: str = setting("mlp", "kind of those untrained exits", choices=("embedding", "norm", "mlp", "layer"))
+    kind: str = setting("mlp", "kind of those untrained exits", choices=KINDS)
     out: str | None = setting(None, "folder for evaluate.json, evaluate.csv and evaluate.png; null: table only")
     seq_length: int = setting(512, "tokens per sequence")
     batch_size: int = setting(4, "sequences per forward pass")

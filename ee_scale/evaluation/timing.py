@@ -130,8 +130,8 @@ def _exit_check(model: Any, k: int, one: torch.Tensor, cache: FilledCache) -> Ca
     """What decoding does at an exit: its modules, its head, the score and the token, both brought to the CPU."""
     spec, head, base = model.exit_spec, model.exit_heads[str(k)], model.base_model
     norm = getattr(base.layers[k - 1], spec.mlp_output_norm) if spec.mlp_output_norm else None
-    tap = Tap(one, one if spec.kind == "mlp" else None)
-    own_layer = None if head.layer is None else layer_pass(base, cache, one, [head.layer])
+    tap = Tap(one, one)
+    own_layer = layer_pass(base, cache, one, [head.body]) if spec.exit_kind.attends else None
 
     def run() -> None:
         states = head.hidden(tap, norm, lambda layer, x: own_layer())

@@ -67,7 +67,8 @@ def untrained_exits(folder: Path, spec: ExitSpec, **kwargs: Any) -> Any:
     layers, lm_head = model.base_model.layers, model.get_output_embeddings()
     with torch.no_grad():
         for k, head in model.exit_heads.items():
-            sources = [(head.mlp, layers[int(k) - 1].mlp), (head.layer, layers[-1]), (head.norm, model.base_model.norm)]
+            body = spec.exit_kind.body
+            sources = [(head.body, body and body.source(layers, int(k))), (head.norm, model.base_model.norm)]
             if isinstance(head.head, LowRankHead):
                 head.head.up.weight.zero_()
             else:

@@ -173,7 +173,7 @@ class PipelineDecoder:
         if k not in self.policy.layers:
             return
         silent = token.prefill or token.decided
-        if self.stage.spec.kind == "layer":
+        if self.stage.spec.exit_kind.attends:
             hidden = self.stage.exit_hidden(k, tap, self._exit_cache(k, token.row))  # its cache needs every token
         elif not silent:
             hidden = self.stage.exit_hidden(k, tap)
@@ -216,6 +216,6 @@ class PipelineDecoder:
             config = copy.copy(self.stage.backbone.base.config)
             config.num_hidden_layers = 1
             if getattr(config, "layer_types", None) is not None:
-                config.layer_types = [layer_type(self.stage.exit_heads[str(k)].layer)]
+                config.layer_types = [layer_type(self.stage.exit_heads[str(k)].body)]
             self.exit_caches[k, row] = DynamicCache(config=config)
         return self.exit_caches[k, row]

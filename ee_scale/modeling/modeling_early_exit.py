@@ -79,8 +79,8 @@ class EarlyExitMixin:
         if not output_exit_logits:
             return super().forward(**inputs)
         filled = inputs.get(CACHE)
-        if self.exit_spec.kind == "layer" and filled is not None and filled.get_seq_length() > 0:
-            raise ValueError("exits of kind 'layer' need the whole sequence: pass no filled cache")
+        if self.exit_spec.exit_kind.attends and filled is not None and filled.get_seq_length() > 0:
+            raise ValueError(f"exits of kind '{self.exit_spec.kind}' need the whole sequence: pass no filled cache")
         layers = self.base_model.layers
         taps = ExitTaps(self.exit_spec, {k: layers[k - 1] for k in self.exit_spec.layers})
         try:
