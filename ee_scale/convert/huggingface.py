@@ -25,7 +25,7 @@ from ee_scale.convert.tensors import Extent, Piece, Span, Stored, TensorInfo
 from ee_scale.errors import UserError
 from ee_scale.exits.placement import exits_of, read_spec
 from ee_scale.modeling.heads import ExitSpec
-from ee_scale.modeling.modeling_early_exit import AUTO_MAP, PREFIX, copy_code
+from ee_scale.modeling.modeling_early_exit import PREFIX, auto_map, copy_code
 from ee_scale.reading import read_object
 
 DROPPED = ("rotary_emb.inv_freq",)  # buffers of old files
@@ -122,14 +122,14 @@ def finish_folder(folder: Path, opened: Opened, dtype: torch.dtype, files: list[
         write_index(folder, {piece.key: file.name for file in files for piece in file.pieces})
     values = config_values(opened, dtype)
     if opened.model.exits:
-        values |= {"early_exit": opened.model.exits.to_dict(), "auto_map": AUTO_MAP}
+        values |= {"early_exit": opened.model.exits.to_dict(), "auto_map": auto_map(opened.model.exits)}
     types = {stored.extent.dtype for stored in opened.stored} | {piece.dtype for file in files for piece in file.pieces}
     calibrated = opened.exits_from if len(types) == 1 else None  # rounded exits decide otherwise
     _write_small(folder, opened, values, same_exits=calibrated is not None and calibrated == opened.small)
     if calibrated not in (None, opened.small) and (calibration := read_calibration(calibrated)) is not None:
         write_calibration(folder, calibration)
     if opened.model.exits:
-        copy_code(folder)
+        copy_code(opened.model.exits, folder)
 
 
 def copy_part(folder: Path, opened: Opened, dtype: torch.dtype) -> None:

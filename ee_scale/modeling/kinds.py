@@ -34,6 +34,10 @@ class Tap(NamedTuple):
     residual: torch.Tensor
     mlp_input: torch.Tensor | None = None
 
+    def at(self, positions: int | slice) -> Tap:
+        """Of these positions alone."""
+        return Tap(*(None if states is None else states[:, positions] for states in self))
+
 
 class Shape(Protocol):
     """The numbers of a model that costs follow from (`ee_scale.backbone.families.ModelShape`)."""

@@ -183,8 +183,7 @@ class LayerRunner:
             states = self._exit_layer(k, head.body, hidden, block)
             tap = Tap(states[:, at])
         elif self.taps is not None:
-            taken = self.taps.taps.pop(k)
-            tap = Tap(taken.residual[:, at], taken.mlp_input[:, at])
+            tap = self.taps.taps.pop(k).at(at)
         else:
             tap = Tap(hidden[:, at])
         output_norm = getattr(self.layers[k - 1], norm_name) if norm_name else None
