@@ -19,10 +19,10 @@ from ee_scale.backbone.shard import model_tensors
 from ee_scale.backbone.stages import plan_stages
 from ee_scale.config.schema import ExitsConfig, TrainConfig, TuneConfig
 from ee_scale.engine.frozen import FrozenPipelineEngine
-from ee_scale.exits.heads import ExitSpec, Tap, build_exit_heads
 from ee_scale.exits.placement import exit_spec
 from ee_scale.exits.stage import build_stage, load_stage
 from ee_scale.grid import Grid
+from ee_scale.modeling.heads import ExitSpec, Tap, build_exit_heads
 
 MicroBatches = list[dict[str, torch.Tensor]]
 

@@ -32,11 +32,11 @@ from typing import Any
 
 import torch
 from _palette_report import plot, print_tables
+from ee_scale.cli.supernet import Data, make_plan, prepare_data, unit_order
 from rich.console import Console
 from transformers import logging
 
 from ee_scale.cli.palette import held_out
-from ee_scale.cli.supernet import Data, make_plan, prepare_data, unit_order
 from ee_scale.config.compose import compose_config
 from ee_scale.elastic.factors import FactorPlan
 from ee_scale.elastic.order import UnitOrder

@@ -1,7 +1,6 @@
 """Exports of a run: the exits alone (sidecar), or one Hugging Face folder with base model and exits."""
 
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -22,9 +21,9 @@ from ee_scale.backbone.fingerprint import is_model
 from ee_scale.backbone.loading import SINGLE_NAME, TensorFolder, weight_files
 from ee_scale.backbone.narrowing import narrowed
 from ee_scale.errors import UserError
-from ee_scale.exits import modeling_early_exit
-from ee_scale.exits.modeling_early_exit import AUTO_MAP, CODE_FILES, PREFIX
 from ee_scale.files import write_text
+from ee_scale.modeling.heads import ExitSpec
+from ee_scale.modeling.modeling_early_exit import PREFIX, auto_map, copy_code
 from ee_scale.reading import read_object
 
 EXITS_SHARD = "model-exit-heads.safetensors"
@@ -94,7 +93,7 @@ def export_early_exit(run: Path, out: Path, step: int | None, copied: Callable[[
     Raises `UserError`.
     """
     trained = open_trained(run, step)
-    base = trained.base()
+    base, spec = trained.base(), ExitSpec.from_dict(trained.facts["early_exit"])
     with new_folder(out) as folder:
         weight_map = _copy_base(base, folder, copied)
         dtype = _dtype(weight_files(base.folder)[0])
@@ -102,10 +101,9 @@ def export_early_exit(run: Path, out: Path, step: int | None, copied: Callable[[
         save_file(tensors, folder / EXITS_SHARD, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, EXITS_SHARD)
         write_index(folder, weight_map)
-        own = {"early_exit": trained.facts["early_exit"], "auto_map": AUTO_MAP}
+        own = {"early_exit": trained.facts["early_exit"], "auto_map": auto_map(spec)}
         write_config(folder, stock_config(read_object(base.folder / "config.json")) | own)
-        for name in CODE_FILES:
-            shutil.copyfile(Path(modeling_early_exit.__file__).with_name(name), folder / name)
+        copy_code(spec, folder)
         write_text(folder / "README.md", _model_card(out, trained))
 
 

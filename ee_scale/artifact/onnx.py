@@ -26,7 +26,7 @@ from ee_scale.backbone.loading import read_config
 from ee_scale.backbone.model_tensors import ModelTensors
 from ee_scale.elastic.architecture import ARCHITECTURES, AUTO_CLASS, meta_model
 from ee_scale.errors import UserError, one_line
-from ee_scale.exits.versions import CACHE
+from ee_scale.modeling.versions import CACHE
 from ee_scale.reading import read_object
 
 

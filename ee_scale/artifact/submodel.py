@@ -18,8 +18,8 @@ from ee_scale.backbone.loading import SINGLE_NAME, TensorFolder, load_config
 from ee_scale.backbone.narrowing import narrowed
 from ee_scale.backbone.shard import meta_model, output_matrix_name
 from ee_scale.errors import UserError
-from ee_scale.exits.heads import ExitSpec
 from ee_scale.files import write_text
+from ee_scale.modeling.heads import ExitSpec
 from ee_scale.reading import read_object
 
 SHARD_BYTES = 4 << 30  # tensors that are in memory at the same time, and the size of a weight file
@@ -41,18 +41,17 @@ class Submodel:
 
     @property
     def num_layers(self) -> int:
-        """Layers of the stock model: an exit with a layer of its own brings one more."""
-        return self.k + (self.spec.kind == "layer")
+        """Layers of the stock model."""
+        return self.spec.exit_kind.stock_layers(self.k)
 
     def source(self, name: str) -> str:
         """Where a parameter of the stock model lies: 'exit.<name>', or its name in the base model."""
         last = f"model.layers.{self.num_layers - 1}."
         if name == "model.norm.weight":
             return "exit.norm.weight"
-        if self.spec.kind == "mlp" and name.startswith(last + "mlp."):
-            return f"exit.{name.removeprefix(last)}"
-        if self.spec.kind == "layer" and name.startswith(last):
-            return f"exit.layer.{name.removeprefix(last)}"
+        body = self.spec.exit_kind.body
+        if body and name.startswith(last + body.prefix):
+            return f"exit.{body.exit_prefix}{name.removeprefix(last)}"
         if name == "lm_head.weight":
             return "exit.head.weight" if self.spec.head == "full" else output_matrix_name(self.base)
         return name
@@ -92,11 +91,9 @@ def export_submodel(run: Path, out: Path, exit_layer: int, step: int | None = No
 def _check(run: Path, spec: ExitSpec, exit_layer: int) -> None:
     if exit_layer not in spec.layers:
         raise UserError(f"exit={exit_layer}: {run} has exits at layers {', '.join(map(str, spec.layers))}")
-    if spec.kind == "embedding":
-        # Raising rms_norm_eps until the norm only scales would do the same to the norms of all layers.
+    if spec.exit_kind.no_stock:
         raise UserError(
-            f"exit={exit_layer}: {run} has exits of kind 'embedding', whose head reads the hidden state without a "
-            "norm; a stock model always normalises in front of its head, so it cannot say the same; "
+            f"exit={exit_layer}: {run} has exits of kind '{spec.kind}', {spec.exit_kind.no_stock}; "
             "use kind=early_exit or kind=sidecar"
         )
 
@@ -107,8 +104,8 @@ def _cut_config(base: Path, submodel: Submodel) -> dict[str, Any]:
     config, count = load_config(base), submodel.num_layers
     # Written out even where the file has none: some families derive the types from the number of layers.
     if types := getattr(config, "layer_types", None):
-        own = types[-1:] if submodel.spec.kind == "layer" else []  # the exit's own layer is a copy of the last one
-        values["layer_types"] = [*types[: submodel.k], *own]
+        own = types[-1:] * submodel.spec.exit_kind.attends  # the exit's own layer is a copy of the last one
+        values["layer_types"] = [*types[: count - len(own)], *own]
     values["num_hidden_layers"] = count
     values["tie_word_embeddings"] = config.tie_word_embeddings and submodel.spec.head == "tied"
     return stock_config(values)

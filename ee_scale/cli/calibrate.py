@@ -14,8 +14,8 @@ import numpy as np
 from ee_scale.artifact.calibration import write_calibration
 from ee_scale.cli.console import console
 from ee_scale.cli.evaluate import check_length, read_prefixes, read_tagged, with_progress
-from ee_scale.data.inputs import load_tokenizer, sources
 from ee_scale.config.schema import CalibrateConfig
+from ee_scale.data.inputs import load_tokenizer, sources
 from ee_scale.errors import UserError
 from ee_scale.evaluation.calibration import LOSS_CAP, Calibrated, Goal, calibrate, shortlist
 from ee_scale.evaluation.records import Records, Window, batched, collect

@@ -13,12 +13,12 @@ from transformers import LlamaForCausalLM
 from ee_scale.artifact.export import export_early_exit
 from ee_scale.cli import evaluate, train
 from ee_scale.cli.console import console
-from ee_scale.data.inputs import load_tokenizer
 from ee_scale.config.compose import compose_config
 from ee_scale.config.schema import DemoConfig
 from ee_scale.data.builtin import llama_config, made_of, train_tokenizer
 from ee_scale.data.corpora import open_source, python_documents
 from ee_scale.data.dataset import build_gpt_dataset
+from ee_scale.data.inputs import load_tokenizer
 from ee_scale.data.loader import batches
 from ee_scale.data.text import prepare_text
 from ee_scale.evaluation.colours import coloured_text, first_agreeing_exits, legend

@@ -9,10 +9,10 @@ from rich.progress import track
 
 from ee_scale.backbone.loading import load_config
 from ee_scale.cli.console import console
-from ee_scale.data.inputs import load_tokenizer, sources
 from ee_scale.config.schema import CalibrateConfig, EvaluateConfig
 from ee_scale.data.dataset import check_tokens
 from ee_scale.data.encode import without_row
+from ee_scale.data.inputs import load_tokenizer, sources
 from ee_scale.data.text import prepare_text
 from ee_scale.errors import UserError
 from ee_scale.evaluation import report
@@ -21,10 +21,11 @@ from ee_scale.evaluation.records import Records, Window, batched, collect
 from ee_scale.evaluation.sweep import SweepPoint, calibrated_point, sweep, time_points
 from ee_scale.evaluation.tags import stream_windows, tagged_windows
 from ee_scale.exits.placement import exit_spec, resolve_exit_layers
-from ee_scale.exits.policies import CALIBRATION_KEY
 from ee_scale.grid import pick_device
 from ee_scale.inference.model import open_model, untrained_exits
 from ee_scale.log import configure_logging
+from ee_scale.modeling.kinds import KINDS
+from ee_scale.modeling.policies import CALIBRATION_KEY
 
 
 def run(config: EvaluateConfig, overrides: Sequence[str]) -> int:
@@ -70,7 +71,7 @@ def open_for_measuring(config: EvaluateConfig) -> Any:
     if getattr(model_config, "early_exit", None) is not None:
         raise UserError(f"exits={config.exits}: {path} has exits already; leave exits out")
     layers = resolve_exit_layers(config.exits, model_config.num_hidden_layers)
-    head = "full" if config.kind == "embedding" else "tied"
+    head = "tied" if KINDS[config.kind].trains else "full"
     return untrained_exits(path, exit_spec(model_config, layers, config.kind, head, 1)).to(device)
 
 

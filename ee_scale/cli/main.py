@@ -9,10 +9,10 @@ import warnings
 from collections.abc import Sequence
 
 from ee_scale.cli.help import overview, prefix_help, verb_help
-from ee_scale.launching.signals import STOPPING
 from ee_scale.config.compose import compose_config, to_yaml
 from ee_scale.config.schema import PREFIXES, TRAINING_VERBS, VERBS
 from ee_scale.errors import BAD_INPUT, FAILED, REQUEUE, Requeue, RunError, UserError
+from ee_scale.launching.signals import STOPPING
 from ee_scale.log import spelled
 from ee_scale.reading import shown
 

@@ -15,11 +15,11 @@ from rich.table import Table
 
 from ee_scale.cli.console import console
 from ee_scale.cli.launch import Task, check_task, start
-from ee_scale.launching.signals import passing_on
 from ee_scale.config.compose import PATH_SHORTHANDS, compose_config, find_setting
 from ee_scale.config.schema import TRAINING_VERBS, TrainingConfig
 from ee_scale.config.words import is_text, sweep_values, write_word
 from ee_scale.errors import FAILED, REQUEUE, UserError
+from ee_scale.launching.signals import passing_on
 from ee_scale.log import configure_logging, log
 from ee_scale.reading import parse_json
 

@@ -17,13 +17,12 @@ from ee_scale.artifact.run_folder import CONFIG
 from ee_scale.artifact.subnet import TrainedSupernet, read_supernet, subnet_model, write_subnet
 from ee_scale.backbone.loading import read_config
 from ee_scale.cli.console import console
-from ee_scale.data.inputs import load_tokenizer, sources
 from ee_scale.cli.supernet import ORDER
-from ee_scale.training.supernet_data import encode_labelled
 from ee_scale.config.compose import from_yaml
 from ee_scale.config.groups import ParallelConfig
 from ee_scale.config.schema import PaletteConfig, SupernetConfig
 from ee_scale.data.dataset import check_tokens
+from ee_scale.data.inputs import load_tokenizer, sources
 from ee_scale.data.labelled import check_labels, evaluation_batches, read_labelled
 from ee_scale.data.loader import windows
 from ee_scale.data.text import prepare_text
@@ -40,6 +39,7 @@ from ee_scale.files import remove_folder
 from ee_scale.grid import Layout, join_grid, pick_device
 from ee_scale.log import configure_logging
 from ee_scale.training.supernet import build_stage, open_stages, start_run
+from ee_scale.training.supernet_data import encode_labelled
 from ee_scale.training.supernet_plan import SupernetPlan, plan_supernet
 
 LIMITS = ("params", "flops", "latency_ms", "memory_mb")

@@ -11,9 +11,9 @@ from transformers import PreTrainedConfig
 from ee_scale.artifact.sidecar import SIDECAR_CONFIG
 from ee_scale.backbone.loading import load_config
 from ee_scale.cli.console import console
-from ee_scale.data.inputs import load_tokenizer, sources
 from ee_scale.config.schema import ProbeConfig
 from ee_scale.data.dataset import check_tokens
+from ee_scale.data.inputs import load_tokenizer, sources
 from ee_scale.data.loader import windows
 from ee_scale.data.text import prepare_text
 from ee_scale.errors import UserError
@@ -24,6 +24,7 @@ from ee_scale.exits.placement import exit_spec, resolve_exit_layers
 from ee_scale.grid import pick_device
 from ee_scale.inference.model import open_model, untrained_exits
 from ee_scale.log import configure_logging
+from ee_scale.modeling.kinds import KINDS
 
 MOST_EXITS = 11
 
@@ -87,7 +88,7 @@ def _open(config: ProbeConfig, path: Path) -> tuple[Any, bool]:
     layers = spread if config.layers is None else resolve_exit_layers(config.layers, count)
     if layers[-1] == count:
         raise UserError(f"layers={config.layers}: {count} is the final layer; exits lie before it")
-    head = "low_rank" if config.kind == "mlp" else "tied"
+    head = "low_rank" if KINDS[config.kind].body else "tied"
     return untrained_exits(path, exit_spec(model_config, layers, config.kind, head, 64)).to(device), True
 
 

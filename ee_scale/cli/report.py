@@ -7,8 +7,8 @@ from typing import Any
 from rich.progress import track
 
 from ee_scale.cli.console import console
-from ee_scale.data.inputs import sources
 from ee_scale.config.schema import ReportConfig
+from ee_scale.data.inputs import sources
 from ee_scale.evaluation.log_report import report_table, warnings, write_log_report
 from ee_scale.evaluation.log_summary import NO_TAG, bucket_seconds, log_files, summarise
 

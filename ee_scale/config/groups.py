@@ -1,6 +1,6 @@
 """Settings that several commands share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,9 +25,23 @@ def above(bound: float) -> Rule:
     return Rule(f"must be above {bound}", lambda value: value > bound)
 
 
-def one_of(*choices: str) -> Rule:
+@dataclass(frozen=True)
+class Choices:
+    """One of these words; what is added to them later counts too."""
+
+    choices: Collection[str]
+
+    @property
+    def words(self) -> str:
+        return f"choose one of {', '.join(self.choices)}"
+
+    def holds(self, value: Any) -> bool:
+        return value in self.choices
+
+
+def one_of(*choices: str) -> Choices:
     """One of these words."""
-    return Rule(f"choose one of {', '.join(choices)}", lambda value: value in choices)
+    return Choices(choices)
 
 
 def setting(default: Any, text: str, **metadata: Any) -> Any:

@@ -13,6 +13,7 @@ from omegaconf import MISSING
 from ee_scale.config.convert import ConvertConfig
 from ee_scale.config.groups import (
     BatchConfig,
+    Choices,
     DataConfig,
     LauncherConfig,
     LoggingConfig,
@@ -26,6 +27,7 @@ from ee_scale.config.groups import (
     setting,
 )
 from ee_scale.config.supernet import PaletteConfig, SupernetConfig
+from ee_scale.modeling.kinds import KINDS
 
 FINITE = Rule("must be above 0", lambda value: 0 < value < inf)
 SHARE = Rule("must be between 0 and 1", lambda value: 0 < value < 1)
@@ -38,7 +40,7 @@ class ExitsConfig:
         "where exits sit: layer numbers [3,6,9] (an exit at k reads the hidden state after k layers), "
         "fractions of the depth [0.25,0.5], or 'stages' for every stage boundary",
     )
-    kind: str = setting("mlp", "what an exit trains before its head", rule=one_of("embedding", "norm", "mlp", "layer"))
+    kind: str = setting("mlp", "what an exit trains before its head", rule=Choices(KINDS))
     head: str = setting(
         "low_rank",
         "output head: the frozen lm_head (tied), lm_head plus a low-rank update, or an own copy (full)",
@@ -138,7 +140,7 @@ class EvaluateConfig:
     exits: Any = setting(
         None, "exit layers to measure on a model without exits, as untrained copies: what tuning would start from"
     )
-    kind: str = setting("mlp", "kind of those untrained exits", rule=one_of("embedding", "norm", "mlp", "layer"))
+    kind: str = setting("mlp", "kind of those untrained exits", rule=Choices(KINDS))
     out: str | None = setting(None, "folder for evaluate.json, evaluate.csv and evaluate.png; null: table only")
     seq_length: int = setting(512, "tokens per sequence", rule=at_least(1))
     batch_size: int = setting(4, "sequences per forward pass", rule=at_least(1))

@@ -1,7 +1,6 @@
 """Hugging Face folders: read with or without exits (or as a sidecar), written in shards of a given size."""
 
 import math
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,9 @@ from ee_scale.convert.files import SafetensorsFile, safetensors_extents
 from ee_scale.convert.model import Model, Opened, check_whole
 from ee_scale.convert.tensors import Extent, Piece, Span, Stored, TensorInfo
 from ee_scale.errors import UserError
-from ee_scale.exits import modeling_early_exit
-from ee_scale.exits.heads import ExitSpec
-from ee_scale.exits.modeling_early_exit import AUTO_MAP, CODE_FILES, PREFIX
 from ee_scale.exits.placement import exits_of, read_spec
+from ee_scale.modeling.heads import ExitSpec
+from ee_scale.modeling.modeling_early_exit import PREFIX, auto_map, copy_code
 from ee_scale.reading import read_object
 
 DROPPED = ("rotary_emb.inv_freq",)  # buffers of old files
@@ -124,15 +122,14 @@ def finish_folder(folder: Path, opened: Opened, dtype: torch.dtype, files: list[
         write_index(folder, {piece.key: file.name for file in files for piece in file.pieces})
     values = config_values(opened, dtype)
     if opened.model.exits:
-        values |= {"early_exit": opened.model.exits.to_dict(), "auto_map": AUTO_MAP}
+        values |= {"early_exit": opened.model.exits.to_dict(), "auto_map": auto_map(opened.model.exits)}
     types = {stored.extent.dtype for stored in opened.stored} | {piece.dtype for file in files for piece in file.pieces}
     calibrated = opened.exits_from if len(types) == 1 else None  # rounded exits decide otherwise
     _write_small(folder, opened, values, same_exits=calibrated is not None and calibrated == opened.small)
     if calibrated not in (None, opened.small) and (calibration := read_calibration(calibrated)) is not None:
         write_calibration(folder, calibration)
     if opened.model.exits:
-        for name in CODE_FILES:
-            shutil.copyfile(Path(modeling_early_exit.__file__).with_name(name), folder / name)
+        copy_code(opened.model.exits, folder)
 
 
 def copy_part(folder: Path, opened: Opened, dtype: torch.dtype) -> None:

@@ -75,6 +75,8 @@ def check_layout(model: Model, layout: Layout) -> None:
             raise UserError(
                 f"tp={layout.tp}: classes=legacy needs tp to divide num_key_value_heads={model.map.shape.num_kv_heads}"
             )
+        if model.exits and model.exits.exit_kind.ee_llm is None:
+            raise UserError(f"classes=legacy: EE-LLM has no exits of kind '{model.exits.kind}'")
     elif model.exits:
         raise UserError("classes=core: Megatron-Core has no exits; use classes=legacy (EE-LLM), or drop the exits")
 
@@ -92,8 +94,8 @@ def rank_pieces(model: Model, layout: Layout, rank: int, stage: int, chunk: int 
         here = [k for k, place, _ in hosted if place == local]
         for row in model.map.layer_rows:
             key = names.layer(row)
-            if here and model.exits.kind == "mlp":
-                key = key.replace("mlp.dense", "mlp.trunk.dense")
+            if here:
+                key = model.exits.exit_kind.ee_llm_layer_key(key)
             yield mine(row, f"{names.layers}{local}.{key}", f"model.layers.{first + local}.")
         for k in here:
             for key, row, prefix in exit_rows(model.exits, model.map.layer_rows, k):

@@ -99,7 +99,6 @@ EMBEDDING = Row(
 )
 FINAL_NORM = Row(("model.norm.weight",), "decoder.final_layernorm.weight", "encoder.final_norm.weight", Rule.WHOLE)
 HEAD = Row(("lm_head.weight",), "output_layer.weight", "output_layer.weight", Rule.VOCAB)
-MLP = tuple(row for row in LAYER if row.hf[0].startswith("mlp."))
 
 FAMILY_LAYERS = {"llama": LAYER, "mistral": LAYER, "qwen2": (*LAYER, QKV_BIAS), "qwen3": (*LAYER, *QK_NORMS)}
 

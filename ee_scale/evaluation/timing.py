@@ -9,9 +9,9 @@ import torch
 from torch.nn.functional import linear
 
 from ee_scale.evaluation.cost_model import Costs
-from ee_scale.exits.heads import Tap
-from ee_scale.exits.policies import score
-from ee_scale.exits.versions import CACHE
+from ee_scale.modeling.heads import Tap
+from ee_scale.modeling.policies import score
+from ee_scale.modeling.versions import CACHE
 
 ROWS = (1, 2, 4, 8, 16)
 SHORTLIST = 16_384  # tokens; FR-Spec (arXiv 2502.14856) keeps a quarter of a vocabulary of 128k
@@ -130,8 +130,8 @@ def _exit_check(model: Any, k: int, one: torch.Tensor, cache: FilledCache) -> Ca
     """What decoding does at an exit: its modules, its head, the score and the token, both brought to the CPU."""
     spec, head, base = model.exit_spec, model.exit_heads[str(k)], model.base_model
     norm = getattr(base.layers[k - 1], spec.mlp_output_norm) if spec.mlp_output_norm else None
-    tap = Tap(one, one if spec.kind == "mlp" else None)
-    own_layer = None if head.layer is None else layer_pass(base, cache, one, [head.layer])
+    tap = Tap(one, one)
+    own_layer = layer_pass(base, cache, one, [head.body]) if spec.exit_kind.attends else None
 
     def run() -> None:
         states = head.hidden(tap, norm, lambda layer, x: own_layer())

@@ -7,7 +7,8 @@ from typing import Any
 from ee_scale.backbone.families import ModelShape, family_of
 from ee_scale.backbone.stages import balanced_bounds
 from ee_scale.errors import UserError, one_line
-from ee_scale.exits.heads import ExitSpec
+from ee_scale.modeling.heads import ExitSpec
+from ee_scale.modeling.kinds import KINDS
 
 
 def read_spec(values: Any, here: Any, num_layers: int | None = None) -> ExitSpec:
@@ -70,8 +71,8 @@ def resolve_loss_weights(weights: Any, exit_layers: Sequence[int]) -> dict[int, 
 
 def exit_spec(model_config: Any, layers: Sequence[int], kind: str, head: str, rank: int) -> ExitSpec:
     """The spec of these exits on this model. Raises `UserError` if nothing would be trained."""
-    if kind == "embedding" and head == "tied":
-        raise UserError("exits.kind=embedding with exits.head=tied has nothing to train; use head=low_rank or full")
+    if not KINDS[kind].trains and head == "tied":
+        raise UserError(f"exits.kind={kind} with exits.head=tied has nothing to train; use head=low_rank or full")
     family = family_of(model_config)
     return ExitSpec(
         layers=tuple(layers),
@@ -86,10 +87,9 @@ def exit_spec(model_config: Any, layers: Sequence[int], kind: str, head: str, ra
 
 def exit_parameters(spec: ExitSpec, shape: ModelShape) -> int:
     """Trainable parameters of one exit (norms and biases left out)."""
-    body = {"mlp": shape.mlp_parameters, "layer": shape.layer_parameters}.get(spec.kind, 0)
     vocabulary = shape.vocab_size * shape.hidden_size
     head = {"full": vocabulary, "low_rank": spec.rank * (shape.vocab_size + shape.hidden_size)}.get(spec.head, 0)
-    return body + head
+    return spec.exit_kind.parameters(shape) + head
 
 
 def exit_cost(spec: ExitSpec, shape: ModelShape) -> float:

@@ -14,11 +14,11 @@ from ee_scale.backbone.loading import TensorFolder, load_config, read_config
 from ee_scale.backbone.narrowing import narrowed
 from ee_scale.backbone.shard import model_tensors
 from ee_scale.errors import UserError, one_line
-from ee_scale.exits import modeling_early_exit as modeling
-from ee_scale.exits.heads import ExitSpec, LowRankHead
 from ee_scale.exits.placement import exits_of, read_spec
-from ee_scale.exits.policies import CALIBRATION_KEY
 from ee_scale.inference.weights import tensors_with_exits
+from ee_scale.modeling import modeling_early_exit as modeling
+from ee_scale.modeling.heads import ExitSpec, LowRankHead
+from ee_scale.modeling.policies import CALIBRATION_KEY
 
 
 class EarlyExitForCausalLM(modeling.EarlyExitForCausalLM):
@@ -67,7 +67,8 @@ def untrained_exits(folder: Path, spec: ExitSpec, **kwargs: Any) -> Any:
     layers, lm_head = model.base_model.layers, model.get_output_embeddings()
     with torch.no_grad():
         for k, head in model.exit_heads.items():
-            sources = [(head.mlp, layers[int(k) - 1].mlp), (head.layer, layers[-1]), (head.norm, model.base_model.norm)]
+            body = spec.exit_kind.body
+            sources = [(head.body, body and body.source(layers, int(k))), (head.norm, model.base_model.norm)]
             if isinstance(head.head, LowRankHead):
                 head.head.up.weight.zero_()
             else:

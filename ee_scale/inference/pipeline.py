@@ -17,13 +17,13 @@ from transformers import DynamicCache, GenerationConfig
 
 from ee_scale.backbone.stages import StagePlan
 from ee_scale.errors import UserError
-from ee_scale.exits.heads import Tap, layer_type
-from ee_scale.exits.policies import Decisions, ExitPolicy
 from ee_scale.exits.stage import TuningStage
-from ee_scale.exits.versions import CACHE
 from ee_scale.grid import Grid
 from ee_scale.inference.pipeline_messages import Decision, Line, Token
 from ee_scale.inference.pipeline_rows import Row, RowMaker
+from ee_scale.modeling.heads import Tap, layer_type
+from ee_scale.modeling.policies import Decisions, ExitPolicy
+from ee_scale.modeling.versions import CACHE
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class PipelineDecoder:
         if k not in self.policy.layers:
             return
         silent = token.prefill or token.decided
-        if self.stage.spec.kind == "layer":
+        if self.stage.spec.exit_kind.attends:
             hidden = self.stage.exit_hidden(k, tap, self._exit_cache(k, token.row))  # its cache needs every token
         elif not silent:
             hidden = self.stage.exit_hidden(k, tap)
@@ -216,6 +216,6 @@ class PipelineDecoder:
             config = copy.copy(self.stage.backbone.base.config)
             config.num_hidden_layers = 1
             if getattr(config, "layer_types", None) is not None:
-                config.layer_types = [layer_type(self.stage.exit_heads[str(k)].layer)]
+                config.layer_types = [layer_type(self.stage.exit_heads[str(k)].body)]
             self.exit_caches[k, row] = DynamicCache(config=config)
         return self.exit_caches[k, row]

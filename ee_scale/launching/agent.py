@@ -21,8 +21,8 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousHandler, RendezvousInfo
 from torch.distributed.launcher import api
 
-from ee_scale.launching.signals import PASSED_ON, STOPPING, ranks_of_agent
 from ee_scale.errors import BAD_INPUT, FAILED, REQUEUE, Requeue
+from ee_scale.launching.signals import PASSED_ON, STOPPING, ranks_of_agent
 
 ON_PURPOSE = (REQUEUE, BAD_INPUT)
 BEAT, SILENCE = 1.0, 10.0  # seconds between two signs of life, and without one until a machine counts as gone

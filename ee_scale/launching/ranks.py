@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ee_scale.launching.signals import passing_on
 from ee_scale.errors import BAD_INPUT, FAILED, REQUEUE, STOPPED, Requeue, RunError, UserError
+from ee_scale.launching.signals import passing_on
 from ee_scale.log import spelled
 from ee_scale.reading import Count, check_fields, read_object
 

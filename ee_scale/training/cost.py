@@ -17,7 +17,8 @@ from ee_scale.elastic.distill import FROZEN
 from ee_scale.elastic.factors import FactorPlan
 from ee_scale.elastic.order import UnitOrder
 from ee_scale.elastic.subnet import SearchSpace, SubnetSpec, drop_order
-from ee_scale.exits.heads import ExitSpec
+from ee_scale.modeling.heads import ExitSpec
+from ee_scale.modeling.kinds import attention_flops
 from ee_scale.training.plan import TunePlan
 from ee_scale.training.supernet_plan import SupernetPlan
 
@@ -77,11 +78,6 @@ _FIELDS = ("forward", "backward", "exits", "teacher")
 # -- exits -------------------------------------------------------------------------------------------------------------
 
 
-def attention_flops(shape: ModelShape, seq_length: int) -> float:
-    """Scores and weighted values of one layer, forward, per token."""
-    return 4 * seq_length * shape.num_heads * shape.head_dim
-
-
 def exit_flops(
     spec: ExitSpec,
     shape: ModelShape,
@@ -100,21 +96,15 @@ def exit_flops(
     for the weights of the tokens; pre_norm: a layer reads a normed state.
     """
     width, vocabulary = shape.hidden_size, 2 * shape.vocab_size * shape.hidden_size
-    body = 0.0
-    if spec.kind == "mlp":
-        matrix = 2 * width * shape.intermediate_size
-        body = 2 * matrix * (2 + through) + 3 * matrix  # gate and up read what is frozen, down does not
-    elif spec.kind == "layer":
-        attention = 2 * width * shape.head_dim * (shape.num_heads + 2 * shape.num_kv_heads)  # q, k, v
-        body = 3 * (2 * shape.layer_parameters + attention_flops(shape, seq_length))
-        body -= attention * (not pre_norm and not through)
-    reaches = spec.kind != "embedding" or through  # a gradient is wanted in front of the head
+    kind = spec.exit_kind
+    reaches = kind.trains or through  # a gradient is wanted in front of the head
     head = vocabulary * ((2 if spec.head == "full" or trains_matrix else 1) + reaches)
     once = vocabulary
     if spec.head == "low_rank":
         down, up = 2 * spec.rank * width, 2 * spec.rank * shape.vocab_size
         head += down * (2 + reaches) + 3 * up
         once += down + up
+    body = kind.training_flops(shape, seq_length, through=through, pre_norm=pre_norm)
     return body + head + vocabulary * teacher + once * confidence
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 import torch.distributed as dist
 
 from ee_scale.engine.observed import ObservedEngine
@@ -99,7 +98,9 @@ class Loop:
         if self.run.grid.writes_stage():
             for key, reason in guard.reasons.items():
                 log.warning("step %d: update of %s left out (%s)", self.run.step, _name(key), reason)
-        self.stream.add(self.run.step, made.learning_rate, made.losses, grad_norms=engine.grad_norms, skipped=engine.skipped)
+        self.stream.add(
+            self.run.step, made.learning_rate, made.losses, grad_norms=engine.grad_norms, skipped=engine.skipped
+        )
         given_up = max(guard.in_a_row.values(), default=0) >= train.max_skipped
         self.votes.cast(self.signals.number, given_up)
         saves = made.last or self.run.step % train.save_every == 0

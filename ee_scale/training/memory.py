@@ -15,7 +15,7 @@ from torch import nn
 from ee_scale.backbone.parallel import padded_vocab
 from ee_scale.config.schema import TrainingConfig, TuneConfig
 from ee_scale.elastic.architecture import SHARDED, VOCAB
-from ee_scale.exits.heads import ExitSpec
+from ee_scale.modeling.heads import ExitSpec, Tap
 from ee_scale.training.cost import draws_per_micro_batch
 from ee_scale.training.passes import Passes, layer_call, local_model, watch
 from ee_scale.training.plan import TunePlan
@@ -53,14 +53,15 @@ def tune_parameters(plan: TunePlan, config: TuneConfig, stage: int) -> Parameter
     shares = plan.shape.tied_embeddings and stage == 0  # one matrix for both ends
     backbone = layers * count(layer) + vocabulary * (stage == 0) + vocabulary * bool(needs_head and not shares)
     backbone += count(norm) * (last and (teaches or mode != "frozen"))
-    bodies = {"mlp": layer.mlp, "layer": layer}
+    body = spec.exit_kind.body and spec.exit_kind.body.of(layer)
+    own_norm = count(norm) * spec.exit_kind.normed
     head = {"full": vocabulary, "low_rank": spec.rank * (width + rows)}.get(spec.head, 0)
-    per_exit = count(bodies.get(spec.kind)) + head + (0 if spec.kind == "embedding" else count(norm))
+    per_exit = count(body) + head + own_norm
     trained, biggest = exits * per_exit, [0]
     if exits:
-        biggest.append(0 if spec.kind == "embedding" else count(norm))
+        biggest.append(own_norm)
         biggest.append({"full": vocabulary, "low_rank": spec.rank * max(width, rows)}.get(spec.head, 0))
-        biggest += [p.numel() for p in bodies[spec.kind].parameters()] if spec.kind in bodies else []
+        biggest += [p.numel() for p in body.parameters()] if body is not None else []
     if mode == "low_rank":
         adapted = add_pairs(layer, plan.backbone.rank, _prefixes(plan.backbone.targets))
         trained += layers * count(adapted)
@@ -206,7 +207,7 @@ def _tune_memory(plan: TunePlan, config: TuneConfig, stage: int, size: int, devi
     local = local_model(plan.model_config, plan.layout.tp, dtype, config.model.attn_implementation)
     teaches, last = config.exits.kl_weight > 0, stage == plan.stages.launched - 1
     body = exit_passes(local, plan.spec, rows, length, through=mode != "frozen")
-    taps = (1 + (plan.spec.kind == "mlp")) * state
+    taps = plan.spec.exit_kind.states_read * state
     if mode == "frozen":
         layers = layer_passes(local, rows, length, (), 0).forward
         held = plan.num_micro_batches if teaches else 1
@@ -300,18 +301,13 @@ def layer_passes(
 def exit_passes(local: nn.Module, spec: ExitSpec, rows: int, length: int, *, through: bool) -> Passes:
     """The modules of one exit in front of its head."""
     layer, call = layer_call(local, rows, length)
-    norm, parts = local.base_model.norm, nn.ModuleList()
-    if spec.kind in ("mlp", "layer"):
-        parts.append(layer.mlp if spec.kind == "mlp" else layer)
-    if spec.kind != "embedding":
-        parts.append(norm)
+    kind, norm = spec.exit_kind, local.base_model.norm
+    body = kind.body and kind.body.of(layer)
+    parts = nn.ModuleList([body] * (body is not None) + [norm] * kind.normed)
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        if spec.kind == "mlp":
-            x = x + layer.mlp(x)
-        elif spec.kind == "layer":
-            x = call(x)
-        return x if spec.kind == "embedding" else norm(x)
+        x = kind.states(body, Tap(x, x), None, lambda _, hidden: call(hidden))
+        return norm(x) if kind.normed else x
 
     x = torch.empty(rows, length, local.config.hidden_size, dtype=local.dtype, device="meta")
     return watch(run, parts, x, needs=through)

@@ -12,7 +12,6 @@ from ee_scale.backbone.stages import StagePlan, plan_stages
 from ee_scale.config.checks import check_batch, check_tune
 from ee_scale.config.schema import BackboneConfig, TrainingConfig, TuneConfig
 from ee_scale.errors import UserError
-from ee_scale.exits.heads import ExitSpec
 from ee_scale.exits.joint import FROZEN, FULL, LOW_RANK
 from ee_scale.exits.placement import (
     exit_cost,
@@ -21,6 +20,7 @@ from ee_scale.exits.placement import (
     resolve_loss_weights,
 )
 from ee_scale.grid import Layout
+from ee_scale.modeling.heads import ExitSpec
 
 # Passes over a layer's matrices per token: forward; and gradient of the input; and gradient of the weights.
 LAYER_PASSES = {FROZEN: 1.0, LOW_RANK: 2.0, FULL: 3.0}

@@ -9,15 +9,11 @@ from typing import Any
 from ee_scale.backbone.parallel import padded_vocab
 from ee_scale.config.schema import SupernetConfig, TrainingConfig, TuneConfig
 from ee_scale.exits.joint import FULL, output_copies
+from ee_scale.modeling.kinds import LAYER_BACKWARD, LAYER_FORWARD
 from ee_scale.training.cost import drawn_specs, draws_per_micro_batch
 from ee_scale.training.memory import supernet_parameters, tune_parameters
 from ee_scale.training.plan import TunePlan
 from ee_scale.training.supernet_plan import SupernetPlan
-
-# All-reduces of a whole hidden state inside a decoder layer: behind attention and MLP going forward; of the input
-# gradients of q, k, v, gate and up going backward (each projection does its own).
-LAYER_FORWARD, LAYER_BACKWARD = 2, 5
-MLP_FORWARD, MLP_BACKWARD = 1, 2
 
 
 @dataclass(frozen=True)
@@ -61,9 +57,7 @@ def _tune_traffic(plan: TunePlan, config: TuneConfig, stage: int, size: int) -> 
     teaches = config.exits.kl_weight > 0
     if teaches and plan.stages.launched > 1:
         crossing += state * last  # the teacher's states, from the last stage to all
-    per_exit = {"mlp": MLP_FORWARD + MLP_BACKWARD * joint, "layer": LAYER_FORWARD + LAYER_BACKWARD}.get(
-        plan.spec.kind, 0
-    )
+    per_exit = plan.spec.exit_kind.all_reduces(joint)
     calls = layers * (LAYER_FORWARD + LAYER_BACKWARD * joint) + exits * (per_exit + 1) + (stage == 0) + joint * last
     trained = tune_parameters(plan, config, stage).trained
     traffic = _traffic(plan, count, crossing, calls, state, trained, size)

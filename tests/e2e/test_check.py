@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
+from ee_scale.cli.tune import make_plan
 from helpers.cli import run_cli
 
-from ee_scale.cli.tune import make_plan
 from ee_scale.config.compose import compose_config
 from ee_scale.training.memory import rank_memory
 

@@ -15,12 +15,12 @@ from helpers.launcher import noted, recorder
 import ee_scale
 from ee_scale.cli.launch import seconds, split_grid
 from ee_scale.cli.main import main
-from ee_scale.launching.ranks import Ended, exit_code
-from ee_scale.launching.ranks import main as main_of_ranks
-from ee_scale.launching.signals import STOPPING
 from ee_scale.config.groups import LauncherConfig
 from ee_scale.errors import Requeue, RunError, UserError
 from ee_scale.grid import Layout
+from ee_scale.launching.ranks import Ended, exit_code
+from ee_scale.launching.ranks import main as main_of_ranks
+from ee_scale.launching.signals import STOPPING
 
 ROOT = Path(ee_scale.__file__).parents[1]
 TUNE = ["launch", "tune", "+debug=cpu"]

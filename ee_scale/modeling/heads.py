@@ -1,19 +1,19 @@
 """An early exit: what it reads from the backbone, the modules it adds, and its logits.
 
-This file and `modeling_early_exit.py` are copied into every exported folder, so they import torch and
-transformers only. Tensors: B sequences, S positions, D hidden size, V vocabulary (V/tp under tensor parallelism).
+Tensors: B sequences, S positions, D hidden size, V vocabulary (V/tp under tensor parallelism).
 """
 
 import copy
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
-KINDS = ("embedding", "norm", "mlp", "layer")
+from .kinds import KINDS, ExitKind, Tap
+
 HEADS = ("tied", "low_rank", "full")
 LARGEST_RANK, LARGEST_CAP = 1 << 20, 1e30
 
@@ -24,7 +24,7 @@ class ExitSpec:
 
     Attributes:
         layers: an exit at k reads the hidden state after k layers, k = 1..L.
-        kind: modules in front of the head (paper's names): none, norm, MLP + norm, decoder layer + norm.
+        kind: a name of `KINDS`: what is in front of the head.
         head: `tied` (the frozen lm_head), `low_rank` (lm_head + up(down(x))), `full` (its own matrix).
         rank: r of the low-rank head.
         mlp_input_norm, mlp_output_norm, logit_softcap: see `ee_scale.backbone.families.Family`; the last is a value.
@@ -44,8 +44,9 @@ class ExitSpec:
         if not isinstance(values, dict) or not isinstance(values.get("layers"), list | tuple):
             raise ValueError("early_exit: 'layers' is missing or no list")
         spec = cls(**{**values, "layers": tuple(values["layers"])})
-        if spec.kind not in KINDS or spec.head not in HEADS:
-            raise ValueError(f"early_exit: kind={spec.kind!r} (of {KINDS}), head={spec.head!r} (of {HEADS})")
+        kinds = tuple(KINDS)  # unlike a dict it can be asked for anything that JSON holds
+        if spec.kind not in kinds or spec.head not in HEADS:
+            raise ValueError(f"early_exit: kind={spec.kind!r} (of {kinds}), head={spec.head!r} (of {HEADS})")
         if any(type(k) is not int or k < 1 for k in spec.layers):
             raise ValueError("early_exit: layers are not whole numbers from 1 on")
         if type(spec.rank) is not int or not 1 <= spec.rank <= LARGEST_RANK:
@@ -58,6 +59,11 @@ class ExitSpec:
             raise ValueError("early_exit: logit_softcap is not a number above 0")
         return spec
 
+    @property
+    def exit_kind(self) -> ExitKind:
+        """What `kind` names."""
+        return KINDS[self.kind]
+
     def capped(self, logits: torch.Tensor) -> torch.Tensor:
         """cap x tanh(logits / cap) for models that cap their logits (Gemma-2)."""
         cap = self.logit_softcap
@@ -66,17 +72,6 @@ class ExitSpec:
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
         return {**asdict(self), "layers": list(self.layers)}
-
-
-class Tap(NamedTuple):
-    """What an exit reads.
-
-    residual [B, S, D]: the hidden state after the layer; for `mlp`, the residual stream after its attention.
-    mlp_input [B, S, D]: for `mlp`, what the layer's own MLP reads; else None.
-    """
-
-    residual: torch.Tensor
-    mlp_input: torch.Tensor | None = None
 
 
 class ExitTaps:
@@ -93,12 +88,7 @@ class ExitTaps:
             if self.thread in (None, threading.get_ident()):
                 self.taps[k] = tap
 
-        if spec.kind != "mlp":
-            return layer.register_forward_hook(lambda m, args, out: keep(Tap(out)))
-        if spec.mlp_input_norm is None:
-            return layer.mlp.register_forward_pre_hook(lambda m, args: keep(Tap(args[0], args[0])))
-        norm = getattr(layer, spec.mlp_input_norm)
-        return norm.register_forward_hook(lambda m, args, out: keep(Tap(args[0], out)))
+        return spec.exit_kind.watch(layer, spec.mlp_input_norm, keep)
 
     def pop(self) -> dict[int, Tap]:
         """The taps of the last forward pass; they are forgotten here, so that no activation outlives its use."""
@@ -135,18 +125,26 @@ class ExitHead(nn.Module):
         spec: ExitSpec,
         hidden_size: int,
         vocab_size: int,
-        mlp: nn.Module | None = None,
-        layer: nn.Module | None = None,
+        body: nn.Module | None = None,
         norm: nn.Module | None = None,
     ):
+        """body: goes by the name that the kind gives it, 'mlp' or 'layer', here and in files."""
         super().__init__()
         self.spec = spec
-        self.mlp, self.layer, self.norm = mlp, layer, norm
+        if body is not None:
+            self.add_module(spec.exit_kind.body.name, body)
+        self.norm = norm
         self.head: nn.Module | None = None
         if spec.head == "low_rank":
             self.head = LowRankHead(hidden_size, vocab_size, spec.rank)
         elif spec.head == "full":
             self.head = nn.Linear(hidden_size, vocab_size, bias=False)
+
+    @property
+    def body(self) -> nn.Module | None:
+        """What its kind copies of a decoder layer."""
+        body = self.spec.exit_kind.body
+        return None if body is None else getattr(self, body.name)
 
     def hidden(
         self,
@@ -154,18 +152,8 @@ class ExitHead(nn.Module):
         mlp_output_norm: nn.Module | None = None,
         run_layer: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Tap -> [B, S, D], ready for the head.
-
-        The `mlp` exit is a sibling of the layer's own MLP, e = a + MLP(u) (EE-LLM; facts of arXiv 2402.00518), in the
-        backbone's order of operations, so that a copied MLP gives the backbone's own hidden state bit for bit.
-        `mlp_output_norm` is the backbone's frozen norm behind its MLP, where the family has one.
-        """
-        hidden = tap.residual
-        if self.mlp is not None:
-            update = self.mlp(tap.mlp_input)
-            hidden = hidden + (update if mlp_output_norm is None else mlp_output_norm(update))
-        if self.layer is not None:
-            hidden = run_layer(self.layer, hidden)
+        """Tap -> [B, S, D], ready for the head; see `ExitKind.states`."""
+        hidden = self.spec.exit_kind.states(self.body, tap, mlp_output_norm, run_layer)
         return hidden if self.norm is None else self.norm(hidden)
 
     def logits(self, hidden: torch.Tensor, lm_head: nn.Module | None) -> torch.Tensor:
@@ -180,24 +168,13 @@ class ExitHead(nn.Module):
 
 
 def build_exit_heads(spec: ExitSpec, layers: Sequence[nn.Module], norm: nn.Module, vocab_size: int) -> nn.ModuleDict:
-    """The exit heads of a model, keyed by layer, as copies of the backbone's modules (architecture and dtype).
-
-    mlp <- the MLP of the same layer, layer <- the last layer, norm <- the final norm.
-    """
-    hidden_size = norm.weight.shape[0]
-    heads = {}
+    """The exit heads of a model, keyed by layer, as copies of the backbone's modules (architecture and dtype)."""
+    hidden_size, kind, heads = norm.weight.shape[0], spec.exit_kind, {}
     for index, k in enumerate(spec.layers):
-        layer = copy.deepcopy(layers[-1]) if spec.kind == "layer" else None
-        if layer is not None:
-            layer.self_attn.layer_idx = len(layers) + index  # its place in a cache, behind the model's own layers
-        heads[str(k)] = ExitHead(
-            spec,
-            hidden_size,
-            vocab_size,
-            mlp=copy.deepcopy(layers[k - 1].mlp) if spec.kind == "mlp" else None,
-            layer=layer,
-            norm=None if spec.kind == "embedding" else copy.deepcopy(norm),
-        )
+        body = None if kind.body is None else copy.deepcopy(kind.body.source(layers, k))
+        if kind.attends:
+            body.self_attn.layer_idx = len(layers) + index  # its place in a cache, behind the model's own layers
+        heads[str(k)] = ExitHead(spec, hidden_size, vocab_size, body, copy.deepcopy(norm) if kind.normed else None)
     return nn.ModuleDict(heads)
 
 

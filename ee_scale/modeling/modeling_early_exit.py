@@ -1,4 +1,4 @@
-"""A Hugging Face causal language model with early exits. Copied into exported folders: torch and transformers only.
+"""A Hugging Face causal language model with early exits.
 
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 model(input_ids).exit_logits    # {layer: [B, S, V]}
@@ -7,6 +7,8 @@ model(input_ids).exit_logits    # {layer: [B, S, V]}
 from .versions import CACHE, name_cache  # before all that an old transformers lacks
 
 # isort: split
+import inspect
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,24 +23,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .decode import LOG_OPTIONS, ExitDecoding, settle_cache, take_options, take_stop_strings
 from .heads import ExitSpec, ExitTaps, build_exit_heads, run_single_layer
+from .kinds import ExitKind
 
 PREFIX = "exit_heads."
-CODE_FILES = (
-    "decision_log.py",
-    "decode.py",
-    "drafting.py",
-    "early_exits.py",
-    "heads.py",
-    "layer_runner.py",
-    "loop.py",
-    "modeling_early_exit.py",
-    "policies.py",
-    "position_cache.py",
-    "sequences.py",
-    "speculate.py",
-    "trail.py",
-    "versions.py",
-)
 AUTO_MAP = {"AutoModelForCausalLM": "modeling_early_exit.EarlyExitForCausalLM"}
 
 
@@ -95,8 +82,8 @@ class EarlyExitMixin:
         if not output_exit_logits:
             return super().forward(**inputs)
         filled = inputs.get(CACHE)
-        if self.exit_spec.kind == "layer" and filled is not None and filled.get_seq_length() > 0:
-            raise ValueError("exits of kind 'layer' need the whole sequence: pass no filled cache")
+        if self.exit_spec.exit_kind.attends and filled is not None and filled.get_seq_length() > 0:
+            raise ValueError(f"exits of kind '{self.exit_spec.kind}' need the whole sequence: pass no filled cache")
         layers = self.base_model.layers
         taps = ExitTaps(self.exit_spec, {k: layers[k - 1] for k in self.exit_spec.layers})
         try:
@@ -121,10 +108,9 @@ class EarlyExitMixin:
         for key in LOG_OPTIONS:
             if hasattr(self.generation_config, key):
                 delattr(self.generation_config, key)
-        self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **AUTO_MAP}
+        self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **auto_map(self.exit_spec)}
         super().save_pretrained(save_directory, *args, **kwargs)
-        for name in CODE_FILES:
-            shutil.copyfile(Path(__file__).with_name(name), Path(save_directory) / name)
+        copy_code(self.exit_spec, Path(save_directory))
 
     def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """As transformers' `generate`; with `exit_policy` tokens may leave at an exit, or be drafted by one.
@@ -159,6 +145,39 @@ class EarlyExitMixin:
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Plain generation reads the final layer only."""
         return {**super().prepare_inputs_for_generation(*args, **kwargs), "output_exit_logits": False}
+
+
+def code_files() -> list[Path]:
+    """What goes into every exported folder: all that lies beside this file."""
+    return sorted(path for path in Path(__file__).parent.glob("*.py") if path.name != "__init__.py")
+
+
+def auto_map(spec: ExitSpec) -> dict[str, str]:
+    """Of a folder with these exits; a kind from a file of its own is registered by opening that file."""
+    home = kind_file(spec)
+    return AUTO_MAP if home == kind_file() else {"AutoModelForCausalLM": f"{home.stem}.{EarlyExitForCausalLM.__name__}"}
+
+
+def kind_file(spec: ExitSpec | None = None) -> Path:
+    """Where the kind of these exits is written; of None: the kinds that are always there."""
+    return Path(inspect.getfile(ExitKind if spec is None else type(spec.exit_kind)))
+
+
+def copy_code(spec: ExitSpec, folder: Path) -> None:
+    """Put the code of these exits into a folder whose config has their `auto_map`.
+
+    Raises ValueError if their kind comes from a file that is called like one of those that are always there.
+    """
+    for path in code_files():
+        shutil.copyfile(path, folder / path.name)
+    home = kind_file(spec)
+    if home in code_files():
+        return
+    if (folder / home.name).exists():
+        raise ValueError(f"{home}: exported folders have a file of this name; give the exit kind's file another one")
+    text = re.sub(r"^from ee_scale\.modeling\.", "from .", home.read_text(), flags=re.MULTILINE)
+    opener = f"from .modeling_early_exit import {EarlyExitForCausalLM.__name__}  # noqa: E402, F401\n"
+    (folder / home.name).write_text(f"{text}\n{opener}")
 
 
 def early_exit_class(config: Any) -> type:

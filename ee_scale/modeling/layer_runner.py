@@ -1,4 +1,4 @@
-"""Runs parts of a model's depth at chosen positions. Copied into exported folders.
+"""Runs parts of a model's depth at chosen positions.
 
 A `Block` is q consecutive positions of each of B rows; position and cache column are the same number. The
 modules are transformers' own, called as its `forward` calls them. S columns, D hidden size, V vocabulary.
@@ -63,7 +63,7 @@ class LayerRunner:
         self.states = dict.fromkeys(exit_layers)
         self.exit_lengths = {k: [0] * batch_size for k in exit_layers}
         self.taps = None
-        if self.spec.kind == "mlp" and exit_layers:
+        if self.spec.exit_kind.tapped and exit_layers:
             # Other threads may decode with the same model.
             self.taps = ExitTaps(self.spec, {k: self.layers[k - 1] for k in exit_layers}, get_ident())
         self.calls: Counter[tuple[int, int]] = Counter()
@@ -179,12 +179,11 @@ class LayerRunner:
         """
         self.checks[k] += 1
         head, norm_name = self.model.exit_heads[str(k)], self.spec.mlp_output_norm
-        if head.layer is not None:
-            states = self._exit_layer(k, head.layer, hidden, block)
+        if self.spec.exit_kind.attends:
+            states = self._exit_layer(k, head.body, hidden, block)
             tap = Tap(states[:, at])
         elif self.taps is not None:
-            taken = self.taps.taps.pop(k)
-            tap = Tap(taken.residual[:, at], taken.mlp_input[:, at])
+            tap = self.taps.taps.pop(k).at(at)
         else:
             tap = Tap(hidden[:, at])
         output_norm = getattr(self.layers[k - 1], norm_name) if norm_name else None
