@@ -16,9 +16,10 @@ from ee_scale.artifact.files import new_folder
 from ee_scale.artifact.hf_folder import copy_small_files, stock_config, write_config, write_index
 from ee_scale.backbone.loading import SINGLE_NAME, TensorFolder, load_config
 from ee_scale.backbone.narrowing import narrowed
-from ee_scale.backbone.shard import meta_model, output_matrix_name
+from ee_scale.backbone.shard import output_matrix_name
 from ee_scale.errors import UserError
 from ee_scale.exits.heads import ExitSpec
+from ee_scale.families.build import meta_model
 from ee_scale.files import write_text
 from ee_scale.reading import read_object
 

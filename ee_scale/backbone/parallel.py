@@ -26,8 +26,8 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import nn
 
-from ee_scale.backbone.families import ModelShape
 from ee_scale.errors import UserError
+from ee_scale.families.sizes import ModelShape
 
 COLUMN, ROW, GRAD_SUM = "colwise", "rowwise", "replicated_with_grad_allreduce"
 

@@ -10,10 +10,11 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import nn
 
 from ee_scale.backbone.digest import named_generator
-from ee_scale.elastic.architecture import SHARDED, VOCAB, ElasticMap, TensorAxes
+from ee_scale.elastic.architecture import ElasticMap, TensorAxes
 from ee_scale.elastic.order import undeal
 from ee_scale.elastic.stage import ElasticStage
 from ee_scale.elastic.subnet import SubnetSpec
+from ee_scale.families.family import SHARDED, VOCAB
 
 TARGETS = ("attention", "mlp", "embeddings", "head")
 _PLACES = {  # the first that fits: BERT has '.output.' inside its attention as well
@@ -44,12 +45,7 @@ class FactorPlan:
         """`new`: modules that the base folder lacks."""
         self.map, self.settings = elastic_map, settings
         self.tensors: dict[tuple[str, str], TensorAxes] = {}
-        described = dict(elastic_map.tensors)
-        if "lm_head.weight" not in described and elastic_map.architecture.task == "causal_lm":  # tied
-            described["lm_head.weight"] = elastic_map.describe(
-                "lm_head.weight", elastic_map.full_shape("lm_head.weight")
-            )
-        for name, tensor in described.items():
+        for name, tensor in elastic_map.matrices.items():
             module, leaf = name.rsplit(".", 1)
             if module == "classifier" or module in new:
                 self.tensors[module, leaf] = tensor

@@ -4,7 +4,6 @@
 starts it. The model is transformers' own: nothing of ours touches it.
 """
 
-import copy
 import ctypes
 import json
 import math
@@ -26,10 +25,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
 from ee_scale.backbone.loading import weight_files
-from ee_scale.elastic.architecture import AUTO_CLASS
 from ee_scale.errors import UserError
 from ee_scale.evaluation.energy import EnergyMeter, find_meter
 from ee_scale.exits.versions import CACHE
+from ee_scale.families.build import AUTO_CLASS
+from ee_scale.families.sizes import with_layers
 
 MIN_ROUNDS = 5
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -181,12 +181,8 @@ def _flops(config: Any, task: str, tokens: int) -> int:
 
 def _warm_up(config: Any, task: str, ids: torch.Tensor, steps: int) -> None:
     """Run one layer of zeros: code, and buffers of libraries, that the first model brings in are no memory of it."""
-    small = copy.deepcopy(config)
-    small.num_hidden_layers = 1
-    if getattr(config, "layer_types", None):
-        small.layer_types = config.layer_types[:1]
     with torch.device("meta"):
-        model = AUTO_CLASS[task].from_config(small).eval()
+        model = AUTO_CLASS[task].from_config(with_layers(config, range(1))).eval()
     model.to_empty(device=ids.device)
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.zero_()

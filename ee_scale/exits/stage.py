@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch import nn
 
 from ee_scale.backbone.digest import bit_digest, named_generator
-from ee_scale.backbone.families import family_of
 from ee_scale.backbone.loading import LoadTask, TensorFolder, load_tensors
 from ee_scale.backbone.narrowing import fill
 from ee_scale.backbone.parallel import (
@@ -21,10 +20,12 @@ from ee_scale.backbone.parallel import (
     sum_partial_gradients,
     swap_projections,
 )
-from ee_scale.backbone.shard import BackboneStage, is_vocabulary, load_task, meta_model, output_matrix_name, tensor_plan
+from ee_scale.backbone.shard import BackboneStage, is_vocabulary, load_task, output_matrix_name, tensor_plan
 from ee_scale.backbone.stages import StagePlan
 from ee_scale.exits.heads import ExitHead, ExitSpec, ExitTaps, Tap, build_exit_heads, run_single_layer
 from ee_scale.exits.versions import CACHE
+from ee_scale.families.build import meta_model
+from ee_scale.families.registry import decoder_family
 from ee_scale.grid import Grid
 
 StageType = TypeVar("StageType", bound="TuningStage")
@@ -194,7 +195,7 @@ def whole_random(name: str, source: str, tensors: TensorFolder, config: Any, see
     """
     shape = tensors.shape(source)
     if len(shape) == 1:
-        return torch.full(shape, 0.0 if source.endswith(".bias") else family_of(config).neutral_norm)
+        return torch.full(shape, 0.0 if source.endswith(".bias") else decoder_family(config).neutral_norm)
     std = config.initializer_range
     if (config.base_model_tp_plan or {}).get("layers.*." + _inside_layer(name)) == ROW:
         std /= sqrt(2 * int(name.split(".", 1)[0]))

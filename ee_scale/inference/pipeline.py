@@ -60,8 +60,6 @@ class PipelineDecoder:
         self.is_last = grid.stage == plan.launched - 1
         dtype = next(stage.backbone.parameters()).dtype
         self.line = Line(grid, self.config.hidden_size, self.config.vocab_size, dtype)
-        cap = stage.backbone.family.logit_softcap
-        self.logit_cap = getattr(self.config, cap) if cap else None
         self.make_rows = RowMaker(self.config, generation_config, grid.device)
         stage.on_exit(self._at_exit)
 
@@ -199,8 +197,8 @@ class PipelineDecoder:
 
     def _final_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Normed states [1, S, D] -> the model's own logits [1, V] at the last position."""
-        logits = self._whole(self.stage.backbone.lm_head(hidden[:, -1]))
-        return logits if self.logit_cap is None else torch.tanh(logits / self.logit_cap) * self.logit_cap
+        backbone = self.stage.backbone
+        return backbone.family.cap(self._whole(backbone.lm_head(hidden[:, -1])), self.config)
 
     def _whole(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits [1, V/tp] -> [1, V], the same bits on every tensor rank."""

@@ -11,13 +11,14 @@ from math import prod
 from random import Random
 from typing import Any
 
-from ee_scale.backbone.families import ModelShape, family_of
-from ee_scale.elastic.architecture import HEADS
 from ee_scale.elastic.distill import FROZEN
 from ee_scale.elastic.factors import FactorPlan
 from ee_scale.elastic.order import UnitOrder
 from ee_scale.elastic.subnet import SearchSpace, SubnetSpec, drop_order
 from ee_scale.exits.heads import ExitSpec
+from ee_scale.families.family import HEADS
+from ee_scale.families.registry import decoder_family
+from ee_scale.families.sizes import ModelShape
 from ee_scale.training.plan import TunePlan
 from ee_scale.training.supernet_plan import SupernetPlan
 
@@ -137,7 +138,7 @@ def tune_work(plan: TunePlan, config: Any = None) -> list[StageWork]:
         trains_matrix=mode == "full",
         teacher=config is not None and config.exits.kl_weight > 0,
         confidence=config is not None and config.exits.confidence_weighting,
-        pre_norm=family_of(plan.model_config).mlp_input_norm is not None,
+        pre_norm=decoder_family(plan.model_config).mlp_input_norm is not None,
     )
     layer, attention = 2 * shape.layer_parameters, attention_flops(shape, seq_length)
     adapters = 2 * adapter_parameters(plan)
@@ -238,15 +239,10 @@ def _supernet_stage(
         backward += times * len(kept) * (behind + project)
         head += times * sum(sum(counts.matrix(spec, name)) / tokens for name, tokens in _heads(plan, seq_length))
     teacher = len(plan.stages.layers(stage)) * (_frozen_layer(plan, seq_length) + 2 * features * full.hidden)
-    if learns and plan.map.architecture.task == "causal_lm":  # the teacher's logits are computed anew for every draw
+    if learns and plan.map.family.task == "causal_lm":  # the teacher's logits are computed anew for every draw
         learners = sum(times for _, times in specs) - (not teaches)
-        head += learners * 2 * config_vocab(plan) * full.hidden
+        head += learners * 2 * plan.map.config.vocab_size * full.hidden
     return StageWork(forward, backward, head * last, teacher * teaches)
-
-
-def config_vocab(plan: SupernetPlan) -> int:
-    """Size of the vocabulary."""
-    return plan.map.config.vocab_size
 
 
 def _layer_flops(plan: SupernetPlan, counts: _FactorCounts, spec: SubnetSpec, seq: int) -> tuple[float, float]:
@@ -263,15 +259,14 @@ def _frozen_layer(plan: SupernetPlan, seq: int) -> float:
 
 def _layer_matrices(plan: SupernetPlan) -> list[str]:
     """Projections of the first layer, which stands for all."""
-    axes = plan.map.architecture.axes
+    axes = plan.map.family.axes
     return [name.replace("*", "0") for name, (_, *rest) in axes.items() if rest and ".*." in name]
 
 
 def _heads(plan: SupernetPlan, seq_length: int) -> list[tuple[str, int]]:
     """(matrix behind the last layer, tokens that share one use of it)."""
-    if plan.map.architecture.task == "causal_lm":
-        return [("lm_head", 1)]
-    return [("bert.pooler.dense", seq_length), ("classifier", seq_length)]
+    family = plan.map.family
+    return [(name, seq_length if name in family.text_heads else 1) for name in family.heads]
 
 
 def _space(plan: SupernetPlan) -> SearchSpace:

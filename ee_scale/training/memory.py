@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ee_scale.backbone.parallel import padded_vocab
-from ee_scale.elastic.architecture import SHARDED, VOCAB
+from ee_scale.elastic.architecture import local_length
 from ee_scale.elastic.factors import FactorPlan
 from ee_scale.exits.heads import ExitSpec
 from ee_scale.training.cost import draws_per_micro_batch
@@ -73,14 +73,11 @@ def tune_parameters(plan: TunePlan, config: Any, stage: int) -> Parameters:
 
 def supernet_parameters(plan: SupernetPlan, index: int, stage: int) -> Parameters:
     """What one rank of a stage holds and trains in recipe stage `index`, the finished stages' factors included."""
-    described = dict(plan.map.tensors)
-    if plan.task == "causal_lm" and "lm_head.weight" not in described:  # tied in files, never in a run
-        described["lm_head.weight"] = plan.map.describe("lm_head.weight", plan.map.full_shape("lm_head.weight"))
 
     def mine(named: Any) -> list[int]:
         return [_local_size(plan, tensor) for name, tensor in named if stage in _stages_of(plan, name, tensor.layer)]
 
-    frozen = sum(mine(described.items()))
+    frozen = sum(mine(plan.map.matrices.items()))
     for earlier in range(index):
         tensors = FactorPlan(plan.map, plan.factor_settings(earlier)).tensors
         frozen += sum(mine((module, tensor) for (module, _), tensor in tensors.items()))
@@ -96,11 +93,7 @@ def _stages_of(plan: SupernetPlan, name: str, layer: int | None) -> Sequence[int
 
 
 def _local_size(plan: SupernetPlan, tensor: Any) -> int:
-    tp = plan.layout.tp
-    return prod(
-        padded_vocab(n, tp) // tp if axis == VOCAB else n // tp if axis in SHARDED else n
-        for axis, n in zip(tensor.axes, tensor.shape, strict=True)
-    )
+    return prod(local_length(axis, n, plan.layout.tp) for axis, n in zip(tensor.axes, tensor.shape, strict=True))
 
 
 def _prefixes(targets: Sequence[str]) -> tuple[str, ...]:

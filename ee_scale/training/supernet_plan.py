@@ -8,13 +8,14 @@ from typing import Any
 
 from ee_scale.backbone.stages import StagePlan, plan_stages
 from ee_scale.config.checks import check_batch, check_supernet
-from ee_scale.elastic.architecture import ARCHITECTURES, ElasticMap, architecture_of
+from ee_scale.elastic.architecture import ElasticMap
 from ee_scale.elastic.distill import DistillSettings
 from ee_scale.elastic.factors import FactorPlan, FactorSettings
 from ee_scale.elastic.order import UnitOrder
 from ee_scale.elastic.sampling import SamplingSettings
 from ee_scale.elastic.subnet import AXES, SearchSpace, resolve_space
 from ee_scale.errors import UserError
+from ee_scale.families.registry import elastic_family
 from ee_scale.grid import Layout
 from ee_scale.training.plan import check_fits
 
@@ -70,7 +71,7 @@ class SupernetPlan:
 
     @property
     def task(self) -> str:
-        return self.map.architecture.task
+        return self.map.family.task
 
     def space(self, order: UnitOrder) -> SearchSpace:
         """The search space, once it is known which layers matter least."""
@@ -102,10 +103,7 @@ def task_of(config: Any, model_config: Any) -> str:
     """The task of a run: as given, or by architecture. Raises `UserError`, also for an architecture of another task."""
     if config.task is not None and config.task not in ("causal_lm", "classify"):
         raise UserError(f"task={config.task}: choose one of causal_lm, classify")
-    known = ARCHITECTURES.get(model_config.model_type)
-    task = config.task or (known.task if known else "causal_lm")
-    architecture_of(model_config, task)
-    return task
+    return elastic_family(model_config, config.task).task
 
 
 def plan_supernet(config: Any, model_dir: Path, model_config: Any, labels: Sequence[str] = ()) -> SupernetPlan:

@@ -17,6 +17,7 @@ from packaging.utils import canonicalize_name
 import ee_scale
 from ee_scale.exits.modeling_early_exit import CODE_FILES
 from ee_scale.exits.versions import NEWEST, OLDEST
+from ee_scale.families.registry import FAMILIES
 
 ROOT = Path(ee_scale.__file__).parents[1]
 SOURCES = sorted((ROOT / "ee_scale").rglob("*.py"))
@@ -27,6 +28,7 @@ ORDER = [
     "files",
     "reading",
     "config",
+    "families",
     "grid",
     "backbone",
     "exits",
@@ -174,3 +176,16 @@ def test_nothing_is_named_like_the_builtin():
             names += [node.id] if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else []
             names += [node.arg] if isinstance(node, ast.arg) else []
             assert "exit" not in names, path
+
+
+def test_only_their_room_names_families():
+    """What differs between models is asked of their family: no `model_type == ...`, no table by names of families."""
+    for path in SOURCES:
+        if path.is_relative_to(ROOT / "ee_scale" / "families"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert node.value.split(".")[0] not in FAMILIES, (path, node.value)
+            if isinstance(node, ast.Compare):
+                compared = [getattr(side, "attr", None) for side in (node.left, *node.comparators)]
+                assert "model_type" not in compared, (path, node.lineno)

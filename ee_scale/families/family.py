@@ -1,0 +1,77 @@
+"""The object: what a family's tensors are called, along which axes they lie, and what can be done with it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedConfig
+
+from ee_scale.families.megatron import MegatronNames
+
+# Axes by name. HEADS, KV and FFN are dealt to tensor ranks; VOCAB is cut by them, but never elastic.
+HIDDEN, HEADS, KV, FFN, VOCAB, HEAD_DIM = "hidden", "heads", "kv", "ffn", "vocab", "head_dim"
+SHARDED = (HEADS, KV, FFN)
+
+
+@dataclass(frozen=True)
+class Elastic:
+    """What binds the sizes of a subnet to one another.
+
+    Attributes:
+        head_dim_is_derived: the config has no head_dim of its own, so hidden = heads x head_dim in every subnet.
+        heads_divide_hidden: the config refuses a width that is not a multiple of its heads, though it has a head_dim.
+    """
+
+    head_dim_is_derived: bool = False
+    heads_divide_hidden: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family by its `model_type`.
+
+    Attributes:
+        task: 'causal_lm' takes exits; 'classify' reads a whole text.
+        axes: module name ('*' for a layer's number) -> axes of its weight; a bias lies along the first.
+        layers: place of the layers in the base model.
+        heads: matrices behind the last layer, the output matrix last.
+        mlp_input_norm: norm whose input is the residual stream and whose output feeds the MLP;
+            None when the MLP reads the residual stream itself.
+        mlp_output_norm: norm between the MLP and the residual addition, or None.
+        logit_softcap: config attribute that caps the final logits, or None.
+        embedding_scale: attribute of the embedding that multiplies its output, or None.
+        neutral_norm: weight of a norm that only normalises (Gemma multiplies by 1 + weight).
+        elastic, megatron: None where it is no supernet, or has no map to Megatron.
+    """
+
+    name: str
+    axes: Mapping[str, tuple[str, ...]] = field(repr=False)
+    task: str = "causal_lm"
+    layers: str = "layers"
+    heads: tuple[str, ...] = ("lm_head",)
+    mlp_input_norm: str | None = "post_attention_layernorm"
+    mlp_output_norm: str | None = None
+    logit_softcap: str | None = None
+    embedding_scale: str | None = None
+    neutral_norm: float = 1.0
+    elastic: Elastic | None = None
+    megatron: MegatronNames | None = None
+
+    @property
+    def is_decoder(self) -> bool:
+        """Whether it takes exits."""
+        return self.task == "causal_lm"
+
+    @property
+    def text_heads(self) -> tuple[str, ...]:
+        """Heads that read one vector of a text, not one of each token. A base model may lack them."""
+        return () if self.is_decoder else self.heads
+
+    def softcap(self, config: PreTrainedConfig) -> float | None:
+        """The number that caps the final logits."""
+        return getattr(config, self.logit_softcap) if self.logit_softcap else None
+
+    def cap(self, logits: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
+        """cap x tanh(logits / cap), where there is a cap."""
+        cap = self.softcap(config)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
