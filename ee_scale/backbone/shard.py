@@ -5,10 +5,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import CONFIG_MAPPING
 
 from ee_scale.backbone.loading import LoadTask, TensorFolder, load_tensors
 from ee_scale.backbone.model_tensors import ModelTensors
 from ee_scale.backbone.parallel import (
+    STYLES,
     check_tensor_parallel,
     column_linear,
     cut_dim,
@@ -20,6 +22,7 @@ from ee_scale.backbone.parallel import (
 )
 from ee_scale.backbone.stages import StagePlan
 from ee_scale.families.build import meta_model
+from ee_scale.families.family import Family
 from ee_scale.families.registry import decoder_family
 from ee_scale.families.sizes import shape_of, with_layers
 from ee_scale.grid import Grid
@@ -27,10 +30,15 @@ from ee_scale.grid import Grid
 
 def tensor_plan(config: Any, tp: int) -> dict[str, str]:
     """The tensor-parallel plan inside a decoder layer, checked against the sizes. Raises `UserError`."""
-    # Some configs also say how to cut the vocabulary, which is cut as it is here.
-    plan = {name: style for name, style in (config.base_model_tp_plan or {}).items() if name.startswith("layers.")}
+    plan = layer_plan(config.base_model_tp_plan)
     check_tensor_parallel(tp, shape_of(config), plan, config.model_type)
-    return layer_plan(plan)
+    return {name.removeprefix("layers.*."): style for name, style in plan.items()}
+
+
+def takes_tensor_parallel(family: Family) -> bool:
+    """Whether exits of a family train on more than one tensor rank: transformers' plan for it has known styles only."""
+    plan = layer_plan(CONFIG_MAPPING[family.name].base_model_tp_plan)
+    return family.is_decoder and bool(plan) and set(plan.values()) <= set(STYLES)
 
 
 def model_tensors(folder: Path, config: Any) -> ModelTensors:

@@ -16,7 +16,8 @@ from ee_scale.errors import UserError
 from ee_scale.exits.heads import ExitSpec
 from ee_scale.exits.modeling_early_exit import PREFIX
 from ee_scale.exits.placement import exit_spec
-from ee_scale.families.megatron import EMBEDDING, HEAD, LAYER, MLP, Row, Rule
+from ee_scale.families.megatron import EMBEDDING, HEAD, MLP, Row, Rule
+from ee_scale.families.registry import megatron_family
 
 NORM = Row(("norm.weight",), "", "exit_norm.weight", Rule.WHOLE)
 
@@ -88,7 +89,7 @@ def check_old_classes(model: Model) -> None:
     window = window_of(config)
     for holds, reason in (
         (
-            model.exits is not None and model.map.layer_rows != LAYER,
+            model.exits is not None and not megatron_family(config).megatron.in_ee_llm,
             f"model_type={config.model_type}: EE-LLM has Llama's layers",
         ),
         (rope["rope_theta"] != 1e4, f"rope_theta={rope['rope_theta']:g}: their base is 10000 and cannot be set"),

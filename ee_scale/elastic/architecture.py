@@ -45,6 +45,10 @@ class TensorAxes:
     shape: tuple[int, ...]
     layer: int | None
 
+    def cut(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Its shape where axes have these sizes; the others stay whole."""
+        return tuple(sizes.get(axis, length) for axis, length in zip(self.axes, self.shape, strict=True))
+
 
 class ElasticMap:
     """Every parameter of a model with its axes: what loading, extraction and counting read."""
@@ -83,10 +87,10 @@ class ElasticMap:
 
     def cut_shape(self, name: str, spec: SubnetSpec) -> tuple[int, ...] | None:
         """Shape of a parameter in a subnet; None if the subnet drops its layer."""
-        tensor, sizes = self.tensors[name], self.shape.sizes(spec)
+        tensor = self.tensors[name]
         if tensor.layer is not None and tensor.layer not in spec.layers:
             return None
-        return tuple(sizes.get(axis, length) for axis, length in zip(tensor.axes, tensor.shape, strict=True))
+        return tensor.cut(self.shape.sizes(spec))
 
     def parameters(self, spec: SubnetSpec, *, layers_only: bool = False) -> int:
         """Parameters of a subnet as a checkpoint has them (tied matrices once); `layers_only`: without embeddings and
@@ -98,21 +102,23 @@ class ElasticMap:
         ]
         return sum(prod(shape) for shape in shapes if shape is not None)
 
-    def flops(self, spec: SubnetSpec, tokens: int) -> int:
-        """Floating-point operations of one forward over `tokens` tokens: 2 per weight of every projection and token,
-        and 4 x tokens^2 x width for the attention scores and their values (full square, as sdpa computes it)."""
-        sizes, total = self.shape.sizes(spec), 0
-        for name, (out_axis, *rest) in self.family.axes.items():
-            if not rest or "embed" in name:
-                continue
-            per_token = 2 * self._length(name, out_axis, 0, sizes) * self._length(name, rest[0], 1, sizes)
-            count = spec.depth if ".*." in name else 1
-            total += count * per_token * (1 if name in self.family.text_heads else tokens)
-        return total + spec.depth * 4 * tokens * tokens * sizes[HEADS]
+    @cached_property
+    def projections(self) -> dict[str, TensorAxes]:
+        """What a token is multiplied by, by module name: matrices of layer 0, which stands for all, and heads."""
+        named = {name.replace("*", "0"): axes for name, axes in self.family.axes.items()}
+        names = [name for name, axes in named.items() if len(axes) == 2 and "embed" not in name]
+        return {name: self.matrices[f"{name}.weight"] for name in names}
 
-    def _length(self, module: str, axis: str, dim: int, sizes: Mapping[str, int]) -> int:
-        if axis in sizes:
-            return sizes[axis]
-        if axis == VOCAB:
-            return self.config.vocab_size
-        return self._parameters[f"{module}.weight"][dim]
+    def layer_flops(self, spec: SubnetSpec, tokens: int) -> int:
+        """Floating-point operations of one layer, for one of `tokens` tokens: 2 per weight of every projection, and
+        4 x tokens x width for the attention scores and their values (full square, as sdpa computes it)."""
+        sizes = self.shape.sizes(spec)
+        cut = [tensor.cut(sizes) for tensor in self.projections.values() if tensor.layer is not None]
+        return 2 * sum(map(prod, cut)) + 4 * tokens * sizes[HEADS]
+
+    def flops(self, spec: SubnetSpec, tokens: int) -> int:
+        """Floating-point operations of one forward over `tokens` tokens; a text's own heads read it once."""
+        sizes, total = self.shape.sizes(spec), spec.depth * tokens * self.layer_flops(spec, tokens)
+        for name in self.family.heads:
+            total += 2 * prod(self.projections[name].cut(sizes)) * (1 if name in self.family.text_heads else tokens)
+        return total

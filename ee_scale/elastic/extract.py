@@ -25,6 +25,8 @@ def subnet_config(elastic_map: ElasticMap, spec: SubnetSpec, *, tied: bool) -> A
     config.num_attention_heads = spec.groups * shape.queries_per_group
     if not shape.head_dim_is_derived:
         config.num_key_value_heads, config.head_dim = spec.groups, shape.head_dim
+    if hasattr(config, "max_window_layers"):
+        config.max_window_layers = sum(i < config.max_window_layers for i in spec.layers)
     if elastic_map.family.task == "causal_lm":
         config.tie_word_embeddings = tied
     return config

@@ -74,7 +74,7 @@ class FactorPlan:
         """Trainable parameters that take part in a subnet (the n_j of the gradient scaling)."""
         sizes = self.map.shape.sizes(spec)
         return sum(
-            prod(sizes.get(axis, length) for axis, length in zip(tensor.axes, tensor.shape, strict=True))
+            prod(tensor.cut(sizes))
             for tensor in self.tensors.values()
             if tensor.layer is None or tensor.layer in spec.layers
         )

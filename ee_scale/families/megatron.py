@@ -119,3 +119,8 @@ class MegatronNames:
     def rows(self) -> tuple[Row, ...]:
         """The tensors of one layer."""
         return (*LAYER, *[QKV_BIAS] * self.qkv_bias, *QK_NORMS * self.qk_norms)
+
+    @property
+    def in_ee_llm(self) -> bool:
+        """Whether EE-LLM has its layers: Llama's."""
+        return self.rows == LAYER

@@ -106,8 +106,6 @@ def layer_settings(config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, A
     settings: dict[str, Any] = {"num_hidden_layers": len(kept)}
     if (types := getattr(config, "layer_types", None)) is not None:
         settings["layer_types"] = [types[i] for i in kept]
-    if hasattr(config, "max_window_layers"):
-        settings["max_window_layers"] = sum(i < config.max_window_layers for i in kept)
     return settings
 
 

@@ -5,7 +5,6 @@ the exit that decides tells the first stage at once, and that stage starts the r
 fill their caches with this one. The rows of a batch are separate streams that fill the pipe together.
 """
 
-import copy
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,10 +16,11 @@ from transformers import DynamicCache, GenerationConfig
 
 from ee_scale.backbone.stages import StagePlan
 from ee_scale.errors import UserError
-from ee_scale.exits.heads import Tap, layer_type
+from ee_scale.exits.heads import Tap
 from ee_scale.exits.policies import Decisions, ExitPolicy
 from ee_scale.exits.stage import TuningStage
 from ee_scale.exits.versions import CACHE
+from ee_scale.families.sizes import with_layers
 from ee_scale.grid import Grid
 from ee_scale.inference.pipeline_messages import Decision, Line, Token
 from ee_scale.inference.pipeline_rows import Row, RowMaker
@@ -211,9 +211,6 @@ class PipelineDecoder:
     def _exit_cache(self, k: int, row: int) -> DynamicCache:
         """Keys and values of the own layer of exit k."""
         if (k, row) not in self.exit_caches:
-            config = copy.copy(self.stage.backbone.base.config)
-            config.num_hidden_layers = 1
-            if getattr(config, "layer_types", None) is not None:
-                config.layer_types = [layer_type(self.stage.exit_heads[str(k)].layer)]
-            self.exit_caches[k, row] = DynamicCache(config=config)
+            last = self.config.num_hidden_layers - 1  # whose copy the exit's own layer is
+            self.exit_caches[k, row] = DynamicCache(config=with_layers(self.config, [last]))
         return self.exit_caches[k, row]
