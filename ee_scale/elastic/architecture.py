@@ -69,10 +69,9 @@ class ElasticMap:
     def describe(self, name: str, shape: tuple[int, ...]) -> TensorAxes:
         """The axes of a parameter by its name."""
         module, leaf = name.rsplit(".", 1)
-        pattern, layer = re.sub(r"\.\d+\.", ".*.", module), re.search(r"\.(\d+)\.", module)
-        if pattern not in self.family.axes:
+        axes, layer = self.family.axes_of(module), re.search(r"\.(\d+)\.", module)
+        if axes is None:
             raise UserError(f"model.path: '{name}' of '{self.config.model_type}' is not known to be elastic")
-        axes = self.family.axes[pattern]
         return TensorAxes(axes[:1] if leaf == "bias" else axes, shape, int(layer[1]) if layer else None)
 
     @cached_property

@@ -17,12 +17,6 @@ from ee_scale.elastic.subnet import SubnetSpec
 from ee_scale.families.family import SHARDED, VOCAB
 
 TARGETS = ("attention", "mlp", "embeddings", "head")
-_PLACES = {  # the first that fits: BERT has '.output.' inside its attention as well
-    "attention": (".self_attn.", ".attention."),
-    "mlp": (".mlp.", ".intermediate.", ".output."),
-    "embeddings": ("embed",),
-    "head": ("lm_head", "pooler"),
-}
 
 
 @dataclass(frozen=True)
@@ -58,9 +52,7 @@ class FactorPlan:
     def _is_target(self, module: str, tensor: TensorAxes) -> bool:
         if "embed" in module and tensor.axes[0] != VOCAB:
             return False
-        return (
-            next(place for place in TARGETS if any(part in module for part in _PLACES[place])) in self.settings.targets
-        )
+        return self.map.family.target_of(module) in self.settings.targets
 
     def _add_matrix(self, module: str, tensor: TensorAxes) -> None:
         rank, (out, inner) = self.settings.rank, tensor.shape

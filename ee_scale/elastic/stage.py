@@ -57,9 +57,9 @@ class ElasticStage(nn.Module):
         self.elastic: dict[str, ElasticModule] = {}
         self.new: set[str] = set()
         for name, module in list(model.named_modules()):
-            pattern = _pattern(name)
-            if pattern in elastic_map.family.axes and self._is_mine(name):
-                self.elastic[name] = self._make(name, module, elastic_map.family.axes[pattern])
+            axes = elastic_map.family.axes_of(name)
+            if axes is not None and self._is_mine(name):
+                self.elastic[name] = self._make(name, module, axes)
                 model.set_submodule(name, self.elastic[name])
         self._cut(model)
         self.select(elastic_map.shape.full)
@@ -217,7 +217,3 @@ def read_tensor(tensors: TensorFolder, name: str, family: Family) -> torch.Tenso
     if name not in tensors and name.rpartition(".")[0] in family.text_heads:
         return None
     return tensors.read(name)
-
-
-def _pattern(name: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))

@@ -24,6 +24,8 @@ ENCODERS = (
         task="classify",
         layers="encoder.layer",
         heads=("bert.pooler.dense", "classifier"),
+        attention=("attention.",),
+        mlp=("intermediate.", "output."),
         elastic=Elastic(head_dim_is_derived=True),
     ),
 )

@@ -1,6 +1,7 @@
 """The object: what a family's tensors are called, along which axes they lie, and what can be done with it."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -35,6 +36,7 @@ class Family:
         axes: module name ('*' for a layer's number) -> axes of its weight; a bias lies along the first.
         layers: place of the layers in the base model.
         heads: matrices behind the last layer, the output matrix last.
+        attention, mlp: how names of their modules begin inside a layer.
         mlp_input_norm: norm whose input is the residual stream and whose output feeds the MLP;
             None when the MLP reads the residual stream itself.
         mlp_output_norm: norm between the MLP and the residual addition, or None.
@@ -49,6 +51,8 @@ class Family:
     task: str = "causal_lm"
     layers: str = "layers"
     heads: tuple[str, ...] = ("lm_head",)
+    attention: tuple[str, ...] = ("self_attn.",)
+    mlp: tuple[str, ...] = ("mlp.",)
     mlp_input_norm: str | None = "post_attention_layernorm"
     mlp_output_norm: str | None = None
     logit_softcap: str | None = None
@@ -66,6 +70,21 @@ class Family:
     def text_heads(self) -> tuple[str, ...]:
         """Heads that read one vector of a text, not one of each token. A base model may lack them."""
         return () if self.is_decoder else self.heads
+
+    def axes_of(self, module: str) -> tuple[str, ...] | None:
+        """Of the weight of a module by its full name ('model.layers.3.mlp.up_proj'); None: it is not known."""
+        return self.axes.get(re.sub(r"\.\d+\.", ".*.", module))
+
+    def prefixes(self, targets: Sequence[str]) -> tuple[str, ...]:
+        """How names inside a layer begin that belong to 'attention' or 'mlp', where targets have those."""
+        places = {"attention": self.attention, "mlp": self.mlp}
+        return tuple(prefix for target in targets for prefix in places.get(target, ()))
+
+    def target_of(self, module: str) -> str:
+        """'attention', 'mlp', 'embeddings' or 'head': what a matrix belongs to, by its full name."""
+        inside = re.split(r"\.\d+\.", module)[-1]
+        targets = [target for target in ("attention", "mlp") if inside.startswith(self.prefixes([target]))]
+        return targets[0] if targets else "embeddings" if "embed" in module else "head"
 
     def softcap(self, config: PreTrainedConfig) -> float | None:
         """The number that caps the final logits."""

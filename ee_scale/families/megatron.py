@@ -55,12 +55,7 @@ LAYER = (
         "self_attention.query_key_value.weight",
         Rule.QKV,
     ),
-    Row(
-        ("self_attn.o_proj.weight",),
-        "self_attention.linear_proj.weight",
-        "self_attention.dense.weight",
-        Rule.COLUMNS,
-    ),
+    Row(("self_attn.o_proj.weight",), "self_attention.linear_proj.weight", "self_attention.dense.weight", Rule.COLUMNS),
     Row(
         ("post_attention_layernorm.weight",),
         "mlp.linear_fc1.layer_norm_weight",
@@ -87,10 +82,7 @@ QK_NORMS = tuple(
     for name in "qk"
 )
 EMBEDDING = Row(
-    ("model.embed_tokens.weight",),
-    "embedding.word_embeddings.weight",
-    "embedding.word_embeddings.weight",
-    Rule.VOCAB,
+    ("model.embed_tokens.weight",), "embedding.word_embeddings.weight", "embedding.word_embeddings.weight", Rule.VOCAB
 )
 FINAL_NORM = Row(("model.norm.weight",), "decoder.final_layernorm.weight", "encoder.final_norm.weight", Rule.WHOLE)
 HEAD = Row(("lm_head.weight",), "output_layer.weight", "output_layer.weight", Rule.VOCAB)

@@ -16,6 +16,7 @@ from ee_scale.backbone.parallel import padded_vocab
 from ee_scale.elastic.architecture import local_length
 from ee_scale.elastic.factors import FactorPlan
 from ee_scale.exits.heads import ExitSpec
+from ee_scale.families.registry import decoder_family
 from ee_scale.training.cost import draws_per_micro_batch
 from ee_scale.training.passes import Passes, layer_call, local_model, watch
 from ee_scale.training.plan import TunePlan
@@ -62,7 +63,8 @@ def tune_parameters(plan: TunePlan, config: Any, stage: int) -> Parameters:
         biggest.append({"full": vocabulary, "low_rank": spec.rank * max(width, rows)}.get(spec.head, 0))
         biggest += [p.numel() for p in bodies[spec.kind].parameters()] if spec.kind in bodies else []
     if mode == "low_rank":
-        adapted = add_pairs(layer, plan.backbone.rank, _prefixes(plan.backbone.targets))
+        prefixes = decoder_family(plan.model_config).prefixes(plan.backbone.targets)
+        adapted = add_pairs(layer, plan.backbone.rank, prefixes)
         trained += layers * count(adapted)
         biggest += [p.numel() for p in adapted.parameters()]
     if mode == "full":
@@ -94,11 +96,6 @@ def _stages_of(plan: SupernetPlan, name: str, layer: int | None) -> Sequence[int
 
 def _local_size(plan: SupernetPlan, tensor: Any) -> int:
     return prod(local_length(axis, n, plan.layout.tp) for axis, n in zip(tensor.axes, tensor.shape, strict=True))
-
-
-def _prefixes(targets: Sequence[str]) -> tuple[str, ...]:
-    names = {"attention": ("self_attn.", "attention."), "mlp": ("mlp.", "intermediate.", "output.")}
-    return tuple(prefix for target in targets for prefix in names.get(target, ()))
 
 
 def add_pairs(layer: nn.Module, rank: int, prefixes: tuple[str, ...]) -> nn.ParameterList:
@@ -204,7 +201,7 @@ def _tune_memory(plan: TunePlan, config: Any, stage: int, size: int, device: str
         kept = held * (exits * taps + state * (1 + teaches))
         activations = kept + max(layers, (body.kept + 2 * state + body.working) * bool(exits))
     else:
-        prefixes = _prefixes(plan.backbone.targets) if mode == "low_rank" else None
+        prefixes = decoder_family(plan.model_config).prefixes(plan.backbone.targets) if mode == "low_rank" else None
         layer = layer_passes(local, rows, length, prefixes, plan.backbone.rank)
         flying = min(plan.stages.launched - stage, plan.num_micro_batches)
         per_layer, once = layer.kept, layer.working
@@ -243,7 +240,9 @@ def _supernet_memory(plan: SupernetPlan, index: int, stage: int, size: int, devi
     state = tokens * hidden * size
     settings, last = plan.factor_settings(index), stage == plan.stages.launched - 1
     local = local_model(plan.map.config, plan.layout.tp, dtype, config.model.attn_implementation)
-    layer = layer_passes(local, rows, length, _prefixes(settings.targets), settings.rank, vectors=settings.vectors)
+    layer = layer_passes(
+        local, rows, length, plan.map.family.prefixes(settings.targets), settings.rank, vectors=settings.vectors
+    )
     layers, learns = len(plan.stages.layers(stage)), bool(plan.recipe.stages[index].axes)
     features = min(plan.distill.feature_dim, hidden) if learns and plan.distill.feature_weight else 0
     pairs = draws_per_micro_batch(plan, index) * plan.num_micro_batches

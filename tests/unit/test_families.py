@@ -27,11 +27,11 @@ def test_every_parameter_lies_along_the_axes_that_the_family_names(name: str) ->
     config, family = config_of(name), FAMILIES[name]
     lengths, seen = shape_of(config).lengths, set()
     for full_name, parameter in meta_model(config, torch.float32, task=family.task).named_parameters():
-        module, leaf = re.sub(r"\.\d+\.", ".*.", full_name).rsplit(".", 1)
-        axes = family.axes[module][:1] if leaf == "bias" else family.axes[module]
+        module, leaf = full_name.rsplit(".", 1)
+        axes = family.axes_of(module)[:1] if leaf == "bias" else family.axes_of(module)
         expected = [lengths.get(axis, size) for axis, size in zip(axes, parameter.shape, strict=True)]
         assert list(parameter.shape) == expected, full_name
-        seen.add(module)
+        seen.add(re.sub(r"\.\d+\.", ".*.", module))
     assert seen == set(family.axes)
     assert set(family.heads) <= seen
 
