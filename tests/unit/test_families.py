@@ -10,6 +10,8 @@ from transformers import BertConfig
 
 import ee_scale
 from ee_scale.families.build import meta_model
+from ee_scale.families.decoders import DECODERS
+from ee_scale.families.family import Family
 from ee_scale.families.registry import FAMILIES
 from ee_scale.families.sizes import shape_of, with_layers
 
@@ -45,6 +47,13 @@ def test_a_config_with_fewer_layers_builds_those(name: str) -> None:
         assert small.layer_types == [types[1], types[3]]
     model = meta_model(small, torch.float32, task=family.task)
     assert len(model.base_model.get_submodule(family.layers)) == 2
+
+
+@pytest.mark.parametrize("family", DECODERS, ids=lambda family: family.name)
+def test_a_layer_counts_its_projections(family: Family) -> None:
+    shape = shape_of(config_of(family.name))
+    layer = [axes for name, axes in family.axes.items() if "*" in name and len(axes) == 2]
+    assert shape.layer_parameters == sum(shape.lengths[out] * shape.lengths[inner] for out, inner in layer)
 
 
 def test_families_with_a_map_to_megatron_have_no_norm_behind_their_mlp() -> None:
