@@ -21,11 +21,11 @@ from transformers import DynamicCache
 from ee_scale.artifact.files import new_folder
 from ee_scale.artifact.hf_folder import copy_small_files, stock_config, write_config
 from ee_scale.artifact.onnx_shapes import declare_shapes
-from ee_scale.backbone.families import FAMILIES
 from ee_scale.backbone.loading import read_config
 from ee_scale.backbone.model_tensors import ModelTensors
-from ee_scale.elastic.architecture import ARCHITECTURES, AUTO_CLASS, meta_model
 from ee_scale.errors import UserError, one_line
+from ee_scale.families.build import AUTO_CLASS, meta_model
+from ee_scale.families.registry import find_family
 from ee_scale.modeling.versions import CACHE
 from ee_scale.reading import read_object
 
@@ -101,8 +101,8 @@ def export_onnx(folder: Path, out: Path, task: str, *, int8: bool = False) -> On
         config = read_config(folder)
     except UserError as error:
         raise UserError(str(error).replace("model.path=", "src=", 1)) from error
-    if config.model_type in FAMILIES.keys() | ARCHITECTURES.keys():
-        ModelTensors(folder, meta_model(config, task, torch.float32))  # transformers fills what is missing at random
+    if find_family(config):  # transformers fills what is missing at random
+        ModelTensors(folder, meta_model(config, torch.float32, task=task))
     try:
         model = AUTO_CLASS[task].from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
     except (OSError, ValueError) as error:

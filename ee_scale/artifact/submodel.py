@@ -16,8 +16,10 @@ from ee_scale.artifact.files import new_folder
 from ee_scale.artifact.hf_folder import copy_small_files, stock_config, write_config, write_index
 from ee_scale.backbone.loading import SINGLE_NAME, TensorFolder, load_config
 from ee_scale.backbone.narrowing import narrowed
-from ee_scale.backbone.shard import meta_model, output_matrix_name
+from ee_scale.backbone.shard import output_matrix_name
 from ee_scale.errors import UserError
+from ee_scale.families.build import meta_model
+from ee_scale.families.sizes import layer_settings
 from ee_scale.files import write_text
 from ee_scale.modeling.heads import ExitSpec
 from ee_scale.reading import read_object
@@ -101,12 +103,10 @@ def _check(run: Path, spec: ExitSpec, exit_layer: int) -> None:
 def _cut_config(base: Path, submodel: Submodel) -> dict[str, Any]:
     """The base model's config.json with the layers of the submodel, and nothing about exits."""
     values = read_object(base / "config.json")
-    config, count = load_config(base), submodel.num_layers
-    # Written out even where the file has none: some families derive the types from the number of layers.
-    if types := getattr(config, "layer_types", None):
-        own = types[-1:] * submodel.spec.exit_kind.attends  # the exit's own layer is a copy of the last one
-        values["layer_types"] = [*types[: count - len(own)], *own]
-    values["num_hidden_layers"] = count
+    config = load_config(base)
+    own = [config.num_hidden_layers - 1] * submodel.spec.exit_kind.attends  # the exit's own layer: a copy of the last
+    # Types are written out even where the file has none: some families derive them from the number of layers.
+    values |= layer_settings(config, [*range(submodel.num_layers - len(own)), *own])
     values["tie_word_embeddings"] = config.tie_word_embeddings and submodel.spec.head == "tied"
     return stock_config(values)
 

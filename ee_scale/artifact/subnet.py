@@ -16,11 +16,12 @@ from ee_scale.artifact.sidecar import base_folder
 from ee_scale.backbone.fingerprint import is_model
 from ee_scale.backbone.loading import TensorFolder
 from ee_scale.backbone.narrowing import narrowed
-from ee_scale.elastic.architecture import AUTO_CLASS, ElasticMap
+from ee_scale.elastic.architecture import ElasticMap
 from ee_scale.elastic.extract import is_tied, subnet_config, subnet_tensors
 from ee_scale.elastic.order import UnitOrder
 from ee_scale.elastic.subnet import SubnetSpec
 from ee_scale.errors import UserError
+from ee_scale.families.build import AUTO_CLASS
 from ee_scale.files import write_text
 from ee_scale.reading import read_object
 
@@ -70,7 +71,7 @@ def subnet_model(
     tensors = dict(subnet_tensors(elastic_map, base, order, supernet.trained, spec))
     dtype = next(iter(tensors.values())).dtype
     state = {name: narrowed(tensor, dtype, name) for name, tensor in tensors.items()}
-    model = AUTO_CLASS[elastic_map.architecture.task].from_config(config, dtype=dtype)
+    model = AUTO_CLASS[elastic_map.family.task].from_config(config, dtype=dtype)
     result = model.load_state_dict(state, strict=False)
     wanted = ["lm_head.weight"] if tied else []
     if result.unexpected_keys or result.missing_keys not in ([], wanted):

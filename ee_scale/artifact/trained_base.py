@@ -8,7 +8,7 @@ from ee_scale.backbone.adapters import DOWN, UP, merged
 from ee_scale.backbone.loading import TensorFolder, load_config
 from ee_scale.backbone.model_tensors import ModelTensors
 from ee_scale.backbone.narrowing import narrowed
-from ee_scale.backbone.shard import meta_model
+from ee_scale.families.build import meta_model
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

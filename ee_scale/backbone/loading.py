@@ -11,10 +11,11 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from ee_scale.backbone.families import FAMILIES, check_sizes, family_of
 from ee_scale.backbone.narrowing import fill
 from ee_scale.backbone.stored_names import stored_pair
 from ee_scale.errors import UserError, one_line
+from ee_scale.families.registry import decoder_family, find_family
+from ee_scale.families.sizes import check_sizes
 from ee_scale.files import is_file, named_file, own_file
 from ee_scale.reading import check_fields, read_object, shown
 
@@ -33,7 +34,7 @@ USUAL_LAYERS = 200
 def load_config(folder: Path, *, alone: bool = False) -> Any:
     """The transformers config of an architecture that exits are known for. Raises `UserError`."""
     config = read_config(folder, alone=alone)
-    family_of(config)
+    decoder_family(config)
     return config
 
 
@@ -56,7 +57,8 @@ def read_config(folder: Path, *, alone: bool = False) -> Any:
     _check_encoding(folder, config)
     if not alone:
         _check_adapter(folder)
-    if weights and config.model_type in FAMILIES and config.tie_word_embeddings:
+    family = find_family(config)
+    if weights and family and family.is_decoder and config.tie_word_embeddings:
         config.tie_word_embeddings = is_tied(folder, config)
     return config
 

@@ -84,6 +84,7 @@ def overview() -> None:
         table.add_row(Text(f"  {prefix}", style="bold"), text)
     out.print(table)
     out.print("\nee-scale <command> --help lists its settings; --cfg prints the resolved config and stops.")
+    out.print("ee-scale --models lists the families of models and what each can do.")
 
 
 def prefix_help(prefix: str) -> None:

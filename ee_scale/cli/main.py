@@ -25,6 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         overview()
         return 0
+    if arguments == ["--models"]:
+        _prepare_libraries()
+        importlib.import_module("ee_scale.cli.models").run()
+        return 0
     try:
         if STOPPING in os.environ:  # a rank that torchrun starts again after a signal; the first one has said why
             return REQUEUE

@@ -217,7 +217,7 @@ class Palette:
         measure = self._measure_spec(candidate.spec)
         return {
             "params": measure.parameters,
-            "flops": measure.flops,
+            "flops": self.plan.map.flops(candidate.spec, measure.tokens),
             "latency_ms": measure.prefill_ms,
             "memory_mb": measure.memory_mb,
         }
@@ -249,7 +249,7 @@ class Palette:
             spec=spec,
             params=measure.parameters,
             layer_params=self.plan.map.parameters(spec, layers_only=True),
-            flops=measure.flops,
+            flops=self.plan.map.flops(spec, measure.tokens),
             prefill_ms=measure.prefill_ms,
             token_ms=measure.token_ms,
             memory_mb=measure.memory_mb,

@@ -11,10 +11,11 @@ from typing import Any
 
 from ee_scale.convert.args import rope_of, window_of
 from ee_scale.convert.model import Model, body_rows
-from ee_scale.convert.names import EMBEDDING, HEAD, Row, Rule
 from ee_scale.convert.tensors import Span
 from ee_scale.errors import UserError
 from ee_scale.exits.placement import exit_spec
+from ee_scale.families.megatron import EMBEDDING, HEAD, Row, Rule
+from ee_scale.families.registry import megatron_family
 from ee_scale.modeling.heads import ExitSpec
 from ee_scale.modeling.kinds import KINDS
 from ee_scale.modeling.modeling_early_exit import PREFIX
@@ -89,7 +90,7 @@ def check_old_classes(model: Model) -> None:
     window = window_of(config)
     for holds, reason in (
         (
-            model.exits is not None and config.model_type not in ("llama", "mistral"),
+            model.exits is not None and not megatron_family(config).megatron.in_ee_llm,
             f"model_type={config.model_type}: EE-LLM has Llama's layers",
         ),
         (rope["rope_theta"] != 1e4, f"rope_theta={rope['rope_theta']:g}: their base is 10000 and cannot be set"),

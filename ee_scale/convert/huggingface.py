@@ -14,7 +14,6 @@ from ee_scale.artifact.sidecar import SIDECAR_CONFIG, SIDECAR_WEIGHTS, base_fold
 from ee_scale.artifact.trained_base import EMBEDDING, HEAD
 from ee_scale.backbone.fingerprint import fingerprint, is_model
 from ee_scale.backbone.loading import SINGLE_NAME, WAY_OUT, load_config, weight_files
-from ee_scale.backbone.shard import meta_model
 from ee_scale.backbone.small_files import has_vocabulary
 from ee_scale.backbone.stored_names import parameter_names
 from ee_scale.convert.args import rope_of
@@ -24,6 +23,7 @@ from ee_scale.convert.model import Model, Opened, check_whole
 from ee_scale.convert.tensors import Extent, Piece, Span, Stored, TensorInfo
 from ee_scale.errors import UserError
 from ee_scale.exits.placement import exits_of, read_spec
+from ee_scale.families.build import meta_model
 from ee_scale.modeling.heads import ExitSpec
 from ee_scale.modeling.modeling_early_exit import PREFIX, auto_map, copy_code
 from ee_scale.reading import read_object

@@ -11,10 +11,11 @@ from typing import Any, Protocol
 import torch
 
 from ee_scale.convert.args import check_config
-from ee_scale.convert.names import FINAL_NORM, HEAD, ModelMap, Row
+from ee_scale.convert.names import ModelMap
 from ee_scale.convert.tensors import Stored, TensorInfo
 from ee_scale.convert.values import Values
 from ee_scale.errors import UserError
+from ee_scale.families.megatron import FINAL_NORM, HEAD, Row
 from ee_scale.modeling.heads import ExitSpec
 from ee_scale.modeling.kinds import Body
 from ee_scale.modeling.modeling_early_exit import PREFIX

@@ -1,7 +1,8 @@
 """Megatron's `mp_rank_TT_PPP/model_optim_rng.pt`, one file of torch.save per tensor and pipeline rank.
 
 `classes`: whose state dict lies in it. `core`: GPTModel, a flat dict. `legacy`: the language_model classes of
-Megatron-LM before 0.18, nested; EE-LLM's exits exist there only. The names are in `names.py` and `exits.py`.
+Megatron-LM before 0.18, nested; EE-LLM's exits exist there only. The names are in `families/megatron.py` and
+`exits.py`.
 """
 
 from argparse import Namespace
@@ -15,9 +16,9 @@ import torch
 from ee_scale.convert.exits import exit_args, exit_rows, head_spans, own_heads
 from ee_scale.convert.files import PickleFile
 from ee_scale.convert.model import Model
-from ee_scale.convert.names import EMBEDDING, EXTRA_STATE, FINAL_NORM, HEAD, Row, Rule
 from ee_scale.convert.tensors import Piece
 from ee_scale.errors import UserError
+from ee_scale.families.megatron import EMBEDDING, EXTRA_STATE, FINAL_NORM, HEAD, Row, Rule
 
 FILE = "model_optim_rng.pt"
 

@@ -117,7 +117,7 @@ class SupernetEngine(TwoWayEngine):
             taught.features = self._features.project(states)
         if self.is_last_stage():
             taught.final = hidden.detach()
-            if self.stage.map.architecture.task == "classify":
+            if self.stage.map.family.task == "classify":
                 taught.logits = self.stage.head(taught.final)
 
     def _forward(self, buffer_id: int) -> None:
@@ -157,7 +157,7 @@ class SupernetEngine(TwoWayEngine):
         if learns and taught.logits is None:
             teacher = (self._teacher_logits, taught.final)
         means, gradient = head_backward(
-            stage.map.architecture.task,
+            stage.map.family.task,
             stage.head,
             output,
             self._batches[draw.micro_batch],

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from ee_scale.backbone.families import family_of
 from ee_scale.errors import UserError
 from ee_scale.evaluation.states import exit_states
+from ee_scale.families.registry import decoder_family
 from ee_scale.modeling.policies import NEVER, ExitPolicy, passes, score
 
 CHUNK_LOGITS = 1 << 25  # logits of one exit that exist at the same time (128 MiB in fp32)
@@ -193,14 +193,8 @@ def _read(model: Any, rows: list[torch.Tensor], policies: Sequence[str]) -> dict
     kept = torch.arange(padded.shape[1] - 1, device=device) < lengths[:, None]
     labels = padded[:, 1:][kept]
     hidden, lm_head = exit_states(model, padded[:, :-1]), model.get_output_embeddings()
-    cap_name = family_of(model.config).logit_softcap
-    cap = getattr(model.config, cap_name) if cap_name else None
-
-    def final_logits(states: torch.Tensor) -> torch.Tensor:
-        logits = lm_head(states)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
-
-    final = _measure(hidden.pop(0)[kept], final_logits, labels, ())
+    family = decoder_family(model.config)
+    final = _measure(hidden.pop(0)[kept], lambda x: family.cap(lm_head(x), model.config), labels, ())
     found = {"final_tokens": final["tokens"], "final_losses": final["losses"]}
     exits = [
         _measure(states[kept], lambda x, head=model.exit_heads[str(k)]: head.logits(x, lm_head), labels, policies)

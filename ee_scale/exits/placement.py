@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-from ee_scale.backbone.families import ModelShape, family_of
 from ee_scale.backbone.stages import balanced_bounds
 from ee_scale.errors import UserError, one_line
+from ee_scale.families.registry import decoder_family
+from ee_scale.families.sizes import ModelShape
 from ee_scale.modeling.heads import ExitSpec
 from ee_scale.modeling.kinds import KINDS
 
@@ -73,7 +74,7 @@ def exit_spec(model_config: Any, layers: Sequence[int], kind: str, head: str, ra
     """The spec of these exits on this model. Raises `UserError` if nothing would be trained."""
     if not KINDS[kind].trains and head == "tied":
         raise UserError(f"exits.kind={kind} with exits.head=tied has nothing to train; use head=low_rank or full")
-    family = family_of(model_config)
+    family = decoder_family(model_config)
     return ExitSpec(
         layers=tuple(layers),
         kind=kind,
@@ -81,7 +82,7 @@ def exit_spec(model_config: Any, layers: Sequence[int], kind: str, head: str, ra
         rank=rank,
         mlp_input_norm=family.mlp_input_norm,
         mlp_output_norm=family.mlp_output_norm,
-        logit_softcap=getattr(model_config, family.logit_softcap) if family.logit_softcap else None,
+        logit_softcap=family.softcap(model_config),
     )
 
 

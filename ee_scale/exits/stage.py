@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import nn
 
 from ee_scale.backbone.digest import bit_digest, named_generator
-from ee_scale.backbone.families import family_of
 from ee_scale.backbone.loading import LoadTask, TensorFolder, load_tensors
 from ee_scale.backbone.narrowing import fill
 from ee_scale.backbone.parallel import (
@@ -22,8 +21,10 @@ from ee_scale.backbone.parallel import (
     sum_partial_gradients,
     swap_projections,
 )
-from ee_scale.backbone.shard import BackboneStage, is_vocabulary, load_task, meta_model, output_matrix_name, tensor_plan
+from ee_scale.backbone.shard import BackboneStage, is_vocabulary, load_task, output_matrix_name, tensor_plan
 from ee_scale.backbone.stages import StagePlan
+from ee_scale.families.build import meta_model
+from ee_scale.families.registry import decoder_family
 from ee_scale.grid import Grid
 from ee_scale.modeling.heads import ExitHead, ExitSpec, ExitTaps, Tap, build_exit_heads, run_single_layer
 from ee_scale.modeling.kinds import ExitKind
@@ -190,7 +191,7 @@ def whole_random(name: str, source: str, tensors: TensorFolder, config: Any, see
     """
     shape = tensors.shape(source)
     if len(shape) == 1:
-        return torch.full(shape, 0.0 if source.endswith(".bias") else family_of(config).neutral_norm)
+        return torch.full(shape, 0.0 if source.endswith(".bias") else decoder_family(config).neutral_norm)
     std = config.initializer_range
     place = re.sub(r"^model\.layers\.\d+", "layers.*", source).rsplit(".", 1)[0]
     if (config.base_model_tp_plan or {}).get(place) == ROW:

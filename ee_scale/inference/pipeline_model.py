@@ -10,7 +10,6 @@ from transformers import GenerationConfig
 
 from ee_scale.artifact.calibration import read_calibration
 from ee_scale.artifact.sidecar import SIDECAR_CONFIG, base_folder, read_sidecar
-from ee_scale.backbone.families import shape_of
 from ee_scale.backbone.fingerprint import is_model
 from ee_scale.backbone.loading import TensorFolder, load_config
 from ee_scale.backbone.model_tensors import ModelTensors
@@ -20,6 +19,7 @@ from ee_scale.backbone.stages import StagePlan, plan_stages
 from ee_scale.errors import UserError, one_line
 from ee_scale.exits.placement import exit_parameters, exits_of, read_spec
 from ee_scale.exits.stage import TuningStage, build_stage, load_trained_stage
+from ee_scale.families.sizes import shape_of
 from ee_scale.grid import Grid
 from ee_scale.inference.weights import tensors_with_exits
 from ee_scale.modeling.heads import ExitSpec

@@ -27,7 +27,7 @@ class ExitSpec:
         kind: a name of `KINDS`: what is in front of the head.
         head: `tied` (the frozen lm_head), `low_rank` (lm_head + up(down(x))), `full` (its own matrix).
         rank: r of the low-rank head.
-        mlp_input_norm, mlp_output_norm, logit_softcap: see `ee_scale.backbone.families.Family`; the last is a value.
+        mlp_input_norm, mlp_output_norm, logit_softcap: see `ee_scale.families.family.Family`; the last is a value.
     """
 
     layers: tuple[int, ...]

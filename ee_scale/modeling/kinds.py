@@ -40,7 +40,7 @@ class Tap(NamedTuple):
 
 
 class Shape(Protocol):
-    """The numbers of a model that costs follow from (`ee_scale.backbone.families.ModelShape`)."""
+    """The numbers of a model that costs follow from (`ee_scale.families.sizes.ModelShape`)."""
 
     @property
     def hidden_size(self) -> int: ...

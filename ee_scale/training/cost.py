@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 from math import prod
 from random import Random
 
-from ee_scale.backbone.families import ModelShape, family_of
 from ee_scale.config.schema import TrainingConfig, TuneConfig
-from ee_scale.elastic.architecture import HEADS
 from ee_scale.elastic.distill import FROZEN
 from ee_scale.elastic.factors import FactorPlan
 from ee_scale.elastic.order import UnitOrder
 from ee_scale.elastic.subnet import SearchSpace, SubnetSpec, drop_order
+from ee_scale.families.family import HEADS
+from ee_scale.families.registry import decoder_family
+from ee_scale.families.sizes import ModelShape
 from ee_scale.modeling.heads import ExitSpec
 from ee_scale.modeling.kinds import attention_flops
 from ee_scale.training.plan import TunePlan
@@ -131,7 +132,7 @@ def tune_work(plan: TunePlan, config: TuneConfig = None) -> list[StageWork]:
         trains_matrix=mode == "full",
         teacher=config is not None and config.exits.kl_weight > 0,
         confidence=config is not None and config.exits.confidence_weighting,
-        pre_norm=family_of(plan.model_config).mlp_input_norm is not None,
+        pre_norm=decoder_family(plan.model_config).mlp_input_norm is not None,
     )
     layer, attention = 2 * shape.layer_parameters, attention_flops(shape, seq_length)
     adapters = 2 * adapter_parameters(plan)
@@ -197,13 +198,11 @@ class _FactorCounts:
         """Multiply-adds per token of a matrix's low-rank pair."""
         sizes = self.map.shape.sizes(spec)
         tensors = [factors.tensors[module, leaf] for leaf in "AB" if (module, leaf) in factors.tensors]
-        return sum(prod(sizes.get(axis, n) for axis, n in zip(t.axes, t.shape, strict=True)) for t in tensors)
+        return sum(prod(tensor.cut(sizes)) for tensor in tensors)
 
     def matrix(self, spec: SubnetSpec, module: str) -> tuple[float, float]:
         """(forward, backward) FLOPs per token of a projection with all of its updates."""
-        out, inner = self.map.describe(f"{module}.weight", self.map.full_shape(f"{module}.weight")).axes
-        sizes, shape = self.map.shape.sizes(spec), self.map.full_shape(f"{module}.weight")
-        weight = 2 * sizes.get(out, shape[0]) * sizes.get(inner, shape[1])
+        weight = 2 * prod(self.map.projections[module].cut(self.map.shape.sizes(spec)))
         new = 2 * self.pair(self.training, spec, module)
         old = 2 * sum(self.pair(factors, spec, module) for factors in self.earlier)
         whole = (module, "weight") in self.training.tensors
@@ -231,41 +230,24 @@ def _supernet_stage(
         forward += times * len(kept) * (ahead + project)
         backward += times * len(kept) * (behind + project)
         head += times * sum(sum(counts.matrix(spec, name)) / tokens for name, tokens in _heads(plan, seq_length))
-    teacher = len(plan.stages.layers(stage)) * (_frozen_layer(plan, seq_length) + 2 * features * full.hidden)
-    if learns and plan.map.architecture.task == "causal_lm":  # the teacher's logits are computed anew for every draw
+    teacher = len(plan.stages.layers(stage)) * (plan.map.layer_flops(full, seq_length) + 2 * features * full.hidden)
+    if learns and plan.map.family.task == "causal_lm":  # the teacher's logits are computed anew for every draw
         learners = sum(times for _, times in specs) - (not teaches)
-        head += learners * 2 * config_vocab(plan) * full.hidden
+        head += learners * 2 * plan.map.config.vocab_size * full.hidden
     return StageWork(forward, backward, head * last, teacher * teaches)
-
-
-def config_vocab(plan: SupernetPlan) -> int:
-    """Size of the vocabulary."""
-    return plan.map.config.vocab_size
 
 
 def _layer_flops(plan: SupernetPlan, counts: _FactorCounts, spec: SubnetSpec, seq: int) -> tuple[float, float]:
     attention = 4 * seq * plan.map.shape.sizes(spec)[HEADS]
-    pairs = [counts.matrix(spec, name) for name in _layer_matrices(plan)]
+    layer = [name for name, tensor in plan.map.projections.items() if tensor.layer is not None]
+    pairs = [counts.matrix(spec, name) for name in layer]
     return sum(f for f, _ in pairs) + attention, sum(b for _, b in pairs) + 2 * attention
-
-
-def _frozen_layer(plan: SupernetPlan, seq: int) -> float:
-    """One layer of the merged teacher."""
-    shapes = [plan.map.full_shape(f"{name}.weight") for name in _layer_matrices(plan)]
-    return 2 * sum(map(prod, shapes)) + 4 * seq * plan.map.shape.sizes(plan.map.shape.full)[HEADS]
-
-
-def _layer_matrices(plan: SupernetPlan) -> list[str]:
-    """Projections of the first layer, which stands for all."""
-    axes = plan.map.architecture.axes
-    return [name.replace("*", "0") for name, (_, *rest) in axes.items() if rest and ".*." in name]
 
 
 def _heads(plan: SupernetPlan, seq_length: int) -> list[tuple[str, int]]:
     """(matrix behind the last layer, tokens that share one use of it)."""
-    if plan.map.architecture.task == "causal_lm":
-        return [("lm_head", 1)]
-    return [("bert.pooler.dense", seq_length), ("classifier", seq_length)]
+    family = plan.map.family
+    return [(name, seq_length if name in family.text_heads else 1) for name in family.heads]
 
 
 def _space(plan: SupernetPlan) -> SearchSpace:

@@ -14,7 +14,8 @@ from torch import nn
 
 from ee_scale.backbone.parallel import padded_vocab
 from ee_scale.config.schema import TrainingConfig, TuneConfig
-from ee_scale.elastic.architecture import SHARDED, VOCAB
+from ee_scale.elastic.architecture import local_length
+from ee_scale.families.registry import decoder_family
 from ee_scale.modeling.heads import ExitSpec, Tap
 from ee_scale.training.cost import draws_per_micro_batch
 from ee_scale.training.passes import Passes, layer_call, local_model, watch
@@ -63,7 +64,8 @@ def tune_parameters(plan: TunePlan, config: TuneConfig, stage: int) -> Parameter
         biggest.append({"full": vocabulary, "low_rank": spec.rank * max(width, rows)}.get(spec.head, 0))
         biggest += [p.numel() for p in body.parameters()] if body is not None else []
     if mode == "low_rank":
-        adapted = add_pairs(layer, plan.backbone.rank, _prefixes(plan.backbone.targets))
+        prefixes = decoder_family(plan.model_config).prefixes(plan.backbone.targets)
+        adapted = add_pairs(layer, plan.backbone.rank, prefixes)
         trained += layers * count(adapted)
         biggest += [p.numel() for p in adapted.parameters()]
     if mode == "full":
@@ -74,14 +76,11 @@ def tune_parameters(plan: TunePlan, config: TuneConfig, stage: int) -> Parameter
 
 def supernet_parameters(plan: SupernetPlan, index: int, stage: int) -> Parameters:
     """What one rank of a stage holds and trains in recipe stage `index`, the finished stages' factors included."""
-    described = dict(plan.map.tensors)
-    if plan.task == "causal_lm" and "lm_head.weight" not in described:  # tied in files, never in a run
-        described["lm_head.weight"] = plan.map.describe("lm_head.weight", plan.map.full_shape("lm_head.weight"))
 
     def mine(named: Any) -> list[int]:
         return [_local_size(plan, tensor) for name, tensor in named if stage in _stages_of(plan, name, tensor.layer)]
 
-    frozen = sum(mine(described.items()))
+    frozen = sum(mine(plan.map.matrices.items()))
     for earlier in range(index):
         tensors = plan.factors(earlier).tensors
         frozen += sum(mine((module, tensor) for (module, _), tensor in tensors.items()))
@@ -97,16 +96,7 @@ def _stages_of(plan: SupernetPlan, name: str, layer: int | None) -> Sequence[int
 
 
 def _local_size(plan: SupernetPlan, tensor: Any) -> int:
-    tp = plan.layout.tp
-    return prod(
-        padded_vocab(n, tp) // tp if axis == VOCAB else n // tp if axis in SHARDED else n
-        for axis, n in zip(tensor.axes, tensor.shape, strict=True)
-    )
-
-
-def _prefixes(targets: Sequence[str]) -> tuple[str, ...]:
-    names = {"attention": ("self_attn.", "attention."), "mlp": ("mlp.", "intermediate.", "output.")}
-    return tuple(prefix for target in targets for prefix in names.get(target, ()))
+    return prod(local_length(axis, n, plan.layout.tp) for axis, n in zip(tensor.axes, tensor.shape, strict=True))
 
 
 def add_pairs(layer: nn.Module, rank: int, prefixes: tuple[str, ...]) -> nn.ParameterList:
@@ -214,7 +204,7 @@ def _tune_memory(plan: TunePlan, config: TuneConfig, stage: int, size: int, devi
         kept = held * (exits * taps + state * (1 + teaches))
         activations = kept + max(layers, (body.kept + 2 * state + body.working) * bool(exits))
     else:
-        prefixes = _prefixes(plan.backbone.targets) if mode == "low_rank" else None
+        prefixes = decoder_family(plan.model_config).prefixes(plan.backbone.targets) if mode == "low_rank" else None
         layer = layer_passes(local, rows, length, prefixes, plan.backbone.rank)
         flying = min(plan.stages.launched - stage, plan.num_micro_batches)
         per_layer, once = layer.kept, layer.working
@@ -254,7 +244,7 @@ def _supernet_memory(plan: SupernetPlan, index: int, stage: int, size: int, devi
     rank, last = plan.recipe.stages[index].rank, stage == plan.stages.launched - 1
     factors = config.factors
     local = local_model(plan.map.config, plan.layout.tp, dtype, config.model.attn_implementation)
-    layer = layer_passes(local, rows, length, _prefixes(factors.targets), rank, vectors=factors.vectors)
+    layer = layer_passes(local, rows, length, plan.map.family.prefixes(factors.targets), rank, vectors=factors.vectors)
     layers, learns = len(plan.stages.layers(stage)), bool(plan.recipe.stages[index].axes)
     features = min(plan.config.distill.feature_dim, hidden) if learns and plan.config.distill.feature_weight else 0
     pairs = draws_per_micro_batch(plan, index) * plan.num_micro_batches

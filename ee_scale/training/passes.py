@@ -1,6 +1,5 @@
 """What one module's passes keep and need, watched on the meta device: no formula per family, and no memory taken."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,11 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig
+from transformers import AttentionInterface, PreTrainedConfig
+
+from ee_scale.families.build import meta_model
+from ee_scale.families.registry import FAMILIES
+from ee_scale.families.sizes import with_layers
 
 FUSED = "ee_scale_fused_sizes"  # attention that keeps what fused kernels keep, and computes nothing
 
@@ -94,10 +97,7 @@ def local_model(
     config: PreTrainedConfig, tp: int, dtype: torch.dtype, attn_implementation: str | None = None
 ) -> nn.Module:
     """The model with one decoder layer at one tensor rank's sizes, on the meta device (vocabulary matrices whole)."""
-    config = copy.deepcopy(config)
-    config.num_hidden_layers = 1
-    if getattr(config, "layer_types", None) is not None:
-        config.layer_types = list(config.layer_types[:1])
+    config = with_layers(config, range(1))
     if tp > 1:
         heads = config.num_attention_heads
         if hasattr(config, "num_key_value_heads"):
@@ -105,10 +105,7 @@ def local_model(
         config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         config.num_attention_heads = heads // tp
         config.intermediate_size //= tp
-    auto = AutoModelForSequenceClassification if config.model_type == "bert" else AutoModelForCausalLM
-    extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    with torch.device("meta"):
-        model = auto.from_config(config, dtype=dtype, **extra).eval()
+    model = meta_model(config, dtype, attn_implementation, task=FAMILIES[config.model_type].task)
     if model.config._attn_implementation != "eager":
         model.set_attn_implementation(FUSED)
     return model
@@ -116,11 +113,10 @@ def local_model(
 
 def layer_call(model: nn.Module, rows: int, length: int) -> tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
     """(the model's layer, a function [rows, length, D] -> [rows, length, D] that runs it on the meta device)."""
-    if model.config.model_type == "bert":
-        layer = model.bert.encoder.layer[0]
-        return layer, lambda x: _first(layer(x))
     base = model.base_model
-    layer = base.layers[0]
+    layer = base.get_submodule(FAMILIES[model.config.model_type].layers)[0]
+    if not hasattr(base, "rotary_emb"):
+        return layer, lambda x: _first(layer(x))
     with torch.device("meta"):
         positions = torch.arange(length)[None]
         rotary = base.rotary_emb(torch.empty(rows, length, 1, dtype=model.dtype), positions)

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from ee_scale.backbone.families import ModelShape, shape_of
 from ee_scale.backbone.shard import tensor_plan
 from ee_scale.backbone.stages import StagePlan, plan_stages
 from ee_scale.config.checks import check_batch, check_tune
@@ -19,6 +18,7 @@ from ee_scale.exits.placement import (
     resolve_exit_layers,
     resolve_loss_weights,
 )
+from ee_scale.families.sizes import ModelShape, shape_of
 from ee_scale.grid import Layout
 from ee_scale.modeling.heads import ExitSpec
 

@@ -74,15 +74,12 @@ class Run(ABC, Generic[ConfigType, PlanType]):
         flops_per_token: forward and backward, of a whole replica, in the phase that trains now.
     """
 
+    config: ConfigType
     plan: PlanType
     grid: Grid
     engine: Any
     step: int
     flops_per_token: float
-
-    @property
-    @abstractmethod
-    def config(self) -> ConfigType: ...
 
     @property
     def consumed_samples(self) -> int:

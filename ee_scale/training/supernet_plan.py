@@ -11,12 +11,13 @@ from ee_scale.backbone.stages import StagePlan, plan_stages
 from ee_scale.config.checks import check_batch, check_supernet
 from ee_scale.config.schema import SupernetConfig
 from ee_scale.config.supernet import RecipeStage
-from ee_scale.elastic.architecture import ARCHITECTURES, ElasticMap, architecture_of
+from ee_scale.elastic.architecture import ElasticMap
 from ee_scale.elastic.factors import FactorPlan
 from ee_scale.elastic.order import UnitOrder
 from ee_scale.elastic.sampling import Draw, draw_stream
 from ee_scale.elastic.subnet import AXES, SearchSpace, SubnetSpec, resolve_space
 from ee_scale.errors import UserError
+from ee_scale.families.registry import elastic_family
 from ee_scale.grid import Layout
 from ee_scale.training.plan import check_fits
 
@@ -72,7 +73,7 @@ class SupernetPlan:
 
     @property
     def task(self) -> str:
-        return self.map.architecture.task
+        return self.map.family.task
 
     def space(self, order: UnitOrder) -> SearchSpace:
         """The search space, once it is known which layers matter least."""
@@ -96,10 +97,7 @@ class SupernetPlan:
 
 def task_of(config: SupernetConfig, model_config: PreTrainedConfig) -> str:
     """The task of a run: as given, or by architecture. Raises `UserError`, also for an architecture of another task."""
-    known = ARCHITECTURES.get(model_config.model_type)
-    task = config.task or (known.task if known else "causal_lm")
-    architecture_of(model_config, task)
-    return task
+    return elastic_family(model_config, config.task).task
 
 
 def plan_supernet(

@@ -236,7 +236,7 @@ class Reference:
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         """Logits and the hidden state after every kept layer, of a stock model."""
         model, states = self.build(spec), {}
-        layers = model.get_submodule(f"{self.map.architecture.base}.{self.map.architecture.layers}")
+        layers = model.base_model.get_submodule(self.map.family.layers)
         hooks = [
             layer.register_forward_hook(lambda _, args, output, i=i: states.__setitem__(i, output))
             for i, layer in zip(spec.layers, layers, strict=True)

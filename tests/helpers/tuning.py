@@ -11,7 +11,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
 from ee_scale.backbone.loading import load_config
 from ee_scale.backbone.parallel import cut_dim
-from ee_scale.backbone.shard import BackboneStage, meta_model, model_tensors
+from ee_scale.backbone.shard import BackboneStage, model_tensors
 from ee_scale.backbone.stages import StagePlan, plan_stages
 from ee_scale.config.groups import OptimConfig
 from ee_scale.config.schema import ExitsConfig, TrainConfig, TuneConfig
@@ -19,6 +19,7 @@ from ee_scale.engine import frozen
 from ee_scale.engine.frozen import FrozenPipelineEngine
 from ee_scale.exits.placement import exit_spec
 from ee_scale.exits.stage import TuningStage, build_stage, load_stage
+from ee_scale.families.build import meta_model
 from ee_scale.grid import Grid
 from helpers.models import VOCAB
 from helpers.reference import BATCH, Job, Record, micro_batches, start_noise

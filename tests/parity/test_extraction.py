@@ -21,12 +21,13 @@ from ee_scale.artifact.subnet import TrainedSupernet, subnet_model, write_subnet
 from ee_scale.backbone.loading import read_config
 from ee_scale.backbone.stages import plan_stages
 from ee_scale.config.supernet import FactorsConfig
-from ee_scale.elastic.architecture import AUTO_CLASS, ElasticMap
+from ee_scale.elastic.architecture import ElasticMap
 from ee_scale.elastic.factors import TARGETS, FactorPlan, FactorSet
 from ee_scale.elastic.order import UnitOrder
 from ee_scale.elastic.stage import ElasticStage, base_tensors
 from ee_scale.elastic.subnet import SubnetSpec
 from ee_scale.errors import UserError
+from ee_scale.families.build import AUTO_CLASS
 from ee_scale.grid import Grid, Layout, join_grid, leave_grid
 
 TOLERANCE = 1e-5
@@ -88,7 +89,7 @@ class Net:
 
     @property
     def task(self) -> str:
-        return self.map.architecture.task
+        return self.map.family.task
 
     @torch.no_grad()
     def logits(self, spec: SubnetSpec) -> torch.Tensor:

@@ -225,8 +225,9 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_encoders_are_read_as_transformers_reads_them(name: str, encoder: Path, tmp_path: Path) -> None:
     folder = rewritten(encoder, tmp_path / "folder", ENCODERS[name])
     model, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
-    tensors = base_tensors(folder, ElasticMap(read_config(folder), "classify"))
-    read = {key: read_tensor(tensors, key) for key, _ in model.named_parameters()}
+    elastic_map = ElasticMap(read_config(folder), "classify")
+    tensors = base_tensors(folder, elastic_map)
+    read = {key: read_tensor(tensors, key, elastic_map.family) for key, _ in model.named_parameters()}
     assert {key for key, value in read.items() if value is None} == set(info["missing_keys"])
     for key, value in model.named_parameters():
         assert read[key] is None or torch.equal(read[key], value), key

@@ -9,7 +9,6 @@ import torch
 from helpers.models import VOCAB, load_whole, tiny_config, write_model
 from transformers import AutoModelForCausalLM
 
-from ee_scale.backbone.families import ModelShape, shape_of
 from ee_scale.backbone.loading import TensorFolder
 from ee_scale.backbone.parallel import padded_vocab
 from ee_scale.errors import UserError
@@ -22,6 +21,7 @@ from ee_scale.exits.placement import (
     resolve_loss_weights,
 )
 from ee_scale.exits.stage import copy_source, local_slice, whole_low_rank, whole_random
+from ee_scale.families.sizes import ModelShape, shape_of
 from ee_scale.modeling.heads import HEADS, KINDS, ExitSpec, build_exit_heads
 
 

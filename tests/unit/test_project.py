@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import ee_scale
+from ee_scale.families.registry import FAMILIES
 from ee_scale.modeling.modeling_early_exit import code_files
 from ee_scale.modeling.versions import NEWEST, OLDEST
 
@@ -28,6 +29,7 @@ ORDER = [
     "reading",
     "modeling",
     "config",
+    "families",
     "grid",
     "backbone",
     "exits",
@@ -177,3 +179,16 @@ def test_nothing_is_named_like_the_builtin():
             names += [node.id] if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else []
             names += [node.arg] if isinstance(node, ast.arg) else []
             assert "exit" not in names, path
+
+
+def test_only_their_room_names_families():
+    """What differs between models is asked of their family: no `model_type == ...`, no table by names of families."""
+    for path in SOURCES:
+        if path.is_relative_to(ROOT / "ee_scale" / "families"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert node.value.split(".")[0] not in FAMILIES, (path, node.value)
+            if isinstance(node, ast.Compare):
+                compared = [getattr(side, "attr", None) for side in (node.left, *node.comparators)]
+                assert "model_type" not in compared, (path, node.lineno)

@@ -14,11 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, Gemma2Config
 
 from ee_scale.config.supernet import FactorsConfig
-from ee_scale.elastic.architecture import ElasticMap, meta_model
+from ee_scale.elastic.architecture import ElasticMap
 from ee_scale.elastic.extract import subnet_config
 from ee_scale.elastic.factors import FactorPlan
 from ee_scale.elastic.subnet import ElasticShape, SearchSpace, SubnetSpec, drop_order, resolve_space
 from ee_scale.errors import UserError
+from ee_scale.families.build import meta_model
 from ee_scale.reading import checked
 
 SHAPE = ElasticShape(64, 4, 128, 4, 16, 2, head_dim_is_derived=False)  # 8 query heads, 2 for each KV head
@@ -244,9 +245,9 @@ def test_parameters_are_those_of_the_stock_model(name: str) -> None:
     elastic_map = ElasticMap(config, task)
     for spec in four_layers(elastic_map):
         stock = subnet_config(elastic_map, spec, tied="tied" in name)
-        model = meta_model(stock, task, torch.float32)
+        model = meta_model(stock, torch.float32, task=task)
         assert elastic_map.parameters(spec) == sum(p.numel() for p in model.parameters()), spec
-        layers = model.get_submodule(f"{elastic_map.architecture.base}.{elastic_map.architecture.layers}")
+        layers = model.base_model.get_submodule(elastic_map.family.layers)
         assert elastic_map.parameters(spec, layers_only=True) == sum(p.numel() for p in layers.parameters()), spec
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         cut = {name: elastic_map.cut_shape(name, spec) for name in elastic_map.tensors}
@@ -260,7 +261,7 @@ def test_flops_are_those_that_torch_counts(name: str, tokens: int) -> None:
     elastic_map = ElasticMap(config, task)
     for spec in four_layers(elastic_map):
         stock = subnet_config(elastic_map, spec, tied="tied" in name)
-        model = meta_model(stock, task, torch.float32, "sdpa")
+        model = meta_model(stock, torch.float32, "sdpa", task=task)
         ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
         mask = torch.zeros(1, 1, tokens, tokens, device="meta")  # a ready one: meta tensors have no values to look at
         if getattr(config, "layer_types", None) is not None:

@@ -1,59 +1,16 @@
-"""What differs per architecture, as data. A family is added here, in one place."""
+"""The numbers of a model: read from its config, checked, and those of the same model with fewer layers."""
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from ee_scale.errors import UserError
+from ee_scale.families.family import FFN, HEAD_DIM, HEADS, HIDDEN, KV, VOCAB
 from ee_scale.reading import shown
-
-
-@dataclass(frozen=True)
-class Family:
-    """Names inside a decoder layer, and how much of transformers' own plans apply.
-
-    Attributes:
-        mlp_input_norm: norm whose input is the residual stream and whose output feeds the MLP;
-            None when the MLP reads the residual stream itself.
-        mlp_output_norm: norm between the MLP and the residual addition, or None.
-        logit_softcap: config attribute that caps the final logits, or None.
-        embedding_scale: attribute of the embedding that multiplies its output, or None.
-        neutral_norm: weight of a norm that only normalises (Gemma multiplies by 1 + weight).
-    """
-
-    mlp_input_norm: str | None = "post_attention_layernorm"
-    mlp_output_norm: str | None = None
-    logit_softcap: str | None = None
-    embedding_scale: str | None = None
-    neutral_norm: float = 1.0
-
-
-FAMILIES = {
-    "llama": Family(),
-    "mistral": Family(),
-    "qwen2": Family(),
-    "qwen3": Family(),
-    "gemma2": Family(
-        mlp_input_norm="pre_feedforward_layernorm",
-        mlp_output_norm="post_feedforward_layernorm",
-        logit_softcap="final_logit_softcapping",
-        embedding_scale="scalar_embed_scale",
-        neutral_norm=0.0,
-    ),
-    "olmo2": Family(mlp_input_norm=None, mlp_output_norm="post_feedforward_layernorm"),
-}
-
-
-def family_of(config: Any) -> Family:
-    """The family of a transformers config. Raises `UserError` with the supported names."""
-    try:
-        return FAMILIES[config.model_type]
-    except KeyError:
-        raise UserError(
-            f"model.path: architecture '{config.model_type}' is not supported; supported: {', '.join(FAMILIES)}"
-        ) from None
-
 
 # The largest number that each size may be: far above every model, and small enough to compute with.
 SIZES = {
@@ -105,6 +62,18 @@ class ModelShape:
     tied_embeddings: bool
 
     @property
+    def lengths(self) -> dict[str, int]:
+        """Of every axis by its name."""
+        return {
+            HIDDEN: self.hidden_size,
+            HEADS: self.num_heads * self.head_dim,
+            KV: self.num_kv_heads * self.head_dim,
+            FFN: self.intermediate_size,
+            VOCAB: self.vocab_size,
+            HEAD_DIM: self.head_dim,
+        }
+
+    @property
     def layer_parameters(self) -> int:
         """Parameters of one decoder layer (projections only)."""
         attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
@@ -116,7 +85,7 @@ class ModelShape:
         return 3 * self.hidden_size * self.intermediate_size
 
 
-def shape_of(config: Any) -> ModelShape:
+def shape_of(config: PreTrainedConfig) -> ModelShape:
     """Read a transformers config."""
     heads = config.num_attention_heads
     return ModelShape(
@@ -130,3 +99,18 @@ def shape_of(config: Any) -> ModelShape:
         max_positions=config.max_position_embeddings,
         tied_embeddings=bool(config.tie_word_embeddings),
     )
+
+
+def layer_settings(config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
+    """What a config says of its layers, for the model that has only the layers `kept` (from 0)."""
+    settings: dict[str, Any] = {"num_hidden_layers": len(kept)}
+    if (types := getattr(config, "layer_types", None)) is not None:
+        settings["layer_types"] = [types[i] for i in kept]
+    return settings
+
+
+def with_layers(config: PreTrainedConfig, kept: Sequence[int]) -> PreTrainedConfig:
+    """A copy of a config for the model that has only the layers `kept` (from 0)."""
+    config = copy.deepcopy(config)
+    config.update(layer_settings(config, kept))
+    return config
