@@ -12,7 +12,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ee_scale.artifact.checkpoint import checkpoints, read_checkpoint
-from ee_scale.artifact.files import file_digest, new_folder, write_json
 from ee_scale.artifact.hf_folder import copy_small_files, stock_config, write_config, write_index
 from ee_scale.artifact.run_folder import CHECKPOINTS, read_run
 from ee_scale.artifact.sidecar import SIDECAR_CONFIG, SIDECAR_WEIGHTS, base_folder
@@ -21,9 +20,9 @@ from ee_scale.backbone.fingerprint import is_model
 from ee_scale.backbone.loading import SINGLE_NAME, TensorFolder, weight_files
 from ee_scale.backbone.narrowing import narrowed
 from ee_scale.errors import UserError
-from ee_scale.files import write_text
+from ee_scale.files import file_digest, new_folder, write_text
 from ee_scale.modeling.modeling_early_exit import AUTO_MAP, PREFIX, copy_code
-from ee_scale.reading import read_object
+from ee_scale.reading import read_object, write_json
 
 EXITS_SHARD = "model-exit-heads.safetensors"
 

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from ee_scale.artifact.files import new_folder
 from ee_scale.artifact.hf_folder import copy_small_files, stock_config, write_config
 from ee_scale.artifact.onnx_shapes import declare_shapes
 from ee_scale.backbone.families import FAMILIES
@@ -26,6 +25,7 @@ from ee_scale.backbone.loading import read_config
 from ee_scale.backbone.model_tensors import ModelTensors
 from ee_scale.elastic.architecture import ARCHITECTURES, AUTO_CLASS, meta_model
 from ee_scale.errors import UserError, one_line
+from ee_scale.files import new_folder
 from ee_scale.modeling.versions import CACHE
 from ee_scale.reading import read_object
 

@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from ee_scale.artifact.files import check_files, read_json
 from ee_scale.errors import UserError
-from ee_scale.reading import check_fields
+from ee_scale.reading import check_fields, check_files, read_json
 
 SIDECAR_CONFIG, SIDECAR_WEIGHTS = "exits.json", "exits.safetensors"
 

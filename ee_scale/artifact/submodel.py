@@ -12,13 +12,12 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from ee_scale.artifact.export import open_trained
-from ee_scale.artifact.files import new_folder
 from ee_scale.artifact.hf_folder import copy_small_files, stock_config, write_config, write_index
 from ee_scale.backbone.loading import SINGLE_NAME, TensorFolder, load_config
 from ee_scale.backbone.narrowing import narrowed
 from ee_scale.backbone.shard import meta_model, output_matrix_name
 from ee_scale.errors import UserError
-from ee_scale.files import write_text
+from ee_scale.files import new_folder, write_text
 from ee_scale.modeling.heads import ExitSpec
 from ee_scale.reading import read_object
 

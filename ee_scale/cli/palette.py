@@ -11,7 +11,6 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from yaml import YAMLError
 
-from ee_scale.artifact.files import new_folder
 from ee_scale.artifact.manifest import Device, Manifest, Member, Tried, write_manifest
 from ee_scale.artifact.run_folder import CONFIG
 from ee_scale.artifact.subnet import TrainedSupernet, read_supernet, subnet_model, write_subnet
@@ -35,7 +34,7 @@ from ee_scale.errors import UserError, one_line
 from ee_scale.evaluation.edge import EdgeMeasure, measure_edge
 from ee_scale.evaluation.palette_report import palette_table, recommendations, write_palette_report
 from ee_scale.evaluation.supernet import Judge, PartTimes
-from ee_scale.files import remove_folder
+from ee_scale.files import new_folder, remove_folder
 from ee_scale.grid import Layout, join_grid, pick_device
 from ee_scale.log import configure_logging
 from ee_scale.training.supernet import build_stage, open_stages, start_run

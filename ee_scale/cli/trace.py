@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from rich.table import Table
 
-from ee_scale.artifact.files import write_json
 from ee_scale.cli import supernet, tune
 from ee_scale.cli.console import console
 from ee_scale.cli.inputs import load_tokenizer, sources, text_dataset
@@ -31,6 +30,7 @@ from ee_scale.errors import UserError
 from ee_scale.evaluation.timeline_plot import plot_timeline
 from ee_scale.files import remove_folder
 from ee_scale.grid import Grid, Layout, join_grid, launch_info, pick_device, world_size_message
+from ee_scale.reading import write_json
 from ee_scale.training import supernet as supernet_recipe
 from ee_scale.training import tune as tune_recipe
 from ee_scale.training.schedules import LearningRate, loss_weights_at

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from ee_scale.artifact.calibration import read_calibration, write_calibration
-from ee_scale.artifact.files import file_digest, write_json
 from ee_scale.artifact.hf_folder import copy_small_files, stock_config, write_config, write_index
 from ee_scale.artifact.sidecar import SIDECAR_CONFIG, SIDECAR_WEIGHTS, base_folder, read_sidecar
 from ee_scale.artifact.trained_base import EMBEDDING, HEAD
@@ -24,9 +23,10 @@ from ee_scale.convert.model import Model, Opened, check_whole
 from ee_scale.convert.tensors import Extent, Piece, Span, Stored, TensorInfo
 from ee_scale.errors import UserError
 from ee_scale.exits.placement import exits_of, read_spec
+from ee_scale.files import file_digest
 from ee_scale.modeling.heads import ExitSpec
 from ee_scale.modeling.modeling_early_exit import AUTO_MAP, PREFIX, copy_code
-from ee_scale.reading import read_object
+from ee_scale.reading import read_object, write_json
 
 DROPPED = ("rotary_emb.inv_freq",)  # buffers of old files
 

@@ -14,7 +14,6 @@ from helpers.models import write_model
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from ee_scale.artifact.files import check_files, file_digest, read_json, write_json
 from ee_scale.artifact.hf_folder import copy_small_files
 from ee_scale.artifact.sidecar import SIDECAR_CONFIG, SIDECAR_WEIGHTS, base_folder, read_sidecar
 from ee_scale.artifact.submodel import copy_small_files as copy_for_submodel
@@ -27,9 +26,10 @@ from ee_scale.convert.folders import TRACKER, iteration_folder
 from ee_scale.convert.torch_dist_reader import _Files
 from ee_scale.errors import UserError
 from ee_scale.exits.placement import exit_spec
-from ee_scale.files import named_file, own_file
+from ee_scale.files import file_digest, named_file, own_file
 from ee_scale.inference.model import EarlyExitForCausalLM, open_model, untrained_exits
 from ee_scale.inference.pipeline_model import find_parts
+from ee_scale.reading import check_files, read_json, write_json
 
 OUTSIDE = [
     "../secret.safetensors",
