@@ -14,10 +14,9 @@ from safetensors.torch import save_file
 from ee_scale.artifact.checkpoint import checkpoints, read_checkpoint
 from ee_scale.artifact.hf_folder import copy_small_files, stock_config, write_config, write_index
 from ee_scale.artifact.run_folder import CHECKPOINTS, read_run
-from ee_scale.artifact.sidecar import SIDECAR_CONFIG, SIDECAR_WEIGHTS, base_folder
 from ee_scale.artifact.trained_base import TrainedBase
-from ee_scale.backbone.fingerprint import is_model
 from ee_scale.backbone.loading import SINGLE_NAME, TensorFolder, weight_files
+from ee_scale.backbone.model_folder import CHANGED, GONE, SIDECAR_CONFIG, SIDECAR_WEIGHTS, base_path, find_base
 from ee_scale.backbone.narrowing import narrowed
 from ee_scale.errors import UserError
 from ee_scale.files import file_digest, new_folder, write_text
@@ -45,11 +44,7 @@ class Trained:
 
     def base(self) -> TrainedBase:
         """The base model with what the run trained of it. Raises `UserError` if it is gone or changed."""
-        base = base_folder(self.run, self.facts)
-        if not base.is_dir():
-            raise UserError(f"src={self.run}: its base model {base} is not there any more")
-        if not is_model(base, self.facts["base_fingerprint"]):
-            raise UserError(f"src={self.run}: {base} changed since the exits were trained")
+        base = find_base(self.run, self.facts, f"src={self.run}", gone=f"{GONE} any more", other=CHANGED)
         return TrainedBase(base, self.checkpoint, self.files)
 
 
@@ -107,7 +102,7 @@ def export_early_exit(run: Path, out: Path, step: int | None, copied: Callable[[
 
 def export_bytes(run: Path) -> int:
     """Bytes that `export_early_exit` will copy, for a progress bar."""
-    base = base_folder(run, read_run(run))
+    base = base_path(run, read_run(run))
     return sum(path.stat().st_size for path in weight_files(base)) if base.is_dir() else 0
 
 

@@ -5,8 +5,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig, GenerationConfig
+
 from ee_scale.backbone.loading import INDEX_NAME
+from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.backbone.small_files import GENERATION_CONFIG, small_files
+from ee_scale.errors import UserError
 from ee_scale.files import own_file, write_text
 from ee_scale.modeling.policies import CALIBRATION_KEY
 from ee_scale.reading import parse_json
@@ -47,6 +51,24 @@ def write_index(folder: Path, weight_map: dict[str, str]) -> None:
         size += (folder / name).stat().st_size - 8 - header
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
     write_text(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+
+
+def write_calibration(path: Path, calibration: dict[str, Any]) -> None:
+    """Store a calibration beside the exits, in a whole model or a sidecar; every other setting of the file stays.
+
+    Raises `UserError` if it cannot be written.
+    """
+    file, values = path / GENERATION_CONFIG, ModelFolder(path).settings()
+    if not file.is_file() and (path / "config.json").is_file():
+        # Without this file transformers takes its settings (the end token, say) from config.json; with it, no more.
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        values = json.loads(GenerationConfig.from_model_config(config).to_json_string(use_diff=True))
+    # transformers drops what it does not know from a file with this mark, which says that nobody wrote to it.
+    values.pop("_from_model_config", None)
+    try:
+        write_text(file, json.dumps({**values, CALIBRATION_KEY: calibration}, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"{file}: cannot write ({error.strerror})") from error
 
 
 def _drop_exits(path: Path) -> None:

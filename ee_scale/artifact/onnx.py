@@ -21,7 +21,7 @@ from transformers import DynamicCache
 from ee_scale.artifact.hf_folder import copy_small_files, stock_config, write_config
 from ee_scale.artifact.onnx_shapes import declare_shapes
 from ee_scale.backbone.families import FAMILIES
-from ee_scale.backbone.loading import read_config
+from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.backbone.model_tensors import ModelTensors
 from ee_scale.elastic.architecture import ARCHITECTURES, AUTO_CLASS, meta_model
 from ee_scale.errors import UserError, one_line
@@ -98,7 +98,7 @@ def export_onnx(folder: Path, out: Path, task: str, *, int8: bool = False) -> On
     Raises `UserError` if the packages fail on the model or the fp32 file says anything but what torch says.
     """
     try:
-        config = read_config(folder)
+        config = ModelFolder(folder).config
     except UserError as error:
         raise UserError(str(error).replace("model.path=", "src=", 1)) from error
     if config.model_type in FAMILIES.keys() | ARCHITECTURES.keys():

@@ -13,7 +13,8 @@ from transformers import AutoConfig
 
 from ee_scale.artifact.export import open_trained
 from ee_scale.artifact.hf_folder import copy_small_files, stock_config, write_config, write_index
-from ee_scale.backbone.loading import SINGLE_NAME, TensorFolder, load_config
+from ee_scale.backbone.loading import SINGLE_NAME, TensorFolder
+from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.backbone.narrowing import narrowed
 from ee_scale.backbone.shard import meta_model, output_matrix_name
 from ee_scale.errors import UserError
@@ -103,7 +104,7 @@ def _check(run: Path, spec: ExitSpec, exit_layer: int) -> None:
 def _cut_config(base: Path, submodel: Submodel) -> dict[str, Any]:
     """The base model's config.json with the layers of the submodel, and nothing about exits."""
     values = read_object(base / "config.json")
-    config, count = load_config(base), submodel.num_layers
+    config, count = ModelFolder(base).decoder_config, submodel.num_layers
     # Written out even where the file has none: some families derive the types from the number of layers.
     if types := getattr(config, "layer_types", None):
         own = types[-1:] if submodel.spec.kind == "layer" else []  # the exit's own layer is a copy of the last one

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from ee_scale.backbone.families import FAMILIES, check_sizes, family_of
+from ee_scale.backbone.families import FAMILIES, check_sizes
 from ee_scale.backbone.narrowing import fill
 from ee_scale.backbone.stored_names import stored_pair
 from ee_scale.errors import UserError, one_line
@@ -28,13 +28,6 @@ SAVE_AS_SAFETENSORS = (
     "AutoModelForCausalLM.from_pretrained(<model>).save_pretrained(<folder>) writes safetensors"
 )
 USUAL_LAYERS = 200
-
-
-def load_config(folder: Path, *, alone: bool = False) -> Any:
-    """The transformers config of an architecture that exits are known for. Raises `UserError`."""
-    config = read_config(folder, alone=alone)
-    family_of(config)
-    return config
 
 
 def read_config(folder: Path, *, alone: bool = False) -> Any:

@@ -46,7 +46,7 @@ def meta_model(config: Any, dtype: torch.dtype, attn_implementation: str | None 
 
 
 def model_tensors(folder: Path, config: Any) -> ModelTensors:
-    """The weights of a causal language model; `config`: its `load_config`. Raises `UserError` unless they fit it."""
+    """The weights of a causal language model; `config`: its own. Raises `UserError` unless they fit it."""
     return ModelTensors(folder, meta_model(config, torch.float32))
 
 

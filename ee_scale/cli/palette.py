@@ -14,7 +14,7 @@ from yaml import YAMLError
 from ee_scale.artifact.manifest import Device, Manifest, Member, Tried, write_manifest
 from ee_scale.artifact.run_folder import CONFIG
 from ee_scale.artifact.subnet import TrainedSupernet, read_supernet, subnet_model, write_subnet
-from ee_scale.backbone.loading import read_config
+from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.cli.console import console
 from ee_scale.cli.inputs import load_tokenizer, sources
 from ee_scale.cli.supernet import ORDER
@@ -102,7 +102,7 @@ def stored_plan(src: Path, supernet: TrainedSupernet, config: Any) -> SupernetPl
     stored.parallel = OmegaConf.structured(SupernetConfig).parallel
     stored.train.micro_batch_size = stored.train.global_batch_size = 1
     stored.train.precision = "auto"
-    plan = plan_supernet(stored, supernet.base, read_config(supernet.base), supernet.identity["labels"])
+    plan = plan_supernet(stored, supernet.base, ModelFolder(supernet.base).config, supernet.identity["labels"])
     base_tensors(supernet.base, plan.map)  # said before anything is judged
     return plan
 

@@ -9,7 +9,7 @@ from rich.table import Table
 from ee_scale.artifact.run_folder import OpenedRun, open_run, run_identity
 from ee_scale.artifact.save import load_checkpoint, load_frozen
 from ee_scale.backbone.hub import find_model
-from ee_scale.backbone.loading import read_config
+from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.cli.console import console
 from ee_scale.cli.job import Job, log_as_rank, reporter, training_loop
 from ee_scale.cli.supernet_data import Data, prepare_data, read_labels
@@ -55,7 +55,7 @@ def run(config: Any, overrides: Sequence[str]) -> int:
 def make_plan(config: Any) -> SupernetPlan:
     """Find and read the model and the classes, and check the config against them. Raises `UserError`."""
     folder = tiny_model() if config.model.path == TINY else find_model(config.model.path)
-    model_config, labels = read_config(folder), []
+    model_config, labels = ModelFolder(folder).config, []
     if task_of(config, model_config) == "classify":
         labels = read_labels(config)
     plan = plan_supernet(config, folder, model_config, labels)

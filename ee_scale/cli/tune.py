@@ -9,7 +9,7 @@ from rich.table import Table
 from ee_scale.artifact.run_folder import OpenedRun, data_identity, open_run, tune_identity
 from ee_scale.artifact.save import load_checkpoint
 from ee_scale.backbone.hub import find_model
-from ee_scale.backbone.loading import load_config
+from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.backbone.shard import model_tensors
 from ee_scale.cli.console import console
 from ee_scale.cli.inputs import load_tokenizer, sources, text_dataset
@@ -42,7 +42,7 @@ def run(config: Any, overrides: Sequence[str]) -> int:
 def make_plan(config: Any) -> TunePlan:
     """Find and read the model, and check the config against it. Raises `UserError`."""
     folder = tiny_model() if config.model.path == TINY else find_model(config.model.path)
-    plan = plan_tune(config, folder, load_config(folder))
+    plan = plan_tune(config, folder, ModelFolder(folder).decoder_config)
     model_tensors(folder, plan.model_config)  # weights that do not fit are said now, not by a rank
     return plan
 

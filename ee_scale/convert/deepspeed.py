@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from ee_scale.artifact.hf_folder import write_index
+from ee_scale.backbone.exit_layers import exits_of
 from ee_scale.convert.deepspeed_files import harmless, scan, tag_folder
 from ee_scale.convert.files import reserve
 from ee_scale.convert.folders import hugging_face_part
@@ -34,7 +35,6 @@ from ee_scale.convert.tensors import Extent, Piece, Stored, TensorInfo
 from ee_scale.convert.unpickle import known_globals, reads_strangers
 from ee_scale.convert.values import Values
 from ee_scale.errors import UserError, one_line
-from ee_scale.exits.placement import exits_of
 
 # Modules around modules: of torch.compile, FSDP, activation checkpointing; of DistributedDataParallel, Lightning, peft.
 INSIDE = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 
-from ee_scale.artifact.calibration import read_calibration, write_calibration
-from ee_scale.artifact.hf_folder import copy_small_files, stock_config, write_config, write_index
-from ee_scale.artifact.sidecar import SIDECAR_CONFIG, SIDECAR_WEIGHTS, base_folder, read_sidecar
+from ee_scale.artifact.hf_folder import copy_small_files, stock_config, write_calibration, write_config, write_index
 from ee_scale.artifact.trained_base import EMBEDDING, HEAD
-from ee_scale.backbone.fingerprint import fingerprint, is_model
-from ee_scale.backbone.loading import SINGLE_NAME, WAY_OUT, load_config, weight_files
+from ee_scale.backbone.fingerprint import fingerprint
+from ee_scale.backbone.loading import SINGLE_NAME, WAY_OUT
+from ee_scale.backbone.model_folder import CHANGED, SIDECAR_CONFIG, SIDECAR_WEIGHTS, ModelFolder
 from ee_scale.backbone.shard import meta_model
 from ee_scale.backbone.small_files import has_vocabulary
 from ee_scale.backbone.stored_names import parameter_names
@@ -22,43 +21,28 @@ from ee_scale.convert.files import SafetensorsFile, safetensors_extents
 from ee_scale.convert.model import Model, Opened, check_whole
 from ee_scale.convert.tensors import Extent, Piece, Span, Stored, TensorInfo
 from ee_scale.errors import UserError
-from ee_scale.exits.placement import exits_of, read_spec
 from ee_scale.files import file_digest
-from ee_scale.modeling.heads import ExitSpec
 from ee_scale.modeling.modeling_early_exit import AUTO_MAP, PREFIX, copy_code
 from ee_scale.reading import read_object, write_json
 
 DROPPED = ("rotary_emb.inv_freq",)  # buffers of old files
 
 
-def open_folder(folder: Path) -> Opened:
-    """A model folder, with exits where its config names them. Raises `UserError`."""
-    config = load_config(folder)
-    exits = exits_of(folder, config)
-    return _open(folder, config, exits, weight_files(folder))
+def find_folder(path: Path) -> Opened:
+    """A model folder, or a sidecar together with its base model. Raises `UserError`."""
+    return open_folder(ModelFolder.find(path, here=f"src={path}", other=CHANGED))
 
 
-def open_sidecar(folder: Path) -> Opened:
-    """Exits alone: opened together with the base model that they name. Raises `UserError`."""
-    facts = read_sidecar(folder)
-    base = base_folder(folder, facts)
-    if not base.is_dir():
-        raise UserError(f"src={folder}: its base model {base} is not there")
-    if not is_model(base, facts["base_fingerprint"]):
-        raise UserError(f"src={folder}: {base} changed since the exits were trained")
-    config = load_config(base)
-    exits = read_spec(facts["early_exit"], folder, config.num_hidden_layers)
-    return replace(_open(base, config, exits, [*weight_files(base), folder / SIDECAR_WEIGHTS]), exits_from=folder)
-
-
-def _open(folder: Path, config: Any, exits: ExitSpec | None, files: list[Path]) -> Opened:
-    extents = _by_parameter(folder, config, files)
+def open_folder(folder: ModelFolder) -> Opened:
+    """With exits where there are any. Raises `UserError`."""
+    base, config = folder.base, folder.decoder_config
+    extents = _by_parameter(base, config, folder.weight_files)
     first = extents.get(EMBEDDING)
-    model = Model(config, exits, first.dtype if first else torch.float32, config.vocab_size)
+    model = Model(config, folder.exits, first.dtype if first else torch.float32, config.vocab_size)
     info = model.info()
-    check_tensors(folder, extents, info)
+    check_tensors(base, extents, info)
     stored = [Stored(whole_piece(name, info[name]), extent) for name, extent in extents.items()]
-    return Opened("hf", folder, model, stored, small=folder, exits_from=folder if exits else None)
+    return Opened("hf", base, model, stored, small=base, exits_from=folder.path if folder.exits else None)
 
 
 def _by_parameter(folder: Path, config: Any, files: list[Path]) -> dict[str, Extent]:
@@ -126,7 +110,7 @@ def finish_folder(folder: Path, opened: Opened, dtype: torch.dtype, files: list[
     types = {stored.extent.dtype for stored in opened.stored} | {piece.dtype for file in files for piece in file.pieces}
     calibrated = opened.exits_from if len(types) == 1 else None  # rounded exits decide otherwise
     _write_small(folder, opened, values, same_exits=calibrated is not None and calibrated == opened.small)
-    if calibrated not in (None, opened.small) and (calibration := read_calibration(calibrated)) is not None:
+    if calibrated not in (None, opened.small) and (calibration := ModelFolder(calibrated).calibration()) is not None:
         write_calibration(folder, calibration)
     if opened.model.exits:
         copy_code(folder)
@@ -144,7 +128,7 @@ def has_tokenizer(opened: Opened) -> bool:
 
 def check_base(folder: Path, opened: Opened) -> None:
     """Raise `UserError` if a folder is not the base model of the exits, by shapes and the first row of every tensor."""
-    base = open_folder(folder)
+    base = open_folder(ModelFolder(folder))
     theirs, ours, info = Source(base.stored), Source(opened.stored), base.model.info()
     if info != replace(opened.model, exits=None).info():
         raise UserError(f"model={folder}: its tensors have other names or shapes than the base model of the exits")

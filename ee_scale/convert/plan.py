@@ -57,10 +57,8 @@ def open_checkpoint(settings: Settings) -> Opened:
         kind = "deepspeed"  # both lie in a folder of transformers' Trainer
     if settings.source not in ("auto", kind):
         raise UserError(f"from={settings.source}: {settings.src} is of format {kind}")
-    if kind == "sidecar":
-        return huggingface.open_sidecar(settings.src)
-    if kind == "hf":
-        return huggingface.open_folder(settings.src)
+    if kind in ("sidecar", "hf"):
+        return huggingface.find_folder(settings.src)
     if kind == "deepspeed":
         return _open_deepspeed(settings)
     iteration = iteration_folder(settings.src, settings.iteration)

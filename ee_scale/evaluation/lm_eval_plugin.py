@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from ee_scale.artifact.sidecar import SIDECAR_CONFIG, base_folder, read_sidecar
+from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.data.encode import token_with_row
 from ee_scale.errors import UserError
 from ee_scale.inference.model import open_model
@@ -121,10 +121,7 @@ class StopTexts(StoppingCriteria):
 
 def _base_folder(pretrained: str) -> Path:
     """Where config and tokenizer lie: the folder itself, or a sidecar's base model. Raises `UserError`."""
-    path = Path(pretrained).expanduser()
-    if not path.is_dir():
-        raise UserError(f"pretrained={pretrained}: no such folder")
-    return base_folder(path, read_sidecar(path)) if (path / SIDECAR_CONFIG).is_file() else path
+    return ModelFolder.named(pretrained, "pretrained").base
 
 
 def _value(value: Any) -> Any:

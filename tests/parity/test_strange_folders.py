@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from ee_scale.artifact.hf_folder import copy_small_files
-from ee_scale.artifact.sidecar import SIDECAR_CONFIG, SIDECAR_WEIGHTS, base_folder, read_sidecar
 from ee_scale.artifact.submodel import copy_small_files as copy_for_submodel
 from ee_scale.backbone.fingerprint import fingerprint
 from ee_scale.backbone.loading import INDEX_NAME, SINGLE_NAME, TensorFolder, weight_files
+from ee_scale.backbone.model_folder import SIDECAR_CONFIG, SIDECAR_WEIGHTS, ModelFolder, base_path, read_sidecar
 from ee_scale.cli.main import main
 from ee_scale.config.compose import from_yaml, to_yaml
 from ee_scale.config.schema import VERBS
@@ -28,7 +28,6 @@ from ee_scale.errors import UserError
 from ee_scale.exits.placement import exit_spec
 from ee_scale.files import file_digest, named_file, own_file
 from ee_scale.inference.model import EarlyExitForCausalLM, open_model, untrained_exits
-from ee_scale.inference.pipeline_model import find_parts
 from ee_scale.reading import check_files, read_json, write_json
 
 OUTSIDE = [
@@ -44,6 +43,10 @@ OUTSIDE = [
     7,
     [],
 ]
+
+
+def find_parts(path: Path) -> ModelFolder:
+    return ModelFolder.find(path).checked()
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +198,7 @@ def test_the_base_of_a_sidecar(folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", [None, 7, ["a"], "a\0b"])
 def test_a_base_that_is_no_path(folder, name):
     with pytest.raises(UserError, match=r"its base model is .*, which is no path"):
-        base_folder(folder, {"base_model": name})
+        base_path(folder, {"base_model": name})
 
 
 @pytest.mark.parametrize("files", [{}, [], None, {"../secret.safetensors": "0", SIDECAR_WEIGHTS: "0"}])
@@ -234,7 +237,7 @@ def test_no_code_of_a_folder_runs(folder, tmp_path, monkeypatch):
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Boom(mark)))
     (folder / "training_args.bin").write_bytes(pickle.dumps(Boom(mark)))
     assert open_model(folder).config.model_type == "llama"
-    assert find_parts(folder).spec is None
+    assert find_parts(folder).exits is None
     assert main(["generate", f"model={folder}", "prompt=a", "device=cpu"]) == 2
     (folder / SINGLE_NAME).unlink()
     with pytest.raises(UserError):
