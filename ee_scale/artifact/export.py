@@ -8,20 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ee_scale.artifact.checkpoint import checkpoints, read_checkpoint
-from ee_scale.artifact.hf_folder import copy_small_files, stock_config, write_config, write_index
+from ee_scale.artifact.hf_folder import write_beside, write_index, write_sidecar
 from ee_scale.artifact.run_folder import CHECKPOINTS, read_run
 from ee_scale.artifact.trained_base import TrainedBase
 from ee_scale.backbone.loading import SINGLE_NAME, TensorFolder, weight_files
-from ee_scale.backbone.model_folder import CHANGED, GONE, SIDECAR_CONFIG, SIDECAR_WEIGHTS, base_path, find_base
+from ee_scale.backbone.model_folder import CHANGED, GONE, SIDECAR_WEIGHTS, base_path, find_base
 from ee_scale.backbone.narrowing import narrowed
 from ee_scale.errors import UserError
-from ee_scale.files import file_digest, new_folder, write_text
+from ee_scale.files import new_folder, write_text
 from ee_scale.modeling.modeling_early_exit import AUTO_MAP, PREFIX, copy_code
-from ee_scale.reading import read_object, write_json
 
 EXITS_SHARD = "model-exit-heads.safetensors"
 
@@ -75,8 +73,7 @@ def export_sidecar(run: Path, out: Path, step: int | None) -> None:
         )
     with new_folder(out) as folder:
         save_file(trained.exits, folder / SIDECAR_WEIGHTS, metadata={"format": "pt"})
-        facts = trained.facts | {"files": {SIDECAR_WEIGHTS: file_digest(folder / SIDECAR_WEIGHTS)}}
-        write_json(folder / SIDECAR_CONFIG, facts)
+        write_sidecar(folder, trained.facts)
 
 
 def export_early_exit(run: Path, out: Path, step: int | None, copied: Callable[[int], None] = lambda _: None) -> None:
@@ -89,13 +86,12 @@ def export_early_exit(run: Path, out: Path, step: int | None, copied: Callable[[
     base = trained.base()
     with new_folder(out) as folder:
         weight_map = _copy_base(base, folder, copied)
-        dtype = _dtype(weight_files(base.folder)[0])
+        dtype = base.read(next(iter(base.files))).dtype  # most of the weights are of this type
         tensors = {name: narrowed(value, dtype, name) for name, value in trained.exits.items()}
         save_file(tensors, folder / EXITS_SHARD, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, EXITS_SHARD)
         write_index(folder, weight_map)
-        own = {"early_exit": trained.facts["early_exit"], "auto_map": AUTO_MAP}
-        write_config(folder, stock_config(read_object(base.folder / "config.json")) | own)
+        write_beside(folder, base.folder, early_exit=trained.facts["early_exit"], auto_map=AUTO_MAP)
         copy_code(folder)
         write_text(folder / "README.md", _model_card(out, trained))
 
@@ -107,14 +103,13 @@ def export_bytes(run: Path) -> int:
 
 
 def _copy_base(base: TrainedBase, folder: Path, copied: Callable[[int], None]) -> dict[str, str]:
-    """Copy weights and small files; returns tensor name -> file. A single file gets a shard's name, because
+    """Copy weights; returns tensor name -> file. A single file gets a shard's name, because
     transformers reads `model.safetensors` alone wherever it finds one. Exits that the base has stay behind.
     """
     weight_map = {}
     for path in weight_files(base.folder):
         name = "model-00001-of-00001.safetensors" if path.name == SINGLE_NAME else path.name
-        with safe_open(path, framework="pt") as file:
-            stored = list(file.keys())
+        stored = [key for key, file in base.files.items() if file == path]
         names = {key: base.parameter_of[key] for key in stored if not key.startswith(PREFIX)}
         if not names:
             continue
@@ -125,7 +120,6 @@ def _copy_base(base: TrainedBase, folder: Path, copied: Callable[[int], None]) -
         else:
             _copy_file(path, folder / name, copied)
         weight_map |= dict.fromkeys(names, name)
-    copy_small_files(base.folder, folder)
     return weight_map
 
 
@@ -134,12 +128,6 @@ def _copy_file(path: Path, target: Path, copied: Callable[[int], None]) -> None:
         while block := source.read(1 << 24):
             file.write(block)
             copied(len(block))
-
-
-def _dtype(path: Path) -> torch.dtype:
-    """The type most of a weight file is in."""
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(next(iter(file.keys()))).dtype
 
 
 def _model_card(out: Path, trained: Trained) -> str:

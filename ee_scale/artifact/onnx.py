@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from ee_scale.artifact.hf_folder import copy_small_files, stock_config, write_config
+from ee_scale.artifact.hf_folder import write_beside
 from ee_scale.artifact.onnx_shapes import declare_shapes
 from ee_scale.backbone.families import FAMILIES
 from ee_scale.backbone.model_folder import ModelFolder
@@ -27,7 +27,6 @@ from ee_scale.elastic.architecture import ARCHITECTURES, AUTO_CLASS, meta_model
 from ee_scale.errors import UserError, one_line
 from ee_scale.files import new_folder
 from ee_scale.modeling.versions import CACHE
-from ee_scale.reading import read_object
 
 
 @contextmanager
@@ -122,9 +121,7 @@ def export_onnx(folder: Path, out: Path, task: str, *, int8: bool = False) -> On
             with quiet():
                 _quantize(path)
             report = _compare(path, model, task)
-        copy_small_files(folder, temporary)
-        own = {"dtype": "float32", "torch_dtype": "float32"}
-        write_config(temporary, stock_config(read_object(folder / "config.json")) | own)
+        write_beside(temporary, folder, dtype="float32", torch_dtype="float32")
     return report
 
 

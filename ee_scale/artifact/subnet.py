@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ee_scale.artifact.checkpoint import checkpoints, read_checkpoint
-from ee_scale.artifact.hf_folder import copy_small_files, stock_config, write_config
+from ee_scale.artifact.hf_folder import write_beside
 from ee_scale.artifact.run_folder import CHECKPOINTS, read_run
 from ee_scale.backbone.loading import TensorFolder
 from ee_scale.backbone.model_folder import GONE, find_base
@@ -79,8 +79,8 @@ def write_subnet(folder: Path, model: nn.Module, supernet: TrainedSupernet, spec
     """Weights, config, tokenizer files and a model card into a new folder."""
     folder.mkdir()
     model.save_pretrained(folder)
-    write_config(folder, stock_config(read_object(folder / "config.json")))
-    copy_small_files(supernet.base, folder)  # after transformers, which makes generation settings of its own
+    # After transformers, which makes generation settings of its own.
+    write_beside(folder, supernet.base, read_object(folder / "config.json"))
     write_text(folder / "README.md", "\n".join(_model_card(folder.name, model, supernet, spec, facts)) + "\n")
 
 

@@ -7,11 +7,18 @@ from typing import Any
 
 import torch
 
-from ee_scale.artifact.hf_folder import copy_small_files, stock_config, write_calibration, write_config, write_index
+from ee_scale.artifact.hf_folder import (
+    shard_names,
+    shards,
+    write_beside,
+    write_calibration,
+    write_index,
+    write_sidecar,
+)
 from ee_scale.artifact.trained_base import EMBEDDING, HEAD
 from ee_scale.backbone.fingerprint import fingerprint
-from ee_scale.backbone.loading import SINGLE_NAME, WAY_OUT
-from ee_scale.backbone.model_folder import CHANGED, SIDECAR_CONFIG, SIDECAR_WEIGHTS, ModelFolder
+from ee_scale.backbone.loading import WAY_OUT
+from ee_scale.backbone.model_folder import CHANGED, SIDECAR_WEIGHTS, ModelFolder
 from ee_scale.backbone.shard import meta_model
 from ee_scale.backbone.small_files import has_vocabulary
 from ee_scale.backbone.stored_names import parameter_names
@@ -21,9 +28,8 @@ from ee_scale.convert.files import SafetensorsFile, safetensors_extents
 from ee_scale.convert.model import Model, Opened, check_whole
 from ee_scale.convert.tensors import Extent, Piece, Span, Stored, TensorInfo
 from ee_scale.errors import UserError
-from ee_scale.files import file_digest
 from ee_scale.modeling.modeling_early_exit import AUTO_MAP, PREFIX, copy_code
-from ee_scale.reading import read_object, write_json
+from ee_scale.reading import read_object
 
 DROPPED = ("rotary_emb.inv_freq",)  # buffers of old files
 
@@ -84,13 +90,12 @@ def target_files(model: Model, itemsize: int, shard_bytes: int) -> list[Safetens
     info, base, exits = model.info(), [], []
     for name in sorted(info, key=_order):
         (exits if name.startswith(PREFIX) else base).append(whole_piece(name, info[name]))
-    shards = _shards(base, itemsize, shard_bytes) + _shards(exits, itemsize, shard_bytes)
-    if len(shards) == 1:
-        return [SafetensorsFile(SINGLE_NAME, shards[0])]
-    return [
-        SafetensorsFile(f"model-{number:05d}-of-{len(shards):05d}.safetensors", pieces)
-        for number, pieces in enumerate(shards, 1)
-    ]
+
+    def nbytes(piece: Piece) -> int:
+        return math.prod(piece.shape) * itemsize
+
+    groups = shards(base, nbytes, shard_bytes) + shards(exits, nbytes, shard_bytes)
+    return [SafetensorsFile(name, pieces) for name, pieces in zip(shard_names(len(groups)), groups, strict=True)]
 
 
 def sidecar_file(model: Model) -> SafetensorsFile:
@@ -102,23 +107,22 @@ def sidecar_file(model: Model) -> SafetensorsFile:
 
 def finish_folder(folder: Path, opened: Opened, dtype: torch.dtype, files: list[SafetensorsFile]) -> None:
     """Config, index, tokenizer and, for exits, the code that opens them."""
-    if len(files) > 1:
-        write_index(folder, {piece.key: file.name for file in files for piece in file.pieces})
-    values = config_values(opened, dtype)
-    if opened.model.exits:
-        values |= {"early_exit": opened.model.exits.to_dict(), "auto_map": AUTO_MAP}
+    write_index(folder, {piece.key: file.name for file in files for piece in file.pieces})
+    exits = opened.model.exits
+    own = {"early_exit": exits.to_dict(), "auto_map": AUTO_MAP} if exits else {}
     types = {stored.extent.dtype for stored in opened.stored} | {piece.dtype for file in files for piece in file.pieces}
     calibrated = opened.exits_from if len(types) == 1 else None  # rounded exits decide otherwise
-    _write_small(folder, opened, values, same_exits=calibrated is not None and calibrated == opened.small)
+    same = calibrated is not None and calibrated == opened.small
+    write_beside(folder, opened.small, config_values(opened, dtype), same_exits=same, **own)
     if calibrated not in (None, opened.small) and (calibration := ModelFolder(calibrated).calibration()) is not None:
         write_calibration(folder, calibration)
-    if opened.model.exits:
+    if exits:
         copy_code(folder)
 
 
 def copy_part(folder: Path, opened: Opened, dtype: torch.dtype) -> None:
     """Config and tokenizer without weights or exits: what Megatron's formats have no place for."""
-    _write_small(folder, opened, config_values(opened, dtype))
+    write_beside(folder, opened.small, config_values(opened, dtype))
 
 
 def has_tokenizer(opened: Opened) -> bool:
@@ -148,9 +152,8 @@ def finish_sidecar(folder: Path, model: Model, base: Path) -> None:
         "base_model": str(base.resolve()),
         "base_fingerprint": fingerprint(base),
         "early_exit": model.exits.to_dict(),
-        "files": {SIDECAR_WEIGHTS: file_digest(folder / SIDECAR_WEIGHTS)},
     }
-    write_json(folder / SIDECAR_CONFIG, facts)
+    write_sidecar(folder, facts)
 
 
 def config_values(opened: Opened, dtype: torch.dtype) -> dict[str, Any]:
@@ -168,26 +171,7 @@ def config_values(opened: Opened, dtype: torch.dtype) -> dict[str, Any]:
     scaled = {key: value for key, value in rope.items() if key != "rope_theta"}
     values["rope_scaling"] = None if rope["rope_type"] == "default" else scaled
     values["tie_word_embeddings"] = model.config.tie_word_embeddings
-    return stock_config(values)
-
-
-def _write_small(folder: Path, opened: Opened, values: dict[str, Any], *, same_exits: bool = False) -> None:
-    if opened.small is not None:
-        copy_small_files(opened.small, folder, same_exits=same_exits)
-    write_config(folder, values)
-
-
-def _shards(pieces: list[Piece], itemsize: int, shard_bytes: int) -> list[list[Piece]]:
-    shards: list[list[Piece]] = []
-    room = 0
-    for piece in pieces:
-        size = torch.Size(piece.shape).numel() * itemsize
-        if not shards or size > room:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(piece)
-        room -= size
-    return shards
+    return values
 
 
 def _order(name: str) -> tuple[Any, ...]:

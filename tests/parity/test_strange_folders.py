@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from ee_scale.artifact.hf_folder import copy_small_files
-from ee_scale.artifact.submodel import copy_small_files as copy_for_submodel
 from ee_scale.backbone.fingerprint import fingerprint
 from ee_scale.backbone.loading import INDEX_NAME, SINGLE_NAME, TensorFolder, weight_files
 from ee_scale.backbone.model_folder import SIDECAR_CONFIG, SIDECAR_WEIGHTS, ModelFolder, base_path, read_sidecar
@@ -111,23 +110,21 @@ def test_links_inside_a_folder_and_into_the_hubs_cache_work(folder):
         (snapshot / path.name).symlink_to(f"../../blobs/{number}")
     assert fingerprint(snapshot) == want
     assert find_parts(snapshot).config.num_hidden_layers == AutoConfig.from_pretrained(folder).num_hidden_layers
-    for number, copy in enumerate((copy_small_files, copy_for_submodel)):
-        out = folder.parent / f"out{number}"
-        out.mkdir()
-        copy(snapshot, out)
-        assert (out / "generation_config.json").is_file()
+    out = folder.parent / "out"
+    out.mkdir()
+    copy_small_files(snapshot, out)
+    assert (out / "generation_config.json").is_file()
     linked = folder.parent / "linked"  # the folder itself may lie anywhere
     linked.symlink_to(snapshot)
     assert fingerprint(linked) == want
 
 
-@pytest.mark.parametrize("copy", [copy_small_files, copy_for_submodel])
 @pytest.mark.parametrize("name", ["LICENSE", "tokenizer.json", "chat_template.jinja"])
-def test_an_export_carries_no_file_from_elsewhere(folder, tmp_path, copy, name):
+def test_an_export_carries_no_file_from_elsewhere(folder, tmp_path, name):
     (folder / name).symlink_to("../secret.txt")
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match=f"{name}: a link to"):
-        copy(folder, tmp_path / "out")
+        copy_small_files(folder, tmp_path / "out")
     assert not (tmp_path / "out" / name).exists()
 
 
