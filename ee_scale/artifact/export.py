@@ -14,7 +14,7 @@ from ee_scale.artifact.checkpoint import checkpoints, read_checkpoint
 from ee_scale.artifact.hf_folder import write_beside, write_index, write_sidecar
 from ee_scale.artifact.run_folder import CHECKPOINTS, read_run
 from ee_scale.artifact.trained_base import TrainedBase
-from ee_scale.backbone.loading import SINGLE_NAME, TensorFolder, weight_files
+from ee_scale.backbone.loading import SINGLE_NAME, TensorFolder, weight_bytes, weight_files
 from ee_scale.backbone.model_folder import CHANGED, GONE, SIDECAR_WEIGHTS, base_path, find_base
 from ee_scale.backbone.narrowing import narrowed
 from ee_scale.errors import UserError
@@ -99,7 +99,7 @@ def export_early_exit(run: Path, out: Path, step: int | None, copied: Callable[[
 def export_bytes(run: Path) -> int:
     """Bytes that `export_early_exit` will copy, for a progress bar."""
     base = base_path(run, read_run(run))
-    return sum(path.stat().st_size for path in weight_files(base)) if base.is_dir() else 0
+    return weight_bytes(base) if base.is_dir() else 0
 
 
 def _copy_base(base: TrainedBase, folder: Path, copied: Callable[[int], None]) -> dict[str, str]:

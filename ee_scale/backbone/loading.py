@@ -93,7 +93,7 @@ def check_claims(folder: Path, config: Any) -> None:
     `check_sizes` says of each setting alone what no model has; this, of matrices and layers, what these files have not.
     Raises `UserError` naming the settings and both numbers.
     """
-    exits, nbytes = getattr(config, "early_exit", None), sum(path.stat().st_size for path in weight_files(folder))
+    exits, nbytes = getattr(config, "early_exit", None), weight_bytes(folder)
     size = vars(config) | (exits if isinstance(exits, dict) else {})
     size = {name: value for name, value in size.items() if isinstance(value, int) and not isinstance(value, bool)}
     width = "embedding_size" if "embedding_size" in size else "hidden_size"  # ALBERT, ELECTRA
@@ -190,6 +190,11 @@ def weight_files(folder: Path) -> list[Path]:
     if missing := [path.name for path in paths if not is_file(path)]:
         raise UserError(f"model.path={folder}: {INDEX_NAME} names {shown(missing[0])[1:-1]}, which is not there")
     return paths
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the same files."""
+    return sum(path.stat().st_size for path in weight_files(folder))
 
 
 @dataclass(frozen=True)

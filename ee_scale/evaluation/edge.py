@@ -25,7 +25,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
-from ee_scale.backbone.loading import weight_files
+from ee_scale.backbone.loading import weight_bytes
 from ee_scale.elastic.architecture import AUTO_CLASS
 from ee_scale.errors import UserError
 from ee_scale.evaluation.energy import EnergyMeter, find_meter
@@ -149,7 +149,7 @@ def _measure(
     read = len(timings.prefill) * tokens + len(timings.token)
     return EdgeMeasure(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        weights_mb=sum(path.stat().st_size for path in weight_files(Path(folder))) / 1e6,
+        weights_mb=weight_bytes(Path(folder)) / 1e6,
         flops=flops,
         prefill_ms=1e3 * median(timings.prefill),
         prefill_p90_ms=1e3 * sorted(timings.prefill)[math.ceil(0.9 * len(timings.prefill)) - 1],
