@@ -16,7 +16,6 @@ from ee_scale.files import file_digest, own_file, write_text
 from ee_scale.modeling.policies import CALIBRATION_KEY
 from ee_scale.reading import parse_json, read_object, write_json
 
-RECORD = "conversion.json"  # digests, in a folder that a conversion made
 OF_THE_SOURCE = ("early_exit", "auto_map", "_name_or_path")  # keys of config.json that speak of files not copied
 
 T = TypeVar("T")

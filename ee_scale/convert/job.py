@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from ee_scale.artifact.hf_folder import RECORD
 from ee_scale.backbone.narrowing import NarrowingError
 from ee_scale.convert.copying import Source
 from ee_scale.convert.files import ArchivesFile, TargetFile
@@ -26,6 +25,7 @@ from ee_scale.files import file_digest, publish, sync
 from ee_scale.reading import read_json, write_json
 
 JOURNAL = "journal.json"
+RECORD = "conversion.json"  # digests of all files
 SLACK = 64 << 20  # bytes of disk for indexes, tokenizers and the like
 
 
