@@ -16,7 +16,7 @@ from torch import nn
 from ee_scale.engine.frozen import FrozenPipelineEngine
 from ee_scale.engine.schedule import TrainExits
 from ee_scale.grid import Layout, join_grid, pick_device
-from ee_scale.modeling.heads import Tap
+from ee_scale.modeling.kinds import Tap
 
 # (a) step time
 

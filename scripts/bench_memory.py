@@ -100,8 +100,9 @@ def measure(arguments: list[str], rank: int, world: int, rendezvous: str) -> dic
 
 
 def _plan(arguments: list[str]) -> tuple[Any, Any]:
-    from ee_scale.cli import supernet, tune
+    from ee_scale.cli import supernet
     from ee_scale.config.compose import compose_config
+    from ee_scale.training import tune
 
     config = compose_config(arguments[0], arguments[1:])
     return config, (tune if arguments[0] == "tune" else supernet).make_plan(config)

@@ -32,10 +32,11 @@ from typing import Any
 
 import torch
 from _palette_report import plot, print_tables
-from ee_scale.cli.supernet import Data, make_plan, prepare_data, unit_order
+from ee_scale.cli.supernet import make_plan
 from rich.console import Console
 from transformers import logging
 
+from ee_scale.cli import train
 from ee_scale.cli.palette import held_out
 from ee_scale.config.compose import compose_config
 from ee_scale.elastic.factors import FactorPlan
@@ -53,8 +54,9 @@ from ee_scale.training.supernet import (
     metrics_stream,
     open_stages,
     start_run,
-    train,
+    unit_order,
 )
+from ee_scale.training.supernet_data import Data, prepare_data
 from ee_scale.training.watchdog import Watchdog
 
 AXES = "[hidden,heads,ffn,depth]"

@@ -244,7 +244,7 @@ WAIT = {"ForwardPass": 0.04, "TrainExits": 0.02}  # seconds that these take wher
 
 def check_plan(size: dict[str, int], grid: tuple[int, int, int], folder: Path) -> tuple[Any, Any]:
     """(plan, config) of one of CHECKS."""
-    from ee_scale.backbone.loading import load_config
+    from ee_scale.backbone.model_folder import ModelFolder
     from ee_scale.config.compose import compose_config
     from ee_scale.training.plan import plan_tune
 
@@ -254,7 +254,7 @@ def check_plan(size: dict[str, int], grid: tuple[int, int, int], folder: Path) -
     arguments += [f"parallel.tp={tp}", f"parallel.pp={pp}", f"parallel.dp={dp}", "parallel.device=cpu"]
     arguments += [f"train.micro_batch_size={size['micro_batch']}", "exits.rank=16", "train.precision=fp32"]
     config = compose_config("tune", [*arguments, f"train.global_batch_size={4 * dp * size['micro_batch']}"])
-    return plan_tune(config, folder, load_config(folder)), config
+    return plan_tune(config, folder, ModelFolder(folder).decoder_config), config
 
 
 def measure_machine(size: dict[str, int], folder: str, rank: int, rendezvous: str) -> dict[str, Any]:

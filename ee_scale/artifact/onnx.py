@@ -18,16 +18,15 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from ee_scale.artifact.files import new_folder
-from ee_scale.artifact.hf_folder import copy_small_files, stock_config, write_config
+from ee_scale.artifact.hf_folder import write_beside
 from ee_scale.artifact.onnx_shapes import declare_shapes
-from ee_scale.backbone.loading import read_config
+from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.backbone.model_tensors import ModelTensors
 from ee_scale.errors import UserError, one_line
 from ee_scale.families.build import AUTO_CLASS, meta_model
 from ee_scale.families.registry import find_family
+from ee_scale.files import new_folder
 from ee_scale.modeling.versions import CACHE
-from ee_scale.reading import read_object
 
 
 @contextmanager
@@ -98,7 +97,7 @@ def export_onnx(folder: Path, out: Path, task: str, *, int8: bool = False) -> On
     Raises `UserError` if the packages fail on the model or the fp32 file says anything but what torch says.
     """
     try:
-        config = read_config(folder)
+        config = ModelFolder(folder).config
     except UserError as error:
         raise UserError(str(error).replace("model.path=", "src=", 1)) from error
     if find_family(config):  # transformers fills what is missing at random
@@ -122,9 +121,7 @@ def export_onnx(folder: Path, out: Path, task: str, *, int8: bool = False) -> On
             with quiet():
                 _quantize(path)
             report = _compare(path, model, task)
-        copy_small_files(folder, temporary)
-        own = {"dtype": "float32", "torch_dtype": "float32"}
-        write_config(temporary, stock_config(read_object(folder / "config.json")) | own)
+        write_beside(temporary, folder, dtype="float32", torch_dtype="float32")
     return report
 
 

@@ -7,14 +7,13 @@ from typing import Any
 from uuid import uuid4
 
 from ee_scale.artifact.checkpoint import checkpoints, read_checkpoint
-from ee_scale.artifact.files import read_json, write_json
+from ee_scale.backbone.exit_layers import read_spec
 from ee_scale.backbone.fingerprint import fingerprint, is_model
 from ee_scale.config.compose import to_yaml
 from ee_scale.errors import STOPPED, UserError
 from ee_scale.exits.joint import FROZEN
-from ee_scale.exits.placement import read_spec
 from ee_scale.files import write_text
-from ee_scale.reading import Count, check_fields, parse_json
+from ee_scale.reading import Count, check_fields, parse_json, read_json, write_json
 from ee_scale.training.recipe import Recipe
 
 CONFIG, IDENTITY, METRICS, CHECKPOINTS = "config.yaml", "run.json", "metrics.jsonl", "checkpoints"

@@ -42,7 +42,7 @@ def takes_tensor_parallel(family: Family) -> bool:
 
 
 def model_tensors(folder: Path, config: Any) -> ModelTensors:
-    """The weights of a causal language model; `config`: its `load_config`. Raises `UserError` unless they fit it."""
+    """The weights of a causal language model; `config`: its own. Raises `UserError` unless they fit it."""
     return ModelTensors(folder, meta_model(config, torch.float32))
 
 

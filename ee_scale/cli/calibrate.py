@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ee_scale.artifact.calibration import write_calibration
+from ee_scale.artifact.hf_folder import write_calibration
+from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.cli.console import console
 from ee_scale.cli.evaluate import check_length, read_prefixes, read_tagged, with_progress
 from ee_scale.config.schema import CalibrateConfig
@@ -31,9 +32,7 @@ def run(config: CalibrateConfig, overrides: Sequence[str]) -> int:
     """Find the limits, store them in the model's folder, print what they do and what is guaranteed."""
     configure_logging()
     goal = goal_of(config)
-    path = Path(config.model).expanduser()
-    if not path.is_dir():
-        raise UserError(f"model={config.model}: no such folder")
+    path = ModelFolder.named(config.model).path
     model = open_model(path).to(pick_device(config.device)).eval()
     if not hasattr(model, "exit_spec"):
         raise UserError(f"model={config.model}: it has no exits; tune some and export them first")

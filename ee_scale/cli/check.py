@@ -10,11 +10,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ee_scale.cli import supernet, tune
+from ee_scale.cli import supernet
 from ee_scale.cli.console import console
 from ee_scale.config.compose import with_value
 from ee_scale.config.schema import VERBS, TrainingConfig
 from ee_scale.errors import UserError
+from ee_scale.training import tune
 from ee_scale.training.cost import draws_per_micro_batch, flops_per_token
 from ee_scale.training.memory import Parameters, rank_memory, supernet_parameters, tune_parameters
 from ee_scale.training.plan import TunePlan, plan_tune, uses_bf16

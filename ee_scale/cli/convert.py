@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from ee_scale.cli.console import console
-from ee_scale.config.schema import ConvertConfig
+from ee_scale.config.convert import ConvertConfig
 from ee_scale.convert.copying import differing_copies
 from ee_scale.convert.job import Conversion
 from ee_scale.convert.job import run as write_files

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from rich.progress import track
 
-from ee_scale.backbone.loading import load_config
+from ee_scale.backbone.exit_layers import resolve_exit_layers
+from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.cli.console import console
 from ee_scale.config.schema import CalibrateConfig, EvaluateConfig
 from ee_scale.data.dataset import check_tokens
@@ -20,7 +21,7 @@ from ee_scale.evaluation.per_exit import ExitQuality, exit_qualities
 from ee_scale.evaluation.records import Records, Window, batched, collect
 from ee_scale.evaluation.sweep import SweepPoint, calibrated_point, sweep, time_points
 from ee_scale.evaluation.tags import stream_windows, tagged_windows
-from ee_scale.exits.placement import exit_spec, resolve_exit_layers
+from ee_scale.exits.placement import exit_spec
 from ee_scale.grid import pick_device
 from ee_scale.inference.model import open_model, untrained_exits
 from ee_scale.log import configure_logging
@@ -61,18 +62,15 @@ def run(config: EvaluateConfig, overrides: Sequence[str]) -> int:
 
 def open_for_measuring(config: EvaluateConfig) -> Any:
     """The model of an evaluate config, on its device. Raises `UserError`."""
-    path = Path(config.model).expanduser()
-    if not path.is_dir():
-        raise UserError(f"model={config.model}: no such folder")
-    device = pick_device(config.device)
+    folder, device = ModelFolder.named(config.model), pick_device(config.device)
     if config.exits is None:
-        return open_model(path).to(device).eval()
-    model_config = load_config(path)
-    if getattr(model_config, "early_exit", None) is not None:
-        raise UserError(f"exits={config.exits}: {path} has exits already; leave exits out")
+        return open_model(folder.path).to(device).eval()
+    model_config = folder.decoder_config
+    if folder.exits is not None:
+        raise UserError(f"exits={config.exits}: {folder.path} has exits already; leave exits out")
     layers = resolve_exit_layers(config.exits, model_config.num_hidden_layers)
     head = "tied" if KINDS[config.kind].trains else "full"
-    return untrained_exits(path, exit_spec(model_config, layers, config.kind, head, 1)).to(device)
+    return untrained_exits(folder.path, exit_spec(model_config, layers, config.kind, head, 1)).to(device)
 
 
 def measure(config: EvaluateConfig, model: Any, tokenizer: Any, tokenizer_dir: Path) -> tuple[list[ExitQuality], int]:

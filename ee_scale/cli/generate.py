@@ -27,19 +27,19 @@ def run(config: GenerateConfig, overrides: Sequence[str]) -> int:
     check_config(config)
     if launched is not None and launched.world_size != layout.world_size:
         raise UserError(world_size_message(layout, launched.world_size))
-    parts = check_model(config)
+    folder = check_model(config)
     device = pick_device(config.device, launched.local_rank if launched else 0)
     if launched is None and layout.world_size > 1:
-        tokenizer = load_tokenizer(parts.base, "model")
+        tokenizer = load_tokenizer(folder.base, "model")
         if config.prompt != "-":  # that one is for rank 0 to read
-            check_prompts(config, parts, tokenizer)
+            check_prompts(config, folder, tokenizer)
         return run_ranks("generate", overrides, layout.world_size, device)
-    job = check_prompts(config, parts, load_tokenizer(parts.base, "model")) if leader else None
+    job = check_prompts(config, folder, load_tokenizer(folder.base, "model")) if leader else None
     streamer = open_stream(job) if leader and job.streams else None
     if layout.world_size == 1:
         answers = decode_here(job, device, streamer)
     else:
-        answers = decode_on_grid(config, parts, job, layout, device, streamer)
+        answers = decode_on_grid(config, folder, job, layout, device, streamer)
     if leader:
         finish(job, answers)
     return 0

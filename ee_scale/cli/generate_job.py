@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.cli.prompts import encode_prompts, read_prompts
 from ee_scale.config.schema import GenerateConfig
 from ee_scale.errors import UserError, one_line
 from ee_scale.inference.pipeline import check_pipeline
-from ee_scale.inference.pipeline_model import ModelParts, find_parts, plan_decoding
+from ee_scale.inference.pipeline_model import plan_decoding
 from ee_scale.inference.settings import check_settings
 from ee_scale.modeling.policies import ExitPolicy, resolve_policy
 
@@ -28,7 +29,7 @@ class Job:
     """
 
     config: GenerateConfig
-    parts: ModelParts
+    folder: ModelFolder
     tokenizer: Any
     texts: list[str]
     prompts: list[list[int]]
@@ -37,15 +38,15 @@ class Job:
 
     @property
     def num_layers(self) -> int:
-        return self.parts.config.num_hidden_layers
+        return self.folder.config.num_hidden_layers
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
-        return self.parts.spec.layers if self.parts.spec else ()
+        return self.folder.exits.layers if self.folder.exits else ()
 
     def policy(self, tags: list[str] | None, rows: int) -> ExitPolicy:
         """The policy of a batch."""
-        return read_policy(self.config, self.parts, tags, rows)
+        return read_policy(self.config, self.folder, tags, rows)
 
     def batches(self) -> Iterator[tuple[list[list[int]], list[str] | None]]:
         """(prompts, tags) of each batch."""
@@ -85,50 +86,47 @@ def check_config(config: GenerateConfig) -> None:
         raise UserError(f"audit={config.audit}: needs one device, not tp={parallel.tp} x pp={parallel.pp}")
 
 
-def check_model(config: GenerateConfig) -> ModelParts:
+def check_model(config: GenerateConfig) -> ModelFolder:
     """Find the model and check policy and grid against it. Raises `UserError`."""
-    folder = Path(config.model).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"model={config.model}: no such folder")
-    parts = find_parts(folder)
-    if parts.spec is None and config.policy != "off":
+    folder = ModelFolder.named(config.model).checked()
+    if folder.exits is None and config.policy != "off":
         raise UserError(f"policy={config.policy}: {config.model} has no exits; use policy=off, or export a tuned run")
-    policy = read_policy(config, parts)
+    policy = read_policy(config, folder)
     parallel = config.parallel
     grid = parallel.tp * parallel.pp > 1
-    check_settings(parts.generation_config(), own_loop=grid or policy.name != "off", grid=grid)
-    plan_decoding(parts, parallel.tp, parallel.pp, policy.layers, parallel.stages)
-    return parts
+    check_settings(folder.generation_config(), own_loop=grid or policy.name != "off", grid=grid)
+    plan_decoding(folder, parallel.tp, parallel.pp, policy.layers, parallel.stages)
+    return folder
 
 
-def check_prompts(config: GenerateConfig, parts: ModelParts, tokenizer: Any) -> Job:
+def check_prompts(config: GenerateConfig, folder: ModelFolder, tokenizer: Any) -> Job:
     """Read and encode the prompts. Raises `UserError`."""
     texts = read_prompts(config)
-    prompts = encode_prompts(texts, tokenizer, parts.config, config)
+    prompts = encode_prompts(texts, tokenizer, folder.config, config)
     tags = (
         None if config.tag is None else [config.tag] * len(texts) if isinstance(config.tag, str) else list(config.tag)
     )
     if tags is not None and len(tags) != len(texts):
         raise UserError(f"tag={tags}: {len(tags)} tags for {len(texts)} prompts")
     # Beams know their text at the end only.
-    streams = len(texts) == 1 and config.out is None and (parts.generation_config().num_beams or 1) == 1
+    streams = len(texts) == 1 and config.out is None and (folder.generation_config().num_beams or 1) == 1
     if config.show_exits and not streams:
         raise UserError(f"show_exits=true: colours one answer on the terminal, not {len(texts)} prompts or a file")
-    return Job(config, parts, tokenizer, texts, prompts, tags, streams)
+    return Job(config, folder, tokenizer, texts, prompts, tags, streams)
 
 
 def read_policy(
-    config: GenerateConfig, parts: ModelParts, tags: list[str] | None = None, rows: int | None = None
+    config: GenerateConfig, folder: ModelFolder, tags: list[str] | None = None, rows: int | None = None
 ) -> ExitPolicy:
     """The policy of a batch with these tags. Raises `UserError`."""
     with plain_words():
         return resolve_policy(
             config.policy,
-            parts.spec.layers if parts.spec else (),
-            calibration=parts.calibration(),
+            folder.exits.layers if folder.exits else (),
+            calibration=folder.calibration(),
             tags=tags,
             batch_size=rows,
-            vocab_size=parts.config.vocab_size,
+            vocab_size=folder.config.vocab_size,
             **policy_options(config),
         )
 

@@ -11,16 +11,14 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from yaml import YAMLError
 
-from ee_scale.artifact.files import new_folder
 from ee_scale.artifact.manifest import Device, Manifest, Member, Tried, write_manifest
 from ee_scale.artifact.run_folder import CONFIG
 from ee_scale.artifact.subnet import TrainedSupernet, read_supernet, subnet_model, write_subnet
-from ee_scale.backbone.loading import read_config
+from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.cli.console import console
-from ee_scale.cli.supernet import ORDER
 from ee_scale.config.compose import from_yaml
 from ee_scale.config.groups import ParallelConfig
-from ee_scale.config.schema import PaletteConfig, SupernetConfig
+from ee_scale.config.supernet import PaletteConfig, SupernetConfig
 from ee_scale.data.dataset import check_tokens
 from ee_scale.data.inputs import load_tokenizer, sources
 from ee_scale.data.labelled import check_labels, evaluation_batches, read_labelled
@@ -35,10 +33,10 @@ from ee_scale.errors import UserError, one_line
 from ee_scale.evaluation.edge import EdgeMeasure, measure_edge
 from ee_scale.evaluation.palette_report import palette_table, recommendations, write_palette_report
 from ee_scale.evaluation.supernet import Judge, PartTimes
-from ee_scale.files import remove_folder
+from ee_scale.files import new_folder, remove_folder
 from ee_scale.grid import Layout, join_grid, pick_device
 from ee_scale.log import configure_logging
-from ee_scale.training.supernet import build_stage, open_stages, start_run
+from ee_scale.training.supernet import ORDER, build_stage, open_stages, start_run
 from ee_scale.training.supernet_data import encode_labelled
 from ee_scale.training.supernet_plan import SupernetPlan, plan_supernet
 
@@ -98,7 +96,7 @@ def stored_plan(src: Path, supernet: TrainedSupernet, config: PaletteConfig) -> 
         parallel=ParallelConfig(),
         train=replace(stored.train, micro_batch_size=1, global_batch_size=1, precision="auto"),
     )
-    plan = plan_supernet(stored, supernet.base, read_config(supernet.base), supernet.identity["labels"])
+    plan = plan_supernet(stored, supernet.base, ModelFolder(supernet.base).config, supernet.identity["labels"])
     base_tensors(supernet.base, plan.map)  # said before anything is judged
     return plan
 

@@ -8,8 +8,8 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn
 from transformers import PreTrainedConfig
 
-from ee_scale.artifact.sidecar import SIDECAR_CONFIG
-from ee_scale.backbone.loading import load_config
+from ee_scale.backbone.exit_layers import resolve_exit_layers
+from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.cli.console import console
 from ee_scale.config.schema import ProbeConfig
 from ee_scale.data.dataset import check_tokens
@@ -20,7 +20,7 @@ from ee_scale.errors import UserError
 from ee_scale.evaluation.probe import Reading, given_text, own_text, read_exits, repeated_share
 from ee_scale.evaluation.probe_report import cost_lines, outlook, outlook_table, verdict, write_probe
 from ee_scale.evaluation.timing import measure_parts
-from ee_scale.exits.placement import exit_spec, resolve_exit_layers
+from ee_scale.exits.placement import exit_spec
 from ee_scale.grid import pick_device
 from ee_scale.inference.model import open_model, untrained_exits
 from ee_scale.log import configure_logging
@@ -32,8 +32,7 @@ MOST_EXITS = 11
 def run(config: ProbeConfig, overrides: Sequence[str]) -> int:
     """Read text, let the model write, time the parts; print the table and the verdict, write files with `out`."""
     configure_logging()
-    path = Path(config.model).expanduser()
-    model, untrained = _open(config, path)
+    model, untrained = _open(config)
     folder = Path(model.config.name_or_path)
     tokenizer = load_tokenizer(folder, "model")
     batches = _text(config, model, tokenizer, folder)
@@ -66,21 +65,16 @@ def run(config: ProbeConfig, overrides: Sequence[str]) -> int:
     return 0
 
 
-def _open(config: ProbeConfig, path: Path) -> tuple[Any, bool]:
+def _open(config: ProbeConfig) -> tuple[Any, bool]:
     """The model with its exits, or with untrained ones. Raises `UserError`, before weights are read where it can."""
-    if not path.is_dir():
-        raise UserError(f"model={config.model}: no such folder")
-    sidecar = (path / SIDECAR_CONFIG).is_file()
-    model_config = None if sidecar else load_config(path)
-    if model_config is not None:
-        _check_lengths(config, model_config)
+    folder = ModelFolder.named(config.model)
+    path, model_config = folder.path, folder.decoder_config
+    _check_lengths(config, model_config)
     device = pick_device(config.device)
-    if sidecar or getattr(model_config, "early_exit", None) is not None:
+    if folder.exits is not None:
         if config.layers is not None:
             raise UserError(f"layers={config.layers}: {path} has exits already; leave layers out")
-        model = open_model(path).to(device).eval()
-        _check_lengths(config, model.config)
-        return model, False
+        return open_model(path).to(device).eval(), False
     count = model_config.num_hidden_layers
     if count < 2:
         raise UserError(f"model={config.model}: {count} layer leaves no room for an exit")

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from rich.table import Table
 
-from ee_scale.artifact.files import write_json
 from ee_scale.cli.console import console
 from ee_scale.config.groups import LoggingConfig
 from ee_scale.config.schema import TrainingConfig
@@ -25,6 +24,7 @@ from ee_scale.files import remove_folder
 from ee_scale.grid import Grid, join_grid, launch_info
 from ee_scale.launching.job import log_as_rank, rank_device
 from ee_scale.launching.ranks import run_ranks
+from ee_scale.reading import write_json
 from ee_scale.training.recipe import Recipe
 from ee_scale.training.recipes import RECIPES
 

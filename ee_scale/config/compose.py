@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ee_scale.config.checks import check_rules
-from ee_scale.config.schema import VERBS, Config, EvaluateConfig, SupernetConfig, TuneConfig
+from ee_scale.config.schema import VERBS, Config, EvaluateConfig, TuneConfig
+from ee_scale.config.supernet import SupernetConfig
 from ee_scale.config.words import find_field, literal, read_word
 from ee_scale.errors import UserError
 

@@ -32,10 +32,8 @@ def open_checkpoint(config: ConvertConfig) -> Opened:
         kind = "deepspeed"  # both lie in a folder of transformers' Trainer
     if config.source not in ("auto", kind):
         raise UserError(f"from={config.source}: {config.src_folder} is of format {kind}")
-    if kind == "sidecar":
-        return huggingface.open_sidecar(config.src_folder)
-    if kind == "hf":
-        return huggingface.open_folder(config.src_folder)
+    if kind in ("sidecar", "hf"):
+        return huggingface.find_folder(config.src_folder)
     if kind == "deepspeed":
         return _open_deepspeed(config)
     iteration = iteration_folder(config.src_folder, config.iteration)

@@ -26,7 +26,7 @@ from ee_scale.engine.two_way import TwoWayEngine
 from ee_scale.exits.joint import JointStage
 from ee_scale.exits.losses import exit_backward, token_backward
 from ee_scale.grid import Grid
-from ee_scale.modeling.heads import Tap
+from ee_scale.modeling.kinds import Tap
 
 FINAL = "final"  # key of the model's own loss, beside those of the exits
 

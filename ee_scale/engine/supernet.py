@@ -15,7 +15,7 @@ from deepspeed.runtime.pipe.schedule import (
     SendGrad,
 )
 
-from ee_scale.config.schema import SupernetConfig
+from ee_scale.config.supernet import SupernetConfig
 from ee_scale.elastic.distill import FROZEN, FeatureLoss, head_backward
 from ee_scale.elastic.factors import FactorSet
 from ee_scale.elastic.sampling import FULL, ROLES, Draw

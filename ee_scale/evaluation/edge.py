@@ -23,7 +23,7 @@ import psutil
 import torch
 from transformers import AutoConfig
 
-from ee_scale.backbone.loading import weight_files
+from ee_scale.backbone.loading import weight_bytes
 from ee_scale.errors import UserError
 from ee_scale.evaluation.energy import EnergyMeter, find_meter
 from ee_scale.families.build import AUTO_CLASS
@@ -145,7 +145,7 @@ def _measure(
     read = len(timings.prefill) * tokens + len(timings.token)
     return EdgeMeasure(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        weights_mb=sum(path.stat().st_size for path in weight_files(Path(folder))) / 1e6,
+        weights_mb=weight_bytes(Path(folder)) / 1e6,
         prefill_ms=1e3 * median(timings.prefill),
         prefill_p90_ms=1e3 * sorted(timings.prefill)[math.ceil(0.9 * len(timings.prefill)) - 1],
         token_ms=1e3 * median(timings.token) if timings.token else None,

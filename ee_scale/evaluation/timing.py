@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import linear
 
 from ee_scale.evaluation.cost_model import Costs
-from ee_scale.modeling.heads import Tap
+from ee_scale.modeling.kinds import Tap
 from ee_scale.modeling.policies import score
 from ee_scale.modeling.versions import CACHE
 

@@ -11,7 +11,8 @@ from ee_scale.backbone.stages import StagePlan
 from ee_scale.config.schema import BackboneConfig
 from ee_scale.exits.stage import TuningStage
 from ee_scale.grid import Grid
-from ee_scale.modeling.heads import ExitSpec, Tap
+from ee_scale.modeling.heads import ExitSpec
+from ee_scale.modeling.kinds import Tap
 
 FROZEN, LOW_RANK, FULL = "frozen", "low_rank", "full"
 

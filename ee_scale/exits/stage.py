@@ -26,8 +26,8 @@ from ee_scale.backbone.stages import StagePlan
 from ee_scale.families.build import meta_model
 from ee_scale.families.registry import decoder_family
 from ee_scale.grid import Grid
-from ee_scale.modeling.heads import ExitHead, ExitSpec, ExitTaps, Tap, build_exit_heads, run_single_layer
-from ee_scale.modeling.kinds import ExitKind
+from ee_scale.modeling.heads import ExitHead, ExitSpec, ExitTaps, build_exit_heads, run_single_layer
+from ee_scale.modeling.kinds import ExitKind, Tap
 from ee_scale.modeling.versions import CACHE
 
 StageType = TypeVar("StageType", bound="TuningStage")

@@ -157,6 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except Requeue as left:
         line, code = str(left), REQUEUE
+    except UserError as error:
+        line, code = f"error: {error}", BAD_INPUT
     except RunError as error:
         line, code = f"error: {error}", FAILED
     sys.stderr.write(f"{spelled(line)}\n")

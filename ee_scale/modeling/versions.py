@@ -3,6 +3,7 @@
 Imported before anything else of transformers: where it is too old, other imports fail in words that lead nowhere.
 """
 
+import os
 import re
 import warnings
 from dataclasses import fields
@@ -23,7 +24,7 @@ def check_transformers(version: str) -> None:
             f"early exits need transformers {OLDEST} or newer (tested up to {NEWEST}), but {version} is installed: "
             f"pip install 'transformers=={NEWEST}.*'"
         )
-    if number > _number(NEWEST):
+    if number > _number(NEWEST) and os.environ.get("RANK", "0") == "0":  # of many processes one says it
         warnings.warn(
             f"early exits were tested with transformers {OLDEST} to {NEWEST}, but {version} is installed; if anything "
             f"fails: pip install 'transformers=={NEWEST}.*'",

@@ -6,18 +6,14 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
+from ee_scale.backbone.exit_layers import resolve_exit_layers
 from ee_scale.backbone.shard import tensor_plan
 from ee_scale.backbone.stages import StagePlan, plan_stages
 from ee_scale.config.checks import check_batch, check_tune
 from ee_scale.config.schema import BackboneConfig, TrainingConfig, TuneConfig
 from ee_scale.errors import UserError
 from ee_scale.exits.joint import FROZEN, FULL, LOW_RANK
-from ee_scale.exits.placement import (
-    exit_cost,
-    exit_spec,
-    resolve_exit_layers,
-    resolve_loss_weights,
-)
+from ee_scale.exits.placement import exit_cost, exit_spec, resolve_loss_weights
 from ee_scale.families.sizes import ModelShape, shape_of
 from ee_scale.grid import Layout
 from ee_scale.modeling.heads import ExitSpec

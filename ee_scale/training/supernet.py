@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from ee_scale.backbone.hub import find_model
-from ee_scale.backbone.loading import read_config
-from ee_scale.config.schema import SupernetConfig
+from ee_scale.backbone.model_folder import ModelFolder
+from ee_scale.config.supernet import SupernetConfig
 from ee_scale.data.builtin import TINY, tiny_model
 from ee_scale.elastic.factors import FactorSet
 from ee_scale.elastic.importance import measure_order
@@ -50,7 +50,7 @@ class Supernet(Recipe[SupernetConfig, SupernetPlan]):
     @classmethod
     def of(cls, config: SupernetConfig) -> Self:
         folder = tiny_model() if config.model.path == TINY else find_model(config.model.path)
-        model_config, labels = read_config(folder), []
+        model_config, labels = ModelFolder(folder).config, []
         if task_of(config, model_config) == "classify":
             labels = read_labels(config)
         plan = plan_supernet(config, folder, model_config, labels)

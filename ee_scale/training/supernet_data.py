@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ee_scale.config.schema import SupernetConfig
+from ee_scale.config.supernet import SupernetConfig
 from ee_scale.data.dataset import check_tokens
 from ee_scale.data.inputs import check_run_text, data_identity, load_tokenizer, run_dataset, sources
 from ee_scale.data.labelled import (

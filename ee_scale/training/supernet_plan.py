@@ -9,8 +9,7 @@ from transformers import PreTrainedConfig
 
 from ee_scale.backbone.stages import StagePlan, plan_stages
 from ee_scale.config.checks import check_batch, check_supernet
-from ee_scale.config.schema import SupernetConfig
-from ee_scale.config.supernet import RecipeStage
+from ee_scale.config.supernet import RecipeStage, SupernetConfig
 from ee_scale.elastic.architecture import ElasticMap
 from ee_scale.elastic.factors import FactorPlan
 from ee_scale.elastic.order import UnitOrder

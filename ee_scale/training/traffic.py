@@ -7,7 +7,8 @@ from math import inf
 from typing import Any
 
 from ee_scale.backbone.parallel import padded_vocab
-from ee_scale.config.schema import SupernetConfig, TrainingConfig, TuneConfig
+from ee_scale.config.schema import TrainingConfig, TuneConfig
+from ee_scale.config.supernet import SupernetConfig
 from ee_scale.exits.joint import FULL, output_copies
 from ee_scale.modeling.kinds import LAYER_BACKWARD, LAYER_FORWARD
 from ee_scale.training.cost import drawn_specs, draws_per_micro_batch

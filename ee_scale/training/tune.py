@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ee_scale.backbone.hub import find_model
-from ee_scale.backbone.loading import load_config
+from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.backbone.shard import model_tensors
 from ee_scale.config.schema import TuneConfig
 from ee_scale.data.builtin import TINY, tiny_model
@@ -42,7 +42,7 @@ class Tune(Recipe[TuneConfig, TunePlan]):
     @classmethod
     def of(cls, config: TuneConfig) -> Self:
         folder = tiny_model() if config.model.path == TINY else find_model(config.model.path)
-        plan = plan_tune(config, folder, load_config(folder))
+        plan = plan_tune(config, folder, ModelFolder(folder).decoder_config)
         model_tensors(folder, plan.model_config)  # weights that do not fit are said now, not by a rank
         return cls(config, plan)
 

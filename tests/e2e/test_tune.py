@@ -8,7 +8,7 @@ import pytest
 from helpers.cli import run_cli
 
 from ee_scale.artifact.checkpoint import checkpoints
-from ee_scale.artifact.files import file_digest
+from ee_scale.files import file_digest
 
 
 def losses(run: Path) -> list[dict[str, float]]:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
-from ee_scale.backbone.loading import load_config
+from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.backbone.shard import model_tensors
 from ee_scale.backbone.stages import plan_stages
 from ee_scale.config.groups import OptimConfig
@@ -212,7 +212,7 @@ def train_reference(folder: Path, job: JointJob, start: dict[str, torch.Tensor])
 
 def build_joint_engine(folder: Path, job: JointJob, grid: Grid, *, bf16: bool = False) -> JointPipelineEngine:
     """This rank's engine at the start values that the reference uses too."""
-    config = load_config(folder)
+    config = ModelFolder(folder).decoder_config
     spec = exit_spec(config, job.exit_layers, job.kind, job.head, job.rank)
     plan = plan_stages(config.num_hidden_layers, grid.layout.pp, job.exit_layers, whole_model=True)
     dtype = torch.bfloat16 if bf16 else torch.float32

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
-from ee_scale.backbone.loading import load_config
+from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.backbone.parallel import cut_dim
 from ee_scale.backbone.shard import BackboneStage, model_tensors
 from ee_scale.backbone.stages import StagePlan, plan_stages
@@ -29,7 +29,7 @@ Shards = dict[str, tuple[int | None, torch.Tensor]]  # parameter -> (dimension t
 
 def plan_of(folder: Path, job: Job, pp: int) -> StagePlan:
     """The cut that the job runs on; a teacher needs the whole model."""
-    layers = load_config(folder).num_hidden_layers
+    layers = ModelFolder(folder).decoder_config.num_hidden_layers
     return plan_stages(layers, pp, job.exit_layers, whole_model=job.kl_weight > 0)
 
 
@@ -37,7 +37,7 @@ def build_engine(
     folder: Path, job: Job, grid: Grid, *, plan: StagePlan | None = None, bf16: bool = False
 ) -> FrozenPipelineEngine:
     """This rank's engine, at the start values that the reference uses too."""
-    config = load_config(folder)
+    config = ModelFolder(folder).decoder_config
     spec = exit_spec(config, job.exit_layers, job.kind, job.head, job.rank)
     dtype = torch.bfloat16 if bf16 else torch.float32
     plan = plan or plan_of(folder, job, grid.layout.pp)
@@ -148,7 +148,7 @@ def stage_backbone(
 
 def pipeline_logits(folder: Path, grid: Grid, ids: torch.Tensor) -> torch.Tensor | None:
     """Whole logits on the last stage, None on the others."""
-    config = load_config(folder)
+    config = ModelFolder(folder).decoder_config
     plan = plan_stages(config.num_hidden_layers, grid.layout.pp, [1], whole_model=True)
     last = grid.stage == grid.layout.pp - 1
     backbone = stage_backbone(folder, config, plan, grid, torch.float32, final_norm=True, lm_head=last)

@@ -16,15 +16,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ee_scale.artifact import submodel
 from ee_scale.artifact.checkpoint import STATE
 from ee_scale.artifact.export import EXITS_SHARD, export_early_exit
-from ee_scale.artifact.files import file_digest, write_json
 from ee_scale.artifact.run_folder import CHECKPOINTS, IDENTITY
 from ee_scale.artifact.submodel import export_submodel
 from ee_scale.backbone.fingerprint import fingerprint
 from ee_scale.backbone.loading import TensorFolder
 from ee_scale.errors import UserError
 from ee_scale.exits.placement import exit_spec
+from ee_scale.files import file_digest
 from ee_scale.inference.model import EarlyExitForCausalLM, untrained_exits
 from ee_scale.modeling.modeling_early_exit import AUTO_MAP, PREFIX, code_files
+from ee_scale.reading import write_json
 
 EXITS = (2, 5)  # the second one behind the last layer
 IDS = torch.randint(0, VOCAB, (2, 24), generator=torch.Generator().manual_seed(1))  # longer than a sliding window

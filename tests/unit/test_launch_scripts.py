@@ -226,6 +226,15 @@ def test_the_end_of_a_rank_is_told_unless_it_left_on_purpose(capfd):
     assert signal.getsignal(signal.SIGHUP) == handler
 
 
+def test_bad_input_is_told_in_one_line(monkeypatch, capsys):
+    def refuse(*_):
+        raise UserError("parallel.tp=0: must be at least 1")
+
+    monkeypatch.setattr("ee_scale.launching.ranks.run_agent", refuse)
+    assert main_of_ranks([]) == 2
+    assert capsys.readouterr().err == "error: parallel.tp=0: must be at least 1\n"
+
+
 def test_signals_reach_the_ranks_and_the_agent_waits(tmp_path):
     """A rank that takes its time to leave, and is not started again."""
     code = """if True:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from ee_scale.backbone.fingerprint import fingerprint
-from ee_scale.backbone.loading import INDEX_NAME, SINGLE_NAME, TensorFolder, load_config, weight_files
+from ee_scale.backbone.loading import INDEX_NAME, SINGLE_NAME, TensorFolder, weight_files
+from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.backbone.shard import tensor_plan
 from ee_scale.backbone.stages import plan_stages
 from ee_scale.convert.args import check_config, to_args
@@ -66,7 +67,7 @@ LLAMA = CONFIGS["llama"]
 
 def _plan(folder) -> Any:
     """What every command computes from a config before it reads a weight."""
-    config = load_config(folder)
+    config = ModelFolder(folder).decoder_config
     shape = shape_of(config)
     assert shape.layer_parameters > 0
     assert min(shape.num_layers, shape.hidden_size, shape.num_heads, shape.num_kv_heads, shape.head_dim) > 0
