@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ee_scale.cli import train
-from ee_scale.cli.check import check_fits
 from ee_scale.config.groups import LauncherConfig
 from ee_scale.config.schema import TrainingConfig
 from ee_scale.errors import RunError, UserError
 from ee_scale.files import write_text
 from ee_scale.grid import Layout
 from ee_scale.log import configure_logging, log
+from ee_scale.planning.fits import check_fits
 from ee_scale.training.recipes import RECIPES
 
 TORCHRUN, SBATCH = "torchrun.sh", "slurm.sbatch"
@@ -61,7 +61,7 @@ def check_task(verb: str, config: TrainingConfig, overrides: Sequence[str]) -> T
     check_launcher(config.launcher)
     recipe = RECIPES[verb].of(config)
     if config.launcher.kind == "local" or config.parallel.device_memory_gb is not None:
-        check_fits(recipe)  # this machine may not be like those that the run is for
+        check_fits(recipe.plan)  # this machine may not be like those that the run is for
     layout = recipe.plan.layout
     words = [word for word in overrides if not re.match(r"(--dry[-_]run|(launcher\.)?dry_run=)", word)]
     processes = layout.world_size if config.launcher.kind == "local" else split_grid(layout, config.launcher)

@@ -36,9 +36,9 @@ from ee_scale.evaluation.supernet import Judge, PartTimes
 from ee_scale.files import new_folder, remove_folder
 from ee_scale.grid import Layout, join_grid, pick_device
 from ee_scale.log import configure_logging
-from ee_scale.training.supernet import ORDER, build_stage, open_stages, start_run
+from ee_scale.planning.supernet import SupernetPlan, plan_supernet
+from ee_scale.training.supernet import ORDER, build_stage, open_phases, start_run
 from ee_scale.training.supernet_data import encode_labelled
-from ee_scale.training.supernet_plan import SupernetPlan, plan_supernet
 
 LIMITS = ("params", "flops", "latency_ms", "memory_mb")
 MEGABYTE = 1e6
@@ -144,7 +144,7 @@ class Palette:
         self.base = base_tensors(supernet.base, plan.map)
         grid = join_grid(Layout(), self.device)
         run = start_run(plan, grid, build_stage(plan, grid), self.order)
-        open_stages(run, supernet.recipe_stages - 1)
+        open_phases(run, supernet.recipe_stages - 1)
         with torch.no_grad():
             for factors in run.factors:
                 for name, parameter in factors.named.items():

@@ -49,7 +49,7 @@ def run_job(recipe: Recipe[Any, Any], overrides: Sequence[str], show: Callable[[
     opened = prepare_run(recipe) if launched is None or launched.rank == 0 else None
     if launched is None:
         show()
-        if (step := opened.state.get("step", 0)) >= recipe.total_steps:
+        if (step := opened.state.get("step", 0)) >= recipe.plan.total_steps:
             log.info("%s is finished (step %d); more steps would go on from there", config.out, step)
             return 0
     code = 0
@@ -92,7 +92,7 @@ def train_rank(recipe: Recipe[Any, Any], grid: Grid, opened: OpenedRun | None) -
     writer = CheckpointWriter(opened.out / CHECKPOINTS, grid, train.keep, background=train.async_save)
     with reporter(recipe, grid, opened, run.step) as report:
         watchdog = Watchdog(grid, timeout, opened.out)
-        Loop(run, opened.out, run.metrics_stream(), report, writer, watchdog).train(recipe.total_steps)
+        Loop(run, opened.out, run.metrics_stream(), report, writer, watchdog).train(recipe.plan.total_steps)
 
 
 @contextmanager
@@ -123,7 +123,7 @@ def reporter(recipe: Recipe[Any, Any], grid: Grid, opened: OpenedRun, step: int)
     logging, keyed_by = recipe.config.logging, recipe.keyed_by
     sinks: list[Callable[[StepMetrics], None]] = [
         MetricsFile(opened.out / METRICS),
-        ProgressLine(recipe.total_steps, step, logging.every, keyed_by, enabled=logging.progress),
+        ProgressLine(recipe.plan.total_steps, step, logging.every, keyed_by, enabled=logging.progress),
     ]
     if logging.wandb != "disabled":
         sinks.append(WandbSink(opened.out, logging, asdict(recipe.config), opened.identity["run_id"], keyed_by))

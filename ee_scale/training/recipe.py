@@ -13,28 +13,15 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 import torch
 from torch import nn
 
-from ee_scale.backbone.stages import StagePlan
 from ee_scale.config.schema import TrainingConfig
 from ee_scale.engine.observed import ObservedEngine
-from ee_scale.grid import Grid, Layout
+from ee_scale.grid import Grid
+from ee_scale.planning.estimates import Plan
 from ee_scale.training.metrics import Key, MetricsStream, StepMetrics
 
 Named = list[tuple[str, nn.Parameter]]
 ConfigType = TypeVar("ConfigType", bound=TrainingConfig)
-PlanType = TypeVar("PlanType", bound="Plan")
-
-
-class Plan(ABC):
-    """What runs where, and what it costs.
-
-    Attributes:
-        layout: the processes that are launched; num_micro_batches: per optimizer step and rank.
-    """
-
-    model_dir: Path
-    stages: StagePlan
-    layout: Layout
-    num_micro_batches: int
+PlanType = TypeVar("PlanType", bound=Plan)
 
 
 @dataclass(frozen=True)
@@ -156,25 +143,21 @@ class Recipe(ABC, Generic[ConfigType, PlanType]):
     keyed_by: ClassVar[str]
     identity: ClassVar[tuple[str, ...]]
 
-    def __init__(self, config: ConfigType, plan: PlanType):
-        self.config, self.plan = config, plan
+    def __init__(self, plan: PlanType):
+        self.plan = plan
+
+    @property
+    def config(self) -> ConfigType:
+        return self.plan.config
 
     @classmethod
     @abstractmethod
     def of(cls, config: ConfigType) -> Self:
         """Find and read the model, and check the config against it. Raises `UserError`."""
 
-    @abstractmethod
-    def with_config(self, config: ConfigType) -> Self:
-        """The same model under another config. Raises `UserError`."""
-
-    @property
-    @abstractmethod
-    def total_steps(self) -> int: ...
-
     @property
     def last_phase_steps(self) -> int:
-        return self.total_steps
+        return self.plan.total_steps
 
     @abstractmethod
     def prepare(self, *, progress: bool) -> dict[str, Any]:

@@ -25,14 +25,13 @@ from ee_scale.errors import UserError
 from ee_scale.files import sync
 from ee_scale.grid import Grid
 from ee_scale.log import log
-from ee_scale.training.cost import flops_per_token
+from ee_scale.planning.estimates import uses_bf16
+from ee_scale.planning.supernet import SupernetPlan, phase_rows, plan_supernet, task_of
 from ee_scale.training.meter import StageMeter, peak_flops
 from ee_scale.training.metrics import MetricsStream, StepMetrics
-from ee_scale.training.plan import uses_bf16
 from ee_scale.training.recipe import Named, Recipe, Run, SavedPart, Step, Words
 from ee_scale.training.schedules import LearningRate
 from ee_scale.training.supernet_data import Data, prepare_data, read_labels
-from ee_scale.training.supernet_plan import SupernetPlan, plan_supernet, recipe_rows, task_of
 
 MEASURES = ("loss", "kl", "features")
 ORDER = "order.safetensors"
@@ -55,19 +54,11 @@ class Supernet(Recipe[SupernetConfig, SupernetPlan]):
             labels = read_labels(config)
         plan = plan_supernet(config, folder, model_config, labels)
         base_tensors(folder, plan.map)  # weights that do not fit are said now, not by a rank
-        return cls(config, plan)
-
-    def with_config(self, config: SupernetConfig) -> Self:
-        plan = self.plan
-        return type(self)(config, plan_supernet(config, plan.model_dir, plan.map.config, plan.labels))
-
-    @property
-    def total_steps(self) -> int:
-        return self.plan.recipe.total_steps
+        return cls(plan)
 
     @property
     def last_phase_steps(self) -> int:
-        return self.plan.recipe.stages[-1].steps
+        return self.plan.phases[-1].steps
 
     def prepare(self, *, progress: bool) -> dict[str, Any]:
         return prepare_data(self.plan, progress=progress)
@@ -95,12 +86,12 @@ class Supernet(Recipe[SupernetConfig, SupernetPlan]):
     def words(self) -> Words:
         columns = ("stage", "may shrink", "steps", "rank", "trained parameters", "smallest subnet")
         title = f"{self.plan.map.config.model_type}, {self.plan.map.shape.num_layers} layers, {self.plan.task}"
-        return Words(title, columns, recipe_rows(self.plan), left=columns[:2])
+        return Words(title, columns, phase_rows(self.plan), left=columns[:2])
 
 
 @dataclass
 class SupernetRun(Run[SupernetConfig, SupernetPlan]):
-    """One rank's live run over all recipe stages; without data its engine can be stepped by hand.
+    """One rank's live run over all phases; without data its engine can be stepped by hand.
 
     roles: of the subnets that were drawn last; frozen: digest of what must not change, from before the stage.
     """
@@ -123,25 +114,25 @@ class SupernetRun(Run[SupernetConfig, SupernetPlan]):
 
     @property
     def index(self) -> int:
-        """The recipe stage whose factors train."""
+        """The phase whose factors train."""
         return len(self.factors) - 1
 
     @property
     def optimizer_steps(self) -> int:
-        return self.step - self.plan.recipe.start(self.index)
+        return self.step - self.plan.phases.start(self.index)
 
     @property
     def flops_per_token(self) -> float:
-        return sum(flops_per_token(self.plan, self.config, self.index))
+        return self.plan.phase_flops(self.index)
 
     @cached_property
     def _micro_batches(self) -> Iterator[dict[str, torch.Tensor]]:
         return self.data.micro_batches(self.consumed_samples)
 
     def ready(self) -> SupernetEngine:
-        due = self.plan.recipe.index_at(self.step)
+        due = self.plan.phases.index_at(self.step)
         if self.engine is None or due != self.index:
-            open_stages(self, due)
+            open_phases(self, due)
             self.start_engine()
         if self.config.train.verify_frozen and not self.frozen:
             self.frozen = self.stage.frozen_digest()
@@ -153,7 +144,7 @@ class SupernetRun(Run[SupernetConfig, SupernetPlan]):
         draws = self.plan.draws(self.space, self.index, self.step, self.trainable)
         self.roles = [role for role in ROLES if any(draw.role == role for draw in draws)]
         losses = self.engine.train_step(self._micro_batches, draws)
-        last = self.step + 1 == self.plan.recipe.ends[self.index]
+        last = self.step + 1 == self.plan.phases.ends[self.index]
         if last and self.frozen:
             self._check_frozen()
         return Step(learning_rate, dict(zip(ROLES, losses, strict=True)), last)
@@ -162,28 +153,28 @@ class SupernetRun(Run[SupernetConfig, SupernetPlan]):
         before, after = self.frozen, self.stage.frozen_digest()
         if after != before:
             raise RuntimeError(f"a frozen tensor of stage {self.grid.stage} changed: {before[:12]} -> {after[:12]}")
-        name = self.plan.recipe.stages[self.index].name
+        name = self.plan.phases[self.index].name
         log.info("stage '%s' done; backbone unchanged (digest %s)", name, after[:12])
 
     def start_engine(self) -> None:
-        """Of the last opened stage. What the frozen teacher consists of is merged into the backbone."""
-        teacher, recipe = self.plan.recipe.teacher_stages, self.plan.recipe.stages[self.index]
+        """Of the last opened phase. What the frozen teacher consists of is merged into the backbone."""
+        teacher, phase = self.plan.phases.of_teacher, self.plan.phases[self.index]
         for module in self.stage.elastic.values():
             for index in range(min(teacher, self.index)):
                 module.merge(index)
-        teaches = teacher if recipe.axes else None
+        teaches = teacher if phase.axes else None
         self.engine = SupernetEngine.build(self.stage, self.factors[-1], self.grid, self.config, teaches)
-        self.rate = LearningRate(replace(self.config.optim, lr=self.plan.learning_rate(self.index)), recipe.steps)
+        self.rate = LearningRate(replace(self.config.optim, lr=self.plan.learning_rate(self.index)), phase.steps)
         self.trainable, self.frozen = self.plan.factors(self.index, self.stage.new).parameters, ""
 
     def reopen(self, state: Mapping[str, Any]) -> None:
-        open_stages(self, state["recipe_stage"])
+        open_phases(self, state["recipe_stage"])
 
     def start_last_phase(self) -> None:
         """It draws along every axis, with the teacher that it learns from."""
-        index = len(self.plan.recipe.stages) - 1
-        open_stages(self, index)
-        self.step = self.plan.recipe.start(index)
+        index = len(self.plan.phases) - 1
+        open_phases(self, index)
+        self.step = self.plan.phases.start(index)
         self.start_engine()
 
     def metrics_stream(self) -> MetricsStream:
@@ -207,7 +198,7 @@ class SupernetRun(Run[SupernetConfig, SupernetPlan]):
         return {"recipe_stage": self.index, "new": sorted(self.stage.new)}
 
     def saved_parts(self) -> list[SavedPart]:
-        """One pair of files per pipeline stage, with the factors of all recipe stages so far."""
+        """One pair of files per pipeline stage, with the factors of all phases so far."""
         frozen: Named = [pair for factors in self.factors[:-1] for pair in factors.named.items()]
         training: Named = list(self.factors[-1].named.items())
         number = f"{self.grid.stage:03d}"
@@ -248,13 +239,13 @@ def unit_order(plan: SupernetPlan, stage: ElasticStage, data: Data, path: Path) 
 def start_run(
     plan: SupernetPlan, grid: Grid, stage: ElasticStage, order: UnitOrder, data: Data | None = None
 ) -> SupernetRun:
-    """Load this rank's slices, sorted. No recipe stage has begun yet: see `open_stages`."""
+    """Load this rank's slices, sorted. No phase has begun yet: see `open_phases`."""
     stage.load(base_tensors(plan.model_dir, plan.map), order)
     return SupernetRun(plan, grid, stage, order, plan.space(order), data)
 
 
-def open_stages(run: SupernetRun, upto: int) -> None:
-    """Add the factors of recipe stages up to and including `upto`; only the last one's train."""
+def open_phases(run: SupernetRun, upto: int) -> None:
+    """Add the factors of phases up to and including `upto`; only the last one's train."""
     while run.index < upto:
         for factors in run.factors:
             factors.freeze()

@@ -22,7 +22,7 @@ from ee_scale.data.loader import batches
 from ee_scale.data.text import prepare_text
 from ee_scale.errors import UserError
 from ee_scale.grid import Grid
-from ee_scale.training.supernet_plan import SupernetPlan
+from ee_scale.planning.supernet import SupernetPlan
 
 
 def read_labels(config: SupernetConfig) -> list[str]:
@@ -79,7 +79,7 @@ class Data:
             examples = _examples(sources(config.data.path)[0], config)
             self.data = encode_labelled(plan, examples, load_tokenizer(plan.model_dir))
             return
-        samples = plan.recipe.total_steps * config.train.global_batch_size
+        samples = plan.total_steps * config.train.global_batch_size
         self.data = run_dataset(config.data, plan.model_dir, plan.map.config.vocab_size, samples)
 
     def micro_batches(self, consumed_samples: int) -> Iterator[dict[str, torch.Tensor]]:

@@ -24,11 +24,10 @@ from ee_scale.exits.joint import FULL, JointStage, output_copies
 from ee_scale.exits.stage import TuningStage, build_stage, gather_whole, load_stage, local_slice
 from ee_scale.grid import Grid
 from ee_scale.log import log
-from ee_scale.training.cost import flops_per_token
-from ee_scale.training.memory import tune_parameters
+from ee_scale.planning.estimates import uses_bf16
+from ee_scale.planning.tune import TunePlan, plan_tune
 from ee_scale.training.meter import StageMeter, peak_flops
 from ee_scale.training.metrics import MetricsStream
-from ee_scale.training.plan import TunePlan, plan_tune, uses_bf16
 from ee_scale.training.recipe import Recipe, Run, SavedPart, Step, Words
 from ee_scale.training.schedules import LearningRate, loss_weights_at
 
@@ -44,14 +43,7 @@ class Tune(Recipe[TuneConfig, TunePlan]):
         folder = tiny_model() if config.model.path == TINY else find_model(config.model.path)
         plan = plan_tune(config, folder, ModelFolder(folder).decoder_config)
         model_tensors(folder, plan.model_config)  # weights that do not fit are said now, not by a rank
-        return cls(config, plan)
-
-    def with_config(self, config: TuneConfig) -> Self:
-        return type(self)(config, plan_tune(config, self.plan.model_dir, self.plan.model_config))
-
-    @property
-    def total_steps(self) -> int:
-        return self.config.train.steps
+        return cls(plan)
 
     def prepare(self, *, progress: bool) -> dict[str, Any]:
         return check_run_text(self.config.data, self.plan.model_dir, self.plan.shape.vocab_size, progress=progress)
@@ -60,9 +52,9 @@ class Tune(Recipe[TuneConfig, TunePlan]):
         return {"early_exit": self.plan.spec.to_dict()}
 
     def build(self, grid: Grid, out: Path, scratch: Path | None = None) -> "TuneRun":
-        samples = self.total_steps * self.config.train.global_batch_size
+        samples = self.plan.total_steps * self.config.train.global_batch_size
         dataset = run_dataset(self.config.data, self.plan.model_dir, self.plan.shape.vocab_size, samples)
-        return start_run(self.config, self.plan, grid, dataset)
+        return start_run(self.plan, grid, dataset)
 
     def words(self) -> Words:
         plan, rows = self.plan, []
@@ -72,7 +64,7 @@ class Tune(Recipe[TuneConfig, TunePlan]):
                 rows.append((str(stage), f"{first}-{last}", "", "not launched"))
                 continue
             layers, exits = plan.stages.layers(stage), ", ".join(map(str, plan.stages.exits(stage)))
-            trained = tune_parameters(plan, self.config, stage).trained
+            trained = plan.parameters(stage).trained
             rows.append((str(stage), f"{layers.start + 1}-{layers.stop}", exits, f"{trained:,}"))
         title = f"{plan.model_config.model_type}, {plan.shape.num_layers} layers"
         return Words(title, ("stage", "layers", "exits after layer", "trained by a rank"), rows)
@@ -85,7 +77,6 @@ class TuneRun(Run[TuneConfig, TunePlan]):
     frozen: digest of what must not change, from before the first step; empty where that is not looked at.
     """
 
-    config: TuneConfig
     plan: TunePlan
     grid: Grid
     stage: TuningStage
@@ -94,9 +85,13 @@ class TuneRun(Run[TuneConfig, TunePlan]):
     step: int = 0
     frozen: str = ""
 
-    @cached_property
+    @property
+    def config(self) -> TuneConfig:
+        return self.plan.config
+
+    @property
     def flops_per_token(self) -> float:
-        return sum(flops_per_token(self.plan, self.config))
+        return self.plan.flops_per_token
 
     @cached_property
     def _rate(self) -> LearningRate:
@@ -191,8 +186,9 @@ def optimizer_name(k: int) -> str:
     return f"optimizer_{k:03d}.safetensors"
 
 
-def start_run(config: TuneConfig, plan: TunePlan, grid: Grid, dataset: Dataset | None = None) -> TuneRun:
+def start_run(plan: TunePlan, grid: Grid, dataset: Dataset | None = None) -> TuneRun:
     """Build and load this rank's stage and wrap it in the engine. All ranks call it."""
+    config = plan.config
     bf16 = uses_bf16(config.train.precision, grid.device)
     stage = build_stage(
         plan.model_config,
@@ -208,7 +204,7 @@ def start_run(config: TuneConfig, plan: TunePlan, grid: Grid, dataset: Dataset |
     tensors = model_tensors(plan.model_dir, plan.model_config)
     load_stage(stage, tensors, grid, init=config.exits.init, seed=config.train.seed)
     if not plan.backbone.trains:
-        return TuneRun(config, plan, grid, stage, FrozenPipelineEngine.build(stage, grid, config), dataset)
+        return TuneRun(plan, grid, stage, FrozenPipelineEngine.build(stage, grid, config), dataset)
     copies = output_copies(plan.stages, plan.spec, plan.shape.tied_embeddings)
     stage.train_backbone(plan.backbone, copies, grid, config.train.seed)
-    return TuneRun(config, plan, grid, stage, JointPipelineEngine.build(stage, grid, config), dataset)
+    return TuneRun(plan, grid, stage, JointPipelineEngine.build(stage, grid, config), dataset)

@@ -14,7 +14,7 @@ from helpers.tuning import stage_backbone
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from ee_scale.backbone.loading import load_config
+from ee_scale.backbone.model_folder import ModelFolder
 from helpers.tuning import stage_backbone
 from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.backbone.stages import plan_stages

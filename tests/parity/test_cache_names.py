@@ -16,7 +16,6 @@ import transformers
 from helpers.decoding import Pair, make_pair, prompts
 from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 
-from ee_scale.modeling.heads import KINDS
 from ee_scale.modeling.kinds import KINDS
 from ee_scale.modeling.versions import CACHE, CACHE_NAMES, NEWEST, OLDEST, cache_name, check_transformers
 

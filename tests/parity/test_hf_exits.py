@@ -15,7 +15,6 @@ from ee_scale.exits.placement import exit_spec
 from ee_scale.exits.stage import build_stage, load_stage
 from ee_scale.grid import Layout, join_grid
 from ee_scale.inference.model import untrained_exits
-from ee_scale.modeling.heads import KINDS
 from ee_scale.modeling.kinds import KINDS
 
 EXITS = [2, 5]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -140,3 +141,48 @@ def watch(call: Callable[[torch.Tensor], torch.Tensor], module: nn.Module, x: to
 
 def _first(out: Any) -> torch.Tensor:
     return out[0] if isinstance(out, tuple) else out
+
+
+def count(module: nn.Module | None) -> int:
+    """Numbers in a module's parameters."""
+    return 0 if module is None else sum(parameter.numel() for parameter in module.parameters())
+
+
+def add_pairs(layer: nn.Module, rank: int, prefixes: tuple[str, ...]) -> nn.ParameterList:
+    """Low-rank pairs beside the projections of a layer on the meta device; returns their parameters."""
+    pairs = nn.ParameterList()
+    for name, module in layer.named_modules():
+        if isinstance(module, nn.Linear) and name.startswith(prefixes) and rank:
+            out, inner = module.weight.shape
+            down, up = (
+                torch.empty(size, device="meta", dtype=module.weight.dtype) for size in ((rank, inner), (out, rank))
+            )
+            pairs += [down, up]
+            module.register_forward_hook(
+                lambda _, args, output, a=pairs[-2], b=pairs[-1]: output + F.linear(F.linear(args[0], a), b)
+            )
+    for parameter in pairs:
+        parameter.grad = torch.empty_like(parameter)
+    return pairs
+
+
+def layer_passes(
+    local: nn.Module, rows: int, length: int, prefixes: tuple[str, ...] | None, rank: int, *, vectors: bool = False
+) -> Passes:
+    """One decoder layer: all of it trains (`prefixes` None), or pairs of this rank beside the projections named."""
+    layer, call = layer_call(local, rows, length)
+    layer = layer.requires_grad_(prefixes is None)
+    hooks = [dict(module._forward_hooks) for module in layer.modules()]
+    if prefixes is not None:
+        add_pairs(layer, rank, prefixes)
+        for name, parameter in layer.named_parameters():
+            is_target = name.startswith(prefixes) and not rank
+            parameter.requires_grad_((vectors and parameter.ndim == 1) or (parameter.ndim > 1 and is_target))
+    x = torch.empty(rows, length, local.config.hidden_size, dtype=local.dtype, device="meta")
+    try:
+        return watch(call, layer, x, needs=True)
+    finally:
+        for module, before in zip(layer.modules(), hooks, strict=True):
+            module._forward_hooks.clear()
+            module._forward_hooks.update(before)
+        layer.requires_grad_(True)

@@ -1,95 +1,10 @@
-"""What crosses ranks in one optimizer step, and when: bytes by kind of group, and a replay of instruction streams."""
+"""When what crosses ranks: a replay of instruction streams on paper, for `simulate.py`."""
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf
 from typing import Any
-
-from ee_scale.backbone.parallel import padded_vocab
-from ee_scale.config.schema import TrainingConfig, TuneConfig
-from ee_scale.config.supernet import SupernetConfig
-from ee_scale.exits.joint import FULL, output_copies
-from ee_scale.modeling.kinds import LAYER_BACKWARD, LAYER_FORWARD
-from ee_scale.training.cost import drawn_specs, draws_per_micro_batch
-from ee_scale.training.memory import supernet_parameters, tune_parameters
-from ee_scale.training.plan import TunePlan
-from ee_scale.training.supernet_plan import SupernetPlan
-
-
-@dataclass(frozen=True)
-class StageTraffic:
-    """What one rank of a stage sends in one optimizer step, bytes; collectives as a ring does them.
-
-    Attributes:
-        stages: hidden states and gradients to the neighbouring stages, and gradients of a matrix with copies there.
-        tensor: all-reduces of hidden states over the tensor group; `tensor_calls` of them.
-        reduce: gradients over the replicas. gather: updated parameters over the replicas.
-    """
-
-    stages: float
-    tensor: float
-    tensor_calls: int
-    reduce: float
-    gather: float
-
-    @property
-    def total(self) -> float:
-        return self.stages + self.tensor + self.reduce + self.gather
-
-
-def ring(bytes_: float, ranks: int) -> float:
-    """Bytes that each rank sends when a ring reduces or gathers `bytes_` (twice that for an all-reduce)."""
-    return bytes_ * (ranks - 1) / ranks
-
-
-def step_traffic(plan: TunePlan | SupernetPlan, config: TrainingConfig, *, bf16: bool) -> list[StageTraffic]:
-    """Of each launched stage; of a supernet: of its last recipe stage."""
-    size = 2 if bf16 else 4
-    of_stage = _tune_traffic if isinstance(plan, TunePlan) else _supernet_traffic
-    return [of_stage(plan, config, stage, size) for stage in range(plan.stages.launched)]
-
-
-def _tune_traffic(plan: TunePlan, config: TuneConfig, stage: int, size: int) -> StageTraffic:
-    state = config.train.micro_batch_size * config.data.seq_length * plan.shape.hidden_size * size
-    joint, last = plan.backbone.mode != "frozen", stage == plan.stages.launched - 1
-    layers, exits, count = len(plan.stages.layers(stage)), len(plan.stages.exits(stage)), plan.num_micro_batches
-    crossing = state * ((not last) + (joint and stage > 0))
-    teaches = config.exits.kl_weight > 0
-    if teaches and plan.stages.launched > 1:
-        crossing += state * last  # the teacher's states, from the last stage to all
-    per_exit = plan.spec.exit_kind.all_reduces(joint)
-    calls = layers * (LAYER_FORWARD + LAYER_BACKWARD * joint) + exits * (per_exit + 1) + (stage == 0) + joint * last
-    trained = tune_parameters(plan, config, stage).trained
-    traffic = _traffic(plan, count, crossing, calls, state, trained, size)
-    copies = output_copies(plan.stages, plan.spec, plan.shape.tied_embeddings) if plan.backbone.mode == FULL else ()
-    if stage not in copies:
-        return traffic
-    rows = padded_vocab(plan.shape.vocab_size, plan.layout.tp) // plan.layout.tp
-    return replace(traffic, stages=traffic.stages + 2 * ring(4 * rows * plan.shape.hidden_size, len(copies)))
-
-
-def _supernet_traffic(plan: SupernetPlan, config: SupernetConfig, stage: int, size: int) -> StageTraffic:
-    index = len(plan.recipe.stages) - 1
-    last, draws = stage == plan.stages.launched - 1, draws_per_micro_batch(plan, index)
-    width = sum(spec.hidden * times for spec, times in drawn_specs(plan, index)) / draws
-    state = config.train.micro_batch_size * config.data.seq_length * width * size
-    crossing = state * (draws * ((not last) + (stage > 0)) + (draws > 1) * (not last))
-    layers = len(plan.stages.layers(stage))
-    calls = draws * (layers * (LAYER_FORWARD + LAYER_BACKWARD) + (stage == 0) + last) + layers * LAYER_FORWARD
-    trained = supernet_parameters(plan, index, stage).trained
-    return _traffic(plan, plan.num_micro_batches, crossing, calls, state, trained, size)
-
-
-def _traffic(plan: Any, count: int, crossing: float, calls: int, state: float, trained: int, size: int) -> StageTraffic:
-    tp, dp = plan.layout.tp, plan.layout.dp
-    calls = count * calls * (tp > 1)
-    # bf16 gradients are summed whole in fp32; ZeRO-1 in fp32 reduces each to the replica that owns it.
-    reduce = ring(4 * trained, dp) * (2 if size == 2 else 1)
-    return StageTraffic(count * crossing, calls * 2 * ring(state, tp), calls, reduce, ring(size * trained, dp))
-
-
-# -- when --------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

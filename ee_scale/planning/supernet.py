@@ -1,97 +1,72 @@
 """Everything about a supernet run that follows from config, model and data, decided before any process starts."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import Path
+from typing import Self
 
+import torch
 from transformers import PreTrainedConfig
 
-from ee_scale.backbone.stages import StagePlan, plan_stages
+from ee_scale.backbone.stages import plan_stages
 from ee_scale.config.checks import check_batch, check_supernet
-from ee_scale.config.supernet import RecipeStage, SupernetConfig
+from ee_scale.config.supernet import SupernetConfig
 from ee_scale.elastic.architecture import ElasticMap
-from ee_scale.elastic.factors import FactorPlan
 from ee_scale.elastic.order import UnitOrder
-from ee_scale.elastic.sampling import Draw, draw_stream
-from ee_scale.elastic.subnet import AXES, SearchSpace, SubnetSpec, resolve_space
+from ee_scale.elastic.subnet import AXES, SearchSpace
 from ee_scale.errors import UserError
 from ee_scale.families.registry import elastic_family
 from ee_scale.grid import Layout
-from ee_scale.training.plan import check_fits
+from ee_scale.planning.estimates import Parameters, Plan, RankMemory, StageTraffic, StageWork, check_lengths, mean_work
+from ee_scale.planning.phase_costs import (
+    draws_per_micro_batch,
+    phase_memory,
+    phase_parameters,
+    phase_traffic,
+    phase_work,
+)
+from ee_scale.planning.phases import Phases, SupernetSetup
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """The stages of a run, as the config gives them, end to end."""
+class SupernetPlan(SupernetSetup, Plan):
+    """What runs where, and what it costs."""
 
-    stages: Sequence[RecipeStage]
-
-    @property
-    def ends(self) -> list[int]:
-        """Steps of the run when each stage is over."""
-        return list(accumulate(stage.steps for stage in self.stages))
+    def with_config(self, config: SupernetConfig) -> Self:
+        return plan_supernet(config, self.model_dir, self.model_config, self.labels)
 
     @property
     def total_steps(self) -> int:
-        return self.ends[-1]
+        return self.phases.total_steps
 
-    def index_at(self, step: int) -> int:
-        """The stage that step `step` (0-based) belongs to."""
-        return next(i for i, end in enumerate(self.ends) if step < end)
+    def work(self) -> list[StageWork]:
+        shares = [phase.steps / self.total_steps for phase in self.phases]
+        rows = zip(*(phase_work(self, index) for index in range(len(self.phases))), strict=True)
+        return [mean_work(shares, row) for row in rows]
 
-    def start(self, index: int) -> int:
-        """Steps of the run before a stage."""
-        return self.ends[index] - self.stages[index].steps
+    def phase_flops(self, index: int) -> float:
+        """FLOPs per token of a whole replica in one phase."""
+        return sum(work.total for work in phase_work(self, index))
 
-    @property
-    def teacher_stages(self) -> int:
-        """Leading stages without axes: what the frozen teacher consists of."""
-        return next((i for i, stage in enumerate(self.stages) if stage.axes), len(self.stages))
+    def parameters(self, stage: int) -> Parameters:
+        return phase_parameters(self, len(self.phases) - 1, stage)
 
+    def memory(self, *, bf16: bool, device: str = "cuda") -> list[RankMemory]:
+        dtype, phases = torch.bfloat16 if bf16 else torch.float32, range(len(self.phases))
+        return [
+            max((phase_memory(self, index, stage, dtype, device) for index in phases), key=lambda memory: memory.total)
+            for stage in range(self.stages.launched)
+        ]
 
-@dataclass(frozen=True)
-class SupernetPlan:
-    """What runs where.
+    def traffic(self, *, bf16: bool) -> list[StageTraffic]:
+        return [phase_traffic(self, stage, 2 if bf16 else 4) for stage in range(self.stages.launched)]
 
-    Attributes:
-        labels: classes of a classifier, in the order of its outputs; empty for a causal LM.
-        parts: equal runs of layers that lose layers in turn.
-        num_micro_batches: per optimizer step and rank.
-    """
-
-    config: SupernetConfig
-    model_dir: Path
-    map: ElasticMap
-    labels: tuple[str, ...]
-    recipe: Recipe
-    stages: StagePlan
-    layout: Layout
-    parts: int
-    num_micro_batches: int
-
-    @property
-    def task(self) -> str:
-        return self.map.family.task
-
-    def space(self, order: UnitOrder) -> SearchSpace:
-        """The search space, once it is known which layers matter least."""
-        return resolve_space(self.config.space, self.map.shape, order.drop.tolist(), self.layout.tp)
-
-    def learning_rate(self, index: int) -> float:
-        """Peak learning rate of a recipe stage."""
-        lr = self.recipe.stages[index].lr
-        return self.config.optim.lr if lr is None else lr
-
-    def factors(self, index: int, new: Collection[str] = ()) -> FactorPlan:
-        """What a recipe stage trains; `new`: modules that the base folder lacks."""
-        return FactorPlan(self.map, self.config.factors, self.recipe.stages[index].rank, new)
-
-    def draws(self, space: SearchSpace, index: int, step: int, trainable: Callable[[SubnetSpec], int]) -> list[Draw]:
-        """What trains in step `step` of the run, which lies in recipe stage `index`; see `draw_stream`."""
-        sampling, seed = self.config.sampling, self.config.train.seed
-        axes = self.recipe.stages[index].axes
-        return draw_stream(space, axes, step, self.num_micro_batches, sampling, seed, trainable)
+    def bubble(self) -> tuple[float, str]:
+        p, m = self.layout.pp, self.num_micro_batches * draws_per_micro_batch(self, len(self.phases) - 1)
+        if p == 1:
+            return 0.0, "one stage"
+        return (p - 1) / (m + p - 1), f"(p-1)/(m+p-1), p={p}, m={m} forward-backward pairs"
 
 
 def task_of(config: SupernetConfig, model_config: PreTrainedConfig) -> str:
@@ -112,7 +87,7 @@ def plan_supernet(
         model_config.problem_type = "single_label_classification"
     elastic_map = ElasticMap(model_config, task)
     shape = elastic_map.shape
-    check_fits(config, model_config.max_position_embeddings, shape.num_layers)
+    check_lengths(config, model_config.max_position_embeddings, shape.num_layers)
     heads = "num_key_value_heads" if hasattr(model_config, "num_key_value_heads") else "num_attention_heads"
     for name, size in ((heads, shape.groups), ("intermediate_size", shape.ffn)):
         if size % parallel.tp:
@@ -125,7 +100,7 @@ def plan_supernet(
         model_dir=model_dir,
         map=elastic_map,
         labels=tuple(labels),
-        recipe=Recipe(config.stages),
+        phases=Phases(config.stages),
         stages=plan_stages(shape.num_layers, parallel.pp, [shape.num_layers], given=parallel.stages, whole_model=True),
         layout=Layout(parallel.tp, parallel.pp, parallel.dp),
         parts=parts,
@@ -137,7 +112,7 @@ def plan_supernet(
 
 
 def _check_axes(plan: SupernetPlan, space: SearchSpace) -> None:
-    for stage in plan.recipe.stages:
+    for stage in plan.phases:
         if unknown := [axis for axis in stage.axes if axis not in AXES]:
             raise UserError(f"stages: '{stage.name}' has axes={unknown}; known: {', '.join(AXES)}")
         if stage.axes and all(spec == plan.map.shape.full for spec in islice(space.members(stage.axes), 2)):
@@ -146,11 +121,11 @@ def _check_axes(plan: SupernetPlan, space: SearchSpace) -> None:
             )
 
 
-def recipe_rows(plan: SupernetPlan) -> list[tuple[str, ...]]:
-    """The recipe table: stage, what may shrink, steps, rank, trained parameters of the full and the smallest net."""
+def phase_rows(plan: SupernetPlan) -> list[tuple[str, ...]]:
+    """The table of the phases: name, what may shrink, steps, rank, trained parameters of full and smallest net."""
     space, full = plan.space(UnitOrder.identity(plan.map.shape)), plan.map.shape.full
     rows = []
-    for index, stage in enumerate(plan.recipe.stages):
+    for index, stage in enumerate(plan.phases):
         factors = plan.factors(index)
         smallest = space.smallest(stage.axes)
         rows.append(
