@@ -21,7 +21,7 @@ from ee_scale.log import configure_logging, visible
 
 def run(config: GenerateConfig, overrides: Sequence[str]) -> int:
     """Continue the prompts in this process, or in ranks that it starts; under torchrun this process is one of them."""
-    launched, layout = launch_info(), Layout(config.parallel.tp, config.parallel.pp, config.parallel.dp)
+    launched, layout = launch_info(), Layout(config.parallel.tp, config.parallel.pp)
     leader = launched is None or launched.rank == 0
     configure_logging(0 if leader else 1)
     check_config(config)

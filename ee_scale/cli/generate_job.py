@@ -80,7 +80,7 @@ def check_config(config: GenerateConfig) -> None:
     if config.policy == "off" and logs:
         raise UserError(f"{logs[0]}={getattr(config, logs[0])}: policy=off makes no decisions; choose a policy")
     parallel = config.parallel
-    check_pipeline(parallel.tp, parallel.pp, config.policy, parallel.dp)
+    check_pipeline(parallel.tp, parallel.pp, config.policy)
     if config.audit is not None and parallel.tp * parallel.pp > 1:
         raise UserError(f"audit={config.audit}: needs one device, not tp={parallel.tp} x pp={parallel.pp}")
 
