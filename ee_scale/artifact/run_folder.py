@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from transformers import PreTrainedTokenizerBase
+
 from ee_scale.artifact.checkpoint import checkpoints, read_checkpoint
 from ee_scale.artifact.files import read_json, write_json
 from ee_scale.backbone.fingerprint import fingerprint, is_model
@@ -76,7 +78,7 @@ def tune_identity(config: TuneConfig, plan: TunePlan) -> dict[str, Any]:
     return run_identity("tune", config, plan.model_dir) | {"early_exit": plan.spec.to_dict()}
 
 
-def data_identity(digests: list[str], tokenizer: Any) -> dict[str, Any]:
+def data_identity(digests: list[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What the data is, whatever its path: digests of the tokens of each source, and the marks that losses know."""
     return {"tokens": digests, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from ee_scale.cli.prompts import encode_prompts, read_prompts
 from ee_scale.config.schema import GenerateConfig
 from ee_scale.errors import UserError, one_line
@@ -29,7 +31,7 @@ class Job:
 
     config: GenerateConfig
     parts: ModelParts
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     texts: list[str]
     prompts: list[list[int]]
     tags: list[str] | None
@@ -101,7 +103,7 @@ def check_model(config: GenerateConfig) -> ModelParts:
     return parts
 
 
-def check_prompts(config: GenerateConfig, parts: ModelParts, tokenizer: Any) -> Job:
+def check_prompts(config: GenerateConfig, parts: ModelParts, tokenizer: PreTrainedTokenizerBase) -> Job:
     """Read and encode the prompts. Raises `UserError`."""
     texts = read_prompts(config)
     prompts = encode_prompts(texts, tokenizer, parts.config, config)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ee_scale.config.schema import TrainingConfig
 from ee_scale.data.dataset import build_gpt_dataset
@@ -22,7 +22,7 @@ def sources(path: Any) -> list[str]:
 
 
 def text_dataset(
-    config: TrainingConfig, tokenizer: Any, prefixes: list[str], num_samples: int, vocab_size: int
+    config: TrainingConfig, tokenizer: PreTrainedTokenizerBase, prefixes: list[str], num_samples: int, vocab_size: int
 ) -> Dataset:
     """Megatron's GPT dataset of a run's `data` group."""
     return build_gpt_dataset(
@@ -38,7 +38,7 @@ def text_dataset(
     )
 
 
-def load_tokenizer(folder: Path, field: str = "model.path") -> Any:
+def load_tokenizer(folder: Path, field: str = "model.path") -> PreTrainedTokenizerBase:
     """The model's tokenizer. Raises `UserError`, which names the package that is missing where one is."""
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
