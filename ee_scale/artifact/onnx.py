@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from ee_scale.artifact.hf_folder import write_beside
 from ee_scale.artifact.onnx_shapes import declare_shapes
@@ -125,7 +125,7 @@ def export_onnx(folder: Path, out: Path, task: str, *, int8: bool = False) -> On
     return report
 
 
-def _converted(model: Any, task: str, own_head: bool) -> Any:
+def _converted(model: PreTrainedModel, task: str, own_head: bool) -> Any:
     """transformers' own exporter -> an `onnx_ir.Model` with the names of `export_onnx`."""
     if own_head and model.get_output_embeddings() is not None:
         # A table that is read as a matrix too would stay in fp32: quantized they differ, so each gets its own.
@@ -240,7 +240,7 @@ class OnnxModel:
 
 
 @torch.no_grad()
-def _compare(path: Path, model: Any, task: str) -> OnnxReport:
+def _compare(path: Path, model: PreTrainedModel, task: str) -> OnnxReport:
     running, random = OnnxModel(path), torch.Generator().manual_seed(0)
     vocabulary, answers, references = model.config.vocab_size, [], []
     for shape in CHECKED:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedModel
 
 from ee_scale.artifact.hf_folder import write_calibration
 from ee_scale.backbone.model_folder import ModelFolder
@@ -69,7 +70,7 @@ def goal_of(config: CalibrateConfig) -> Goal:
     return Goal(config.policy, agreement, config.loss_increase, config.confidence, unit_tokens)
 
 
-def _windows(config: CalibrateConfig, model: Any) -> list[Window]:
+def _windows(config: CalibrateConfig, model: PreTrainedModel) -> list[Window]:
     """Windows of the data that do not cross documents, in random order. Raises `UserError`."""
     check_length(config, model)
     folder = Path(model.config.name_or_path)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from rich.progress import track
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ee_scale.backbone.exit_layers import resolve_exit_layers
 from ee_scale.backbone.model_folder import ModelFolder
@@ -73,14 +74,18 @@ def open_for_measuring(config: EvaluateConfig) -> Any:
     return untrained_exits(folder.path, exit_spec(model_config, layers, config.kind, head, 1)).to(device)
 
 
-def measure(config: EvaluateConfig, model: Any, tokenizer: Any, tokenizer_dir: Path) -> tuple[list[ExitQuality], int]:
+def measure(
+    config: EvaluateConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokenizer_dir: Path
+) -> tuple[list[ExitQuality], int]:
     """Tokenise the data of an evaluate config and run the model over it: exits, and tokens. Raises `UserError`."""
     windows = read_windows(config, model, tokenizer, tokenizer_dir)
     records = collect(model, with_progress(batched(windows, config.batch_size), "measuring"), ())
     return exit_qualities(records), len(records.units)
 
 
-def read_windows(config: EvaluateConfig, model: Any, tokenizer: Any, tokenizer_dir: Path) -> list[Window]:
+def read_windows(
+    config: EvaluateConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokenizer_dir: Path
+) -> list[Window]:
     """The windows of an evaluate config: with tags, whole documents; else the text as one stream."""
     check_length(config, model)
     if config.tag_key is not None:
@@ -89,7 +94,7 @@ def read_windows(config: EvaluateConfig, model: Any, tokenizer: Any, tokenizer_d
     return stream_windows(prefixes, config.seq_length, config.max_tokens)
 
 
-def check_length(config: EvaluateConfig | CalibrateConfig, model: Any) -> None:
+def check_length(config: EvaluateConfig | CalibrateConfig, model: PreTrainedModel) -> None:
     """Refuse windows that are longer than the model's context. Raises `UserError`."""
     if config.seq_length > model.config.max_position_embeddings:
         raise UserError(
@@ -99,7 +104,10 @@ def check_length(config: EvaluateConfig | CalibrateConfig, model: Any) -> None:
 
 
 def read_prefixes(
-    config: EvaluateConfig | CalibrateConfig, model: Any, tokenizer: Any, tokenizer_dir: Path
+    config: EvaluateConfig | CalibrateConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tokenizer_dir: Path,
 ) -> list[str]:
     """The data of a config as Megatron prefixes whose ids the model knows. Raises `UserError`."""
     names = sources(config.data)
@@ -109,7 +117,10 @@ def read_prefixes(
 
 
 def read_tagged(
-    config: EvaluateConfig | CalibrateConfig, model: Any, tokenizer: Any, unit: str = "window"
+    config: EvaluateConfig | CalibrateConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    unit: str = "window",
 ) -> list[Window]:
     """The tagged documents of a config as windows whose ids the model knows. Raises `UserError`."""
     keys = (config.text_key, config.tag_key, config.seq_length, config.max_tokens, unit)
@@ -139,7 +150,7 @@ def _tags(records: Records, out: Any) -> dict[str, Any]:
 
 
 def _points(
-    config: EvaluateConfig, model: Any, records: Records, calibration: Any, prompts: list[Window] | None
+    config: EvaluateConfig, model: PreTrainedModel, records: Records, calibration: Any, prompts: list[Window] | None
 ) -> list[SweepPoint]:
     """The sweep, timed if there are prompts; without a sweep, what the stored limits do (if there are any)."""
     if not config.sweep:
@@ -164,7 +175,7 @@ def _prompts(config: EvaluateConfig, windows: Sequence[Window]) -> list[Window]:
     return [long[i * len(long) // config.prompts] for i in range(config.prompts)]
 
 
-def _check_context(config: EvaluateConfig, model: Any) -> None:
+def _check_context(config: EvaluateConfig, model: PreTrainedModel) -> None:
     """Refuse prompts whose continuation does not fit the model. Raises `UserError`."""
     total, room = config.prompt_tokens + config.new_tokens, model.config.max_position_embeddings
     if total > room:

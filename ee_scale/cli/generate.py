@@ -4,7 +4,8 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from ee_scale.cli.console import console
 from ee_scale.cli.generate_job import Job, check_config, check_model, check_prompts
@@ -21,7 +22,7 @@ from ee_scale.log import configure_logging, visible
 
 def run(config: GenerateConfig, overrides: Sequence[str]) -> int:
     """Continue the prompts in this process, or in ranks that it starts; under torchrun this process is one of them."""
-    launched, layout = launch_info(), Layout(config.parallel.tp, config.parallel.pp, config.parallel.dp)
+    launched, layout = launch_info(), Layout(config.parallel.tp, config.parallel.pp)
     leader = launched is None or launched.rank == 0
     configure_logging(0 if leader else 1)
     check_config(config)
@@ -108,5 +109,5 @@ def _for_stdout(text: str) -> str:
     return visible(text) if sys.stdout.isatty() else text
 
 
-def _decode(tokenizer: Any, tokens: list[int]) -> str:
+def _decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
     return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)

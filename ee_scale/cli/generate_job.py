@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.cli.prompts import encode_prompts, read_prompts
 from ee_scale.config.schema import GenerateConfig
@@ -30,7 +32,7 @@ class Job:
 
     config: GenerateConfig
     folder: ModelFolder
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     texts: list[str]
     prompts: list[list[int]]
     tags: list[str] | None
@@ -81,7 +83,7 @@ def check_config(config: GenerateConfig) -> None:
     if config.policy == "off" and logs:
         raise UserError(f"{logs[0]}={getattr(config, logs[0])}: policy=off makes no decisions; choose a policy")
     parallel = config.parallel
-    check_pipeline(parallel.tp, parallel.pp, config.policy, parallel.dp)
+    check_pipeline(parallel.tp, parallel.pp, config.policy)
     if config.audit is not None and parallel.tp * parallel.pp > 1:
         raise UserError(f"audit={config.audit}: needs one device, not tp={parallel.tp} x pp={parallel.pp}")
 
@@ -99,7 +101,7 @@ def check_model(config: GenerateConfig) -> ModelFolder:
     return folder
 
 
-def check_prompts(config: GenerateConfig, folder: ModelFolder, tokenizer: Any) -> Job:
+def check_prompts(config: GenerateConfig, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase) -> Job:
     """Read and encode the prompts. Raises `UserError`."""
     texts = read_prompts(config)
     prompts = encode_prompts(texts, tokenizer, folder.config, config)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ee_scale.backbone.exit_layers import resolve_exit_layers
 from ee_scale.backbone.model_folder import ModelFolder
@@ -96,7 +96,9 @@ def _check_lengths(config: ProbeConfig, model_config: PreTrainedConfig) -> None:
             raise UserError(f"{name}: {length} positions are needed, the model has max_position_embeddings={most}")
 
 
-def _text(config: ProbeConfig, model: Any, tokenizer: Any, folder: Path) -> list[torch.Tensor]:
+def _text(
+    config: ProbeConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> list[torch.Tensor]:
     """Windows [B, S+1] of the data; each is longer than a prompt. Raises `UserError`."""
     names = sources(config.data)
     prefixes = prepare_text(names, tokenizer, folder, config.cache_dir, config.text_key, True, fields="")
@@ -109,7 +111,11 @@ def _text(config: ProbeConfig, model: Any, tokenizer: Any, folder: Path) -> list
 
 
 def _read(
-    config: ProbeConfig, model: Any, tokenizer: Any, batches: list[torch.Tensor], show: Callable[[str, float], None]
+    config: ProbeConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: list[torch.Tensor],
+    show: Callable[[str, float], None],
 ) -> tuple[dict[str, list[Reading]], float]:
     """Readings on the text, on greedy and on sampled text; how much of the greedy text repeats itself."""
     read = lambda passages: read_exits(model, passages, config.temperature, config.agreement)  # noqa: E731

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ee_scale.config.schema import GenerateConfig
 from ee_scale.data.encode import without_row
@@ -36,7 +36,7 @@ def read_prompts(config: GenerateConfig) -> list[str]:
 
 
 def encode_prompts(
-    texts: list[str], tokenizer: Any, model_config: PreTrainedConfig, config: GenerateConfig
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig, config: GenerateConfig
 ) -> list[list[int]]:
     """Token ids of each prompt. Raises `UserError` for one that does not fit the context or the vocabulary."""
     if config.chat and not getattr(tokenizer, "chat_template", None):
@@ -60,7 +60,7 @@ def encode_prompts(
     return rows
 
 
-def _in_template(text: str, tokenizer: Any, config: GenerateConfig) -> list[int]:
+def _in_template(text: str, tokenizer: PreTrainedTokenizerBase, config: GenerateConfig) -> list[int]:
     message = [{"role": "user", "content": text}]
     try:
         return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]

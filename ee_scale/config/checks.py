@@ -27,11 +27,6 @@ def check_tune(config: TuneConfig) -> None:
     """Refuse a tune config that cannot run on any model. Raises `UserError`."""
     check_rules(config)
     check_batch(config.train.global_batch_size, config.train.micro_batch_size, config.parallel.dp)
-    if config.train.zero != 1:
-        raise UserError(
-            f"train.zero={config.train.zero}: exits train under ZeRO-1 (DeepSpeed's pipeline engine refuses ZeRO-2 "
-            "and ZeRO-3); use train.zero=1"
-        )
     if config.optim.min_lr > config.optim.lr:
         raise UserError(f"optim.min_lr={config.optim.min_lr} is above optim.lr={config.optim.lr}")
     backbone = config.backbone

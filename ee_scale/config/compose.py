@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ee_scale.config.checks import check_rules
-from ee_scale.config.schema import VERBS, Config, EvaluateConfig, TuneConfig
+from ee_scale.config.schema import GONE, VERBS, Config, EvaluateConfig, TuneConfig
 from ee_scale.config.supernet import SupernetConfig
 from ee_scale.config.words import find_field, literal, read_word
 from ee_scale.errors import UserError
@@ -47,7 +47,7 @@ def compose_config(verb: str, overrides: Sequence[str] = ()) -> Config:
     for name, node in VERBS.items():
         store.store(name=f"{name}_schema", node=node)
     try:
-        arguments = [expand_shorthand(verb, text) for text in overrides]
+        arguments = [word for word in (expand_shorthand(verb, text) for text in overrides) if not _gone(verb, word)]
         with _hydra(verb):
             config = compose(verb if has_groups(verb) else f"{verb}_schema", overrides=arguments)
         if missing := sorted(OmegaConf.missing_keys(config)):
@@ -58,6 +58,19 @@ def compose_config(verb: str, overrides: Sequence[str] = ()) -> Config:
         raise UserError(_one_line(error, verb)) from error
     check_rules(composed)
     return composed
+
+
+def _gone(verb: str, word: str) -> bool:
+    key, _, value = word.lstrip("+").partition("=")
+    return is_gone(VERBS[verb], key, value)
+
+
+def is_gone(schema: type, key: str, value: str) -> bool:
+    """Whether a setting is there no more and has its one legal value. Raises `UserError` for another value."""
+    legal, why = GONE.get(schema, {}).get(key, (value, ""))
+    if value != legal:
+        raise UserError(f"{key}={value}: {why}")
+    return bool(why)
 
 
 def has_groups(verb: str) -> bool:
@@ -134,6 +147,10 @@ def from_yaml(schema: type[C], text: str) -> C:
     values = yaml.safe_load(text)
     if not isinstance(values, dict):
         raise yaml.YAMLError(f"not a mapping but {type(values).__name__}")
+    for key in GONE.get(schema, {}):
+        group, _, name = key.partition(".")
+        if isinstance(found := values.get(group), dict) and name in found and is_gone(schema, key, str(found[name])):
+            del found[name]
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), _literal(values)))
 
 

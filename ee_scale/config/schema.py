@@ -90,7 +90,6 @@ class BackboneConfig:
 @dataclass
 class TrainConfig(BatchConfig):
     steps: int = setting(1000, "optimizer steps", rule=at_least(1))
-    zero: int = setting(1, "DeepSpeed ZeRO stage of the exits' optimizer state")
 
 
 @dataclass
@@ -251,7 +250,6 @@ class ReportConfig:
 class DecodeParallelConfig:
     tp: int = setting(1, "tensor-parallel size")
     pp: int = setting(1, "pipeline stages; an exit frees the first stage while later ones fill their caches")
-    dp: int = setting(1, "replicas: decoding has none; start one command per replica")
     stages: list[int] | None = setting(None, "layers per stage, e.g. [6,6]; null balances stages by cost")
     timeout_minutes: float = setting(30.0, "how long a rank waits for the others before it gives up")
 
@@ -333,6 +331,17 @@ VERBS = {
     "report": ReportConfig,
     "generate": GenerateConfig,
     "demo": DemoConfig,
+}
+# Settings of earlier versions that had one legal value, with the reason. Who still gives that value is understood.
+GONE = {
+    TuneConfig: {
+        "train.zero": (
+            "1",
+            "exits train under ZeRO-1 (DeepSpeed's pipeline engine refuses ZeRO-2 and ZeRO-3); there is no such "
+            "setting any more",
+        )
+    },
+    GenerateConfig: {"parallel.dp": ("1", "decoding has no replicas; start one command per replica")},
 }
 # Words in front of a command that trains: what to do with its config instead of running it here and now.
 PREFIXES = {

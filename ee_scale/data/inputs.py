@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ee_scale.config.groups import DataConfig
 from ee_scale.data.dataset import build_gpt_dataset, check_tokens
@@ -30,7 +30,7 @@ def check_run_text(data: DataConfig, model_dir: Path, vocab_size: int, *, progre
     return data_identity(digests, tokenizer)
 
 
-def data_identity(digests: list[str], tokenizer: Any) -> dict[str, Any]:
+def data_identity(digests: list[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What the data is, whatever its path: digests of the tokens of each source, and the marks that losses know."""
     return {"tokens": digests, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
 
@@ -51,7 +51,7 @@ def run_dataset(data: DataConfig, model_dir: Path, vocab_size: int, num_samples:
     )
 
 
-def load_tokenizer(folder: Path, field: str = "model.path") -> Any:
+def load_tokenizer(folder: Path, field: str = "model.path") -> PreTrainedTokenizerBase:
     """The model's tokenizer. Raises `UserError`, which names the package that is missing where one is."""
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

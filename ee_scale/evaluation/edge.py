@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from ee_scale.backbone.loading import weight_bytes
 from ee_scale.errors import UserError
@@ -175,7 +175,7 @@ def _warm_up(config: Any, task: str, ids: torch.Tensor, steps: int) -> None:
 
 
 def _run(
-    model: Any, ids: torch.Tensor, steps: int, seconds: float, meter: EnergyMeter | None
+    model: PreTrainedModel, ids: torch.Tensor, steps: int, seconds: float, meter: EnergyMeter | None
 ) -> tuple[Timings, float | None]:
     """Rounds of a prompt and `steps` greedy tokens behind it; the first round is a warm-up. (times, joules)."""
     _round(model, ids, steps, Timings())
@@ -186,7 +186,7 @@ def _run(
     return timings, meter.joules(before, meter.read()) if meter else None
 
 
-def _round(model: Any, ids: torch.Tensor, steps: int, timings: Timings) -> None:
+def _round(model: PreTrainedModel, ids: torch.Tensor, steps: int, timings: Timings) -> None:
     if not steps:
         timings.prefill.append(_timed(lambda: model(ids))[0])
         return
@@ -197,7 +197,7 @@ def _round(model: Any, ids: torch.Tensor, steps: int, timings: Timings) -> None:
         timings.token.append(spent)
 
 
-def _next_token(model: Any, last: Any) -> Any:
+def _next_token(model: PreTrainedModel, last: Any) -> Any:
     """One greedy step: the token of `last`'s logits goes through the model behind `last`'s cache."""
     token = last.logits[:, -1:].argmax(-1)
     return model(token, use_cache=True, **{CACHE: last[CACHE]})

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
 
 from ee_scale.errors import UserError
 from ee_scale.evaluation.states import exit_states
@@ -95,7 +96,9 @@ def batched(windows: Sequence[Window], batch_size: int) -> list[list[Window]]:
 
 
 @torch.no_grad()
-def collect(model: Any, batches: Iterable[Sequence[Window]], policies: Sequence[str] = tuple(NEVER)) -> Records:
+def collect(
+    model: PreTrainedModel, batches: Iterable[Sequence[Window]], policies: Sequence[str] = tuple(NEVER)
+) -> Records:
     """Run the model once over windows, all exits included; a model without exits gives records of its final layer.
 
     `policies`: whose scores are kept. Logits exist for one exit and CHUNK_LOGITS numbers at a time. Raises `UserError`
@@ -184,7 +187,7 @@ def outcome(records: Records, layers: torch.Tensor) -> Outcome:
     return Outcome(match, losses, layers)
 
 
-def _read(model: Any, rows: list[torch.Tensor], policies: Sequence[str]) -> dict[str, torch.Tensor]:
+def _read(model: PreTrainedModel, rows: list[torch.Tensor], policies: Sequence[str]) -> dict[str, torch.Tensor]:
     """The values of a batch of token rows [n_i + 1], flat over all predicted tokens, on the CPU."""
     device = next(model.parameters()).device
     # Padding lies to the right of a causal model's text: no position sees it, and it is dropped before the heads.

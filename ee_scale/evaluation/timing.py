@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import linear
+from transformers import PreTrainedModel
 
 from ee_scale.evaluation.cost_model import Costs
 from ee_scale.modeling.kinds import Tap
@@ -58,7 +59,7 @@ class FilledCache:
 
 @torch.no_grad()
 def measure_parts(
-    model: Any,
+    model: PreTrainedModel,
     context: int,
     seconds: float,
     rows: Sequence[int] = ROWS,
@@ -126,7 +127,7 @@ def layer_pass(
     return run
 
 
-def _exit_check(model: Any, k: int, one: torch.Tensor, cache: FilledCache) -> Callable[[], Any]:
+def _exit_check(model: PreTrainedModel, k: int, one: torch.Tensor, cache: FilledCache) -> Callable[[], Any]:
     """What decoding does at an exit: its modules, its head, the score and the token, both brought to the CPU."""
     spec, head, base = model.exit_spec, model.exit_heads[str(k)], model.base_model
     norm = getattr(base.layers[k - 1], spec.mlp_output_norm) if spec.mlp_output_norm else None
@@ -162,7 +163,7 @@ def _in_turns(
     return {name: sorted(values[1:])[(len(values) - 1) // 10] for name, values in times.items()}
 
 
-def _generate_time(model: Any, context: int, device: torch.device) -> float:
+def _generate_time(model: PreTrainedModel, context: int, device: torch.device) -> float:
     """Seconds per token of greedy `generate` after a prompt; the prompt's own pass is taken out."""
     prompt = torch.randint(model.config.vocab_size, (1, max(1, context - GENERATED)), device=device)
     times = {}

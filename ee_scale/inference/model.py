@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, logging
+from transformers import AutoModelForCausalLM, PreTrainedModel, logging
 
 from ee_scale.backbone.loading import TensorFolder
 from ee_scale.backbone.model_folder import GONE, SIDECAR_CONFIG, ModelFolder
@@ -90,7 +90,7 @@ def open_model(path: Path, **kwargs: Any) -> Any:
     return model
 
 
-def _check_numbers(folder: Path, model: Any) -> None:
+def _check_numbers(folder: Path, model: PreTrainedModel) -> None:
     """Raise `UserError` naming a tensor with a number that the type it was opened in has not."""
     odd = {name: value for name, value in model.named_parameters() if not value.isfinite().all()}
     stored = TensorFolder(folder) if odd else {}

@@ -5,6 +5,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ee_scale.config.supernet import SupernetConfig
 from ee_scale.data.dataset import check_tokens
@@ -64,7 +65,9 @@ def prepare_data(plan: SupernetPlan, *, progress: bool) -> dict[str, Any]:
     return check_run_text(config.data, plan.model_dir, vocab_size, progress=progress)
 
 
-def encode_labelled(plan: SupernetPlan, examples: list[Example], tokenizer: Any, fields: str = "data") -> LabelledData:
+def encode_labelled(
+    plan: SupernetPlan, examples: list[Example], tokenizer: PreTrainedTokenizerBase, fields: str = "data"
+) -> LabelledData:
     """Token ids of examples that the model has rows for. Raises `UserError`."""
     config = plan.map.config
     return encode(examples, tokenizer, plan.labels, plan.config.data.seq_length, config.vocab_size, fields)
