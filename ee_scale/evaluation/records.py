@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy
 from ee_scale.backbone.families import family_of
 from ee_scale.errors import UserError
 from ee_scale.evaluation.states import exit_states
-from ee_scale.modeling.policies import NEVER, ExitPolicy, passes, score
+from ee_scale.modeling.heads import soft_cap
+from ee_scale.modeling.policies import NEVER, Decisions, ExitPolicy, score
 
 CHUNK_LOGITS = 1 << 25  # logits of one exit that exist at the same time (128 MiB in fp32)
 
@@ -133,21 +134,13 @@ def simulate(records: Records, policy: ExitPolicy) -> torch.Tensor:
 
     Limits may be one row for all tokens, or one row per token.
     """
-    chosen = torch.full((len(records.units),), records.num_layers)
-    last, agreed = torch.full_like(chosen, -1), torch.zeros_like(chosen)
-    limits = torch.tensor(policy.limits)
-    for i, k in enumerate(policy.layers):
+
+    def said(k: int) -> tuple[torch.Tensor | None, torch.Tensor]:
         at = records.layers.index(k)
-        if policy.name in NEVER:
-            leave = passes(policy.name, records.scores[policy.name][at], limits[:, i])
-        elif policy.name == "patience":
-            agreed = torch.where(records.tokens[at] == last, agreed + 1, 1)
-            last = records.tokens[at]
-            leave = agreed >= policy.patience
-        else:
-            leave = torch.tensor(k == policy.layer)
-        chosen = torch.where(leave & (chosen == records.num_layers), k, chosen)
-    return chosen
+        scores = records.scores[policy.name][at] if policy.name in NEVER else None
+        return scores, records.tokens[at].long()
+
+    return Decisions(policy, len(records.units)).layers(said, records.num_layers)
 
 
 @dataclass(frozen=True)
@@ -197,8 +190,7 @@ def _read(model: Any, rows: list[torch.Tensor], policies: Sequence[str]) -> dict
     cap = getattr(model.config, cap_name) if cap_name else None
 
     def final_logits(states: torch.Tensor) -> torch.Tensor:
-        logits = lm_head(states)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return soft_cap(lm_head(states), cap)
 
     final = _measure(hidden.pop(0)[kept], final_logits, labels, ())
     found = {"final_tokens": final["tokens"], "final_losses": final["losses"]}

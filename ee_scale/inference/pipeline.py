@@ -21,7 +21,7 @@ from ee_scale.exits.stage import TuningStage
 from ee_scale.grid import Grid
 from ee_scale.inference.pipeline_messages import Decision, Line, Token
 from ee_scale.inference.pipeline_rows import Row, RowMaker
-from ee_scale.modeling.heads import Tap, layer_type
+from ee_scale.modeling.heads import Tap, layer_type, soft_cap
 from ee_scale.modeling.policies import Decisions, ExitPolicy
 from ee_scale.modeling.versions import CACHE
 
@@ -199,8 +199,7 @@ class PipelineDecoder:
 
     def _final_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Normed states [1, S, D] -> the model's own logits [1, V] at the last position."""
-        logits = self._whole(self.stage.backbone.lm_head(hidden[:, -1]))
-        return logits if self.logit_cap is None else torch.tanh(logits / self.logit_cap) * self.logit_cap
+        return soft_cap(self._whole(self.stage.backbone.lm_head(hidden[:, -1])), self.logit_cap)
 
     def _whole(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits [1, V/tp] -> [1, V], the same bits on every tensor rank."""

@@ -65,13 +65,17 @@ class ExitSpec:
         return KINDS[self.kind]
 
     def capped(self, logits: torch.Tensor) -> torch.Tensor:
-        """cap x tanh(logits / cap) for models that cap their logits (Gemma-2)."""
-        cap = self.logit_softcap
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        """As the model caps its own logits."""
+        return soft_cap(logits, self.logit_softcap)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
         return {**asdict(self), "layers": list(self.layers)}
+
+
+def soft_cap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """cap x tanh(logits / cap) for models that cap their logits (Gemma-2)."""
+    return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 class ExitTaps:

@@ -161,9 +161,7 @@ class LayerRunner:
 
     def final_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., D] after the last layer -> [..., V]."""
-        logits = self.model.get_output_embeddings()(self.base.norm(hidden))
-        cap = self.spec.logit_softcap
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return self.spec.capped(self.model.get_output_embeddings()(self.base.norm(hidden)))
 
     def exit_logits(
         self,
