@@ -57,7 +57,7 @@ class HuggingFaceRun:
         name = family_of(self.model.config).mlp_output_norm
         assert name is None  # no family with such a norm has a map to Megatron
         hidden = head.hidden(tap, None, lambda layer, x: run_single_layer(self.base, layer, x))
-        logits = head.logits(hidden, None if self.model.exits.head == "full" else self._lm_head())
+        logits = head.logits(hidden, self._lm_head() if self.model.exits.reads_lm_head else None)
         head.to("meta")
         return logits
 

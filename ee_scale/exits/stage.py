@@ -112,7 +112,7 @@ def build_stage(
     heads = build_exit_heads(spec, model.base_model.layers, model.base_model.norm, config.vocab_size)
     heads = nn.ModuleDict({str(k): heads[str(k)] for k in mine})
     is_last = grid.stage == plan.launched - 1
-    needs_lm_head = (bool(mine) and (spec.head != "full" or teacher)) or (decoding and is_last)
+    needs_lm_head = (bool(mine) and (spec.reads_lm_head or teacher)) or (decoding and is_last)
     backbone = BackboneStage(model, plan, grid, dtype, final_norm=teacher or decoding, lm_head=needs_lm_head)
     tensor_axis = tensor_plan(config, grid.layout.tp)
     for head in heads.values():

@@ -64,6 +64,17 @@ class ExitSpec:
         """What `kind` names."""
         return KINDS[self.kind]
 
+    @property
+    def reads_lm_head(self) -> bool:
+        """Whether its head needs the backbone's output matrix."""
+        return self.head != "full"
+
+    def head_shapes(self, hidden_size: int, rows: int) -> dict[str, tuple[int, int]]:
+        """The head's own tensors for so many rows of the vocabulary, by their names in the exit."""
+        if self.head == "low_rank":
+            return {"head.down.weight": (self.rank, hidden_size), "head.up.weight": (rows, self.rank)}
+        return {"head.weight": (rows, hidden_size)} if self.head == "full" else {}
+
     def capped(self, logits: torch.Tensor) -> torch.Tensor:
         """As the model caps its own logits."""
         return soft_cap(logits, self.logit_softcap)

@@ -49,18 +49,16 @@ def tune_parameters(plan: TunePlan, config: Any, stage: int) -> Parameters:
     teaches = config.exits.kl_weight > 0
     width, rows = plan.shape.hidden_size, padded_vocab(plan.shape.vocab_size, plan.layout.tp) // plan.layout.tp
     vocabulary = rows * width
-    needs_head = (exits and (spec.head != "full" or teaches)) or (mode != "frozen" and last)
+    needs_head = (exits and (spec.reads_lm_head or teaches)) or (mode != "frozen" and last)
     shares = plan.shape.tied_embeddings and stage == 0  # one matrix for both ends
     backbone = layers * count(layer) + vocabulary * (stage == 0) + vocabulary * bool(needs_head and not shares)
     backbone += count(norm) * (last and (teaches or mode != "frozen"))
     body = spec.exit_kind.body and spec.exit_kind.body.of(layer)
     own_norm = count(norm) * spec.exit_kind.normed
-    head = {"full": vocabulary, "low_rank": spec.rank * (width + rows)}.get(spec.head, 0)
-    per_exit = count(body) + head + own_norm
-    trained, biggest = exits * per_exit, [0]
+    head = [prod(shape) for shape in spec.head_shapes(width, rows).values()]
+    trained, biggest = exits * (count(body) + own_norm + sum(head)), [0]
     if exits:
-        biggest.append(own_norm)
-        biggest.append({"full": vocabulary, "low_rank": spec.rank * max(width, rows)}.get(spec.head, 0))
+        biggest += [own_norm, *head]
         biggest += [p.numel() for p in body.parameters()] if body is not None else []
     if mode == "low_rank":
         adapted = add_pairs(layer, plan.backbone.rank, _prefixes(plan.backbone.targets))
