@@ -73,8 +73,7 @@ class TuningStage(nn.Module):
 
         `cache`: keys and values of an exit that attends, which the tap continues.
         """
-        norm_name = self.spec.mlp_output_norm
-        output_norm = getattr(self._layers[0][k], norm_name) if norm_name else None
+        output_norm = self.spec.output_norm(self._layers[0][k])
 
         def run_layer(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
             return run_single_layer(self.backbone.base, layer, hidden, **{CACHE: cache})

@@ -75,6 +75,10 @@ class ExitSpec:
             return {"head.down.weight": (self.rank, hidden_size), "head.up.weight": (rows, self.rank)}
         return {"head.weight": (rows, hidden_size)} if self.head == "full" else {}
 
+    def output_norm(self, layer: nn.Module) -> nn.Module | None:
+        """The frozen norm behind the MLP of a backbone's layer, where the family has one."""
+        return getattr(layer, self.mlp_output_norm) if self.mlp_output_norm else None
+
     def capped(self, logits: torch.Tensor) -> torch.Tensor:
         """As the model caps its own logits."""
         return soft_cap(logits, self.logit_softcap)
