@@ -190,7 +190,7 @@ def build_exit_heads(spec: ExitSpec, layers: Sequence[nn.Module], norm: nn.Modul
     """The exit heads of a model, keyed by layer, as copies of the backbone's modules (architecture and dtype)."""
     hidden_size, kind, heads = norm.weight.shape[0], spec.exit_kind, {}
     for index, k in enumerate(spec.layers):
-        body = None if kind.body is None else copy.deepcopy(kind.body.source(layers, k))
+        body = copy.deepcopy(kind.body_source(layers, k))
         if kind.attends:
             body.self_attn.layer_idx = len(layers) + index  # its place in a cache, behind the model's own layers
         heads[str(k)] = ExitHead(spec, hidden_size, vocab_size, body, copy.deepcopy(norm) if kind.normed else None)

@@ -53,7 +53,7 @@ def tune_parameters(plan: TunePlan, config: Any, stage: int) -> Parameters:
     shares = plan.shape.tied_embeddings and stage == 0  # one matrix for both ends
     backbone = layers * count(layer) + vocabulary * (stage == 0) + vocabulary * bool(needs_head and not shares)
     backbone += count(norm) * (last and (teaches or mode != "frozen"))
-    body = spec.exit_kind.body and spec.exit_kind.body.of(layer)
+    body = spec.exit_kind.body_in(layer)
     own_norm = count(norm) * spec.exit_kind.normed
     head = [prod(shape) for shape in spec.head_shapes(width, rows).values()]
     trained, biggest = exits * (count(body) + own_norm + sum(head)), [0]
@@ -297,8 +297,8 @@ def exit_passes(local: nn.Module, spec: ExitSpec, rows: int, length: int, *, thr
     """The modules of one exit in front of its head."""
     layer, call = layer_call(local, rows, length)
     kind, norm = spec.exit_kind, local.base_model.norm
-    body = kind.body and kind.body.of(layer)
-    parts = nn.ModuleList([body] * (body is not None) + [norm] * kind.normed)
+    body = kind.body_in(layer)
+    parts = nn.ModuleList(part for part in (body, norm if kind.normed else None) if part is not None)
 
     def run(x: torch.Tensor) -> torch.Tensor:
         x = kind.states(body, Tap(x, x), None, lambda _, hidden: call(hidden))
