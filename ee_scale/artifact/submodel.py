@@ -54,7 +54,7 @@ class Submodel:
         if body and name.startswith(last + body.prefix):
             return f"exit.{body.exit_prefix}{name.removeprefix(last)}"
         if name == "lm_head.weight":
-            return "exit.head.weight" if self.spec.head == "full" else output_matrix_name(self.base)
+            return output_matrix_name(self.base) if self.spec.reads_lm_head else "exit.head.weight"
         return name
 
     def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:

@@ -15,7 +15,7 @@ from ee_scale.convert.names import ModelMap
 from ee_scale.convert.tensors import Stored, TensorInfo
 from ee_scale.convert.values import Values
 from ee_scale.errors import UserError
-from ee_scale.families.megatron import FINAL_NORM, HEAD, Row
+from ee_scale.families.megatron import FINAL_NORM, Row
 from ee_scale.modeling.heads import ExitSpec
 from ee_scale.modeling.kinds import Body
 from ee_scale.modeling.modeling_early_exit import PREFIX
@@ -111,12 +111,8 @@ def exit_info(model_map: ModelMap, spec: ExitSpec, k: int) -> dict[str, TensorIn
         found |= model_map.rows_info(body_rows(body, model_map.layer_rows), prefix + body.exit_prefix)
     if spec.exit_kind.normed:
         found[f"{prefix}norm.weight"] = model_map.rows_info((FINAL_NORM,), "")[FINAL_NORM.hf[0]]
-    if spec.head == "full":
-        found[f"{prefix}head.weight"] = model_map.rows_info((HEAD,), "")[HEAD.hf[0]]
-    if spec.head == "low_rank":
-        found[f"{prefix}head.down.weight"] = TensorInfo((spec.rank, shape.hidden_size))
-        found[f"{prefix}head.up.weight"] = TensorInfo((shape.vocab_size, spec.rank))
-    return found
+    head = spec.head_shapes(shape.hidden_size, shape.vocab_size)
+    return found | {prefix + name: TensorInfo(size) for name, size in head.items()}
 
 
 def padded(words: int, divisor: int, tp: int) -> int:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ee_scale.errors import UserError
 from ee_scale.evaluation.states import exit_states
 from ee_scale.families.registry import decoder_family
-from ee_scale.modeling.policies import NEVER, ExitPolicy, passes, score
+from ee_scale.modeling.policies import NEVER, Decisions, ExitPolicy, score
 
 CHUNK_LOGITS = 1 << 25  # logits of one exit that exist at the same time (128 MiB in fp32)
 
@@ -136,21 +136,13 @@ def simulate(records: Records, policy: ExitPolicy) -> torch.Tensor:
 
     Limits may be one row for all tokens, or one row per token.
     """
-    chosen = torch.full((len(records.units),), records.num_layers)
-    last, agreed = torch.full_like(chosen, -1), torch.zeros_like(chosen)
-    limits = torch.tensor(policy.limits)
-    for i, k in enumerate(policy.layers):
+
+    def said(k: int) -> tuple[torch.Tensor | None, torch.Tensor]:
         at = records.layers.index(k)
-        if policy.name in NEVER:
-            leave = passes(policy.name, records.scores[policy.name][at], limits[:, i])
-        elif policy.name == "patience":
-            agreed = torch.where(records.tokens[at] == last, agreed + 1, 1)
-            last = records.tokens[at]
-            leave = agreed >= policy.patience
-        else:
-            leave = torch.tensor(k == policy.layer)
-        chosen = torch.where(leave & (chosen == records.num_layers), k, chosen)
-    return chosen
+        scores = records.scores[policy.name][at] if policy.name in NEVER else None
+        return scores, records.tokens[at].long()
+
+    return Decisions(policy, len(records.units)).layers(said, records.num_layers)
 
 
 @dataclass(frozen=True)

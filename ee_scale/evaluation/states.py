@@ -22,6 +22,6 @@ def exit_states(model: PreTrainedModel, ids: torch.Tensor) -> dict[int, torch.Te
         taps.remove()
     read = taps.pop()
     for k in spec.layers:
-        norm = getattr(base.layers[k - 1], spec.mlp_output_norm) if spec.mlp_output_norm else None
+        norm = spec.output_norm(base.layers[k - 1])
         found[k] = model.exit_heads[str(k)].hidden(read[k], norm, lambda layer, x: run_single_layer(base, layer, x))
     return found

@@ -130,7 +130,7 @@ def layer_pass(
 def _exit_check(model: PreTrainedModel, k: int, one: torch.Tensor, cache: FilledCache) -> Callable[[], Any]:
     """What decoding does at an exit: its modules, its head, the score and the token, both brought to the CPU."""
     spec, head, base = model.exit_spec, model.exit_heads[str(k)], model.base_model
-    norm = getattr(base.layers[k - 1], spec.mlp_output_norm) if spec.mlp_output_norm else None
+    norm = spec.output_norm(base.layers[k - 1])
     tap = Tap(one, one)
     own_layer = layer_pass(base, cache, one, [head.body]) if spec.exit_kind.attends else None
 

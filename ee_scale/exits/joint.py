@@ -90,5 +90,5 @@ class JointStage(TuningStage):
 def output_copies(plan: StagePlan, spec: ExitSpec, tied: bool) -> tuple[int, ...]:
     """Stages that hold the output matrix: the last one, those whose exits read it, and the first one if it is tied."""
     last = plan.launched - 1
-    readers = {stage for stage in range(plan.launched) if spec.head != "full" and plan.exits(stage)}
+    readers = {stage for stage in range(plan.launched) if spec.reads_lm_head and plan.exits(stage)}
     return tuple(sorted(readers | {last} | ({0} if tied else set())))

@@ -1,6 +1,7 @@
 """From the `exits` config to loss weights, costs and the spec that is stored with a model."""
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 from ee_scale.errors import UserError
@@ -38,9 +39,8 @@ def exit_spec(model_config: Any, layers: Sequence[int], kind: str, head: str, ra
 
 def exit_parameters(spec: ExitSpec, shape: ModelShape) -> int:
     """Trainable parameters of one exit (norms and biases left out)."""
-    vocabulary = shape.vocab_size * shape.hidden_size
-    head = {"full": vocabulary, "low_rank": spec.rank * (shape.vocab_size + shape.hidden_size)}.get(spec.head, 0)
-    return spec.exit_kind.parameters(shape) + head
+    head = spec.head_shapes(shape.hidden_size, shape.vocab_size).values()
+    return spec.exit_kind.parameters(shape) + sum(map(prod, head))
 
 
 def exit_cost(spec: ExitSpec, shape: ModelShape) -> float:
@@ -48,5 +48,5 @@ def exit_cost(spec: ExitSpec, shape: ModelShape) -> float:
 
     Trained matrices cost forward, input gradient and weight gradient; the frozen lm_head the first two.
     """
-    frozen_head = 0 if spec.head == "full" else 2 * shape.vocab_size * shape.hidden_size
+    frozen_head = 2 * shape.vocab_size * shape.hidden_size * spec.reads_lm_head
     return 3 * exit_parameters(spec, shape) + frozen_head

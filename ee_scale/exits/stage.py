@@ -74,8 +74,7 @@ class TuningStage(nn.Module):
 
         `cache`: keys and values of an exit that attends, which the tap continues.
         """
-        norm_name = self.spec.mlp_output_norm
-        output_norm = getattr(self._layers[0][k], norm_name) if norm_name else None
+        output_norm = self.spec.output_norm(self._layers[0][k])
 
         def run_layer(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
             return run_single_layer(self.backbone.base, layer, hidden, **{CACHE: cache})
@@ -113,7 +112,7 @@ def build_stage(
     heads = build_exit_heads(spec, model.base_model.layers, model.base_model.norm, config.vocab_size)
     heads = nn.ModuleDict({str(k): heads[str(k)] for k in mine})
     is_last = grid.stage == plan.launched - 1
-    needs_lm_head = (bool(mine) and (spec.head != "full" or teacher)) or (decoding and is_last)
+    needs_lm_head = (bool(mine) and (spec.reads_lm_head or teacher)) or (decoding and is_last)
     backbone = BackboneStage(model, plan, grid, dtype, final_norm=teacher or decoding, lm_head=needs_lm_head)
     tensor_axis = tensor_plan(config, grid.layout.tp)
     for head in heads.values():

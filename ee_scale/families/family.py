@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ee_scale.families.megatron import MegatronNames
+from ee_scale.modeling.heads import soft_cap
 
 # Axes by name. HEADS, KV and FFN are dealt to tensor ranks; VOCAB is cut by them, but never elastic.
 HIDDEN, HEADS, KV, FFN, VOCAB, HEAD_DIM = "hidden", "heads", "kv", "ffn", "vocab", "head_dim"
@@ -92,5 +93,4 @@ class Family:
 
     def cap(self, logits: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
         """cap x tanh(logits / cap), where there is a cap."""
-        cap = self.softcap(config)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return soft_cap(logits, self.softcap(config))

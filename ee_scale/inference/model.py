@@ -58,8 +58,7 @@ def untrained_exits(path: Path, spec: ExitSpec, **kwargs: Any) -> Any:
     layers, lm_head = model.base_model.layers, model.get_output_embeddings()
     with torch.no_grad():
         for k, head in model.exit_heads.items():
-            body = spec.exit_kind.body
-            sources = [(head.body, body and body.source(layers, int(k))), (head.norm, model.base_model.norm)]
+            sources = [(head.body, spec.exit_kind.body_source(layers, int(k))), (head.norm, model.base_model.norm)]
             if isinstance(head.head, LowRankHead):
                 head.head.up.weight.zero_()
             else:

@@ -1,1 +1,1 @@
-"""What is copied into an exported folder, every file of it: imports of torch, transformers, Python and one another."""
+"""What goes into an exported folder, every file: they import torch, transformers, Python and one another only."""

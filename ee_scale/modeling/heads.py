@@ -64,14 +64,33 @@ class ExitSpec:
         """What `kind` names."""
         return KINDS[self.kind]
 
+    @property
+    def reads_lm_head(self) -> bool:
+        """Whether its head needs the backbone's output matrix."""
+        return self.head != "full"
+
+    def head_shapes(self, hidden_size: int, rows: int) -> dict[str, tuple[int, int]]:
+        """The head's own tensors for so many rows of the vocabulary, by their names in the exit."""
+        if self.head == "low_rank":
+            return {"head.down.weight": (self.rank, hidden_size), "head.up.weight": (rows, self.rank)}
+        return {"head.weight": (rows, hidden_size)} if self.head == "full" else {}
+
+    def output_norm(self, layer: nn.Module) -> nn.Module | None:
+        """The frozen norm behind the MLP of a backbone's layer, where the family has one."""
+        return getattr(layer, self.mlp_output_norm) if self.mlp_output_norm else None
+
     def capped(self, logits: torch.Tensor) -> torch.Tensor:
-        """cap x tanh(logits / cap) for models that cap their logits (Gemma-2)."""
-        cap = self.logit_softcap
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        """As the model caps its own logits."""
+        return soft_cap(logits, self.logit_softcap)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
         return {**asdict(self), "layers": list(self.layers)}
+
+
+def soft_cap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """cap x tanh(logits / cap) for models that cap their logits (Gemma-2)."""
+    return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 class ExitTaps:
@@ -171,7 +190,7 @@ def build_exit_heads(spec: ExitSpec, layers: Sequence[nn.Module], norm: nn.Modul
     """The exit heads of a model, keyed by layer, as copies of the backbone's modules (architecture and dtype)."""
     hidden_size, kind, heads = norm.weight.shape[0], spec.exit_kind, {}
     for index, k in enumerate(spec.layers):
-        body = None if kind.body is None else copy.deepcopy(kind.body.source(layers, k))
+        body = copy.deepcopy(kind.body_source(layers, k))
         if kind.attends:
             body.self_attn.layer_idx = len(layers) + index  # its place in a cache, behind the model's own layers
         heads[str(k)] = ExitHead(spec, hidden_size, vocab_size, body, copy.deepcopy(norm) if kind.normed else None)

@@ -36,7 +36,8 @@ class Tap(NamedTuple):
 
     def at(self, positions: int | slice) -> Tap:
         """Of these positions alone."""
-        return Tap(*(None if states is None else states[:, positions] for states in self))
+        mlp_input = None if self.mlp_input is None else self.mlp_input[:, positions]
+        return Tap(self.residual[:, positions], mlp_input)
 
 
 class Shape(Protocol):
@@ -100,14 +101,6 @@ class Body:
         """Layer (from 0) that the exit at k has its copy of."""
         return num_layers - 1 if self.last else k - 1
 
-    def source(self, layers: Sequence[nn.Module], k: int) -> nn.Module:
-        """The module that the exit at k has a copy of."""
-        return self.of(layers[self.index(k, len(layers))])
-
-    def of(self, layer: nn.Module) -> nn.Module:
-        """The module in a decoder layer."""
-        return layer.get_submodule(self.inside)
-
 
 class ExitKind:
     """What stands between the backbone and an exit's head. The methods as they are here: the exit has no body.
@@ -136,6 +129,14 @@ class ExitKind:
     def trains(self) -> bool:
         """Whether anything trains in front of the head."""
         return self.normed or self.body is not None
+
+    def body_in(self, layer: nn.Module) -> nn.Module | None:
+        """The module of a decoder layer that the body is a copy of."""
+        return None if self.body is None else layer.get_submodule(self.body.inside)
+
+    def body_source(self, layers: Sequence[nn.Module], k: int) -> nn.Module | None:
+        """The module that the body of the exit at k starts as, of all layers of a backbone."""
+        return None if self.body is None else self.body_in(layers[self.body.index(k, len(layers))])
 
     def watch(self, layer: nn.Module, mlp_input_norm: str | None, keep: Callable[[Tap], None]) -> RemovableHandle:
         """Hook a backbone's layer so that `keep` gets the tap of every pass.

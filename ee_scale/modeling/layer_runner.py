@@ -161,9 +161,7 @@ class LayerRunner:
 
     def final_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., D] after the last layer -> [..., V]."""
-        logits = self.model.get_output_embeddings()(self.base.norm(hidden))
-        cap = self.spec.logit_softcap
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return self.spec.capped(self.model.get_output_embeddings()(self.base.norm(hidden)))
 
     def exit_logits(
         self,
@@ -178,7 +176,7 @@ class LayerRunner:
         at: which of the q positions: -1, the last -> [B, V], or a slice -> [B, q', V].
         """
         self.checks[k] += 1
-        head, norm_name = self.model.exit_heads[str(k)], self.spec.mlp_output_norm
+        head = self.model.exit_heads[str(k)]
         if self.spec.exit_kind.attends:
             states = self._exit_layer(k, head.body, hidden, block)
             tap = Tap(states[:, at])
@@ -186,7 +184,7 @@ class LayerRunner:
             tap = self.taps.taps.pop(k).at(at)
         else:
             tap = Tap(hidden[:, at])
-        output_norm = getattr(self.layers[k - 1], norm_name) if norm_name else None
+        output_norm = self.spec.output_norm(self.layers[k - 1])
         ready = head.hidden(tap, output_norm, lambda layer, states: states)
         return head.logits(ready, self.model.get_output_embeddings()) if shortlist is None else shortlist(head, ready)
 

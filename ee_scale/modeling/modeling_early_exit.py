@@ -98,8 +98,7 @@ class EarlyExitMixin:
         def run_layer(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
             return run_single_layer(self.base_model, layer, hidden, **masks)
 
-        norm_name, head = self.exit_spec.mlp_output_norm, self.exit_heads[str(k)]
-        output_norm = getattr(self.base_model.layers[k - 1], norm_name) if norm_name else None
+        head, output_norm = self.exit_heads[str(k)], self.exit_spec.output_norm(self.base_model.layers[k - 1])
         hidden = slice_logits_to_keep(head.hidden(tap, output_norm, run_layer), logits_to_keep)
         return head.logits(hidden, self.get_output_embeddings())
 

@@ -4,7 +4,7 @@ A decision reads the exit's raw logits (before temperature and other processors)
 R rows of a batch, m exits in order of depth, V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite, isnan
 from typing import Any
@@ -169,20 +169,33 @@ class Decisions:
 
     def ask(self, k: int, logits: torch.Tensor, rows: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
         """Exit k of rows `rows` [R] (None: all) with logits [R, V] -> (leave, bool [R]; score [R]; token [R])."""
+        scores, tokens = score(self.policy.name, logits)
+        return self.leave(k, scores, tokens, rows), scores, tokens
+
+    def leave(
+        self, k: int, scores: torch.Tensor | None, tokens: torch.Tensor, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The same for what exit k said: scores [R] (not read by `patience` and `fixed`), tokens [R] -> bool [R]."""
         policy, name = self.policy, self.policy.name
-        scores, tokens = score(name, logits)
         if name in NEVER:
             limits = self.limits[:, policy.layers.index(k)]
             if rows is not None and len(limits) > 1:
                 limits = limits[rows]
-            return passes(name, scores, limits), scores, tokens
+            return passes(name, scores, limits)
         if name == "patience":
             rows = torch.arange(len(tokens), device=tokens.device) if rows is None else rows
             same = tokens == self.last[rows]
             self.agreed[rows] = torch.where(same, self.agreed[rows] + 1, 1)
             self.last[rows] = tokens
-            return self.agreed[rows] >= policy.patience, scores, tokens
-        return torch.full_like(tokens, k == policy.layer, dtype=torch.bool), scores, tokens
+            return self.agreed[rows] >= policy.patience
+        return torch.full_like(tokens, k == policy.layer, dtype=torch.bool)
+
+    def layers(self, said: Callable[[int], tuple[torch.Tensor | None, torch.Tensor]], num_layers: int) -> torch.Tensor:
+        """The layer at which each row leaves, int64 [R]; `said`: what each exit said, as `leave` reads it."""
+        chosen = torch.full_like(self.agreed, num_layers)
+        for k in self.policy.layers:
+            chosen = torch.where(self.leave(k, *said(k)) & (chosen == num_layers), k, chosen)
+        return chosen
 
 
 def choose_layers(policy: ExitPolicy, exit_logits: Mapping[int, torch.Tensor], num_layers: int) -> torch.Tensor:
@@ -191,12 +204,8 @@ def choose_layers(policy: ExitPolicy, exit_logits: Mapping[int, torch.Tensor], n
     The same decisions as during decoding, for measuring on given text.
     """
     some = next(iter(exit_logits.values()))
-    chosen = torch.full((len(some),), num_layers, device=some.device)
     decisions = Decisions(policy, len(some), some.device)
-    for k in policy.layers:
-        leave, _, _ = decisions.ask(k, exit_logits[k])
-        chosen = torch.where(leave & (chosen == num_layers), k, chosen)
-    return chosen
+    return decisions.layers(lambda k: score(policy.name, exit_logits[k]), num_layers)
 
 
 def _limits(

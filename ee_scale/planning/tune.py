@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any, Self
 
@@ -147,18 +148,16 @@ class TunePlan(Plan):
         layers, exits = len(self.stages.layers(stage)), len(self.stages.exits(stage))
         width, rows = self.shape.hidden_size, padded_vocab(self.shape.vocab_size, self.layout.tp) // self.layout.tp
         vocabulary = rows * width
-        needs_head = (exits and (spec.head != "full" or self.teaches)) or (mode != "frozen" and last)
+        needs_head = (exits and (spec.reads_lm_head or self.teaches)) or (mode != "frozen" and last)
         shares = self.shape.tied_embeddings and stage == 0  # one matrix for both ends
         backbone = layers * count(layer) + vocabulary * (stage == 0) + vocabulary * bool(needs_head and not shares)
         backbone += count(norm) * (last and (self.teaches or mode != "frozen"))
-        body = spec.exit_kind.body and spec.exit_kind.body.of(layer)
+        body = spec.exit_kind.body_in(layer)
         own_norm = count(norm) * spec.exit_kind.normed
-        head = {"full": vocabulary, "low_rank": spec.rank * (width + rows)}.get(spec.head, 0)
-        per_exit = count(body) + head + own_norm
-        trained, biggest = exits * per_exit, [0]
+        head = [prod(shape) for shape in spec.head_shapes(width, rows).values()]
+        trained, biggest = exits * (count(body) + own_norm + sum(head)), [0]
         if exits:
-            biggest.append(own_norm)
-            biggest.append({"full": vocabulary, "low_rank": spec.rank * max(width, rows)}.get(spec.head, 0))
+            biggest += [own_norm, *head]
             biggest += [p.numel() for p in body.parameters()] if body is not None else []
         if mode == "low_rank":
             prefixes = self.family.prefixes(self.backbone.targets)
@@ -307,8 +306,8 @@ def exit_passes(local: nn.Module, spec: ExitSpec, rows: int, length: int, *, thr
     """The modules of one exit in front of its head."""
     layer, call = layer_call(local, rows, length)
     kind, norm = spec.exit_kind, local.base_model.norm
-    body = kind.body and kind.body.of(layer)
-    parts = nn.ModuleList([body] * (body is not None) + [norm] * kind.normed)
+    body = kind.body_in(layer)
+    parts = nn.ModuleList(part for part in (body, norm if kind.normed else None) if part is not None)
 
     def run(x: torch.Tensor) -> torch.Tensor:
         x = kind.states(body, Tap(x, x), None, lambda _, hidden: call(hidden))

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import ee_scale
 from ee_scale.cli.main import main
-from ee_scale.modeling.kinds import KINDS, register
+from ee_scale.modeling.kinds import KINDS, ExitKind, register
 
 PREVIOUS = "helpers.previous_layer"
 ALONE = """
@@ -66,6 +66,14 @@ def model(folder: Path) -> torch.nn.Module:
 
 
 IDS = torch.arange(1, 25).reshape(2, 12)
+
+
+def test_no_kind_takes_anothers_name() -> None:
+    class Mine(ExitKind):
+        name = "norm"
+
+    with pytest.raises(ValueError, match="an exit kind named 'norm' is there already"):
+        register(Mine())
 
 
 def test_it_reads_one_layer_earlier(model: torch.nn.Module) -> None:
