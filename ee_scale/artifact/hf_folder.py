@@ -22,12 +22,12 @@ T = TypeVar("T")
 
 
 def write_beside(
-    folder: Path, base: Path | None, values: dict[str, Any] | None = None, *, same_exits: bool = False, **own: Any
+    folder: Path, base: Path | None, values: dict[str, Any] | None = None, *, same_exits: bool = False, **own: object
 ) -> None:
     """What goes with weights that were made of those in `base`: config.json, and its small files.
 
-    `values`: of the config, where they are not those of `base`; `own` comes on top, for what they say of exits, loading
-    code and the name of what was copied stays behind. `same_exits`: see `copy_small_files`.
+    `values`: of the config, if not those of `base`; what they say of exits, of loading code and of where they come from
+    is left out, and `own` is added. `same_exits`: see `copy_small_files`.
     """
     values = read_object(base / "config.json") if values is None else values
     kept = {name: value for name, value in values.items() if name not in OF_THE_SOURCE}

@@ -75,12 +75,12 @@ class ModelFolder:
         return cls.find(path)
 
     @cached_property
-    def config(self) -> Any:
+    def config(self) -> PreTrainedConfig:
         """The transformers config of the base, of whatever architecture, as `read_config`."""
         return self._config or read_config(self.base, alone=self._alone)
 
     @property
-    def decoder_config(self) -> Any:
+    def decoder_config(self) -> PreTrainedConfig:
         """The same, of an architecture that exits are known for."""
         decoder_family(self.config)
         return self.config

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, logging
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, logging
 
 from ee_scale.backbone.loading import TensorFolder
 from ee_scale.backbone.model_folder import GONE, SIDECAR_CONFIG, ModelFolder
@@ -42,7 +42,7 @@ class EarlyExitForCausalLM(modeling.EarlyExitForCausalLM):
         return model
 
 
-def _check_exported(path: Path, config: Any) -> None:
+def _check_exported(path: Path, config: PreTrainedConfig | None) -> None:
     """What transformers would only warn of, in a local folder. Raises `UserError`."""
     if (path / "config.json").is_file():
         folder = ModelFolder(path, config=config)
