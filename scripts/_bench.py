@@ -18,11 +18,11 @@ from ee_scale.backbone.loading import load_config
 from ee_scale.backbone.shard import model_tensors
 from ee_scale.backbone.stages import plan_stages
 from ee_scale.engine.frozen import EngineSettings, FrozenPipelineEngine
-from ee_scale.exits.heads import ExitSpec, Tap, build_exit_heads
 from ee_scale.exits.losses import LossSettings
 from ee_scale.exits.placement import exit_spec
 from ee_scale.exits.stage import build_stage, load_stage
 from ee_scale.grid import Grid
+from ee_scale.modeling.heads import ExitSpec, Tap, build_exit_heads
 
 MicroBatches = list[dict[str, torch.Tensor]]
 

@@ -16,8 +16,8 @@ from torch import nn
 
 from ee_scale.engine.frozen import FrozenPipelineEngine
 from ee_scale.engine.schedule import TrainExits
-from ee_scale.exits.heads import Tap
 from ee_scale.grid import Layout, join_grid, pick_device
+from ee_scale.modeling.heads import Tap
 
 # (a) step time
 

@@ -8,8 +8,8 @@ from transformers import AutoConfig, GenerationConfig
 
 from ee_scale.backbone.small_files import GENERATION_CONFIG
 from ee_scale.errors import UserError
-from ee_scale.exits.policies import CALIBRATION_KEY, check_calibration
 from ee_scale.files import write_text
+from ee_scale.modeling.policies import CALIBRATION_KEY, check_calibration
 from ee_scale.reading import read_object
 
 

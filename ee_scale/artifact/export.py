@@ -1,7 +1,6 @@
 """Exports of a run: the exits alone (sidecar), or one Hugging Face folder with base model and exits."""
 
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -22,9 +21,8 @@ from ee_scale.backbone.fingerprint import is_model
 from ee_scale.backbone.loading import SINGLE_NAME, TensorFolder, weight_files
 from ee_scale.backbone.narrowing import narrowed
 from ee_scale.errors import UserError
-from ee_scale.exits import modeling_early_exit
-from ee_scale.exits.modeling_early_exit import AUTO_MAP, CODE_FILES, PREFIX
 from ee_scale.files import write_text
+from ee_scale.modeling.modeling_early_exit import AUTO_MAP, PREFIX, copy_code
 from ee_scale.reading import read_object
 
 EXITS_SHARD = "model-exit-heads.safetensors"
@@ -104,8 +102,7 @@ def export_early_exit(run: Path, out: Path, step: int | None, copied: Callable[[
         write_index(folder, weight_map)
         own = {"early_exit": trained.facts["early_exit"], "auto_map": AUTO_MAP}
         write_config(folder, stock_config(read_object(base.folder / "config.json")) | own)
-        for name in CODE_FILES:
-            shutil.copyfile(Path(modeling_early_exit.__file__).with_name(name), folder / name)
+        copy_code(folder)
         write_text(folder / "README.md", _model_card(out, trained))
 
 

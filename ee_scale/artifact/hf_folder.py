@@ -7,8 +7,8 @@ from typing import Any
 
 from ee_scale.backbone.loading import INDEX_NAME
 from ee_scale.backbone.small_files import GENERATION_CONFIG, small_files
-from ee_scale.exits.policies import CALIBRATION_KEY
 from ee_scale.files import own_file, write_text
+from ee_scale.modeling.policies import CALIBRATION_KEY
 from ee_scale.reading import parse_json
 
 RECORD = "conversion.json"  # digests, in a folder that a conversion made

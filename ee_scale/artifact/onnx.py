@@ -24,9 +24,9 @@ from ee_scale.artifact.onnx_shapes import declare_shapes
 from ee_scale.backbone.loading import read_config
 from ee_scale.backbone.model_tensors import ModelTensors
 from ee_scale.errors import UserError, one_line
-from ee_scale.exits.versions import CACHE
 from ee_scale.families.build import AUTO_CLASS, meta_model
 from ee_scale.families.registry import find_family
+from ee_scale.modeling.versions import CACHE
 from ee_scale.reading import read_object
 
 

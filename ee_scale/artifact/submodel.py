@@ -18,10 +18,10 @@ from ee_scale.backbone.loading import SINGLE_NAME, TensorFolder, load_config
 from ee_scale.backbone.narrowing import narrowed
 from ee_scale.backbone.shard import output_matrix_name
 from ee_scale.errors import UserError
-from ee_scale.exits.heads import ExitSpec
 from ee_scale.families.build import meta_model
 from ee_scale.families.sizes import layer_settings
 from ee_scale.files import write_text
+from ee_scale.modeling.heads import ExitSpec
 from ee_scale.reading import read_object
 
 SHARD_BYTES = 4 << 30  # tensors that are in memory at the same time, and the size of a weight file

@@ -20,10 +20,10 @@ from ee_scale.evaluation.records import Records, Window, batched, collect
 from ee_scale.evaluation.sweep import SweepPoint, calibrated_point, sweep, time_points
 from ee_scale.evaluation.tags import stream_windows, tagged_windows
 from ee_scale.exits.placement import exit_spec, resolve_exit_layers
-from ee_scale.exits.policies import CALIBRATION_KEY
 from ee_scale.grid import pick_device
 from ee_scale.inference.model import open_model, untrained_exits
 from ee_scale.log import configure_logging
+from ee_scale.modeling.policies import CALIBRATION_KEY
 
 
 def run(config: Any, overrides: Sequence[str]) -> int:

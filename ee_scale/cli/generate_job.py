@@ -11,10 +11,10 @@ from typing import Any
 from ee_scale.cli.prompts import encode_prompts, read_prompts
 from ee_scale.config.compose import as_dict
 from ee_scale.errors import UserError, one_line
-from ee_scale.exits.policies import ExitPolicy, resolve_policy
 from ee_scale.inference.pipeline import check_pipeline
 from ee_scale.inference.pipeline_model import ModelParts, find_parts, plan_decoding
 from ee_scale.inference.settings import check_settings
+from ee_scale.modeling.policies import ExitPolicy, resolve_policy
 
 OPTIONS = ("threshold", "patience", "layer", "min_layer", "max_pending", "draft_length", "shortlist")
 

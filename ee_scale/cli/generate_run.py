@@ -11,13 +11,13 @@ import torch
 from ee_scale.cli.generate_job import Job, plain_words, policy_options
 from ee_scale.cli.inputs import load_tokenizer
 from ee_scale.data.encode import token_with_row
-from ee_scale.exits.decision_log import DecisionLog
-from ee_scale.exits.trail import request_names
 from ee_scale.grid import Grid, Layout, join_grid
 from ee_scale.inference.model import open_model
 from ee_scale.inference.pipeline import PipelineDecoder
 from ee_scale.inference.pipeline_model import ModelParts, load_decoding_stage, plan_decoding
 from ee_scale.inference.settings import end_marks, new_lengths, stop_criterion
+from ee_scale.modeling.decision_log import DecisionLog
+from ee_scale.modeling.trail import request_names
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -13,11 +13,11 @@ from ee_scale.convert.args import rope_of, window_of
 from ee_scale.convert.model import Model
 from ee_scale.convert.tensors import Span
 from ee_scale.errors import UserError
-from ee_scale.exits.heads import ExitSpec
-from ee_scale.exits.modeling_early_exit import PREFIX
 from ee_scale.exits.placement import exit_spec
 from ee_scale.families.megatron import EMBEDDING, HEAD, MLP, Row, Rule
 from ee_scale.families.registry import megatron_family
+from ee_scale.modeling.heads import ExitSpec
+from ee_scale.modeling.modeling_early_exit import PREFIX
 
 NORM = Row(("norm.weight",), "", "exit_norm.weight", Rule.WHOLE)
 

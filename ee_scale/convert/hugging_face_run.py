@@ -7,8 +7,8 @@ from torch import nn
 
 from ee_scale.convert.copying import Source
 from ee_scale.convert.model import Model
-from ee_scale.exits.heads import ExitTaps, build_exit_heads, run_single_layer
-from ee_scale.exits.modeling_early_exit import PREFIX
+from ee_scale.modeling.heads import ExitTaps, build_exit_heads, run_single_layer
+from ee_scale.modeling.modeling_early_exit import PREFIX
 
 Step = tuple[str, torch.Tensor]
 

@@ -1,7 +1,6 @@
 """Hugging Face folders: read with or without exits (or as a sidecar), written in shards of a given size."""
 
 import math
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,10 @@ from ee_scale.convert.files import SafetensorsFile, safetensors_extents
 from ee_scale.convert.model import Model, Opened, check_whole
 from ee_scale.convert.tensors import Extent, Piece, Span, Stored, TensorInfo
 from ee_scale.errors import UserError
-from ee_scale.exits import modeling_early_exit
-from ee_scale.exits.heads import ExitSpec
-from ee_scale.exits.modeling_early_exit import AUTO_MAP, CODE_FILES, PREFIX
 from ee_scale.exits.placement import exits_of, read_spec
 from ee_scale.families.build import meta_model
+from ee_scale.modeling.heads import ExitSpec
+from ee_scale.modeling.modeling_early_exit import AUTO_MAP, PREFIX, copy_code
 from ee_scale.reading import read_object
 
 DROPPED = ("rotary_emb.inv_freq",)  # buffers of old files
@@ -131,8 +129,7 @@ def finish_folder(folder: Path, opened: Opened, dtype: torch.dtype, files: list[
     if calibrated not in (None, opened.small) and (calibration := read_calibration(calibrated)) is not None:
         write_calibration(folder, calibration)
     if opened.model.exits:
-        for name in CODE_FILES:
-            shutil.copyfile(Path(modeling_early_exit.__file__).with_name(name), folder / name)
+        copy_code(folder)
 
 
 def copy_part(folder: Path, opened: Opened, dtype: torch.dtype) -> None:

@@ -15,9 +15,9 @@ from ee_scale.convert.names import ModelMap
 from ee_scale.convert.tensors import Stored, TensorInfo
 from ee_scale.convert.values import Values
 from ee_scale.errors import UserError
-from ee_scale.exits.heads import ExitSpec
-from ee_scale.exits.modeling_early_exit import PREFIX
 from ee_scale.families.megatron import FINAL_NORM, HEAD, MLP
+from ee_scale.modeling.heads import ExitSpec
+from ee_scale.modeling.modeling_early_exit import PREFIX
 
 MERGE_ADAPTER = (
     "merge it (peft: PeftModel.from_pretrained(<base model>, <adapter folder>).merge_and_unload()"

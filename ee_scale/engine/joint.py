@@ -22,10 +22,10 @@ from ee_scale.engine.frozen import EngineSettings
 from ee_scale.engine.schedule import JointSchedule
 from ee_scale.engine.setup import build_engine, guarded_adamw
 from ee_scale.engine.two_way import TwoWayEngine
-from ee_scale.exits.heads import Tap
 from ee_scale.exits.joint import JointStage
 from ee_scale.exits.losses import exit_backward, token_backward
 from ee_scale.grid import Grid
+from ee_scale.modeling.heads import Tap
 
 FINAL = "final"  # key of the model's own loss, beside those of the exits
 

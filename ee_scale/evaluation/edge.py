@@ -26,9 +26,9 @@ from transformers import AutoConfig
 from ee_scale.backbone.loading import weight_files
 from ee_scale.errors import UserError
 from ee_scale.evaluation.energy import EnergyMeter, find_meter
-from ee_scale.exits.versions import CACHE
 from ee_scale.families.build import AUTO_CLASS
 from ee_scale.families.sizes import with_layers
+from ee_scale.modeling.versions import CACHE
 
 MIN_ROUNDS = 5
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")

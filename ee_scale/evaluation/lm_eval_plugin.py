@@ -15,8 +15,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from ee_scale.artifact.sidecar import SIDECAR_CONFIG, base_folder, read_sidecar
 from ee_scale.data.encode import token_with_row
 from ee_scale.errors import UserError
-from ee_scale.exits.policies import CALIBRATION_KEY, ExitPolicy, choose_layers, resolve_policy
 from ee_scale.inference.model import open_model
+from ee_scale.modeling.policies import CALIBRATION_KEY, ExitPolicy, choose_layers, resolve_policy
 
 try:
     from lm_eval.api.registry import register_model

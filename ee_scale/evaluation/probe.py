@@ -8,8 +8,8 @@ import torch
 
 from ee_scale.errors import UserError
 from ee_scale.evaluation.states import exit_states
-from ee_scale.exits.policies import score
 from ee_scale.inference.settings import check_settings, end_marks, new_lengths, stop_criterion
+from ee_scale.modeling.policies import score
 
 CHUNK_LOGITS = 1 << 24  # logits of one exit that exist at the same time (64 MiB in fp32)
 

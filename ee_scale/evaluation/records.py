@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 
 from ee_scale.errors import UserError
 from ee_scale.evaluation.states import exit_states
-from ee_scale.exits.policies import NEVER, ExitPolicy, passes, score
 from ee_scale.families.registry import decoder_family
+from ee_scale.modeling.policies import NEVER, ExitPolicy, passes, score
 
 CHUNK_LOGITS = 1 << 25  # logits of one exit that exist at the same time (128 MiB in fp32)
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ee_scale.exits.heads import ExitTaps, run_single_layer
+from ee_scale.modeling.heads import ExitTaps, run_single_layer
 
 
 def exit_states(model: Any, ids: torch.Tensor) -> dict[int, torch.Tensor]:

@@ -9,9 +9,9 @@ import torch
 from torch.nn.functional import linear
 
 from ee_scale.evaluation.cost_model import Costs
-from ee_scale.exits.heads import Tap
-from ee_scale.exits.policies import score
-from ee_scale.exits.versions import CACHE
+from ee_scale.modeling.heads import Tap
+from ee_scale.modeling.policies import score
+from ee_scale.modeling.versions import CACHE
 
 ROWS = (1, 2, 4, 8, 16)
 SHORTLIST = 16_384  # tokens; FR-Spec (arXiv 2502.14856) keeps a quarter of a vocabulary of 128k

@@ -6,9 +6,9 @@ from typing import Any
 
 from ee_scale.backbone.stages import balanced_bounds
 from ee_scale.errors import UserError, one_line
-from ee_scale.exits.heads import ExitSpec
 from ee_scale.families.registry import decoder_family
 from ee_scale.families.sizes import ModelShape
+from ee_scale.modeling.heads import ExitSpec
 
 
 def read_spec(values: Any, here: Any, num_layers: int | None = None) -> ExitSpec:

@@ -22,11 +22,11 @@ from ee_scale.backbone.parallel import (
 )
 from ee_scale.backbone.shard import BackboneStage, is_vocabulary, load_task, output_matrix_name, tensor_plan
 from ee_scale.backbone.stages import StagePlan
-from ee_scale.exits.heads import ExitHead, ExitSpec, ExitTaps, Tap, build_exit_heads, run_single_layer
-from ee_scale.exits.versions import CACHE
 from ee_scale.families.build import meta_model
 from ee_scale.families.registry import decoder_family
 from ee_scale.grid import Grid
+from ee_scale.modeling.heads import ExitHead, ExitSpec, ExitTaps, Tap, build_exit_heads, run_single_layer
+from ee_scale.modeling.versions import CACHE
 
 StageType = TypeVar("StageType", bound="TuningStage")
 

@@ -14,11 +14,11 @@ from ee_scale.backbone.loading import TensorFolder, load_config, read_config
 from ee_scale.backbone.narrowing import narrowed
 from ee_scale.backbone.shard import model_tensors
 from ee_scale.errors import UserError, one_line
-from ee_scale.exits import modeling_early_exit as modeling
-from ee_scale.exits.heads import ExitSpec, LowRankHead
 from ee_scale.exits.placement import exits_of, read_spec
-from ee_scale.exits.policies import CALIBRATION_KEY
 from ee_scale.inference.weights import tensors_with_exits
+from ee_scale.modeling import modeling_early_exit as modeling
+from ee_scale.modeling.heads import ExitSpec, LowRankHead
+from ee_scale.modeling.policies import CALIBRATION_KEY
 
 
 class EarlyExitForCausalLM(modeling.EarlyExitForCausalLM):

@@ -16,14 +16,14 @@ from transformers import DynamicCache, GenerationConfig
 
 from ee_scale.backbone.stages import StagePlan
 from ee_scale.errors import UserError
-from ee_scale.exits.heads import Tap
-from ee_scale.exits.policies import Decisions, ExitPolicy
 from ee_scale.exits.stage import TuningStage
-from ee_scale.exits.versions import CACHE
 from ee_scale.families.sizes import with_layers
 from ee_scale.grid import Grid
 from ee_scale.inference.pipeline_messages import Decision, Line, Token
 from ee_scale.inference.pipeline_rows import Row, RowMaker
+from ee_scale.modeling.heads import Tap
+from ee_scale.modeling.policies import Decisions, ExitPolicy
+from ee_scale.modeling.versions import CACHE
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from ee_scale.backbone.shard import tensor_plan
 from ee_scale.backbone.small_files import GENERATION_CONFIG
 from ee_scale.backbone.stages import StagePlan, plan_stages
 from ee_scale.errors import UserError, one_line
-from ee_scale.exits.heads import ExitSpec
 from ee_scale.exits.placement import exit_parameters, exits_of, read_spec
 from ee_scale.exits.stage import TuningStage, build_stage, load_trained_stage
 from ee_scale.families.sizes import shape_of
 from ee_scale.grid import Grid
 from ee_scale.inference.weights import tensors_with_exits
+from ee_scale.modeling.heads import ExitSpec
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from ee_scale.backbone.loading import TensorFolder
 from ee_scale.backbone.model_tensors import ModelTensors
 from ee_scale.backbone.shard import model_tensors
 from ee_scale.errors import UserError
-from ee_scale.exits.heads import ExitSpec
-from ee_scale.exits.modeling_early_exit import PREFIX, check_exit_keys, early_exit_class
+from ee_scale.modeling.heads import ExitSpec
+from ee_scale.modeling.modeling_early_exit import PREFIX, check_exit_keys, early_exit_class
 
 
 def tensors_with_exits(

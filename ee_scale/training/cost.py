@@ -15,10 +15,10 @@ from ee_scale.elastic.distill import FROZEN
 from ee_scale.elastic.factors import FactorPlan
 from ee_scale.elastic.order import UnitOrder
 from ee_scale.elastic.subnet import SearchSpace, SubnetSpec, drop_order
-from ee_scale.exits.heads import ExitSpec
 from ee_scale.families.family import HEADS
 from ee_scale.families.registry import decoder_family
 from ee_scale.families.sizes import ModelShape
+from ee_scale.modeling.heads import ExitSpec
 from ee_scale.training.plan import TunePlan
 from ee_scale.training.supernet_plan import SupernetPlan
 

@@ -15,8 +15,8 @@ from torch import nn
 from ee_scale.backbone.parallel import padded_vocab
 from ee_scale.elastic.architecture import local_length
 from ee_scale.elastic.factors import FactorPlan
-from ee_scale.exits.heads import ExitSpec
 from ee_scale.families.registry import decoder_family
+from ee_scale.modeling.heads import ExitSpec
 from ee_scale.training.cost import draws_per_micro_batch
 from ee_scale.training.passes import Passes, layer_call, local_model, watch
 from ee_scale.training.plan import TunePlan

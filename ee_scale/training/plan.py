@@ -10,7 +10,6 @@ from ee_scale.backbone.shard import tensor_plan
 from ee_scale.backbone.stages import StagePlan, plan_stages
 from ee_scale.config.checks import check_batch, check_tune
 from ee_scale.errors import UserError
-from ee_scale.exits.heads import ExitSpec
 from ee_scale.exits.joint import FROZEN, FULL, LOW_RANK, BackbonePlan
 from ee_scale.exits.placement import (
     exit_cost,
@@ -20,6 +19,7 @@ from ee_scale.exits.placement import (
 )
 from ee_scale.families.sizes import ModelShape, shape_of
 from ee_scale.grid import Layout
+from ee_scale.modeling.heads import ExitSpec
 
 # Passes over a layer's matrices per token: forward; and gradient of the input; and gradient of the weights.
 LAYER_PASSES = {FROZEN: 1.0, LOW_RANK: 2.0, FULL: 3.0}

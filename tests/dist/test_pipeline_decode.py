@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from ee_scale.errors import UserError
 from ee_scale.exits.placement import exit_spec
-from ee_scale.exits.policies import resolve_policy
+from ee_scale.modeling.policies import resolve_policy
 from ee_scale.grid import Layout, join_grid, leave_grid
 from ee_scale.inference.model import EarlyExitForCausalLM, untrained_exits
 from ee_scale.inference.pipeline import Decoded, PipelineDecoder, check_pipeline

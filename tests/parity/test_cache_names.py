@@ -16,8 +16,8 @@ import transformers
 from helpers.decoding import Pair, make_pair, prompts
 from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 
-from ee_scale.exits.heads import KINDS
-from ee_scale.exits.versions import CACHE, CACHE_NAMES, NEWEST, OLDEST, cache_name, check_transformers
+from ee_scale.modeling.heads import KINDS
+from ee_scale.modeling.versions import CACHE, CACHE_NAMES, NEWEST, OLDEST, cache_name, check_transformers
 
 pytestmark = pytest.mark.filterwarnings("error::FutureWarning", "error::DeprecationWarning")
 NEW = 8

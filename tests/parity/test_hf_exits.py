@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM
 
 from ee_scale.backbone.loading import TensorFolder, load_config
 from ee_scale.backbone.stages import plan_stages
-from ee_scale.exits.heads import KINDS
 from ee_scale.exits.placement import exit_spec
 from ee_scale.exits.stage import build_stage, load_stage
 from ee_scale.grid import Layout, join_grid
 from ee_scale.inference.model import untrained_exits
+from ee_scale.modeling.heads import KINDS
 
 EXITS = [2, 5]
 HEADS = {"embedding": "full", "norm": "tied", "mlp": "low_rank", "layer": "full"}

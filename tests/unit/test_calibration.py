@@ -24,8 +24,8 @@ from ee_scale.evaluation.calibration import (
 from ee_scale.evaluation.records import Records, Window, batched, collect, outcome, simulate
 from ee_scale.evaluation.tags import document_windows, tagged_windows
 from ee_scale.exits.placement import exit_spec
-from ee_scale.exits.policies import NEVER, choose_layers, resolve_policy
 from ee_scale.inference.model import untrained_exits
+from ee_scale.modeling.policies import NEVER, choose_layers, resolve_policy
 
 LAYERS, NUM_LAYERS = (2, 4), 6
 WINDOW = 16

@@ -21,9 +21,9 @@ from ee_scale.elastic.factors import FactorPlan, FactorSet
 from ee_scale.elastic.stage import ElasticStage
 from ee_scale.engine.schedule import FrozenSchedule, SupernetSchedule
 from ee_scale.errors import UserError
-from ee_scale.exits.heads import HEADS, KINDS, ExitTaps, Tap, build_exit_heads, run_single_layer
 from ee_scale.exits.joint import JointStage, output_copies
 from ee_scale.exits.stage import build_stage
+from ee_scale.modeling.heads import HEADS, KINDS, ExitTaps, Tap, build_exit_heads, run_single_layer
 from ee_scale.training.cost import adapter_parameters, drawn_specs, flops_per_token, supernet_work, tune_work
 from ee_scale.training.memory import exit_passes, layer_passes, rank_memory, supernet_parameters, tune_parameters
 from ee_scale.training.passes import LiveBytes, layer_call, local_model, watch

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 from ee_scale.backbone.loading import TensorFolder
 from ee_scale.backbone.parallel import padded_vocab
 from ee_scale.errors import UserError
-from ee_scale.exits.heads import HEADS, KINDS, ExitSpec, build_exit_heads
 from ee_scale.exits.losses import loss_weight
 from ee_scale.exits.placement import (
     exit_cost,
@@ -23,6 +22,7 @@ from ee_scale.exits.placement import (
 )
 from ee_scale.exits.stage import copy_source, local_slice, whole_low_rank, whole_random
 from ee_scale.families.sizes import ModelShape, shape_of
+from ee_scale.modeling.heads import HEADS, KINDS, ExitSpec, build_exit_heads
 
 
 @pytest.mark.parametrize(

@@ -34,10 +34,10 @@ from ee_scale.elastic.subnet import SubnetSpec
 from ee_scale.errors import UserError
 from ee_scale.evaluation.log_report import report_table, warnings, write_log_report
 from ee_scale.evaluation.log_summary import summarise
-from ee_scale.exits.decision_log import DecisionLog
-from ee_scale.exits.heads import HEADS, KINDS, ExitSpec
 from ee_scale.exits.placement import read_spec
-from ee_scale.exits.policies import CALIBRATION_KEY, NEVER, ExitPolicy, resolve_policy
+from ee_scale.modeling.decision_log import DecisionLog
+from ee_scale.modeling.heads import HEADS, KINDS, ExitSpec
+from ee_scale.modeling.policies import CALIBRATION_KEY, NEVER, ExitPolicy, resolve_policy
 from ee_scale.reading import DEEPEST, parse_json, read_object
 
 SPEC = ExitSpec((2, 4), "mlp", "low_rank", 8).to_dict()

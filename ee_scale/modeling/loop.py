@@ -1,4 +1,4 @@
-"""What both decode loops share. Copied into exported folders.
+"""What both decode loops share.
 
 B rows; a slot is the place of an unfinished row in the cache.
 """

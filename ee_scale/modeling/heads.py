@@ -1,7 +1,6 @@
 """An early exit: what it reads from the backbone, the modules it adds, and its logits.
 
-This file and `modeling_early_exit.py` are copied into every exported folder, so they import torch and
-transformers only. Tensors: B sequences, S positions, D hidden size, V vocabulary (V/tp under tensor parallelism).
+Tensors: B sequences, S positions, D hidden size, V vocabulary (V/tp under tensor parallelism).
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""When a token may leave at an exit. Copied into exported folders: torch only.
+"""When a token may leave at an exit.
 
 A decision reads the exit's raw logits (before temperature and other processors) at the last position.
 R rows of a batch, m exits in order of depth, V vocabulary.

@@ -1,4 +1,4 @@
-"""The texts that grow: sampling, stopping and streaming, by transformers' own parts. Copied into exported folders.
+"""The texts that grow: sampling, stopping and streaming, by transformers' own parts.
 
 Rows of a batch may have different lengths, because drafts are accepted row by row. T columns of ids, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""Which tokens left early, for the decision log and for audits. Copied into exported folders."""
+"""Which tokens left early, for the decision log and for audits."""
 
 import hashlib
 import random

@@ -1,4 +1,4 @@
-"""A log of where tokens left, to watch thresholds in production. Copied into exported folders: standard library only.
+"""A log of where tokens left, to watch thresholds in production.
 
 One JSON object per line. A header names the model that the lines after it come from:
 {"num_layers": 12, "layers": [3, 6, 9], "policy": "threshold"}

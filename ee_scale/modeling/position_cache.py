@@ -1,4 +1,4 @@
-"""A key/value cache whose columns are positions. Copied into exported folders: torch and transformers only.
+"""A key/value cache whose columns are positions.
 
 Row b of every layer holds the key of position p in column p, so rows of a batch may have different lengths, tokens
 may be taken back without cropping (columns at and after a row's length are never read, and overwritten later), and

@@ -1,4 +1,4 @@
-"""Runs parts of a model's depth at chosen positions. Copied into exported folders.
+"""Runs parts of a model's depth at chosen positions.
 
 A `Block` is q consecutive positions of each of B rows; position and cache column are the same number. The
 modules are transformers' own, called as its `forward` calls them. S columns, D hidden size, V vocabulary.

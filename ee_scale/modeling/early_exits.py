@@ -1,4 +1,4 @@
-"""The threshold loop: each row leaves at the first exit that satisfies the policy. Copied into exported folders.
+"""The threshold loop: each row leaves at the first exit that satisfies the policy.
 
 A token that leaves at an exit has no keys and values in the deeper layers yet. They are computed later, together
 with those of the next token that goes deeper: its pass takes the waiting positions along as one block. The result is

@@ -1,4 +1,4 @@
-"""`generate` with exits: options, checks and the result. Copied into exported folders."""
+"""`generate` with exits: options, checks and the result."""
 
 import time
 from dataclasses import dataclass

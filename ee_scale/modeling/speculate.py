@@ -1,4 +1,4 @@
-"""Lossless decoding: an exit drafts, the full model checks all drafts in one pass. Copied into exported folders.
+"""Lossless decoding: an exit drafts, the full model checks all drafts in one pass.
 
 One cycle (LayerSkip's sharing of early layers, arXiv 2404.16710, with columns that are positions, for any batch):
 early layers run once per drafted token; the deep layers then run on all of them at once, from the hidden states that

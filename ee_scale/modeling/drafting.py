@@ -1,4 +1,4 @@
-"""How far to draft, and from which exit: expected tokens per second from measured costs. Copied into exported folders.
+"""How far to draft, and from which exit: expected tokens per second from measured costs.
 
 Cost of a cycle with exit k and g drafts (Algorithm A of `speculate`), in seconds:
     (g + 1) k layer + g check + (L - k) layer (1 + slope g) + tail

@@ -1,4 +1,4 @@
-"""The versions of transformers this code works with, and what they name differently. Copied into exported folders.
+"""The versions of transformers this code works with, and what they name differently.
 
 Imported before anything else of transformers: where it is too old, other imports fail in words that lead nowhere.
 """

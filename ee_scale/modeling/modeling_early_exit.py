@@ -1,4 +1,4 @@
-"""A Hugging Face causal language model with early exits. Copied into exported folders: torch and transformers only.
+"""A Hugging Face causal language model with early exits.
 
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 model(input_ids).exit_logits    # {layer: [B, S, V]}
@@ -23,22 +23,6 @@ from .decode import LOG_OPTIONS, ExitDecoding, settle_cache, take_options, take_
 from .heads import ExitSpec, ExitTaps, build_exit_heads, run_single_layer
 
 PREFIX = "exit_heads."
-CODE_FILES = (
-    "decision_log.py",
-    "decode.py",
-    "drafting.py",
-    "early_exits.py",
-    "heads.py",
-    "layer_runner.py",
-    "loop.py",
-    "modeling_early_exit.py",
-    "policies.py",
-    "position_cache.py",
-    "sequences.py",
-    "speculate.py",
-    "trail.py",
-    "versions.py",
-)
 AUTO_MAP = {"AutoModelForCausalLM": "modeling_early_exit.EarlyExitForCausalLM"}
 
 
@@ -123,8 +107,7 @@ class EarlyExitMixin:
                 delattr(self.generation_config, key)
         self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **AUTO_MAP}
         super().save_pretrained(save_directory, *args, **kwargs)
-        for name in CODE_FILES:
-            shutil.copyfile(Path(__file__).with_name(name), Path(save_directory) / name)
+        copy_code(Path(save_directory))
 
     def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """As transformers' `generate`; with `exit_policy` tokens may leave at an exit, or be drafted by one.
@@ -159,6 +142,17 @@ class EarlyExitMixin:
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Plain generation reads the final layer only."""
         return {**super().prepare_inputs_for_generation(*args, **kwargs), "output_exit_logits": False}
+
+
+def code_files() -> list[Path]:
+    """What goes into every exported folder: all that lies beside this file."""
+    return sorted(path for path in Path(__file__).parent.glob("*.py") if path.name != "__init__.py")
+
+
+def copy_code(folder: Path) -> None:
+    """Put the code into a folder whose config has `AUTO_MAP`."""
+    for path in code_files():
+        shutil.copyfile(path, folder / path.name)
 
 
 def early_exit_class(config: Any) -> type:
