@@ -21,7 +21,6 @@ from ee_scale.families.sizes import with_layers
 from ee_scale.grid import Grid
 from ee_scale.inference.pipeline_messages import Decision, Line, Token
 from ee_scale.inference.pipeline_rows import Row, RowMaker
-from ee_scale.modeling.heads import Tap
 from ee_scale.modeling.kinds import Tap
 from ee_scale.modeling.policies import Decisions, ExitPolicy
 from ee_scale.modeling.versions import CACHE

@@ -17,7 +17,7 @@ from ee_scale.exits.losses import loss_weight
 from ee_scale.exits.placement import exit_cost, exit_parameters, exit_spec, resolve_loss_weights
 from ee_scale.exits.stage import copy_source, local_slice, whole_low_rank, whole_random
 from ee_scale.families.sizes import ModelShape, shape_of
-from ee_scale.modeling.heads import HEADS, KINDS, ExitSpec, build_exit_heads
+from ee_scale.modeling.heads import HEADS, ExitSpec, build_exit_heads
 from ee_scale.modeling.kinds import KINDS
 
 
