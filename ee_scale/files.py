@@ -1,5 +1,6 @@
 """Files and folders that are either whole or absent."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -49,16 +50,44 @@ def published(folder: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        for path in [*temporary.iterdir(), temporary]:
+        for path in temporary.iterdir():
             sync(path)
         try:
-            temporary.rename(folder)
+            publish(temporary, folder)
         except OSError:
             if not folder.is_dir():
                 raise
-        sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` when the block succeeds.
+
+    Raises `UserError` if `folder` exists or cannot be made.
+    """
+    if folder.exists():
+        raise UserError(f"out={folder}: exists already; choose another folder")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with published(folder) as temporary:
+            yield temporary
+    except OSError as error:
+        raise UserError(f"out={folder}: cannot write there ({error.strerror or error})") from error
+
+
+def publish(temporary: Path, folder: Path) -> None:
+    """Give a folder, whose files are synced, its name. Raises OSError."""
+    sync(temporary)
+    temporary.rename(folder)
+    sync(folder.parent)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_file(path: Path) -> bool:

@@ -1,5 +1,9 @@
-"""Documents that others wrote. Whatever a file holds: its value, or one line that says why not."""
+"""Documents that others wrote. Whatever a file holds: its value, or one line that says why not.
 
+Those of ours have a digest of themselves, which tells whether they are what was written.
+"""
+
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -7,10 +11,12 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
-from ee_scale.errors import UserError
+from ee_scale.errors import UserError, one_line
+from ee_scale.files import file_digest, is_file, named_file, write_text
 
 DEEPEST = 100  # levels of lists and objects; what walks a document later must not run out of stack either
 SHOWN = 80  # characters of a value in a message
+DIGEST_KEY = "sha256"
 _MARKS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|$)|[\[\]{}]', re.DOTALL)
 
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -35,6 +41,34 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path}: not a JSON object but {type(value).__name__}")
     return value
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write JSON with a digest of itself."""
+    write_text(path, json.dumps({**value, DIGEST_KEY: _json_digest(value)}, indent=1) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read JSON that `write_json` wrote. Raises `UserError` if it is torn or was edited."""
+    try:
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a whole file of ours ({one_line(error)})") from error
+    if not isinstance(value, dict) or DIGEST_KEY not in value:
+        raise UserError(f"{path}: not a whole file of ours (no object with a '{DIGEST_KEY}')")
+    if value.pop(DIGEST_KEY) != _json_digest(value):
+        raise UserError(f"{path}: its content does not match its digest; it was edited or damaged")
+    return value
+
+
+def check_files(folder: Path, digests: dict[str, str]) -> None:
+    """Raise `UserError` naming the first file that is missing or not what was written."""
+    for name, digest in digests.items():
+        path = named_file(folder, name, folder)
+        if not is_file(path):
+            raise UserError(f"{path}: missing")
+        if file_digest(path) != digest:
+            raise UserError(f"{path}: its content does not match its digest; it was cut off or edited")
 
 
 def checked(kind: Any, value: Any, here: Any) -> Any:
@@ -72,3 +106,7 @@ def _is_deep(text: str) -> bool:
         if depth > DEEPEST:
             return True
     return False
+
+
+def _json_digest(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -28,6 +28,6 @@ fi
 
 # A signal that comes while Python starts must not kill it; after that it passes TERM and USR1 on to the ranks.
 trap '' TERM USR1
-exec "${PYTHON:-python}" -m ee_scale.cli.ranks "${meeting[@]}" \
+exec "${PYTHON:-python}" -m ee_scale.launching.ranks "${meeting[@]}" \
     --nproc-per-node "${PROCESSES:-${SLURM_GPUS_ON_NODE:-1}}" --max-restarts "${MAX_RESTARTS:-0}" \
     -m ee_scale "$@" ${OUT:+"out=$OUT"}

@@ -14,15 +14,16 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ee_scale.backbone.loading import load_config
+from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.backbone.shard import model_tensors
 from ee_scale.backbone.stages import plan_stages
-from ee_scale.engine.frozen import EngineSettings, FrozenPipelineEngine
-from ee_scale.exits.heads import ExitSpec, Tap, build_exit_heads
-from ee_scale.exits.losses import LossSettings
+from ee_scale.config.schema import ExitsConfig, TrainConfig, TuneConfig
+from ee_scale.engine.frozen import FrozenPipelineEngine
 from ee_scale.exits.placement import exit_spec
 from ee_scale.exits.stage import build_stage, load_stage
 from ee_scale.grid import Grid
+from ee_scale.modeling.heads import ExitSpec, build_exit_heads
+from ee_scale.modeling.kinds import Tap
 
 MicroBatches = list[dict[str, torch.Tensor]]
 
@@ -59,14 +60,14 @@ def make_batch(job: Job, device: torch.device) -> MicroBatches:
 
 def build_engine(job: Job, grid: Grid, kind: type[FrozenPipelineEngine] = FrozenPipelineEngine) -> Any:
     """The engine as `ee-scale tune` builds it."""
-    config = load_config(Path(job.folder))
+    config = ModelFolder(Path(job.folder)).decoder_config
     spec = exit_spec(config, job.exits, "mlp", job.head, 64)
     plan = plan_stages(job.layers, job.stages, spec.layers)
     stage = build_stage(config, plan, spec, grid, dtype_of(job))
     load_stage(stage, model_tensors(Path(job.folder), config), grid, init="copy", seed=0)
-    losses = LossSettings(job.vocab, chunk_tokens=job.chunk_tokens)
-    settings = EngineSettings(job.micro_batch, job.micro_batches, losses, bf16=dtype_of(job) == torch.bfloat16)
-    return kind.build(stage, grid, settings)
+    batch = job.micro_batch * job.micro_batches * grid.layout.dp
+    train = TrainConfig(micro_batch_size=job.micro_batch, global_batch_size=batch, spike_factor=0.0)
+    return kind.build(stage, grid, TuneConfig(exits=ExitsConfig(loss_chunk_tokens=job.chunk_tokens), train=train))
 
 
 def load_reference(job: Job, device: torch.device) -> tuple[nn.Module, nn.ModuleDict]:

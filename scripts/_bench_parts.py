@@ -3,7 +3,6 @@
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -16,8 +15,8 @@ from torch import nn
 
 from ee_scale.engine.frozen import FrozenPipelineEngine
 from ee_scale.engine.schedule import TrainExits
-from ee_scale.exits.heads import Tap
 from ee_scale.grid import Layout, join_grid, pick_device
+from ee_scale.modeling.kinds import Tap
 
 # (a) step time
 
@@ -169,7 +168,7 @@ def measure_idle(job: Job, rank: int, rendezvous: str, batches: int, warm_up: in
     batch = make_batch(job, device)
     shares = {}
     for mode in ("flushed", "run_ahead"):
-        engine.settings = replace(engine.settings, flush=mode == "flushed")
+        engine.flush = mode == "flushed"
         engine.spans = []
         torch.distributed.barrier()
         for _ in range(batches):

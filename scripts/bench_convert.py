@@ -41,13 +41,14 @@ def write_source(folder: str, gigabytes: float) -> None:
 
 def convert(source: str, out: str, to: str, tp: int, pp: int, workers: int) -> dict[str, float]:
     """One conversion in this process: seconds, bytes, peak and idle memory in MB."""
+    from ee_scale.config.convert import ConvertConfig
     from ee_scale.convert.job import run
-    from ee_scale.convert.plan import Settings, make_conversion
+    from ee_scale.convert.plan import make_conversion
 
     torch.set_num_threads(1)
     idle = memory()
     started = time.perf_counter()
-    conversion = make_conversion(Settings(src=Path(source), out=Path(out), to=to, tp=tp, pp=pp))
+    conversion = make_conversion(ConvertConfig(src=Path(source), out=Path(out), to=to, tp=tp, pp=pp))
     run(conversion, workers, lambda size: None)
     seconds = time.perf_counter() - started
     return {"seconds": seconds, "bytes": conversion.nbytes, "peak": memory(), "idle": idle}

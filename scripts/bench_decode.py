@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 from ee_scale import EarlyExitForCausalLM
 from ee_scale.evaluation.cost_model import Costs, acceptance_of, best_draft_length, lossless_speedup, threshold_speedup
 from ee_scale.evaluation.timing import measure_parts
-from ee_scale.exits.policies import CALIBRATION_KEY, score
+from ee_scale.modeling.policies import CALIBRATION_KEY, score
 
 REFERENCE = "transformers generate"
 SEPARATOR = "<|endoftext|>"

@@ -72,11 +72,9 @@ def estimate(arguments: list[str]) -> list[dict[str, float]]:
     """What the preflight says of each stage, without the process."""
     from dataclasses import asdict
 
-    from ee_scale.training.memory import rank_memory
-
     config, plan = _plan(arguments)
     found = []
-    for memory in rank_memory(plan, config, bf16=config.train.precision == "bf16", device="cpu"):
+    for memory in plan.memory(bf16=config.train.precision == "bf16", device="cpu"):
         found.append({**asdict(memory), "total": memory.total - memory.overhead})
     return found
 
@@ -100,17 +98,17 @@ def measure(arguments: list[str], rank: int, world: int, rendezvous: str) -> dic
 
 
 def _plan(arguments: list[str]) -> tuple[Any, Any]:
-    from ee_scale.cli import supernet, tune
     from ee_scale.config.compose import compose_config
+    from ee_scale.training.recipes import RECIPES
 
     config = compose_config(arguments[0], arguments[1:])
-    return config, (tune if arguments[0] == "tune" else supernet).make_plan(config)
+    return config, RECIPES[arguments[0]].of(config).plan
 
 
 def _tune(config: Any, plan: Any, grid: Any) -> int:
     from ee_scale.training.tune import start_run
 
-    run, micro_batches = start_run(config, plan, grid), _random_text(config, plan.shape.vocab_size)
+    run, micro_batches = start_run(plan, grid), _random_text(config, plan.shape.vocab_size)
     loaded = anonymous_bytes()
     for _ in range(STEPS):
         run.engine.train_step(micro_batches)
@@ -119,17 +117,15 @@ def _tune(config: Any, plan: Any, grid: Any) -> int:
 
 def _supernet(config: Any, plan: Any, grid: Any) -> int:
     from ee_scale.elastic.order import UnitOrder
-    from ee_scale.elastic.sampling import draw_stream
-    from ee_scale.training.supernet import begin_stage, build_stage, open_stages, start_run
+    from ee_scale.training.supernet import build_stage, open_phases, start_run
 
     run = start_run(plan, grid, build_stage(plan, grid), UnitOrder.identity(plan.map.shape))
     micro_batches, loaded = _random_text(config, plan.map.config.vocab_size), anonymous_bytes()
-    for index, stage in enumerate(plan.recipe.stages):
-        open_stages(run, index)
-        begin_stage(run)
+    for index in range(len(plan.phases)):
+        open_phases(run, index)
+        run.start_engine()
         for step in range(STEPS):
-            draws = draw_stream(run.space, stage.axes, step, plan.num_micro_batches, plan.sampling, lambda spec: 1)
-            run.engine.train_step(micro_batches, draws)
+            run.engine.train_step(micro_batches, plan.draws(run.space, index, step, lambda spec: 1))
     return loaded
 
 

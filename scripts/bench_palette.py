@@ -36,7 +36,6 @@ from rich.console import Console
 from transformers import logging
 
 from ee_scale.cli.palette import held_out
-from ee_scale.cli.supernet import Data, make_plan, prepare_data, unit_order
 from ee_scale.config.compose import compose_config
 from ee_scale.elastic.factors import FactorPlan
 from ee_scale.elastic.order import UnitOrder
@@ -47,14 +46,14 @@ from ee_scale.grid import Grid, Layout, join_grid
 from ee_scale.training.loop import Loop
 from ee_scale.training.schedules import LearningRate
 from ee_scale.training.supernet import (
+    Supernet,
     SupernetRun,
-    begin_stage,
     build_stage,
-    metrics_stream,
-    open_stages,
+    open_phases,
     start_run,
-    train,
+    unit_order,
 )
+from ee_scale.training.supernet_data import Data, prepare_data
 from ee_scale.training.watchdog import Watchdog
 
 AXES = "[hidden,heads,ffn,depth]"
@@ -133,17 +132,17 @@ class Bench:
 
     def plan(self, *settings: str) -> Any:
         """A run's plan."""
-        return make_plan(compose_config("supernet", [*self.case.settings, *settings]))
+        return Supernet.of(compose_config("supernet", [*self.case.settings, *settings])).plan
 
     def begin(self, plan: Any) -> SupernetRun:
         """A run that starts from the teacher."""
         run = start_run(plan, self.grid, build_stage(plan, self.grid), self.order)
-        if self.teacher and plan.recipe.teacher_stages:
-            open_stages(run, 0)
+        if self.teacher and plan.phases.of_teacher:
+            open_phases(run, 0)
             with torch.no_grad():
                 for name, parameter in run.factors[0].named.items():
                     parameter.copy_(self.teacher[name])
-            run.step = plan.recipe.ends[0]
+            run.step = plan.phases.ends[0]
         return run
 
     def judge(self, run: SupernetRun, spec: SubnetSpec) -> float:
@@ -169,7 +168,7 @@ class Bench:
         plan = self.plan(self.recipe(rank, one_stage), *settings)
         run = self.begin(plan)
         seconds = timed(lambda: self._train(run)) + (0.0 if one_stage else self.teacher_seconds)
-        trained = sum(self._factors(run, i).parameters(self.full) for i in range(len(plan.recipe.stages)))
+        trained = sum(self._factors(run, i).parameters(self.full) for i in range(len(plan.phases)))
         result = Result(name, seconds, trained, [self.judge(run, spec) for spec in self.sizes])
         self.add(result)
         self.say(f"    full net after training: {self.judge(run, self.full):.4f}")
@@ -177,12 +176,12 @@ class Bench:
     def separate(self) -> None:
         """A run per size: the same losses, teacher and number of steps, on that size alone."""
         plan = self.plan(self.recipe(self.case.rank))
-        index = plan.recipe.teacher_stages
+        index = plan.phases.of_teacher
         result = Result("separate", self.teacher_seconds, 0)
         for spec in self.sizes:
             run = self.begin(plan)
-            open_stages(run, index)
-            begin_stage(run)
+            open_phases(run, index)
+            run.start_engine()
             result.seconds += timed(lambda run=run, spec=spec: self._train_one(run, spec))
             result.trained += self._factors(run, index).parameters(spec)
             result.quality.append(self.judge(run, spec))
@@ -191,22 +190,22 @@ class Bench:
         self.add(result)
 
     def _train(self, run: SupernetRun) -> None:
-        data = Data(run.plan, self.grid)
+        run.data = Data(run.plan, self.grid)
         watchdog = Watchdog(self.grid, timeout_seconds=3600)
-        loop = Loop(run, self.folder, metrics_stream(run), lambda _: None, NoWriter(), watchdog, dict)
-        train(run, data.micro_batches, loop)
+        loop = Loop(run, self.folder, run.metrics_stream(), lambda _: None, NoWriter(), watchdog)
+        loop.train(run.plan.total_steps)
 
     def _train_one(self, run: SupernetRun, spec: SubnetSpec) -> None:
         steps = sum(self.case.steps[1:])
         peak = run.plan.learning_rate(run.index)
-        rate = LearningRate(SimpleNamespace(**{**dict(run.config.optim), "lr": peak}), steps)
+        rate = LearningRate(replace(run.config.optim, lr=peak), steps)
         micro_batches = Data(run.plan, self.grid).micro_batches(run.consumed_samples)
         for step in range(steps):
             run.engine.set_lr(rate.at(step))
             run.engine.train_step(micro_batches, [Draw(0, RANDOM, spec, 1.0)])
 
     def _factors(self, run: SupernetRun, index: int) -> FactorPlan:
-        return FactorPlan(run.plan.map, run.plan.factor_settings(index), run.stage.new)
+        return run.plan.factors(index, run.stage.new)
 
     def add(self, result: Result) -> None:
         """Keep and tell."""

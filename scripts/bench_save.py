@@ -40,8 +40,9 @@ def measure(job: Job, folder: Path, saves: int, steps: int) -> dict[str, Any]:
     grid = join_grid(Layout(), device)
     engine, batch = build_engine(job, grid), make_batch(job, device)
     config = SimpleNamespace(train=SimpleNamespace(global_batch_size=job.micro_batch * job.micro_batches))
-    plan = SimpleNamespace(shape=SimpleNamespace(vocab_size=job.vocab), backbone=SimpleNamespace(trains=False))
-    run = TuneRun(config, plan, grid, engine.stage, engine)
+    shape, backbone = SimpleNamespace(vocab_size=job.vocab), SimpleNamespace(trains=False)
+    plan = SimpleNamespace(config=config, shape=shape, backbone=backbone)
+    run = TuneRun(plan, grid, engine.stage, engine)
     writers = {kind: CheckpointWriter(folder / kind, grid, 1, background=kind == "background") for kind in KINDS}
 
     def train() -> None:

@@ -67,15 +67,13 @@ def step_seconds(plan: Any, config: Any, machine: Machine, *, bf16: bool) -> Cal
     """(stage, instruction, index) -> seconds on this machine."""
     import torch
 
-    from ee_scale.training.cost import stage_work
-    from ee_scale.training.memory import exit_passes, layer_passes, tune_parameters
-    from ee_scale.training.passes import local_model
-    from ee_scale.training.traffic import step_traffic
+    from ee_scale.planning.passes import layer_passes, local_model
+    from ee_scale.planning.tune import exit_passes
 
     tp, shape, joint = plan.layout.tp, plan.shape, plan.backbone.trains
     rows, length = config.train.micro_batch_size, config.data.seq_length
     tokens, size = rows * length, 2 if bf16 else 4
-    work, traffic = stage_work(plan, config), step_traffic(plan, config, bf16=bf16)
+    work, traffic = plan.work(), plan.traffic(bf16=bf16)
     local = local_model(plan.model_config, tp, torch.bfloat16 if bf16 else torch.float32)
     layer = layer_passes(local, rows, length, None if joint else (), 0)
     body = exit_passes(local, plan.spec, rows, length, through=joint)
@@ -86,7 +84,7 @@ def step_seconds(plan: Any, config: Any, machine: Machine, *, bf16: bool) -> Cal
         layers, exits = len(plan.stages.layers(stage)), len(plan.stages.exits(stage))
         heads = exits + (joint and stage == plan.stages.launched - 1)
         forward = cost.forward * tokens / tp / machine.flops + layers * layer.moved / machine.memory
-        trained = tune_parameters(plan, config, stage).trained
+        trained = plan.parameters(stage).trained
         reduces = traffic[stage].tensor_calls / plan.num_micro_batches
         tensor = reduces * machine.tensor[0] + traffic[stage].tensor / plan.num_micro_batches / machine.tensor[1]
         ahead = tensor * min(1.0, 2 * layers / max(1, reduces))
@@ -131,7 +129,7 @@ def schedules(plan: Any, config: Any) -> list[Any]:
 
 def run_on_paper(plan: Any, config: Any, seconds: Callable[[int, str, int], float], machine: Machine) -> Any:
     """The replay of a few steps."""
-    from ee_scale.training.traffic import operations, replay
+    from replay import operations, replay
 
     made, steps = schedules(plan, config), 6
     streams = [
@@ -167,7 +165,7 @@ def paper_plan(row: tuple[Any, ...]) -> tuple[Any, Any]:
     from transformers import LlamaConfig
 
     from ee_scale.config.compose import compose_config
-    from ee_scale.training.plan import plan_tune
+    from ee_scale.planning.tune import plan_tune
 
     model, mode, (tp, pp, dp), micro, batch, exits = row
     arguments = ["model=tiny", "data=python", "data.seq_length=2048", f"backbone={mode}", f"exits.layers={exits}"]
@@ -186,10 +184,6 @@ def paper_plan(row: tuple[Any, ...]) -> tuple[Any, Any]:
 
 def paper_rows(machine: Machine, peak: float) -> list[dict[str, Any]]:
     """Every grid on this machine. MFU is against `peak`, the data sheet's."""
-    from ee_scale.training.cost import flops_per_token
-    from ee_scale.training.memory import rank_memory
-    from ee_scale.training.traffic import step_traffic
-
     rows = []
     for row in GRIDS:
         plan, config = paper_plan(row)
@@ -197,9 +191,9 @@ def paper_rows(machine: Machine, peak: float) -> list[dict[str, Any]]:
         warm_up = 3 if row[1] == "frozen" else 1
         seconds = found.step_seconds(warm_up)
         tokens = config.train.global_batch_size * config.data.seq_length
-        work = sum(flops_per_token(plan, config)) * tokens
+        work = plan.flops_per_token * tokens
         idle = found.idle(warm_up)
-        sent = max(step_traffic(plan, config, bf16=True), key=lambda traffic: traffic.total)
+        sent = max(plan.traffic(bf16=True), key=lambda traffic: traffic.total)
         rows.append(
             {
                 "model": row[0],
@@ -211,7 +205,7 @@ def paper_rows(machine: Machine, peak: float) -> list[dict[str, Any]]:
                 "tokens_per_second": tokens / seconds,
                 "mfu": work / seconds / plan.layout.world_size / peak,
                 "idle": sum(idle) / len(idle),
-                "memory": max(memory.total for memory in rank_memory(plan, config, bf16=True)) / GIB,
+                "memory": max(memory.total for memory in plan.memory(bf16=True)) / GIB,
                 "sent": {name: getattr(sent, name) / GIB for name in ("stages", "tensor", "reduce", "gather")},
             }
         )
@@ -244,9 +238,9 @@ WAIT = {"ForwardPass": 0.04, "TrainExits": 0.02}  # seconds that these take wher
 
 def check_plan(size: dict[str, int], grid: tuple[int, int, int], folder: Path) -> tuple[Any, Any]:
     """(plan, config) of one of CHECKS."""
-    from ee_scale.backbone.loading import load_config
+    from ee_scale.backbone.model_folder import ModelFolder
     from ee_scale.config.compose import compose_config
-    from ee_scale.training.plan import plan_tune
+    from ee_scale.planning.tune import plan_tune
 
     tp, pp, dp = grid
     exits = [size["layers"] * i // 4 for i in (1, 2, 3, 4)]
@@ -254,7 +248,7 @@ def check_plan(size: dict[str, int], grid: tuple[int, int, int], folder: Path) -
     arguments += [f"parallel.tp={tp}", f"parallel.pp={pp}", f"parallel.dp={dp}", "parallel.device=cpu"]
     arguments += [f"train.micro_batch_size={size['micro_batch']}", "exits.rank=16", "train.precision=fp32"]
     config = compose_config("tune", [*arguments, f"train.global_batch_size={4 * dp * size['micro_batch']}"])
-    return plan_tune(config, folder, load_config(folder)), config
+    return plan_tune(config, folder, ModelFolder(folder).decoder_config), config
 
 
 def measure_machine(size: dict[str, int], folder: str, rank: int, rendezvous: str) -> dict[str, Any]:
@@ -335,10 +329,10 @@ def measure_run(size: dict[str, int], grid: tuple[int, int, int], folder: str, r
     from ee_scale.training.tune import start_run
 
     torch.set_num_threads(1)
-    plan, config = check_plan(size, grid, Path(folder))
+    plan, _ = check_plan(size, grid, Path(folder))
     where = {"init_method": f"file://{rendezvous}", "rank": rank}
     joined = join_grid(plan.layout, torch.device("cpu"), 5.0, **where)
-    engine = start_run(config, plan, joined).engine
+    engine = start_run(plan, joined).engine
     if waits:
         take_fixed_times(engine)
     tokens = torch.randint(0, size["vocab"], (plan.num_micro_batches, size["micro_batch"], size["sequence"] + 1))

@@ -10,8 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ee_scale.artifact.files import check_files, read_json
-from ee_scale.reading import Count, check_fields
+from ee_scale.reading import Count, check_fields, check_files, read_json
 
 STATE = "state.json"
 COUNTS = ("consumed_samples", "steps", "recipe_stage")  # what the state of some runs has besides

@@ -1,7 +1,6 @@
 """Exports of a run: the exits alone (sidecar), or one Hugging Face folder with base model and exits."""
 
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -9,23 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ee_scale.artifact.checkpoint import checkpoints, read_checkpoint
-from ee_scale.artifact.files import file_digest, new_folder, write_json
-from ee_scale.artifact.hf_folder import copy_small_files, stock_config, write_config, write_index
+from ee_scale.artifact.hf_folder import write_beside, write_index, write_sidecar
 from ee_scale.artifact.run_folder import CHECKPOINTS, read_run
-from ee_scale.artifact.sidecar import SIDECAR_CONFIG, SIDECAR_WEIGHTS, base_folder
 from ee_scale.artifact.trained_base import TrainedBase
-from ee_scale.backbone.fingerprint import is_model
-from ee_scale.backbone.loading import SINGLE_NAME, TensorFolder, weight_files
+from ee_scale.backbone.loading import SINGLE_NAME, TensorFolder, weight_bytes, weight_files
+from ee_scale.backbone.model_folder import CHANGED, GONE, SIDECAR_WEIGHTS, base_path, find_base
 from ee_scale.backbone.narrowing import narrowed
 from ee_scale.errors import UserError
-from ee_scale.exits import modeling_early_exit
-from ee_scale.exits.modeling_early_exit import AUTO_MAP, CODE_FILES, PREFIX
-from ee_scale.files import write_text
-from ee_scale.reading import read_object
+from ee_scale.files import new_folder, write_text
+from ee_scale.modeling.heads import ExitSpec
+from ee_scale.modeling.modeling_early_exit import PREFIX, auto_map, copy_code
 
 EXITS_SHARD = "model-exit-heads.safetensors"
 
@@ -48,11 +43,7 @@ class Trained:
 
     def base(self) -> TrainedBase:
         """The base model with what the run trained of it. Raises `UserError` if it is gone or changed."""
-        base = base_folder(self.run, self.facts)
-        if not base.is_dir():
-            raise UserError(f"src={self.run}: its base model {base} is not there any more")
-        if not is_model(base, self.facts["base_fingerprint"]):
-            raise UserError(f"src={self.run}: {base} changed since the exits were trained")
+        base = find_base(self.run, self.facts, f"src={self.run}", gone=f"{GONE} any more", other=CHANGED)
         return TrainedBase(base, self.checkpoint, self.files)
 
 
@@ -83,8 +74,7 @@ def export_sidecar(run: Path, out: Path, step: int | None) -> None:
         )
     with new_folder(out) as folder:
         save_file(trained.exits, folder / SIDECAR_WEIGHTS, metadata={"format": "pt"})
-        facts = trained.facts | {"files": {SIDECAR_WEIGHTS: file_digest(folder / SIDECAR_WEIGHTS)}}
-        write_json(folder / SIDECAR_CONFIG, facts)
+        write_sidecar(folder, trained.facts)
 
 
 def export_early_exit(run: Path, out: Path, step: int | None, copied: Callable[[int], None] = lambda _: None) -> None:
@@ -94,36 +84,34 @@ def export_early_exit(run: Path, out: Path, step: int | None, copied: Callable[[
     Raises `UserError`.
     """
     trained = open_trained(run, step)
-    base = trained.base()
+    base, spec = trained.base(), ExitSpec.from_dict(trained.facts["early_exit"])
     with new_folder(out) as folder:
         weight_map = _copy_base(base, folder, copied)
-        dtype = _dtype(weight_files(base.folder)[0])
+        dtype = base.read(next(iter(base.files))).dtype  # most of the weights are of this type
         tensors = {name: narrowed(value, dtype, name) for name, value in trained.exits.items()}
         save_file(tensors, folder / EXITS_SHARD, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, EXITS_SHARD)
         write_index(folder, weight_map)
-        own = {"early_exit": trained.facts["early_exit"], "auto_map": AUTO_MAP}
-        write_config(folder, stock_config(read_object(base.folder / "config.json")) | own)
-        for name in CODE_FILES:
-            shutil.copyfile(Path(modeling_early_exit.__file__).with_name(name), folder / name)
+        own = {"early_exit": trained.facts["early_exit"], "auto_map": auto_map(spec)}
+        write_beside(folder, base.folder, **own)
+        copy_code(spec, folder)
         write_text(folder / "README.md", _model_card(out, trained))
 
 
 def export_bytes(run: Path) -> int:
     """Bytes that `export_early_exit` will copy, for a progress bar."""
-    base = base_folder(run, read_run(run))
-    return sum(path.stat().st_size for path in weight_files(base)) if base.is_dir() else 0
+    base = base_path(run, read_run(run))
+    return weight_bytes(base) if base.is_dir() else 0
 
 
 def _copy_base(base: TrainedBase, folder: Path, copied: Callable[[int], None]) -> dict[str, str]:
-    """Copy weights and small files; returns tensor name -> file. A single file gets a shard's name, because
+    """Copy weights; returns tensor name -> file. A single file gets a shard's name, because
     transformers reads `model.safetensors` alone wherever it finds one. Exits that the base has stay behind.
     """
     weight_map = {}
     for path in weight_files(base.folder):
         name = "model-00001-of-00001.safetensors" if path.name == SINGLE_NAME else path.name
-        with safe_open(path, framework="pt") as file:
-            stored = list(file.keys())
+        stored = [key for key, file in base.files.items() if file == path]
         names = {key: base.parameter_of[key] for key in stored if not key.startswith(PREFIX)}
         if not names:
             continue
@@ -134,7 +122,6 @@ def _copy_base(base: TrainedBase, folder: Path, copied: Callable[[int], None]) -
         else:
             _copy_file(path, folder / name, copied)
         weight_map |= dict.fromkeys(names, name)
-    copy_small_files(base.folder, folder)
     return weight_map
 
 
@@ -143,12 +130,6 @@ def _copy_file(path: Path, target: Path, copied: Callable[[int], None]) -> None:
         while block := source.read(1 << 24):
             file.write(block)
             copied(len(block))
-
-
-def _dtype(path: Path) -> torch.dtype:
-    """The type most of a weight file is in."""
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(next(iter(file.keys()))).dtype
 
 
 def _model_card(out: Path, trained: Trained) -> str:

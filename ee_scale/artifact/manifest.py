@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 
-from ee_scale.artifact.files import read_json, write_json
 from ee_scale.elastic.subnet import SubnetSpec
 from ee_scale.errors import UserError
-from ee_scale.reading import checked, whole
+from ee_scale.reading import checked, read_json, whole, write_json
 
 MANIFEST = "manifest.json"
 VERSION = 1

@@ -16,18 +16,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
-from ee_scale.artifact.files import new_folder
-from ee_scale.artifact.hf_folder import copy_small_files, stock_config, write_config
+from ee_scale.artifact.hf_folder import write_beside
 from ee_scale.artifact.onnx_shapes import declare_shapes
-from ee_scale.backbone.families import FAMILIES
-from ee_scale.backbone.loading import read_config
+from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.backbone.model_tensors import ModelTensors
-from ee_scale.elastic.architecture import ARCHITECTURES, AUTO_CLASS, meta_model
 from ee_scale.errors import UserError, one_line
-from ee_scale.exits.versions import CACHE
-from ee_scale.reading import read_object
+from ee_scale.families.build import AUTO_CLASS, meta_model
+from ee_scale.families.registry import find_family
+from ee_scale.files import new_folder
+from ee_scale.modeling.versions import CACHE
 
 
 @contextmanager
@@ -98,11 +97,11 @@ def export_onnx(folder: Path, out: Path, task: str, *, int8: bool = False) -> On
     Raises `UserError` if the packages fail on the model or the fp32 file says anything but what torch says.
     """
     try:
-        config = read_config(folder)
+        config = ModelFolder(folder).config
     except UserError as error:
         raise UserError(str(error).replace("model.path=", "src=", 1)) from error
-    if config.model_type in FAMILIES.keys() | ARCHITECTURES.keys():
-        ModelTensors(folder, meta_model(config, task, torch.float32))  # transformers fills what is missing at random
+    if find_family(config):  # transformers fills what is missing at random
+        ModelTensors(folder, meta_model(config, torch.float32, task=task))
     try:
         model = AUTO_CLASS[task].from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
     except (OSError, ValueError) as error:
@@ -122,13 +121,11 @@ def export_onnx(folder: Path, out: Path, task: str, *, int8: bool = False) -> On
             with quiet():
                 _quantize(path)
             report = _compare(path, model, task)
-        copy_small_files(folder, temporary)
-        own = {"dtype": "float32", "torch_dtype": "float32"}
-        write_config(temporary, stock_config(read_object(folder / "config.json")) | own)
+        write_beside(temporary, folder, dtype="float32", torch_dtype="float32")
     return report
 
 
-def _converted(model: Any, task: str, own_head: bool) -> Any:
+def _converted(model: PreTrainedModel, task: str, own_head: bool) -> Any:
     """transformers' own exporter -> an `onnx_ir.Model` with the names of `export_onnx`."""
     if own_head and model.get_output_embeddings() is not None:
         # A table that is read as a matrix too would stay in fp32: quantized they differ, so each gets its own.
@@ -243,7 +240,7 @@ class OnnxModel:
 
 
 @torch.no_grad()
-def _compare(path: Path, model: Any, task: str) -> OnnxReport:
+def _compare(path: Path, model: PreTrainedModel, task: str) -> OnnxReport:
     running, random = OnnxModel(path), torch.Generator().manual_seed(0)
     vocabulary, answers, references = model.config.vocab_size, [], []
     for shape in CHECKED:

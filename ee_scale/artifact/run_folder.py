@@ -1,32 +1,23 @@
 """The output folder of a run: one resolved config, one identity, metrics, checkpoints. One folder holds one run."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from ee_scale.artifact.checkpoint import checkpoints, read_checkpoint
-from ee_scale.artifact.files import read_json, write_json
+from ee_scale.backbone.exit_layers import read_spec
 from ee_scale.backbone.fingerprint import fingerprint, is_model
-from ee_scale.config.compose import as_dict, to_yaml
+from ee_scale.config.compose import to_yaml
 from ee_scale.errors import STOPPED, UserError
 from ee_scale.exits.joint import FROZEN
-from ee_scale.exits.placement import read_spec
 from ee_scale.files import write_text
-from ee_scale.reading import Count, check_fields, parse_json
-from ee_scale.training.plan import TunePlan
+from ee_scale.reading import Count, check_fields, parse_json, read_json, write_json
+from ee_scale.training.recipe import Recipe
 
 CONFIG, IDENTITY, METRICS, CHECKPOINTS = "config.yaml", "run.json", "metrics.jsonl", "checkpoints"
 
-# What makes a run that run. Everything else (grid, steps, precision, logging, ...) may change when it goes on.
-IDENTITY_KEYS = {
-    "tune": ("exits", "backbone", "data", "optim", "train.global_batch_size", "train.seed"),
-    "supernet": (
-        *("task", "space", "stages", "factors", "sampling", "distill", "importance"),
-        *("data", "optim", "train.global_batch_size", "train.seed"),
-    ),
-}
 BACKBONE = "backbone.mode"
 MAY_CHANGE = (
     *("exits.layers", "exits.loss_chunk_tokens", "distill.loss_chunk_tokens"),
@@ -50,10 +41,10 @@ class OpenedRun:
     state: dict[str, Any]
 
 
-def run_identity(kind: str, config: Any, model_dir: Path) -> dict[str, Any]:
-    """What must be equal for a run to go on: settings that shape the result, and the base model."""
-    values, settings = as_dict(config), {}
-    for key in IDENTITY_KEYS[kind]:
+def run_identity(recipe: Recipe[Any, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """What must be equal for a run to go on: settings that shape the result, the base model and the data."""
+    values, settings = asdict(recipe.config), {}
+    for key in recipe.identity:
         found = values
         for part in key.split("."):
             found = found[part]
@@ -62,29 +53,25 @@ def run_identity(kind: str, config: Any, model_dir: Path) -> dict[str, Any]:
     if settings.get(BACKBONE) == FROZEN:  # then the rest of that group means nothing
         settings = {key: value for key, value in settings.items() if not key.startswith("backbone.")}
         settings[BACKBONE] = FROZEN
+    model_dir = recipe.plan.model_dir
     return {
-        "kind": kind,
+        "kind": recipe.verb,
         "base_model": str(model_dir.resolve()),
         "base_fingerprint": fingerprint(model_dir),
         "settings": {key: value for key, value in settings.items() if key not in MAY_CHANGE},
+        **recipe.facts(),
+        "data": data,
     }
 
 
-def tune_identity(config: Any, plan: TunePlan) -> dict[str, Any]:
-    """Identity of a tune run: the exits belong to it."""
-    return run_identity("tune", config, plan.model_dir) | {"early_exit": plan.spec.to_dict()}
-
-
-def data_identity(digests: list[str], tokenizer: Any) -> dict[str, Any]:
-    """What the data is, whatever its path: digests of the tokens of each source, and the marks that losses know."""
-    return {"tokens": digests, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-
-
-def open_run(out: Path, config: Any, identity: dict[str, Any]) -> OpenedRun:
+def open_run(recipe: Recipe[Any, Any], data: dict[str, Any]) -> OpenedRun:
     """Make or re-open the output folder. One process calls it, before any rank trains.
 
-    Raises `UserError` if the folder holds another run, a damaged checkpoint, or cannot be written.
+    data: which data it is, as `Recipe.prepare` says. Raises `UserError` if the folder holds another run, a damaged
+    checkpoint, or cannot be written.
     """
+    config, identity = recipe.config, run_identity(recipe, data)
+    out = Path(config.out).expanduser()
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -123,11 +110,12 @@ def read_run(out: Path, kind: str = "tune") -> dict[str, Any]:
 def _read_identity(out: Path) -> dict[str, Any]:
     identity, path = read_json(out / IDENTITY), out / IDENTITY
     check_fields(identity, path, base_model=str, base_fingerprint=str, settings=dict[str, Any], run_id=str)
+    check_fields({"kind": "tune", **identity}, path, kind=str)
     if identity.get("kind", "tune") == "tune":
         check_fields(identity, path, early_exit=dict[str, Any])
         read_spec(identity["early_exit"], path)
-    else:
-        check_fields(identity, path, kind=str, task=str, labels=list[str], parts=Count)
+    elif identity["kind"] == "supernet":
+        check_fields(identity, path, task=str, labels=list[str], parts=Count)
     return identity
 
 

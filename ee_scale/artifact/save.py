@@ -12,14 +12,14 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from ee_scale.artifact.checkpoint import STATE, checkpoints
-from ee_scale.artifact.files import file_digest, write_json
 from ee_scale.backbone.loading import TensorFolder
 from ee_scale.backbone.narrowing import fill
 from ee_scale.engine.state import MOMENTS, restore_tensors, whole_tensors
-from ee_scale.files import sync
+from ee_scale.files import file_digest, sync
 from ee_scale.grid import Grid
 from ee_scale.log import log
-from ee_scale.training.parts import Run
+from ee_scale.reading import write_json
+from ee_scale.training.recipe import Run
 
 
 class NotWrittenError(Exception):

@@ -1,6 +1,5 @@
 """One exit of a run as a stock model: the first layers of the base model with the exit's modules at their end."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from math import prod
@@ -12,14 +11,16 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from ee_scale.artifact.export import open_trained
-from ee_scale.artifact.files import new_folder
-from ee_scale.artifact.hf_folder import copy_small_files, stock_config, write_config, write_index
-from ee_scale.backbone.loading import SINGLE_NAME, TensorFolder, load_config
+from ee_scale.artifact.hf_folder import shard_names, shards, write_beside, write_index
+from ee_scale.backbone.loading import TensorFolder
+from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.backbone.narrowing import narrowed
-from ee_scale.backbone.shard import meta_model, output_matrix_name
+from ee_scale.backbone.shard import output_matrix_name
 from ee_scale.errors import UserError
-from ee_scale.exits.heads import ExitSpec
-from ee_scale.files import write_text
+from ee_scale.families.build import meta_model
+from ee_scale.families.sizes import layer_settings
+from ee_scale.files import new_folder, write_text
+from ee_scale.modeling.heads import ExitSpec
 from ee_scale.reading import read_object
 
 SHARD_BYTES = 4 << 30  # tensors that are in memory at the same time, and the size of a weight file
@@ -41,20 +42,19 @@ class Submodel:
 
     @property
     def num_layers(self) -> int:
-        """Layers of the stock model: an exit with a layer of its own brings one more."""
-        return self.k + (self.spec.kind == "layer")
+        """Layers of the stock model."""
+        return self.spec.exit_kind.stock_layers(self.k)
 
     def source(self, name: str) -> str:
         """Where a parameter of the stock model lies: 'exit.<name>', or its name in the base model."""
         last = f"model.layers.{self.num_layers - 1}."
         if name == "model.norm.weight":
             return "exit.norm.weight"
-        if self.spec.kind == "mlp" and name.startswith(last + "mlp."):
-            return f"exit.{name.removeprefix(last)}"
-        if self.spec.kind == "layer" and name.startswith(last):
-            return f"exit.layer.{name.removeprefix(last)}"
+        body = self.spec.exit_kind.body
+        if body and name.startswith(last + body.prefix):
+            return f"exit.{body.exit_prefix}{name.removeprefix(last)}"
         if name == "lm_head.weight":
-            return "exit.head.weight" if self.spec.head == "full" else output_matrix_name(self.base)
+            return output_matrix_name(self.base) if self.spec.reads_lm_head else "exit.head.weight"
         return name
 
     def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
@@ -83,8 +83,7 @@ def export_submodel(run: Path, out: Path, exit_layer: int, step: int | None = No
     own = {name.removeprefix(prefix): value for name, value in trained.exits.items() if name.startswith(prefix)}
     submodel = Submodel(exit_layer, spec, own, base)
     with new_folder(out) as folder:
-        write_config(folder, _cut_config(base.folder, submodel))
-        copy_small_files(base.folder, folder)
+        write_beside(folder, base.folder, _cut_config(base.folder, submodel))
         _write_weights(folder, submodel)
         write_text(folder / "README.md", _model_card(base.folder, out, submodel, trained.facts["step"]))
 
@@ -92,26 +91,22 @@ def export_submodel(run: Path, out: Path, exit_layer: int, step: int | None = No
 def _check(run: Path, spec: ExitSpec, exit_layer: int) -> None:
     if exit_layer not in spec.layers:
         raise UserError(f"exit={exit_layer}: {run} has exits at layers {', '.join(map(str, spec.layers))}")
-    if spec.kind == "embedding":
-        # Raising rms_norm_eps until the norm only scales would do the same to the norms of all layers.
+    if spec.exit_kind.no_stock:
         raise UserError(
-            f"exit={exit_layer}: {run} has exits of kind 'embedding', whose head reads the hidden state without a "
-            "norm; a stock model always normalises in front of its head, so it cannot say the same; "
+            f"exit={exit_layer}: {run} has exits of kind '{spec.kind}', {spec.exit_kind.no_stock}; "
             "use kind=early_exit or kind=sidecar"
         )
 
 
 def _cut_config(base: Path, submodel: Submodel) -> dict[str, Any]:
-    """The base model's config.json with the layers of the submodel, and nothing about exits."""
+    """The base model's config.json with the layers of the submodel."""
     values = read_object(base / "config.json")
-    config, count = load_config(base), submodel.num_layers
-    # Written out even where the file has none: some families derive the types from the number of layers.
-    if types := getattr(config, "layer_types", None):
-        own = types[-1:] if submodel.spec.kind == "layer" else []  # the exit's own layer is a copy of the last one
-        values["layer_types"] = [*types[: submodel.k], *own]
-    values["num_hidden_layers"] = count
+    config = ModelFolder(base).decoder_config
+    own = [config.num_hidden_layers - 1] * submodel.spec.exit_kind.attends  # the exit's own layer: a copy of the last
+    # Types are written out even where the file has none: some families derive them from the number of layers.
+    values |= layer_settings(config, [*range(submodel.num_layers - len(own)), *own])
     values["tie_word_embeddings"] = config.tie_word_embeddings and submodel.spec.head == "tied"
-    return stock_config(values)
+    return values
 
 
 def _write_weights(folder: Path, submodel: Submodel) -> None:
@@ -119,28 +114,13 @@ def _write_weights(folder: Path, submodel: Submodel) -> None:
     model = meta_model(AutoConfig.from_pretrained(folder, trust_remote_code=False), torch.float32)
     embedding = submodel.base.read("model.embed_tokens.weight", 0, 0, 1).dtype
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    shards = list(_shards(shapes, embedding.itemsize))
+    groups = shards(shapes, lambda name: prod(shapes[name]) * embedding.itemsize, SHARD_BYTES)
     weight_map = {}
-    for number, names in enumerate(shards, start=1):
-        file = SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    for file, names in zip(shard_names(len(groups)), groups, strict=True):
         tensors = {name: submodel.read(name, embedding).contiguous() for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        write_index(folder, weight_map)
-
-
-def _shards(shapes: dict[str, tuple[int, ...]], itemsize: int) -> Iterator[list[str]]:
-    """Names of the parameters, in order, in groups of at most SHARD_BYTES (a larger tensor is a group alone)."""
-    group, size = [], 0
-    for name, shape in shapes.items():
-        nbytes = prod(shape) * itemsize
-        if group and size + nbytes > SHARD_BYTES:
-            yield group
-            group, size = [], 0
-        group.append(name)
-        size += nbytes
-    yield group
+    write_index(folder, weight_map)
 
 
 def _model_card(base: Path, out: Path, submodel: Submodel, step: int) -> str:

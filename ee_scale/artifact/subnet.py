@@ -10,17 +10,17 @@ import torch
 from torch import nn
 
 from ee_scale.artifact.checkpoint import checkpoints, read_checkpoint
-from ee_scale.artifact.hf_folder import copy_small_files, stock_config, write_config
+from ee_scale.artifact.hf_folder import write_beside
 from ee_scale.artifact.run_folder import CHECKPOINTS, read_run
-from ee_scale.artifact.sidecar import base_folder
-from ee_scale.backbone.fingerprint import is_model
 from ee_scale.backbone.loading import TensorFolder
+from ee_scale.backbone.model_folder import GONE, find_base
 from ee_scale.backbone.narrowing import narrowed
-from ee_scale.elastic.architecture import AUTO_CLASS, ElasticMap
+from ee_scale.elastic.architecture import ElasticMap
 from ee_scale.elastic.extract import is_tied, subnet_config, subnet_tensors
 from ee_scale.elastic.order import UnitOrder
 from ee_scale.elastic.subnet import SubnetSpec
 from ee_scale.errors import UserError
+from ee_scale.families.build import AUTO_CLASS
 from ee_scale.files import write_text
 from ee_scale.reading import read_object
 
@@ -44,11 +44,8 @@ class TrainedSupernet:
 def read_supernet(run: Path, step: int | None = None) -> TrainedSupernet:
     """The run's last checkpoint, or that of `step`. Raises `UserError`."""
     identity = read_run(run, "supernet")
-    base = base_folder(run, identity)
-    if not base.is_dir():
-        raise UserError(f"src={run}: its base model {base} is not there any more")
-    if not is_model(base, identity["base_fingerprint"]):
-        raise UserError(f"src={run}: {base} changed since the supernet was trained")
+    changed = "changed since the supernet was trained"
+    base = find_base(run, identity, f"src={run}", gone=f"{GONE} any more", other=changed)
     found = checkpoints(run / CHECKPOINTS)
     if not found:
         raise UserError(f"src={run}: no finished checkpoint in it yet")
@@ -70,7 +67,7 @@ def subnet_model(
     tensors = dict(subnet_tensors(elastic_map, base, order, supernet.trained, spec))
     dtype = next(iter(tensors.values())).dtype
     state = {name: narrowed(tensor, dtype, name) for name, tensor in tensors.items()}
-    model = AUTO_CLASS[elastic_map.architecture.task].from_config(config, dtype=dtype)
+    model = AUTO_CLASS[elastic_map.family.task].from_config(config, dtype=dtype)
     result = model.load_state_dict(state, strict=False)
     wanted = ["lm_head.weight"] if tied else []
     if result.unexpected_keys or result.missing_keys not in ([], wanted):
@@ -83,8 +80,8 @@ def write_subnet(folder: Path, model: nn.Module, supernet: TrainedSupernet, spec
     """Weights, config, tokenizer files and a model card into a new folder."""
     folder.mkdir()
     model.save_pretrained(folder)
-    write_config(folder, stock_config(read_object(folder / "config.json")))
-    copy_small_files(supernet.base, folder)  # after transformers, which makes generation settings of its own
+    # After transformers, which makes generation settings of its own.
+    write_beside(folder, supernet.base, read_object(folder / "config.json"))
     write_text(folder / "README.md", "\n".join(_model_card(folder.name, model, supernet, spec, facts)) + "\n")
 
 

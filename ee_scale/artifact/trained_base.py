@@ -5,10 +5,11 @@ from pathlib import Path
 import torch
 
 from ee_scale.backbone.adapters import DOWN, UP, merged
-from ee_scale.backbone.loading import TensorFolder, load_config
+from ee_scale.backbone.loading import TensorFolder
+from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.backbone.model_tensors import ModelTensors
 from ee_scale.backbone.narrowing import narrowed
-from ee_scale.backbone.shard import meta_model
+from ee_scale.families.build import meta_model
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -18,7 +19,7 @@ class TrainedBase(ModelTensors):
 
     def __init__(self, base: Path, checkpoint: Path, files: list[str]):
         """`files`: of the checkpoint, with what was trained of the backbone; none: the base model as it is."""
-        config = load_config(base)
+        config = ModelFolder(base).decoder_config
         super().__init__(base, meta_model(config, torch.float32))
         self._trained = TensorFolder(checkpoint, [checkpoint / name for name in files])
         self._tied = config.tie_word_embeddings

@@ -12,7 +12,7 @@ from ee_scale.artifact.save import NotWrittenError, Snapshot, take_snapshot, wri
 from ee_scale.errors import RunError
 from ee_scale.grid import Grid
 from ee_scale.log import log
-from ee_scale.training.parts import Run
+from ee_scale.training.recipe import Run
 
 LEAVE_SECONDS = 30.0  # for a write in flight, when a run leaves because something else failed
 

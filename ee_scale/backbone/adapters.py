@@ -13,7 +13,6 @@ from ee_scale.backbone.parallel import COLUMN, ROW, ColumnLinear, RowLinear, low
 from ee_scale.backbone.shard import BackboneStage
 from ee_scale.grid import Grid
 
-TARGETS = {"attention": "self_attn.", "mlp": "mlp."}  # setting -> prefix inside a decoder layer
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"  # [r, in] and [out, r], by the names of PEFT
 
 
@@ -58,7 +57,7 @@ def merged(weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, name: str
 
 
 def _projections(backbone: BackboneStage, targets: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
-    prefixes = tuple(TARGETS[target] for target in targets)
+    prefixes = backbone.family.prefixes(targets)
     for index, layer in zip(backbone.layer_indices, backbone.base.layers, strict=True):
         for name, module in layer.named_modules():
             if name.startswith(prefixes) and isinstance(module, nn.Linear | ColumnLinear | RowLinear):

@@ -35,9 +35,9 @@ def _download(name: str) -> Path:
     """What transformers would load, all of one commit: small files, then the weights in the one form that is read."""
     wanted = ["config.json", INDEX_NAME, *SMALL_FILES]
     folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=list(FOLDERS)))
-    fetch = lambda files: snapshot_download(name, revision=folder.name, allow_patterns=files)  # noqa: E731
-    fetch([SINGLE_NAME])
+    snapshot_download(name, revision=folder.name, allow_patterns=[SINGLE_NAME])
     if not (folder / SINGLE_NAME).is_file() and (folder / INDEX_NAME).is_file():
         index = read_object(folder / INDEX_NAME)
-        fetch(sorted(set(index["weight_map"].values())))
+        shards = sorted(set(index["weight_map"].values()))
+        snapshot_download(name, revision=folder.name, allow_patterns=shards)
     return folder

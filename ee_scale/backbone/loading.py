@@ -11,10 +11,11 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from ee_scale.backbone.families import FAMILIES, check_sizes, family_of
 from ee_scale.backbone.narrowing import fill
 from ee_scale.backbone.stored_names import stored_pair
 from ee_scale.errors import UserError, one_line
+from ee_scale.families.registry import find_family
+from ee_scale.families.sizes import check_sizes
 from ee_scale.files import is_file, named_file, own_file
 from ee_scale.reading import check_fields, read_object, shown
 
@@ -28,13 +29,6 @@ SAVE_AS_SAFETENSORS = (
     "AutoModelForCausalLM.from_pretrained(<model>).save_pretrained(<folder>) writes safetensors"
 )
 USUAL_LAYERS = 200
-
-
-def load_config(folder: Path, *, alone: bool = False) -> Any:
-    """The transformers config of an architecture that exits are known for. Raises `UserError`."""
-    config = read_config(folder, alone=alone)
-    family_of(config)
-    return config
 
 
 def read_config(folder: Path, *, alone: bool = False) -> Any:
@@ -56,7 +50,8 @@ def read_config(folder: Path, *, alone: bool = False) -> Any:
     _check_encoding(folder, config)
     if not alone:
         _check_adapter(folder)
-    if weights and config.model_type in FAMILIES and config.tie_word_embeddings:
+    family = find_family(config)
+    if weights and family and family.is_decoder and config.tie_word_embeddings:
         config.tie_word_embeddings = is_tied(folder, config)
     return config
 
@@ -100,7 +95,7 @@ def check_claims(folder: Path, config: Any) -> None:
     `check_sizes` says of each setting alone what no model has; this, of matrices and layers, what these files have not.
     Raises `UserError` naming the settings and both numbers.
     """
-    exits, nbytes = getattr(config, "early_exit", None), sum(path.stat().st_size for path in weight_files(folder))
+    exits, nbytes = getattr(config, "early_exit", None), weight_bytes(folder)
     size = vars(config) | (exits if isinstance(exits, dict) else {})
     size = {name: value for name, value in size.items() if isinstance(value, int) and not isinstance(value, bool)}
     width = "embedding_size" if "embedding_size" in size else "hidden_size"  # ALBERT, ELECTRA
@@ -197,6 +192,11 @@ def weight_files(folder: Path) -> list[Path]:
     if missing := [path.name for path in paths if not is_file(path)]:
         raise UserError(f"model.path={folder}: {INDEX_NAME} names {shown(missing[0])[1:-1]}, which is not there")
     return paths
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the same files."""
+    return sum(path.stat().st_size for path in weight_files(folder))
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,10 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import nn
 
-from ee_scale.backbone.families import ModelShape
 from ee_scale.errors import UserError
+from ee_scale.families.sizes import ModelShape
 
-COLUMN, ROW, GRAD_SUM = "colwise", "rowwise", "replicated_with_grad_allreduce"
+STYLES = COLUMN, ROW, GRAD_SUM = "colwise", "rowwise", "replicated_with_grad_allreduce"
 
 
 class ColumnLinear(ColumnParallelLinear):
@@ -85,15 +85,16 @@ def check_tensor_parallel(tp: int, shape: ModelShape, plan: Mapping[str, str], m
     if not plan:
         raise UserError(f"parallel.tp={tp}: transformers has no tensor-parallel plan for '{model_type}'; use tp=1")
     for name, style in plan.items():
-        if style not in (COLUMN, ROW, GRAD_SUM):
+        if style not in STYLES:
             raise UserError(
                 f"parallel.tp={tp}: '{model_type}' asks for '{style}' on {name}, which is not supported; use tp=1"
             )
 
 
-def layer_plan(plan: Mapping[str, str]) -> dict[str, str]:
-    """transformers' plan ('layers.*.mlp.up_proj': 'colwise') by the name inside a decoder layer ('mlp.up_proj')."""
-    return {name.removeprefix("layers.*."): style for name, style in plan.items()}
+def layer_plan(plan: Mapping[str, str] | None) -> dict[str, str]:
+    """The part of transformers' plan inside decoder layers ('layers.*.mlp.up_proj': 'colwise')."""
+    # Some configs also say how to cut the vocabulary, which is cut as it is here.
+    return {name: style for name, style in (plan or {}).items() if name.startswith("layers.")}
 
 
 def swap_projections(module: nn.Module, plan: Mapping[str, str], prefix: str, group: Any, dtype: torch.dtype) -> None:

@@ -1,17 +1,16 @@
 """This rank's frozen part of a Hugging Face model: build on the meta device, cut, swap, load slices."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING
 
-from ee_scale.backbone.families import family_of, shape_of
 from ee_scale.backbone.loading import LoadTask, TensorFolder, load_tensors
 from ee_scale.backbone.model_tensors import ModelTensors
 from ee_scale.backbone.parallel import (
+    STYLES,
     check_tensor_parallel,
     column_linear,
     cut_dim,
@@ -22,31 +21,28 @@ from ee_scale.backbone.parallel import (
     vocab_embedding,
 )
 from ee_scale.backbone.stages import StagePlan
-from ee_scale.errors import UserError, one_line
+from ee_scale.families.build import meta_model
+from ee_scale.families.family import Family
+from ee_scale.families.registry import decoder_family
+from ee_scale.families.sizes import shape_of, with_layers
 from ee_scale.grid import Grid
 
 
 def tensor_plan(config: Any, tp: int) -> dict[str, str]:
     """The tensor-parallel plan inside a decoder layer, checked against the sizes. Raises `UserError`."""
-    # Some configs also say how to cut the vocabulary, which is cut as it is here.
-    plan = {name: style for name, style in (config.base_model_tp_plan or {}).items() if name.startswith("layers.")}
+    plan = layer_plan(config.base_model_tp_plan)
     check_tensor_parallel(tp, shape_of(config), plan, config.model_type)
-    return layer_plan(plan)
+    return {name.removeprefix("layers.*."): style for name, style in plan.items()}
 
 
-def meta_model(config: Any, dtype: torch.dtype, attn_implementation: str | None = None) -> nn.Module:
-    """The whole model without memory, as transformers builds it. Raises `UserError` if it cannot."""
-    extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, **extra).eval()
-    except Exception as error:  # a setting of its config that the model's code has no answer to
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise UserError(f"model.path: transformers builds no '{config.model_type}' of its config ({reason})") from error
+def takes_tensor_parallel(family: Family) -> bool:
+    """Whether exits of a family train on more than one tensor rank: transformers' plan for it has known styles only."""
+    plan = layer_plan(CONFIG_MAPPING[family.name].base_model_tp_plan)
+    return family.is_decoder and bool(plan) and set(plan.values()) <= set(STYLES)
 
 
 def model_tensors(folder: Path, config: Any) -> ModelTensors:
-    """The weights of a causal language model; `config`: its `load_config`. Raises `UserError` unless they fit it."""
+    """The weights of a causal language model; `config`: its own. Raises `UserError` unless they fit it."""
     return ModelTensors(folder, meta_model(config, torch.float32))
 
 
@@ -70,7 +66,7 @@ class BackboneStage(nn.Module):
         """`model` comes from `meta_model` and is used up. `lm_head` keeps a frozen output matrix on this stage."""
         super().__init__()
         self.model_config = model.config
-        self.family = family_of(model.config)
+        self.family = decoder_family(model.config)
         self.layer_indices = plan.layers(grid.stage)
         self.base = self._cut(model, final_norm and grid.stage == plan.launched - 1)
         self._swap(grid, dtype, with_lm_head=lm_head)
@@ -78,11 +74,7 @@ class BackboneStage(nn.Module):
 
     def _cut(self, model: nn.Module, final_norm: bool) -> nn.Module:
         base = model.base_model
-        config = copy.deepcopy(base.config)
-        config.num_hidden_layers = len(self.layer_indices)
-        if getattr(config, "layer_types", None) is not None:
-            config.layer_types = [config.layer_types[i] for i in self.layer_indices]
-        base.config = config
+        base.config = with_layers(base.config, self.layer_indices)
         base.layers = nn.ModuleList(base.layers[i] for i in self.layer_indices)
         for place, layer in enumerate(base.layers):
             layer.self_attn.layer_idx = place  # its place in this stage's cache

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedModel
 
-from ee_scale.artifact.calibration import write_calibration
+from ee_scale.artifact.hf_folder import write_calibration
+from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.cli.console import console
 from ee_scale.cli.evaluate import check_length, read_prefixes, read_tagged, with_progress
-from ee_scale.cli.inputs import load_tokenizer, sources
+from ee_scale.config.schema import CalibrateConfig
+from ee_scale.data.inputs import load_tokenizer, sources
 from ee_scale.errors import UserError
 from ee_scale.evaluation.calibration import LOSS_CAP, Calibrated, Goal, calibrate, shortlist
 from ee_scale.evaluation.records import Records, Window, batched, collect
@@ -26,13 +29,11 @@ from ee_scale.inference.model import open_model
 from ee_scale.log import configure_logging
 
 
-def run(config: Any, overrides: Sequence[str]) -> int:
+def run(config: CalibrateConfig, overrides: Sequence[str]) -> int:
     """Find the limits, store them in the model's folder, print what they do and what is guaranteed."""
     configure_logging()
     goal = goal_of(config)
-    path = Path(config.model).expanduser()
-    if not path.is_dir():
-        raise UserError(f"model={config.model}: no such folder")
+    path = ModelFolder.named(config.model).path
     model = open_model(path).to(pick_device(config.device)).eval()
     if not hasattr(model, "exit_spec"):
         raise UserError(f"model={config.model}: it has no exits; tune some and export them first")
@@ -62,17 +63,14 @@ def run(config: Any, overrides: Sequence[str]) -> int:
     return 0
 
 
-def goal_of(config: Any) -> Goal:
+def goal_of(config: CalibrateConfig) -> Goal:
     """What a calibrate config asks for. Raises `UserError`."""
-    for key in ("seq_length", "batch_size"):
-        if config[key] < 1:
-            raise UserError(f"{key}={config[key]}: must be at least 1")
     agreement = 0.98 if config.agreement is None and config.loss_increase is None else config.agreement
     unit_tokens = config.seq_length if config.unit == "window" else 0
     return Goal(config.policy, agreement, config.loss_increase, config.confidence, unit_tokens)
 
 
-def _windows(config: Any, model: Any) -> list[Window]:
+def _windows(config: CalibrateConfig, model: PreTrainedModel) -> list[Window]:
     """Windows of the data that do not cross documents, in random order. Raises `UserError`."""
     check_length(config, model)
     folder = Path(model.config.name_or_path)
@@ -125,7 +123,12 @@ def _digest(windows: Sequence[Window]) -> str:
 
 
 def _show(
-    config: Any, goal: Goal, records: Records, found: Calibrated, by_tag: dict[str, Calibrated], small: dict[str, int]
+    config: CalibrateConfig,
+    goal: Goal,
+    records: Records,
+    found: Calibrated,
+    by_tag: dict[str, Calibrated],
+    small: dict[str, int],
 ) -> None:
     out = console()
     title = f"{config.model}, policy {goal.policy}, {found.tokens:,} tokens in {found.units:,} {config.unit}s"
@@ -144,7 +147,7 @@ def _show(
     console(stderr=True).print(f"wrote {Path(config.model) / 'generation_config.json'}", highlight=False)
 
 
-def _statement(config: Any, goal: Goal, records: Records, found: Calibrated) -> str:
+def _statement(config: CalibrateConfig, goal: Goal, records: Records, found: Calibrated) -> str:
     """What is guaranteed, and what is not."""
     wanted = (
         f"at least {goal.agreement:.4g} of all tokens are the whole model's own choice"

@@ -1,33 +1,30 @@
 """`ee-scale convert`: checkpoints of one world into those of another."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from ee_scale.cli.console import console
+from ee_scale.config.convert import ConvertConfig
 from ee_scale.convert.copying import differing_copies
 from ee_scale.convert.job import Conversion
 from ee_scale.convert.job import run as write_files
-from ee_scale.convert.plan import Settings, make_conversion, open_result
+from ee_scale.convert.plan import make_conversion, open_result
 from ee_scale.convert.show import plan_lines, summary
 from ee_scale.convert.verify import TOKENS, verify
 from ee_scale.errors import UserError
 from ee_scale.log import configure_logging
 
 
-def run(config: Any, overrides: Sequence[str]) -> int:
+def run(config: ConvertConfig, overrides: Sequence[str]) -> int:
     """Plan, then print the plan or carry it out; with `verify`, compare source and result."""
     configure_logging()
-    settings = _settings(config)
-    if settings.out.exists():
-        raise UserError(f"out={settings.out}: exists already; choose another folder")
-    if config.workers < 1:
-        raise UserError(f"workers={config.workers}: must be at least 1")
-    conversion = make_conversion(settings)
+    out = config.out_folder
+    if out.exists():
+        raise UserError(f"out={out}: exists already; choose another folder")
+    conversion = make_conversion(config)
     if config.verify and conversion.opened.model.config is None:
         raise UserError("verify=true: without a config there is no model to run; give model=<Hugging Face folder>")
     if config.plan:
@@ -41,18 +38,18 @@ def run(config: Any, overrides: Sequence[str]) -> int:
     ]
     for note in [*copies, *conversion.notes]:
         err.print(note, highlight=False, soft_wrap=True)
-    _write(conversion, config.workers, err, _check(conversion, settings, err) if config.verify else lambda folder: None)
+    _write(conversion, config.workers, err, _check(conversion, config, err) if config.verify else lambda folder: None)
     for line in conversion.source.values.lines():
         err.print(line, highlight=False, soft_wrap=True)
-    err.print(f"wrote {settings.out}", highlight=False, soft_wrap=True)
+    err.print(f"wrote {out}", highlight=False, soft_wrap=True)
     return 0
 
 
-def _check(conversion: Conversion, settings: Settings, err: Console) -> Callable[[Path], None]:
+def _check(conversion: Conversion, config: ConvertConfig, err: Console) -> Callable[[Path], None]:
     """Compare what was written with the source, before it gets its name."""
 
     def check(folder: Path) -> None:
-        result = open_result(settings, folder)
+        result = open_result(config, folder)
         try:
             with err.status("comparing source and result"):
                 found = verify(conversion.opened, result)
@@ -65,13 +62,6 @@ def _check(conversion: Conversion, settings: Settings, err: Console) -> Callable
         )
 
     return check
-
-
-def _settings(config: Any) -> Settings:
-    path = lambda text: None if text is None else Path(text).expanduser()  # noqa: E731
-    paths = {name: path(config[name]) for name in ("src", "out", "model")}
-    names = {field.name for field in fields(Settings)} - paths.keys()
-    return Settings(**paths, **{name: config[name] for name in names})
 
 
 def _write(conversion: Conversion, workers: int, err: Console, check: Callable[[Path], None]) -> None:

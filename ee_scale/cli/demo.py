@@ -4,7 +4,6 @@ import time
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -12,13 +11,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import LlamaForCausalLM
 
 from ee_scale.artifact.export import export_early_exit
-from ee_scale.cli import evaluate, tune
+from ee_scale.cli import evaluate, train
 from ee_scale.cli.console import console
-from ee_scale.cli.inputs import load_tokenizer
 from ee_scale.config.compose import compose_config
+from ee_scale.config.schema import DemoConfig
 from ee_scale.data.builtin import llama_config, made_of, train_tokenizer
 from ee_scale.data.corpora import open_source, python_documents
 from ee_scale.data.dataset import build_gpt_dataset
+from ee_scale.data.inputs import load_tokenizer
 from ee_scale.data.loader import batches
 from ee_scale.data.text import prepare_text
 from ee_scale.evaluation.colours import coloured_text, first_agreeing_exits, legend
@@ -33,7 +33,7 @@ LAYERS, HIDDEN, VOCAB, SEQ_LENGTH, BATCH = 12, 128, 1024, 256, 4
 EXIT_LAYERS = [3, 6, 9]
 
 
-def run(config: Any, overrides: Sequence[str]) -> int:
+def run(config: DemoConfig, overrides: Sequence[str]) -> int:
     """Backbone (cached), copy-init exits measured, exits tuned on 2 processes, exported, measured, shown."""
     configure_logging()
     started, terminal, out = time.perf_counter(), console(), Path(config.out).expanduser()
@@ -53,7 +53,7 @@ def run(config: Any, overrides: Sequence[str]) -> int:
     return 0
 
 
-def demo_backbone(config: Any, terminal: Console) -> Path:
+def demo_backbone(config: DemoConfig, terminal: Console) -> Path:
     """Folder of a small Llama trained on Python's documentation and library; trained once, then cached."""
     cache = _cache(config)
     text = open_source("python", "text").identity
@@ -81,7 +81,7 @@ def demo_backbone(config: Any, terminal: Console) -> Path:
     return folder
 
 
-def _tune(backbone: Path, out: Path, config: Any) -> None:
+def _tune(backbone: Path, out: Path, config: DemoConfig) -> None:
     """`ee-scale tune` on a 1x2x1 grid: two pipeline stages, two processes."""
     overrides = [
         f"model={backbone}",
@@ -96,10 +96,10 @@ def _tune(backbone: Path, out: Path, config: Any) -> None:
         f"out={out}",
     ]
     remove_folder(out)
-    tune.run(compose_config("tune", overrides), overrides)
+    train.run("tune", compose_config("tune", overrides), overrides)
 
 
-def _measure(model: Path, config: Any, **settings: str) -> tuple[list[ExitQuality], int]:
+def _measure(model: Path, config: DemoConfig, **settings: str) -> tuple[list[ExitQuality], int]:
     """The numbers of `ee-scale evaluate` on text that neither backbone nor exits saw."""
     given = {"model": model, "data": "python:valid", "seq_length": SEQ_LENGTH, "max_tokens": 40_000, **settings}
     given["cache_dir"] = _cache(config) / "data"
@@ -108,7 +108,7 @@ def _measure(model: Path, config: Any, **settings: str) -> tuple[list[ExitQualit
     return evaluate.measure(plan, opened, load_tokenizer(model, "model"), model)
 
 
-def _show_text(folder: Path, config: Any, terminal: Console) -> None:
+def _show_text(folder: Path, config: DemoConfig, terminal: Console) -> None:
     model, tokenizer = EarlyExitForCausalLM.from_pretrained(folder), load_tokenizer(folder)
     prompt = tokenizer(config.prompt, return_tensors="pt").input_ids
     ids, exits = first_agreeing_exits(model, prompt, config.new_tokens)
@@ -117,5 +117,5 @@ def _show_text(folder: Path, config: Any, terminal: Console) -> None:
     terminal.print(coloured_text(tokenizer, config.prompt, ids, exits, layers))
 
 
-def _cache(config: Any) -> Path:
+def _cache(config: DemoConfig) -> Path:
     return Path(config.cache_dir or "~/.cache/ee_scale").expanduser()

@@ -6,12 +6,15 @@ from typing import Any
 
 import torch
 from rich.progress import track
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ee_scale.backbone.loading import load_config
+from ee_scale.backbone.exit_layers import resolve_exit_layers
+from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.cli.console import console
-from ee_scale.cli.inputs import load_tokenizer, sources
+from ee_scale.config.schema import CalibrateConfig, EvaluateConfig
 from ee_scale.data.dataset import check_tokens
 from ee_scale.data.encode import without_row
+from ee_scale.data.inputs import load_tokenizer, sources
 from ee_scale.data.text import prepare_text
 from ee_scale.errors import UserError
 from ee_scale.evaluation import report
@@ -19,17 +22,17 @@ from ee_scale.evaluation.per_exit import ExitQuality, exit_qualities
 from ee_scale.evaluation.records import Records, Window, batched, collect
 from ee_scale.evaluation.sweep import SweepPoint, calibrated_point, sweep, time_points
 from ee_scale.evaluation.tags import stream_windows, tagged_windows
-from ee_scale.exits.placement import exit_spec, resolve_exit_layers
-from ee_scale.exits.policies import CALIBRATION_KEY
+from ee_scale.exits.placement import exit_spec
 from ee_scale.grid import pick_device
 from ee_scale.inference.model import open_model, untrained_exits
 from ee_scale.log import configure_logging
+from ee_scale.modeling.kinds import KINDS
+from ee_scale.modeling.policies import CALIBRATION_KEY
 
 
-def run(config: Any, overrides: Sequence[str]) -> int:
+def run(config: EvaluateConfig, overrides: Sequence[str]) -> int:
     """Measure and print the tables; with `out`, write JSON, CSV and plots too."""
     configure_logging()
-    check(config)
     model = open_for_measuring(config)
     if config.sweep and not hasattr(model, "exit_spec"):
         raise UserError(f"sweep=true: {config.model} has no exits; export a tuned run, or try copies with exits=[..]")
@@ -58,39 +61,31 @@ def run(config: Any, overrides: Sequence[str]) -> int:
     return 0
 
 
-def check(config: Any) -> None:
-    """Refuse numbers that no model can be measured with. Raises `UserError`."""
-    for key in ("seq_length", "batch_size", "prompt_tokens", "new_tokens", "rounds"):
-        if config[key] < 1:
-            raise UserError(f"{key}={config[key]}: must be at least 1")
-    if config.prompts < 0 or config.prompts % 8:
-        raise UserError(f"prompts={config.prompts}: give a multiple of 8 (batches of 1 and of 8 are timed), or 0")
-
-
-def open_for_measuring(config: Any) -> Any:
+def open_for_measuring(config: EvaluateConfig) -> Any:
     """The model of an evaluate config, on its device. Raises `UserError`."""
-    path = Path(config.model).expanduser()
-    if not path.is_dir():
-        raise UserError(f"model={config.model}: no such folder")
-    device = pick_device(config.device)
+    folder, device = ModelFolder.named(config.model), pick_device(config.device)
     if config.exits is None:
-        return open_model(path).to(device).eval()
-    model_config = load_config(path)
-    if getattr(model_config, "early_exit", None) is not None:
-        raise UserError(f"exits={config.exits}: {path} has exits already; leave exits out")
+        return open_model(folder.path).to(device).eval()
+    model_config = folder.decoder_config
+    if folder.exits is not None:
+        raise UserError(f"exits={config.exits}: {folder.path} has exits already; leave exits out")
     layers = resolve_exit_layers(config.exits, model_config.num_hidden_layers)
-    head = "full" if config.kind == "embedding" else "tied"
-    return untrained_exits(path, exit_spec(model_config, layers, config.kind, head, 1)).to(device)
+    head = "tied" if KINDS[config.kind].trains else "full"
+    return untrained_exits(folder.path, exit_spec(model_config, layers, config.kind, head, 1)).to(device)
 
 
-def measure(config: Any, model: Any, tokenizer: Any, tokenizer_dir: Path) -> tuple[list[ExitQuality], int]:
+def measure(
+    config: EvaluateConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokenizer_dir: Path
+) -> tuple[list[ExitQuality], int]:
     """Tokenise the data of an evaluate config and run the model over it: exits, and tokens. Raises `UserError`."""
     windows = read_windows(config, model, tokenizer, tokenizer_dir)
     records = collect(model, with_progress(batched(windows, config.batch_size), "measuring"), ())
     return exit_qualities(records), len(records.units)
 
 
-def read_windows(config: Any, model: Any, tokenizer: Any, tokenizer_dir: Path) -> list[Window]:
+def read_windows(
+    config: EvaluateConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokenizer_dir: Path
+) -> list[Window]:
     """The windows of an evaluate config: with tags, whole documents; else the text as one stream."""
     check_length(config, model)
     if config.tag_key is not None:
@@ -99,7 +94,7 @@ def read_windows(config: Any, model: Any, tokenizer: Any, tokenizer_dir: Path) -
     return stream_windows(prefixes, config.seq_length, config.max_tokens)
 
 
-def check_length(config: Any, model: Any) -> None:
+def check_length(config: EvaluateConfig | CalibrateConfig, model: PreTrainedModel) -> None:
     """Refuse windows that are longer than the model's context. Raises `UserError`."""
     if config.seq_length > model.config.max_position_embeddings:
         raise UserError(
@@ -108,7 +103,12 @@ def check_length(config: Any, model: Any) -> None:
         )
 
 
-def read_prefixes(config: Any, model: Any, tokenizer: Any, tokenizer_dir: Path) -> list[str]:
+def read_prefixes(
+    config: EvaluateConfig | CalibrateConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tokenizer_dir: Path,
+) -> list[str]:
     """The data of a config as Megatron prefixes whose ids the model knows. Raises `UserError`."""
     names = sources(config.data)
     prefixes = prepare_text(names, tokenizer, tokenizer_dir, config.cache_dir, config.text_key, True, fields="")
@@ -116,7 +116,12 @@ def read_prefixes(config: Any, model: Any, tokenizer: Any, tokenizer_dir: Path) 
     return prefixes
 
 
-def read_tagged(config: Any, model: Any, tokenizer: Any, unit: str = "window") -> list[Window]:
+def read_tagged(
+    config: EvaluateConfig | CalibrateConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    unit: str = "window",
+) -> list[Window]:
     """The tagged documents of a config as windows whose ids the model knows. Raises `UserError`."""
     keys = (config.text_key, config.tag_key, config.seq_length, config.max_tokens, unit)
     windows = tagged_windows(sources(config.data), tokenizer, *keys)
@@ -145,7 +150,7 @@ def _tags(records: Records, out: Any) -> dict[str, Any]:
 
 
 def _points(
-    config: Any, model: Any, records: Records, calibration: Any, prompts: list[Window] | None
+    config: EvaluateConfig, model: PreTrainedModel, records: Records, calibration: Any, prompts: list[Window] | None
 ) -> list[SweepPoint]:
     """The sweep, timed if there are prompts; without a sweep, what the stored limits do (if there are any)."""
     if not config.sweep:
@@ -159,7 +164,7 @@ def _points(
     return points
 
 
-def _prompts(config: Any, windows: Sequence[Window]) -> list[Window]:
+def _prompts(config: EvaluateConfig, windows: Sequence[Window]) -> list[Window]:
     """Windows, spread over the text, whose first tokens are prompts. Raises `UserError`."""
     long = [window for window in windows if len(window.tokens) >= config.prompt_tokens]
     if len(long) < config.prompts:
@@ -170,7 +175,7 @@ def _prompts(config: Any, windows: Sequence[Window]) -> list[Window]:
     return [long[i * len(long) // config.prompts] for i in range(config.prompts)]
 
 
-def _check_context(config: Any, model: Any) -> None:
+def _check_context(config: EvaluateConfig, model: PreTrainedModel) -> None:
     """Refuse prompts whose continuation does not fit the model. Raises `UserError`."""
     total, room = config.prompt_tokens + config.new_tokens, model.config.max_position_embeddings
     if total > room:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
@@ -11,6 +11,7 @@ from ee_scale.artifact.export import export_bytes, export_early_exit, export_sid
 from ee_scale.artifact.run_folder import IDENTITY, read_run
 from ee_scale.artifact.submodel import export_submodel
 from ee_scale.cli.console import console
+from ee_scale.config.schema import ExportConfig
 from ee_scale.errors import UserError
 from ee_scale.reading import read_object
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 TASKS = {"ForCausalLM": "causal_lm", "ForSequenceClassification": "classify"}
 
 
-def run(config: Any, overrides: Sequence[str]) -> int:
+def run(config: ExportConfig, overrides: Sequence[str]) -> int:
     """Write the folder `out`."""
     source, out = Path(config.src).expanduser(), Path(config.out).expanduser()
     err = console(stderr=True)
@@ -32,18 +33,18 @@ def run(config: Any, overrides: Sequence[str]) -> int:
     return 0
 
 
-def _export_run(config: Any, source: Path, out: Path, err: Console) -> None:
+def _export_run(config: ExportConfig, source: Path, out: Path, err: Console) -> None:
     if config.int8:
         raise UserError("int8=true: goes with format=onnx; transformers' own files keep the number type of the model")
-    if config.exit is not None and config.kind != "submodel":
-        raise UserError(f"exit={config.exit}: goes with kind=submodel; kind={config.kind} holds every exit of the run")
+    if config.layer is not None and config.kind != "submodel":
+        raise UserError(f"exit={config.layer}: goes with kind=submodel; kind={config.kind} holds every exit of the run")
     layers = read_run(source)["early_exit"]["layers"]
     if config.kind == "sidecar":
         export_sidecar(source, out, config.step)
     elif config.kind == "submodel":
-        if config.exit is None:
+        if config.layer is None:
             raise UserError(f"exit: missing; choose one of {source}'s exits: {', '.join(map(str, layers))}")
-        export_submodel(source, out, config.exit, config.step)
+        export_submodel(source, out, config.layer, config.step)
     else:
         columns = (TextColumn("copying the base model"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
         with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
@@ -51,10 +52,11 @@ def _export_run(config: Any, source: Path, out: Path, err: Console) -> None:
             export_early_exit(source, out, config.step, lambda size: bar.advance(task, size))
 
 
-def _export_onnx(config: Any, source: Path, out: Path, err: Console) -> None:
-    for name, given in (("kind", config.kind != "early_exit"), ("exit", config.exit), ("step", config.step)):
+def _export_onnx(config: ExportConfig, source: Path, out: Path, err: Console) -> None:
+    kind = config.kind if config.kind != "early_exit" else None
+    for name, given in (("kind", kind), ("exit", config.layer), ("step", config.step)):
         if given:
-            raise UserError(f"{name}={config[name]}: goes with format=hf; export the run first, then that folder")
+            raise UserError(f"{name}={given}: goes with format=hf; export the run first, then that folder")
     task = _task(source)
     from ee_scale.artifact.onnx import export_onnx  # optional packages
 

@@ -4,41 +4,43 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from ee_scale.cli.console import console
 from ee_scale.cli.generate_job import Job, check_config, check_model, check_prompts
 from ee_scale.cli.generate_run import Answers, decode_here, decode_on_grid
-from ee_scale.cli.inputs import load_tokenizer
-from ee_scale.cli.ranks import run_ranks
+from ee_scale.config.schema import GenerateConfig
+from ee_scale.data.inputs import load_tokenizer
 from ee_scale.errors import UserError
 from ee_scale.evaluation.colours import PieceStreamer, legend, paint
 from ee_scale.files import write_text
 from ee_scale.grid import Layout, launch_info, pick_device, world_size_message
+from ee_scale.launching.ranks import run_ranks
 from ee_scale.log import configure_logging, visible
 
 
-def run(config: Any, overrides: Sequence[str]) -> int:
+def run(config: GenerateConfig, overrides: Sequence[str]) -> int:
     """Continue the prompts in this process, or in ranks that it starts; under torchrun this process is one of them."""
-    launched, layout = launch_info(), Layout(config.parallel.tp, config.parallel.pp, config.parallel.dp)
+    launched, layout = launch_info(), Layout(config.parallel.tp, config.parallel.pp)
     leader = launched is None or launched.rank == 0
     configure_logging(0 if leader else 1)
     check_config(config)
     if launched is not None and launched.world_size != layout.world_size:
         raise UserError(world_size_message(layout, launched.world_size))
-    parts = check_model(config)
+    folder = check_model(config)
     device = pick_device(config.device, launched.local_rank if launched else 0)
     if launched is None and layout.world_size > 1:
-        tokenizer = load_tokenizer(parts.base, "model")
+        tokenizer = load_tokenizer(folder.base, "model")
         if config.prompt != "-":  # that one is for rank 0 to read
-            check_prompts(config, parts, tokenizer)
+            check_prompts(config, folder, tokenizer)
         return run_ranks("generate", overrides, layout.world_size, device)
-    job = check_prompts(config, parts, load_tokenizer(parts.base, "model")) if leader else None
+    job = check_prompts(config, folder, load_tokenizer(folder.base, "model")) if leader else None
     streamer = open_stream(job) if leader and job.streams else None
     if layout.world_size == 1:
         answers = decode_here(job, device, streamer)
     else:
-        answers = decode_on_grid(config, parts, job, layout, device, streamer)
+        answers = decode_on_grid(config, folder, job, layout, device, streamer)
     if leader:
         finish(job, answers)
     return 0
@@ -107,5 +109,5 @@ def _for_stdout(text: str) -> str:
     return visible(text) if sys.stdout.isatty() else text
 
 
-def _decode(tokenizer: Any, tokens: list[int]) -> str:
+def _decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
     return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 
+from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.cli.generate_job import Job, plain_words, policy_options
-from ee_scale.cli.inputs import load_tokenizer
+from ee_scale.config.schema import GenerateConfig
 from ee_scale.data.encode import token_with_row
-from ee_scale.exits.decision_log import DecisionLog
-from ee_scale.exits.trail import request_names
+from ee_scale.data.inputs import load_tokenizer
 from ee_scale.grid import Grid, Layout, join_grid
 from ee_scale.inference.model import open_model
 from ee_scale.inference.pipeline import PipelineDecoder
-from ee_scale.inference.pipeline_model import ModelParts, load_decoding_stage, plan_decoding
+from ee_scale.inference.pipeline_model import load_decoding_stage, plan_decoding
 from ee_scale.inference.settings import end_marks, new_lengths, stop_criterion
+from ee_scale.modeling.decision_log import DecisionLog
+from ee_scale.modeling.trail import request_names
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -43,15 +45,15 @@ class Answers:
 def decode_here(job: Job, device: torch.device, streamer: Any = None) -> Answers:
     """All batches in this process, through the model's own `generate`."""
     config, answers = job.config, Answers()
-    model = open_model(job.parts.folder, dtype=DTYPES.get(config.dtype, "auto")).to(device).eval()
+    model = open_model(job.folder.path, dtype=DTYPES.get(config.dtype, "auto")).to(device).eval()
     options = policy_options(config)
     settings = {**job.sampling(), "return_dict_in_generate": True, "streamer": streamer, "tokenizer": job.tokenizer}
     log = DecisionLog(Path(config.log).expanduser()) if config.log else None
-    if job.parts.spec is not None:
+    if job.folder.exits is not None:
         settings |= {"exit_policy": config.policy, **{f"exit_{name}": value for name, value in options.items()}}
     torch.manual_seed(config.seed)
     ends, stop = end_marks(model.generation_config), stop_criterion(model.generation_config, job.tokenizer)
-    pad = token_with_row(job.parts.config.vocab_size, job.tokenizer.pad_token_id, *sorted(ends))
+    pad = token_with_row(job.folder.config.vocab_size, job.tokenizer.pad_token_id, *sorted(ends))
     start = time.perf_counter()
     for prompts, tags in job.batches():
         width = max(map(len, prompts))
@@ -76,14 +78,19 @@ def decode_here(job: Job, device: torch.device, streamer: Any = None) -> Answers
 
 
 def decode_on_grid(
-    config: Any, parts: ModelParts, job: Job | None, layout: Layout, device: torch.device, streamer: Any = None
+    config: GenerateConfig,
+    folder: ModelFolder,
+    job: Job | None,
+    layout: Layout,
+    device: torch.device,
+    streamer: Any = None,
 ) -> Answers:
     """All batches, as one rank of the grid; rank 0 has the job and gets the answers."""
     grid = join_grid(layout, device, config.parallel.timeout_minutes)
     prompts, tags = grid.from_rank_0((job.prompts, job.tags) if job else None)
-    job = job or Job(config, parts, None, [], prompts, tags, streams=False)
+    job = job or Job(config, folder, None, [], prompts, tags, streams=False)
     decoder = _decoder(job, grid)
-    tokenizer = load_tokenizer(parts.base, "model") if parts.generation_config().stop_strings else None
+    tokenizer = load_tokenizer(folder.base, "model") if folder.generation_config().stop_strings else None
     log = DecisionLog(Path(config.log).expanduser()) if config.log and grid.rank == 0 else None
     answers, start = Answers(), time.perf_counter()
     for number, (rows, tags) in enumerate(job.batches()):
@@ -114,10 +121,10 @@ def decode_on_grid(
 
 
 def _decoder(job: Job, grid: Grid) -> PipelineDecoder:
-    config, parts, parallel = job.config, job.parts, job.config.parallel
+    config, folder, parallel = job.config, job.folder, job.config.parallel
     # All exits that some prompt may take.
     layers = {k for rows, tags in job.batches() for k in job.policy(tags, len(rows)).layers}
-    plan = plan_decoding(parts, parallel.tp, parallel.pp, sorted(layers), parallel.stages)
-    dtype = DTYPES.get(config.dtype) or getattr(parts.config, "dtype", None) or torch.float32
-    stage = load_decoding_stage(parts, plan, grid, dtype)
-    return PipelineDecoder(stage, plan, grid, parts.generation_config())
+    plan = plan_decoding(folder, parallel.tp, parallel.pp, sorted(layers), parallel.stages)
+    dtype = DTYPES.get(config.dtype) or getattr(folder.config, "dtype", None) or torch.float32
+    stage = load_decoding_stage(folder, plan, grid, dtype)
+    return PipelineDecoder(stage, plan, grid, folder.generation_config())

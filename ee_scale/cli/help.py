@@ -84,6 +84,7 @@ def overview() -> None:
         table.add_row(Text(f"  {prefix}", style="bold"), text)
     out.print(table)
     out.print("\nee-scale <command> --help lists its settings; --cfg prints the resolved config and stops.")
+    out.print("ee-scale --models lists the families of models and what each can do.")
 
 
 def prefix_help(prefix: str) -> None:
@@ -123,8 +124,8 @@ def _settings(schema: type, prefix: str = "") -> list[tuple[str, str, str]]:
             rows += _settings(field.default_factory, f"{prefix}{field.name}.")
             continue
         text = field.metadata["help"]
-        if choices := field.metadata.get("choices"):
-            text += f" ({', '.join(choices)})"
+        if rule := field.metadata.get("rule"):
+            text += f" ({rule.words.removeprefix('must be ').removeprefix('choose one of ')})"
         name = field.metadata.get("written", field.name)
         rows.append((prefix + name, _default(field), text))
     return rows

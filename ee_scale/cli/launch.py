@@ -4,7 +4,6 @@ What is started is a script of `launch/` with the values of the config in front 
 person starts by hand.
 """
 
-import importlib
 import os
 import re
 import shlex
@@ -14,13 +13,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ee_scale.cli.check import check_fits
+from ee_scale.cli import train
+from ee_scale.config.groups import LauncherConfig
+from ee_scale.config.schema import TrainingConfig
 from ee_scale.errors import RunError, UserError
 from ee_scale.files import write_text
 from ee_scale.grid import Layout
 from ee_scale.log import configure_logging, log
+from ee_scale.planning.fits import check_fits
+from ee_scale.training.recipes import RECIPES
 
 TORCHRUN, SBATCH = "torchrun.sh", "slurm.sbatch"
 JOB = {"torchrun": "job.sh", "slurm": "job.sbatch"}  # their names in <out>/launch
@@ -41,7 +43,7 @@ class Task:
     processes: int
 
 
-def run(verb: str, config: Any, overrides: Sequence[str]) -> int:
+def run(verb: str, config: TrainingConfig, overrides: Sequence[str]) -> int:
     """Launch one run; returns the exit code of what was started, 0 for a job that SLURM took."""
     configure_logging(0, config.logging.level)
     launcher = config.launcher
@@ -51,28 +53,23 @@ def run(verb: str, config: Any, overrides: Sequence[str]) -> int:
     if launcher.dry_run:
         sys.stdout.write(shlex.join(["ee-scale", *task.words]) + "\n")
         return 0
-    return importlib.import_module(f"ee_scale.cli.{verb}").run(config, task.words[1:]) or 0
+    return train.run(verb, config, task.words[1:])
 
 
-def check_task(verb: str, config: Any, overrides: Sequence[str]) -> Task:
+def check_task(verb: str, config: TrainingConfig, overrides: Sequence[str]) -> Task:
     """The run that a config asks for. Raises `UserError` for what its launcher, its model or its grid refuses."""
     check_launcher(config.launcher)
-    plan = importlib.import_module(f"ee_scale.cli.{verb}").make_plan(config)
+    recipe = RECIPES[verb].of(config)
     if config.launcher.kind == "local" or config.parallel.device_memory_gb is not None:
-        check_fits(plan, config)  # this machine may not be like those that the run is for
-    layout = plan.layout
+        check_fits(recipe.plan)  # this machine may not be like those that the run is for
+    layout = recipe.plan.layout
     words = [word for word in overrides if not re.match(r"(--dry[-_]run|(launcher\.)?dry_run=)", word)]
     processes = layout.world_size if config.launcher.kind == "local" else split_grid(layout, config.launcher)
     return Task([verb, *words], Path(config.out).expanduser().absolute(), processes)
 
 
-def check_launcher(launcher: Any) -> None:
+def check_launcher(launcher: LauncherConfig) -> None:
     """Refuse settings of group `launcher` that cannot be meant, or that this machine cannot do. Raises `UserError`."""
-    for name, least in (("nodes", 1), ("max_restarts", 0), ("signal_seconds", 1)):
-        if getattr(launcher, name) < least:
-            raise UserError(f"launcher.{name}={getattr(launcher, name)}: must be at least {least}")
-    if launcher.port is not None and not 1024 <= launcher.port <= 65535:
-        raise UserError(f"launcher.port={launcher.port}: give one of 1024 to 65535")
     if launcher.kind == "local" and launcher.nodes > 1:
         raise UserError(f"launcher.nodes={launcher.nodes}: launcher=local is one machine; take torchrun or slurm")
     if launcher.kind == "torchrun" and launcher.nodes > 1 and not launcher.head:
@@ -81,7 +78,7 @@ def check_launcher(launcher: Any) -> None:
         _check_slurm(launcher)
 
 
-def _check_slurm(launcher: Any) -> None:
+def _check_slurm(launcher: LauncherConfig) -> None:
     if not TIME.fullmatch(launcher.time):
         forms = "minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]"
         raise UserError(f"launcher.time={launcher.time}: SLURM reads {forms}")
@@ -108,7 +105,7 @@ def seconds(limit: str) -> int:
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + rest
 
 
-def split_grid(layout: Layout, launcher: Any) -> int:
+def split_grid(layout: Layout, launcher: LauncherConfig) -> int:
     """Ranks per machine. Raises `UserError` if the grid cannot be laid on the machines."""
     size, nodes, processes = layout.world_size, launcher.nodes, launcher.processes_per_node
     grid = f"tp={layout.tp} x pp={layout.pp} (stages launched) x dp={layout.dp} = {size} ranks"
@@ -127,7 +124,7 @@ def split_grid(layout: Layout, launcher: Any) -> int:
     return processes
 
 
-def start(launcher: Any, tasks: Sequence[Task], out: Path, device: str) -> int:
+def start(launcher: LauncherConfig, tasks: Sequence[Task], out: Path, device: str) -> int:
     """Print the script, or write it to `<out>/launch` and start it; several tasks are one array job."""
     script = job_script(launcher, tasks, out, device)
     if launcher.dry_run:
@@ -153,7 +150,7 @@ def start(launcher: Any, tasks: Sequence[Task], out: Path, device: str) -> int:
     return 0
 
 
-def job_script(launcher: Any, tasks: Sequence[Task], out: Path, device: str) -> str:
+def job_script(launcher: LauncherConfig, tasks: Sequence[Task], out: Path, device: str) -> str:
     """The shipped script behind the config's values; `tasks` hold as many ranks each."""
     values = {"PYTHON": sys.executable, "NODES": launcher.nodes, "PROCESSES": tasks[0].processes}
     values |= {"MAX_RESTARTS": launcher.max_restarts, "HEAD": launcher.head, "PORT": launcher.port}
@@ -173,7 +170,7 @@ def job_script(launcher: Any, tasks: Sequence[Task], out: Path, device: str) -> 
     return "\n".join(["#!/bin/bash", *options, heading, *lines, *calls, "", f"# launch/{name}", *body]) + "\n"
 
 
-def sbatch_options(launcher: Any, tasks: Sequence[Task], out: Path, device: str) -> list[str]:
+def sbatch_options(launcher: LauncherConfig, tasks: Sequence[Task], out: Path, device: str) -> list[str]:
     """The options of the shipped script with the config's values, then the user's own."""
     found = [line.removeprefix("#SBATCH --") for line in shipped(SBATCH).splitlines() if line.startswith("#SBATCH")]
     options = dict((*option.split("=", 1), None)[:2] for option in found)

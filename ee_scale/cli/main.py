@@ -9,10 +9,10 @@ import warnings
 from collections.abc import Sequence
 
 from ee_scale.cli.help import overview, prefix_help, verb_help
-from ee_scale.cli.signals import STOPPING
 from ee_scale.config.compose import compose_config, to_yaml
 from ee_scale.config.schema import PREFIXES, TRAINING_VERBS, VERBS
 from ee_scale.errors import BAD_INPUT, FAILED, REQUEUE, Requeue, RunError, UserError
+from ee_scale.launching.signals import STOPPING
 from ee_scale.log import spelled
 from ee_scale.reading import shown
 
@@ -24,6 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         overview()
+        return 0
+    if arguments == ["--models"]:
+        _prepare_libraries()
+        importlib.import_module("ee_scale.cli.models").run()
         return 0
     try:
         if STOPPING in os.environ:  # a rank that torchrun starts again after a signal; the first one has said why
@@ -45,8 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         _prepare_libraries()
         _pick_accelerator(config)
-        if prefix is not None:
-            return importlib.import_module(f"ee_scale.cli.{prefix}").run(verb, config, rest) or 0
+        if verb in TRAINING_VERBS:
+            return importlib.import_module(f"ee_scale.cli.{prefix or 'train'}").run(verb, config, rest) or 0
         return importlib.import_module(f"ee_scale.cli.{verb}").run(config, rest) or 0
     except KeyboardInterrupt:
         return 130
@@ -118,6 +122,5 @@ def _prepare_libraries() -> None:
 
 def _pick_accelerator(config: object) -> None:
     """DeepSpeed chooses its accelerator when it is imported; a run that asks for the CPU must say so before."""
-    device = config.device if "device" in config else "parallel" in config and config.parallel.device
-    if device == "cpu":
+    if "cpu" in (getattr(config, "device", None), getattr(getattr(config, "parallel", None), "device", None)):
         os.environ["DS_ACCELERATOR"] = "cpu"

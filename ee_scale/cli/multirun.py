@@ -6,9 +6,8 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -16,11 +15,11 @@ from rich.table import Table
 
 from ee_scale.cli.console import console
 from ee_scale.cli.launch import Task, check_task, start
-from ee_scale.cli.signals import passing_on
 from ee_scale.config.compose import PATH_SHORTHANDS, compose_config, find_setting
-from ee_scale.config.schema import TRAINING_VERBS
+from ee_scale.config.schema import TRAINING_VERBS, TrainingConfig
 from ee_scale.config.words import is_text, sweep_values, write_word
 from ee_scale.errors import FAILED, REQUEUE, UserError
+from ee_scale.launching.signals import passing_on
 from ee_scale.log import configure_logging, log
 from ee_scale.reading import parse_json
 
@@ -35,7 +34,7 @@ class Combination:
 
     name: str
     overrides: list[str]
-    config: Any
+    config: TrainingConfig
 
 
 def run(prefix: str | None, verb: str, arguments: Sequence[str]) -> int:
@@ -121,7 +120,7 @@ def _choices(verb: str, word: str) -> list[str]:
         raise UserError(f"{word}: -m takes lists of values (a,b), choice() and range()") from error
 
 
-def _compose(verb: str, name: str, overrides: Sequence[str]) -> Any:
+def _compose(verb: str, name: str, overrides: Sequence[str]) -> TrainingConfig:
     try:
         return compose_config(verb, overrides)
     except UserError as error:
@@ -132,10 +131,11 @@ def check(verb: str, combinations: Sequence[Combination], *, launched: bool) -> 
     """Every combination against its model and grid. Raises `UserError` that begins with its name."""
     tasks = []
     for combination in combinations:
+        config = combination.config
+        if not launched:  # as if by hand: whatever group launcher says of other machines
+            config = replace(config, launcher=replace(config.launcher, kind="local", nodes=1))
         try:
-            if not launched:  # as if by hand: whatever group launcher says of other machines
-                combination.config.launcher.kind, combination.config.launcher.nodes = "local", 1
-            tasks.append(check_task(verb, combination.config, combination.overrides))
+            tasks.append(check_task(verb, config, combination.overrides))
         except UserError as error:
             raise UserError(f"{combination.name}: {error}") from error
     sizes = [task.processes for task in tasks]

@@ -2,27 +2,25 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from yaml import YAMLError
 
-from ee_scale.artifact.files import new_folder
 from ee_scale.artifact.manifest import Device, Manifest, Member, Tried, write_manifest
 from ee_scale.artifact.run_folder import CONFIG
 from ee_scale.artifact.subnet import TrainedSupernet, read_supernet, subnet_model, write_subnet
-from ee_scale.backbone.loading import read_config
+from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.cli.console import console
-from ee_scale.cli.inputs import load_tokenizer, sources
-from ee_scale.cli.supernet import ORDER
-from ee_scale.cli.supernet_data import encode_labelled
 from ee_scale.config.compose import from_yaml
-from ee_scale.config.schema import SupernetConfig
+from ee_scale.config.groups import ParallelConfig
+from ee_scale.config.supernet import PaletteConfig, SupernetConfig
 from ee_scale.data.dataset import check_tokens
+from ee_scale.data.inputs import load_tokenizer, sources
 from ee_scale.data.labelled import check_labels, evaluation_batches, read_labelled
 from ee_scale.data.loader import windows
 from ee_scale.data.text import prepare_text
@@ -35,20 +33,22 @@ from ee_scale.errors import UserError, one_line
 from ee_scale.evaluation.edge import EdgeMeasure, measure_edge
 from ee_scale.evaluation.palette_report import palette_table, recommendations, write_palette_report
 from ee_scale.evaluation.supernet import Judge, PartTimes
-from ee_scale.files import remove_folder
+from ee_scale.files import new_folder, remove_folder
 from ee_scale.grid import Layout, join_grid, pick_device
 from ee_scale.log import configure_logging
-from ee_scale.training.supernet import build_stage, open_stages, start_run
-from ee_scale.training.supernet_plan import SupernetPlan, plan_supernet
+from ee_scale.planning.supernet import SupernetPlan, plan_supernet
+from ee_scale.training.supernet import ORDER, build_stage, open_phases, start_run
+from ee_scale.training.supernet_data import encode_labelled
 
 LIMITS = ("params", "flops", "latency_ms", "memory_mb")
 MEGABYTE = 1e6
 
 
-def run(config: Any, overrides: Sequence[str]) -> int:
+def run(config: PaletteConfig, overrides: Sequence[str]) -> int:
     """Write the folder `out`."""
     configure_logging()
-    check(config)
+    if config.samples < 0 or config.seconds <= 0:
+        raise UserError(f"samples={config.samples}, seconds={config.seconds}: must be at least 0 and above 0")
     src, out = Path(config.src).expanduser(), Path(config.out).expanduser()
     if config.onnx:
         import ee_scale.artifact.onnx  # noqa: F401  (says now that packages are missing)
@@ -69,16 +69,7 @@ def run(config: Any, overrides: Sequence[str]) -> int:
     return 0
 
 
-def check(config: Any) -> None:
-    """Refuse numbers that make no palette. Raises `UserError`."""
-    for key in ("count", "trials", "batch_size", "tokens", "new_tokens"):
-        if config[key] < 1:
-            raise UserError(f"{key}={config[key]}: must be at least 1")
-    if config.samples < 0 or config.seconds <= 0:
-        raise UserError(f"samples={config.samples}, seconds={config.seconds}: must be at least 0 and above 0")
-
-
-def check_length(config: Any, plan: SupernetPlan) -> None:
+def check_length(config: PaletteConfig, plan: SupernetPlan) -> None:
     """Refuse to measure texts that the model cannot read. Raises `UserError`."""
     most, decoded = plan.map.config.max_position_embeddings, config.new_tokens if plan.task == "causal_lm" else 0
     if config.tokens + decoded > most:
@@ -86,29 +77,31 @@ def check_length(config: Any, plan: SupernetPlan) -> None:
         raise UserError(f"{texts}: the model reads at most max_position_embeddings={most} tokens")
 
 
-def limits_of(config: Any) -> dict[str, float]:
+def limits_of(config: PaletteConfig) -> dict[str, float]:
     """The limits that were given, by cost."""
-    given = {name: config[f"max_{name}"] for name in LIMITS}
+    given = {name: getattr(config, f"max_{name}") for name in LIMITS}
     return {name: value for name, value in given.items() if value is not None}
 
 
-def stored_plan(src: Path, supernet: TrainedSupernet, config: Any) -> SupernetPlan:
+def stored_plan(src: Path, supernet: TrainedSupernet, config: PaletteConfig) -> SupernetPlan:
     """The run's own plan, in one process on this device."""
     try:
         stored = from_yaml(SupernetConfig, (src / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{src / CONFIG}: not the config of a supernet run ({one_line(error)})") from error
-    stored.space.depth_parts = supernet.identity["parts"]
-    # Sizes were checked against the grid that trained; one process has none.
-    stored.parallel = OmegaConf.structured(SupernetConfig).parallel
-    stored.train.micro_batch_size = stored.train.global_batch_size = 1
-    stored.train.precision = "auto"
-    plan = plan_supernet(stored, supernet.base, read_config(supernet.base), supernet.identity["labels"])
+    stored = replace(
+        stored,
+        space=replace(stored.space, depth_parts=supernet.identity["parts"]),
+        # Sizes were checked against the grid that trained; one process has none.
+        parallel=ParallelConfig(),
+        train=replace(stored.train, micro_batch_size=1, global_batch_size=1, precision="auto"),
+    )
+    plan = plan_supernet(stored, supernet.base, ModelFolder(supernet.base).config, supernet.identity["labels"])
     base_tensors(supernet.base, plan.map)  # said before anything is judged
     return plan
 
 
-def held_out(config: Any, plan: SupernetPlan) -> list[dict[str, torch.Tensor]]:
+def held_out(config: PaletteConfig, plan: SupernetPlan) -> list[dict[str, torch.Tensor]]:
     """Batches to judge quality on. Raises `UserError`."""
     stored, given = plan.config.data, config.data if config.data is not None else plan.config.data.valid
     if given is None:
@@ -136,7 +129,7 @@ class Palette:
 
     def __init__(
         self,
-        config: Any,
+        config: PaletteConfig,
         src: Path,
         supernet: TrainedSupernet,
         plan: SupernetPlan,
@@ -151,7 +144,7 @@ class Palette:
         self.base = base_tensors(supernet.base, plan.map)
         grid = join_grid(Layout(), self.device)
         run = start_run(plan, grid, build_stage(plan, grid), self.order)
-        open_stages(run, supernet.recipe_stages - 1)
+        open_phases(run, supernet.recipe_stages - 1)
         with torch.no_grad():
             for factors in run.factors:
                 for name, parameter in factors.named.items():
@@ -222,7 +215,7 @@ class Palette:
         measure = self._measure_spec(candidate.spec)
         return {
             "params": measure.parameters,
-            "flops": measure.flops,
+            "flops": self.plan.map.flops(candidate.spec, measure.tokens),
             "latency_ms": measure.prefill_ms,
             "memory_mb": measure.memory_mb,
         }
@@ -254,7 +247,7 @@ class Palette:
             spec=spec,
             params=measure.parameters,
             layer_params=self.plan.map.parameters(spec, layers_only=True),
-            flops=measure.flops,
+            flops=self.plan.map.flops(spec, measure.tokens),
             prefill_ms=measure.prefill_ms,
             token_ms=measure.token_ms,
             memory_mb=measure.memory_mb,

@@ -6,32 +6,33 @@ from typing import Any
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ee_scale.artifact.sidecar import SIDECAR_CONFIG
-from ee_scale.backbone.loading import load_config
+from ee_scale.backbone.exit_layers import resolve_exit_layers
+from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.cli.console import console
-from ee_scale.cli.inputs import load_tokenizer, sources
+from ee_scale.config.schema import ProbeConfig
 from ee_scale.data.dataset import check_tokens
+from ee_scale.data.inputs import load_tokenizer, sources
 from ee_scale.data.loader import windows
 from ee_scale.data.text import prepare_text
 from ee_scale.errors import UserError
 from ee_scale.evaluation.probe import Reading, given_text, own_text, read_exits, repeated_share
 from ee_scale.evaluation.probe_report import cost_lines, outlook, outlook_table, verdict, write_probe
 from ee_scale.evaluation.timing import measure_parts
-from ee_scale.exits.placement import exit_spec, resolve_exit_layers
+from ee_scale.exits.placement import exit_spec
 from ee_scale.grid import pick_device
 from ee_scale.inference.model import open_model, untrained_exits
 from ee_scale.log import configure_logging
+from ee_scale.modeling.kinds import KINDS
 
 MOST_EXITS = 11
 
 
-def run(config: Any, overrides: Sequence[str]) -> int:
+def run(config: ProbeConfig, overrides: Sequence[str]) -> int:
     """Read text, let the model write, time the parts; print the table and the verdict, write files with `out`."""
     configure_logging()
-    _check(config)
-    path = Path(config.model).expanduser()
-    model, untrained = _open(config, path)
+    model, untrained = _open(config)
     folder = Path(model.config.name_or_path)
     tokenizer = load_tokenizer(folder, "model")
     batches = _text(config, model, tokenizer, folder)
@@ -64,32 +65,16 @@ def run(config: Any, overrides: Sequence[str]) -> int:
     return 0
 
 
-def _check(config: Any) -> None:
-    for name in ("context", "max_tokens", "prompts", "prompt_tokens", "new_tokens"):
-        if config[name] < 1:
-            raise UserError(f"{name}={config[name]}: must be at least 1")
-    for name in ("temperature", "seconds"):
-        if not 0 < config[name] < float("inf"):
-            raise UserError(f"{name}={config[name]}: must be above 0")
-    if not 0 < config.agreement <= 1:
-        raise UserError(f"agreement={config.agreement}: must be above 0 and at most 1")
-
-
-def _open(config: Any, path: Path) -> tuple[Any, bool]:
+def _open(config: ProbeConfig) -> tuple[Any, bool]:
     """The model with its exits, or with untrained ones. Raises `UserError`, before weights are read where it can."""
-    if not path.is_dir():
-        raise UserError(f"model={config.model}: no such folder")
-    sidecar = (path / SIDECAR_CONFIG).is_file()
-    model_config = None if sidecar else load_config(path)
-    if model_config is not None:
-        _check_lengths(config, model_config)
+    folder = ModelFolder.named(config.model)
+    path, model_config = folder.path, folder.decoder_config
+    _check_lengths(config, model_config)
     device = pick_device(config.device)
-    if sidecar or getattr(model_config, "early_exit", None) is not None:
+    if folder.exits is not None:
         if config.layers is not None:
             raise UserError(f"layers={config.layers}: {path} has exits already; leave layers out")
-        model = open_model(path).to(device).eval()
-        _check_lengths(config, model.config)
-        return model, False
+        return open_model(path).to(device).eval(), False
     count = model_config.num_hidden_layers
     if count < 2:
         raise UserError(f"model={config.model}: {count} layer leaves no room for an exit")
@@ -97,11 +82,11 @@ def _open(config: Any, path: Path) -> tuple[Any, bool]:
     layers = spread if config.layers is None else resolve_exit_layers(config.layers, count)
     if layers[-1] == count:
         raise UserError(f"layers={config.layers}: {count} is the final layer; exits lie before it")
-    head = "low_rank" if config.kind == "mlp" else "tied"
+    head = "low_rank" if KINDS[config.kind].body else "tied"
     return untrained_exits(path, exit_spec(model_config, layers, config.kind, head, 64)).to(device), True
 
 
-def _check_lengths(config: Any, model_config: Any) -> None:
+def _check_lengths(config: ProbeConfig, model_config: PreTrainedConfig) -> None:
     most = model_config.max_position_embeddings
     for name, length in (
         ("context", config.context + 16),
@@ -111,7 +96,9 @@ def _check_lengths(config: Any, model_config: Any) -> None:
             raise UserError(f"{name}: {length} positions are needed, the model has max_position_embeddings={most}")
 
 
-def _text(config: Any, model: Any, tokenizer: Any, folder: Path) -> list[torch.Tensor]:
+def _text(
+    config: ProbeConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> list[torch.Tensor]:
     """Windows [B, S+1] of the data; each is longer than a prompt. Raises `UserError`."""
     names = sources(config.data)
     prefixes = prepare_text(names, tokenizer, folder, config.cache_dir, config.text_key, True, fields="")
@@ -124,7 +111,11 @@ def _text(config: Any, model: Any, tokenizer: Any, folder: Path) -> list[torch.T
 
 
 def _read(
-    config: Any, model: Any, tokenizer: Any, batches: list[torch.Tensor], show: Callable[[str, float], None]
+    config: ProbeConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: list[torch.Tensor],
+    show: Callable[[str, float], None],
 ) -> tuple[dict[str, list[Reading]], float]:
     """Readings on the text, on greedy and on sampled text; how much of the greedy text repeats itself."""
     read = lambda passages: read_exits(model, passages, config.temperature, config.agreement)  # noqa: E731

@@ -5,13 +5,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from ee_scale.config.schema import GenerateConfig
 from ee_scale.data.encode import without_row
 from ee_scale.data.readers import TEXT, bad_bytes, file_kind, read_records, read_text, whole_characters
 from ee_scale.errors import UserError, one_line
 from ee_scale.files import is_file
 
 
-def read_prompts(config: Any) -> list[str]:
+def read_prompts(config: GenerateConfig) -> list[str]:
     """The texts of `prompt` or `prompts`. Raises `UserError` if there is none, both are given, or one is empty."""
     if (config.prompt is None) == (config.prompts is None):
         raise UserError("give either prompt=<text> (or prompt=- for standard input) or prompts=<file>")
@@ -32,7 +35,9 @@ def read_prompts(config: Any) -> list[str]:
     return [text.encode("utf-8", "replace").decode() for text in texts]
 
 
-def encode_prompts(texts: list[str], tokenizer: Any, model_config: Any, config: Any) -> list[list[int]]:
+def encode_prompts(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig, config: GenerateConfig
+) -> list[list[int]]:
     """Token ids of each prompt. Raises `UserError` for one that does not fit the context or the vocabulary."""
     if config.chat and not getattr(tokenizer, "chat_template", None):
         raise UserError(f"chat=true: the tokenizer of {config.model} has no chat template; use chat=false")
@@ -55,7 +60,7 @@ def encode_prompts(texts: list[str], tokenizer: Any, model_config: Any, config: 
     return rows
 
 
-def _in_template(text: str, tokenizer: Any, config: Any) -> list[int]:
+def _in_template(text: str, tokenizer: PreTrainedTokenizerBase, config: GenerateConfig) -> list[int]:
     message = [{"role": "user", "content": text}]
     try:
         return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
@@ -90,7 +95,7 @@ def _field(record: dict[str, Any], here: str) -> str:
     return whole_characters(record["prompt"])
 
 
-def _name(config: Any, number: int, count: int) -> str:
+def _name(config: GenerateConfig, number: int, count: int) -> str:
     """How an error calls a prompt."""
     name = "prompt" if config.prompts is None else f"prompts={config.prompts}"
     return name if count == 1 and config.prompts is None else f"{name}: prompt {number}"

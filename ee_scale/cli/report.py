@@ -7,17 +7,14 @@ from typing import Any
 from rich.progress import track
 
 from ee_scale.cli.console import console
-from ee_scale.cli.inputs import sources
-from ee_scale.errors import UserError
+from ee_scale.config.schema import ReportConfig
+from ee_scale.data.inputs import sources
 from ee_scale.evaluation.log_report import report_table, warnings, write_log_report
 from ee_scale.evaluation.log_summary import NO_TAG, bucket_seconds, log_files, summarise
 
 
-def run(config: Any, overrides: Sequence[str]) -> int:
+def run(config: ReportConfig, overrides: Sequence[str]) -> int:
     """Print the tables and warnings; with `out`, write JSON, CSV and a plot too."""
-    for name in ("agreement", "confidence"):
-        if not 0 < config[name] < 1:
-            raise UserError(f"{name}={config[name]}: must be between 0 and 1")
     every, files = bucket_seconds(config.every), log_files(sources(config.log))
     tag = None if config.tag is None else str(config.tag)
     summary = summarise(_with_progress(files), every, tag)

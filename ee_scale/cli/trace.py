@@ -5,83 +5,71 @@ Writes <out>/trace and nothing else: no checkpoint, no run.
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from rich.table import Table
 
-from ee_scale.artifact.files import write_json
-from ee_scale.cli import supernet, tune
 from ee_scale.cli.console import console
-from ee_scale.cli.inputs import load_tokenizer, sources, text_dataset
-from ee_scale.cli.job import log_as_rank
-from ee_scale.cli.ranks import run_ranks
-from ee_scale.cli.supernet_data import Data
-from ee_scale.cli.supernet_data import prepare_data as prepare_supernet_data
-from ee_scale.data.text import prepare_text
-from ee_scale.elastic.factors import FactorPlan
-from ee_scale.elastic.sampling import draw_stream
+from ee_scale.config.groups import LoggingConfig
+from ee_scale.config.schema import TrainingConfig
 from ee_scale.engine.observed import ObservedEngine
 from ee_scale.engine.timeline import StageTimeline, TimelineRecorder, chrome_trace, clock_offsets
 from ee_scale.errors import UserError
 from ee_scale.evaluation.timeline_plot import plot_timeline
 from ee_scale.files import remove_folder
-from ee_scale.grid import Grid, Layout, join_grid, launch_info, pick_device, world_size_message
-from ee_scale.training import supernet as supernet_recipe
-from ee_scale.training import tune as tune_recipe
-from ee_scale.training.schedules import LearningRate, loss_weights_at
+from ee_scale.grid import Grid, join_grid, launch_info
+from ee_scale.launching.job import log_as_rank, rank_device
+from ee_scale.launching.ranks import run_ranks
+from ee_scale.reading import write_json
+from ee_scale.training.recipe import Recipe
+from ee_scale.training.recipes import RECIPES
 
 FOLDER = "trace"
-Step = Callable[[int], None]  # runs an optimizer step, counted from 1
 
 
-@dataclass(frozen=True)
-class Traced:
-    """A training command: its data are prepared by one process; `begin` gives this rank's engine and its steps."""
-
-    layout: Layout
-    total_steps: int
-    prepare: Callable[[], None]
-    begin: Callable[[Grid, Path], tuple[ObservedEngine, Step]]
-
-
-def run(verb: str, config: Any, overrides: Sequence[str]) -> int:
+def run(verb: str, config: TrainingConfig, overrides: Sequence[str]) -> int:
     """Trace the command `verb`. The ranks are started like those of the command itself."""
     log_as_rank(config)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # lines of torch's profiler about itself
-    traced = {"tune": _tune, "supernet": _supernet}[verb](config)
-    _check_window(config.logging, traced.total_steps)
-    launched = launch_info()
-    if launched is not None and launched.world_size != traced.layout.world_size:
-        raise UserError(world_size_message(traced.layout, launched.world_size))
-    device = pick_device(config.parallel.device, launched.local_rank if launched else 0)
+    recipe = RECIPES[verb].of(replace(config, train=replace(config.train, verify_frozen=False)))  # it takes time
+    layout, launched = recipe.plan.layout, launch_info()
+    _check_window(config.logging, recipe.last_phase_steps)
+    device = rank_device(config.parallel, layout, launched)
     folder = Path(config.out).expanduser() / FOLDER
     if launched is None or launched.rank == 0:
-        traced.prepare()
+        recipe.prepare(progress=config.logging.progress)
         _clear(folder)
-    if launched is None and traced.layout.world_size > 1:
-        return run_ranks("trace", [verb, *overrides], traced.layout.world_size, device)
-    trace_rank(config.logging, traced, join_grid(traced.layout, device, config.parallel.timeout_minutes), folder)
+    if launched is None and layout.world_size > 1:
+        return run_ranks("trace", [verb, *overrides], layout.world_size, device)
+    trace_rank(recipe, join_grid(layout, device, config.parallel.timeout_minutes), folder)
     return 0
 
 
-def trace_rank(logging: Any, traced: Traced, grid: Grid, folder: Path) -> None:
+def trace_rank(recipe: Recipe[Any, Any], grid: Grid, folder: Path) -> None:
     """One rank's whole part. The first rank of each stage records; rank 0 puts the stages together."""
-    engine, step = traced.begin(grid, folder)
-    for number in range(1, logging.trace_after + 1):
-        step(number)
+    run, logging = recipe.build(grid, folder.parent, scratch=folder), recipe.config.logging
+    run.start_last_phase()
+
+    def step() -> None:
+        run.ready()
+        run.train_step()
+        run.step += 1
+
+    for _ in range(logging.trace_after):
+        step()
     window = range(logging.trace_after + 1, logging.trace_after + logging.trace_steps + 1)
     timeline = None
     if grid.writes_stage():
-        timeline = _record(engine, step, window, grid, folder)
+        timeline = _record(run.ready(), step, window, grid, folder)
     else:
+        run.ready()
         dist.barrier(grid.metrics_group)
-        for number in window:
-            step(number)
+        for _ in window:
+            step()
     layout = grid.layout
     offsets = clock_offsets(grid.metrics_group, [layout.rank(stage, 0, 0) for stage in range(layout.pp)])
     found: list[Any] = [None] * layout.world_size
@@ -90,7 +78,7 @@ def trace_rank(logging: Any, traced: Traced, grid: Grid, folder: Path) -> None:
         _write(folder, [timeline for timeline in found if timeline is not None], offsets)
 
 
-def _record(engine: ObservedEngine, step: Step, window: range, grid: Grid, folder: Path) -> StageTimeline:
+def _record(engine: ObservedEngine, step: Callable[[], None], window: range, grid: Grid, folder: Path) -> StageTimeline:
     activities = [torch.profiler.ProfilerActivity.CPU]
     if grid.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -101,7 +89,7 @@ def _record(engine: ObservedEngine, step: Step, window: range, grid: Grid, folde
         recorder.start()
         for number in window:
             recorder.step(number)
-            step(number)
+            step()
         timeline = recorder.finish(grid.stage, grid.rank)
     engine.observers.remove(recorder)
     profiler.export_chrome_trace(str(folder / f"stage_{grid.stage}.json"))
@@ -134,7 +122,7 @@ def _write(folder: Path, timelines: list[StageTimeline], offsets: dict[int, tupl
         out.print(f"{path}  {what}", soft_wrap=True, highlight=False)
 
 
-def _check_window(logging: Any, total_steps: int) -> None:
+def _check_window(logging: LoggingConfig, total_steps: int) -> None:
     after, steps = logging.trace_after, logging.trace_steps
     if after + steps > total_steps:
         raise UserError(
@@ -149,70 +137,3 @@ def _clear(folder: Path) -> None:
         folder.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"out={folder.parent}: cannot write there ({error.strerror})") from error
-
-
-def _tune(config: Any) -> Traced:
-    plan = tune.make_plan(config)
-
-    def begin(grid: Grid, folder: Path) -> tuple[ObservedEngine, Step]:
-        tokenizer, data = load_tokenizer(plan.model_dir), config.data
-        prefixes = prepare_text(
-            sources(data.path), tokenizer, plan.model_dir, data.cache_dir, data.text_key, progress=False
-        )
-        samples = config.train.steps * config.train.global_batch_size
-        dataset = text_dataset(config, tokenizer, prefixes, samples, plan.shape.vocab_size)
-        started = tune_recipe.start_run(config, plan, grid)
-        micro_batches = tune_recipe.micro_batches_of(started, dataset)
-        rate = LearningRate(config.optim, config.train.steps)
-
-        def step(number: int) -> None:
-            started.engine.set_lr(rate.at(number - 1))
-            started.engine.loss_weights = loss_weights_at(number - 1, plan.loss_weights, config.exits)
-            started.engine.train_step(micro_batches)
-
-        return started.engine, step
-
-    def prepare() -> None:
-        tune.prepare_data(config, plan, progress=config.logging.progress)
-
-    return Traced(plan.layout, config.train.steps, prepare, begin)
-
-
-def _supernet(config: Any) -> Traced:
-    """The last stage of the recipe: it draws along every axis, with the teacher that it learns from."""
-    plan = supernet.make_plan(config)
-    index = len(plan.recipe.stages) - 1
-    recipe, first = plan.recipe.stages[index], plan.recipe.start(index)
-
-    def begin(grid: Grid, folder: Path) -> tuple[ObservedEngine, Step]:
-        data, stage = Data(plan, grid), supernet_recipe.build_stage(plan, grid)
-        started = supernet_recipe.start_run(plan, grid, stage, _order(plan, stage, data, folder))
-        supernet_recipe.open_stages(started, index)
-        supernet_recipe.begin_stage(started)
-        micro_batches = data.micro_batches(0)
-        optim = SimpleNamespace(**{**dict(config.optim), "lr": plan.learning_rate(index)})
-        rate = LearningRate(optim, recipe.steps)
-        trainable = FactorPlan(plan.map, plan.factor_settings(index), stage.new).parameters
-
-        def step(number: int) -> None:
-            started.engine.set_lr(rate.at(number - 1))
-            count = plan.num_micro_batches
-            draws = draw_stream(started.space, recipe.axes, first + number - 1, count, plan.sampling, trainable)
-            started.engine.train_step(micro_batches, draws)
-
-        return started.engine, step
-
-    def prepare() -> None:
-        prepare_supernet_data(plan, progress=config.logging.progress)
-
-    return Traced(plan.layout, recipe.steps, prepare, begin)
-
-
-def _order(plan: Any, stage: Any, data: Data, folder: Path) -> Any:
-    """The run's order of units if it has one already; else it is measured and not kept."""
-    stored, own = folder.parent / supernet.ORDER, folder / supernet.ORDER
-    has_one = stage.grid.from_rank_0(stored.is_file())
-    order = supernet.unit_order(plan, stage, data, stored if has_one else own)
-    if stage.grid.rank == 0:
-        own.unlink(missing_ok=True)
-    return order

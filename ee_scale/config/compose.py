@@ -1,10 +1,10 @@
 """Compose a command's config from `configs/`, the schema and the command line."""
 
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar, overload
 
 import yaml
 from hydra import compose, initialize, initialize_config_dir
@@ -13,12 +13,15 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ee_scale.config.schema import VERBS
+from ee_scale.config.checks import check_rules
+from ee_scale.config.schema import GONE, VERBS, Config, EvaluateConfig, TuneConfig
+from ee_scale.config.supernet import SupernetConfig
 from ee_scale.config.words import find_field, literal, read_word
 from ee_scale.errors import UserError
 
 # A person writes model=<folder>; Hydra reads model=<option of the group>. A value that is no option means the path.
 PATH_SHORTHANDS = {"model": "model.path", "data": "data.path"}
+C = TypeVar("C")
 
 
 def config_dir() -> Path:
@@ -27,26 +30,47 @@ def config_dir() -> Path:
     return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
 
 
-def compose_config(verb: str, overrides: Sequence[str] = ()) -> Any:
-    """The typed config of `verb`, defaults and overrides merged, unknown keys and wrong types refused.
+@overload
+def compose_config(verb: Literal["tune"], overrides: Sequence[str] = ()) -> TuneConfig: ...
+@overload
+def compose_config(verb: Literal["supernet"], overrides: Sequence[str] = ()) -> SupernetConfig: ...
+@overload
+def compose_config(verb: Literal["evaluate"], overrides: Sequence[str] = ()) -> EvaluateConfig: ...
+@overload
+def compose_config(verb: str, overrides: Sequence[str] = ()) -> Config: ...
+def compose_config(verb: str, overrides: Sequence[str] = ()) -> Config:
+    """The config of `verb`, an instance of its dataclass: defaults and overrides merged, references resolved.
 
-    Returns an OmegaConf `DictConfig` typed by the dataclass of the verb. Raises `UserError` in one line.
+    Raises `UserError` in one line for unknown keys, wrong types and values that their field refuses.
     """
     store = ConfigStore.instance()
     for name, node in VERBS.items():
         store.store(name=f"{name}_schema", node=node)
     try:
-        arguments = [expand_shorthand(verb, text) for text in overrides]
+        arguments = [word for word in (expand_shorthand(verb, text) for text in overrides) if not _gone(verb, word)]
         with _hydra(verb):
             config = compose(verb if has_groups(verb) else f"{verb}_schema", overrides=arguments)
-        missing = sorted(OmegaConf.missing_keys(config))
+        if missing := sorted(OmegaConf.missing_keys(config)):
+            shorthands = {path: short for short, path in PATH_SHORTHANDS.items()}
+            raise UserError(f"missing value: {', '.join(shorthands.get(key, key) for key in missing)} (give key=value)")
+        composed = OmegaConf.to_object(config)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error, verb)) from error
-    if missing:
-        shorthands = {path: short for short, path in PATH_SHORTHANDS.items()}
-        raise UserError(f"missing value: {', '.join(shorthands.get(key, key) for key in missing)} (give key=value)")
-    check_choices(config, VERBS[verb])
-    return config
+    check_rules(composed)
+    return composed
+
+
+def _gone(verb: str, word: str) -> bool:
+    key, _, value = word.lstrip("+").partition("=")
+    return is_gone(VERBS[verb], key, value)
+
+
+def is_gone(schema: type, key: str, value: str) -> bool:
+    """Whether a setting is there no more and has its one legal value. Raises `UserError` for another value."""
+    legal, why = GONE.get(schema, {}).get(key, (value, ""))
+    if value != legal:
+        raise UserError(f"{key}={value}: {why}")
+    return bool(why)
 
 
 def has_groups(verb: str) -> bool:
@@ -110,36 +134,30 @@ def find_setting(verb: str, key: str) -> tuple[str, Any]:
     return key, find_field(VERBS[verb], key)
 
 
-def check_choices(config: DictConfig, schema: type, prefix: str = "") -> None:
-    """Refuse a value outside the `choices` of its field, naming both."""
-    for field in fields(schema):
-        value = config[field.name]
-        if is_dataclass(field.default_factory):
-            check_choices(value, field.default_factory, f"{prefix}{field.name}.")
-        elif "choices" in field.metadata and value not in field.metadata["choices"]:
-            choices = ", ".join(field.metadata["choices"])
-            raise UserError(f"{prefix}{field.metadata.get('written', field.name)}={value}: choose one of {choices}")
+def to_yaml(config: Any) -> str:
+    """A config as it is stored beside a run."""
+    return OmegaConf.to_yaml(OmegaConf.create(_literal(asdict(config))), resolve=True)
 
 
-def to_yaml(config: DictConfig) -> str:
-    """The resolved config, as it is stored beside a run."""
-    return OmegaConf.to_yaml(config, resolve=True)
-
-
-def from_yaml(schema: type, text: str) -> Any:
-    """What `to_yaml` wrote, as the typed config of a schema; nothing in it is a reference.
+def from_yaml(schema: type[C], text: str) -> C:
+    """What `to_yaml` wrote; nothing in it is a reference.
 
     Raises `YAMLError` or OmegaConf's errors for anything else.
     """
     values = yaml.safe_load(text)
     if not isinstance(values, dict):
         raise yaml.YAMLError(f"not a mapping but {type(values).__name__}")
-    return OmegaConf.merge(OmegaConf.structured(schema), _literal(values))
+    for key in GONE.get(schema, {}):
+        group, _, name = key.partition(".")
+        if isinstance(found := values.get(group), dict) and name in found and is_gone(schema, key, str(found[name])):
+            del found[name]
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), _literal(values)))
 
 
-def as_dict(config: DictConfig) -> dict[str, Any]:
-    """The resolved config as plain Python."""
-    return OmegaConf.to_container(config, resolve=True)
+def with_value(config: C, key: str, value: Any) -> C:
+    """A copy of a config with another value of a dotted key."""
+    group, _, rest = key.partition(".")
+    return replace(config, **{group: with_value(getattr(config, group), rest, value) if rest else value})
 
 
 def _literal(value: Any) -> Any:
@@ -151,10 +169,10 @@ def _literal(value: Any) -> Any:
 
 
 def known_keys(schema: type, prefix: str = "") -> list[str]:
-    """Every dotted key of a schema."""
+    """Every dotted key of a schema, as it is written on the command line."""
     keys = []
     for field in fields(schema):
-        keys.append(prefix + field.name)
+        keys.append(prefix + field.metadata.get("written", field.name))
         if is_dataclass(field.default_factory):
             keys += known_keys(field.default_factory, f"{prefix}{field.name}.")
     return keys

@@ -1,15 +1,53 @@
 """Settings that several commands share."""
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
 
 
+@dataclass(frozen=True)
+class Rule:
+    """What a value of a field must be (null is always allowed where it is the default): in words, and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def at_least(least: float) -> Rule:
+    """A number from there on."""
+    return Rule(f"must be at least {least}", lambda value: value >= least)
+
+
+def above(bound: float) -> Rule:
+    """A greater number."""
+    return Rule(f"must be above {bound}", lambda value: value > bound)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """One of these words; what is added to them later counts too."""
+
+    choices: Collection[str]
+
+    @property
+    def words(self) -> str:
+        return f"choose one of {', '.join(self.choices)}"
+
+    def holds(self, value: Any) -> bool:
+        return value in self.choices
+
+
+def one_of(*choices: str) -> Choices:
+    """One of these words."""
+    return Choices(choices)
+
+
 def setting(default: Any, text: str, **metadata: Any) -> Any:
     """A dataclass field with a help line; lists and dicts become default factories.
 
-    metadata: `choices` of its value; `written`: its name on the command line where that is a word of Python; `texts`:
+    metadata: `rule` of its value; `written`: its name on the command line where that is a word of Python; `texts`:
     True for one text or a list of them, "prose" for texts in which quotes and `null` are words like others.
     """
     metadata["help"] = text
@@ -28,14 +66,18 @@ class ModelConfig:
 
 @dataclass
 class ParallelConfig:
-    tp: int = setting(1, "tensor-parallel size")
-    pp: int = setting(1, "pipeline stages of the whole model; stages after the deepest exit are never launched")
-    dp: int = setting(1, "data-parallel size (replicas)")
+    tp: int = setting(1, "tensor-parallel size", rule=at_least(1))
+    pp: int = setting(
+        1, "pipeline stages of the whole model; stages after the deepest exit are never launched", rule=at_least(1)
+    )
+    dp: int = setting(1, "data-parallel size (replicas)", rule=at_least(1))
     stages: list[int] | None = setting(None, "layers per stage, e.g. [4,4,2,2]; null balances stages by cost")
-    device: str = setting("auto", "where to run", choices=("auto", "cpu", "cuda"))
-    timeout_minutes: float = setting(30.0, "how long a rank waits for the others before it gives up")
+    device: str = setting("auto", "where to run", rule=one_of("auto", "cpu", "cuda"))
+    timeout_minutes: float = setting(30.0, "how long a rank waits for the others before it gives up", rule=above(0))
     device_memory_gb: float | None = setting(
-        None, "memory of one device, for ee-scale check on a machine without it; null: this machine's"
+        None,
+        "memory of one device, for ee-scale check on a machine without it; null: this machine's",
+        rule=above(0),
     )
 
 
@@ -47,41 +89,51 @@ class DataConfig:
         texts=True,
     )
     weights: list[float] | None = setting(None, "sampling weight of each path of a list; null: by size")
-    seq_length: int = setting(512, "tokens per training sequence")
+    seq_length: int = setting(512, "tokens per training sequence", rule=at_least(1))
     text_key: str = setting("text", "field of a .jsonl line that holds the text")
     cache_dir: str | None = setting(None, "tokenised data; null: ~/.cache/ee_scale/data")
     seed: int = setting(1234, "order of the training sequences")
-    num_workers: int = setting(0, "loader processes per rank")
+    num_workers: int = setting(0, "loader processes per rank", rule=at_least(0))
 
 
 @dataclass
 class OptimConfig:
-    lr: float = setting(1e-4, "peak learning rate")
-    min_lr: float = setting(1e-5, "learning rate at the last step")
-    betas: list[float] = setting([0.9, 0.95], "AdamW betas")
+    lr: float = setting(1e-4, "peak learning rate", rule=at_least(0))
+    min_lr: float = setting(1e-5, "learning rate at the last step", rule=at_least(0))
+    betas: list[float] = setting(
+        [0.9, 0.95],
+        "AdamW betas",
+        rule=Rule("two numbers in [0, 1)", lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas)),
+    )
     eps: float = setting(1e-5, "AdamW epsilon")
-    weight_decay: float = setting(0.01, "AdamW weight decay (not on norms and biases)")
-    clip_grad: float = setting(1.0, "largest gradient norm of one exit; 0: no clipping")
-    warmup_fraction: float = setting(0.01, "share of the steps that warms the learning rate up")
+    weight_decay: float = setting(0.01, "AdamW weight decay (not on norms and biases)", rule=at_least(0))
+    clip_grad: float = setting(1.0, "largest gradient norm of one exit; 0: no clipping", rule=at_least(0))
+    warmup_fraction: float = setting(
+        0.01,
+        "share of the steps that warms the learning rate up",
+        rule=Rule("must be in [0, 1)", lambda share: 0 <= share < 1),
+    )
     decay: str = setting(
-        "linear", "shape of the decay after warm-up", choices=("linear", "cosine", "constant", "inverse-square-root")
+        "linear", "shape of the decay after warm-up", rule=one_of("linear", "cosine", "constant", "inverse-square-root")
     )
 
 
 @dataclass
 class LoggingConfig:
-    every: int = setting(10, "steps between progress lines (metrics.jsonl has every step)")
+    every: int = setting(10, "steps between progress lines (metrics.jsonl has every step)", rule=at_least(1))
     progress: bool = setting(True, "progress bar on a terminal")
-    level: str = setting("info", "log level", choices=("debug", "info", "warning", "error"))
-    wandb: str = setting("disabled", "Weights & Biases mode", choices=("disabled", "offline", "online"))
+    level: str = setting("info", "log level", rule=one_of("debug", "info", "warning", "error"))
+    wandb: str = setting("disabled", "Weights & Biases mode", rule=one_of("disabled", "offline", "online"))
     wandb_project: str = setting("ee_scale", "wandb project")
     wandb_name: str | None = setting(None, "wandb run name; null: name of the output folder")
     wandb_group: str | None = setting(None, "wandb group that the runs of a sweep share; null: none")
     peak_tflops: float | None = setting(
-        None, "peak of one device for MFU; null: the data sheet's for known GPUs, measured once on a CPU"
+        None,
+        "peak of one device for MFU; null: the data sheet's for known GPUs, measured once on a CPU",
+        rule=above(0),
     )
-    trace_after: int = setting(3, "ee-scale trace: steps before the window that is recorded")
-    trace_steps: int = setting(2, "ee-scale trace: steps that are recorded")
+    trace_after: int = setting(3, "ee-scale trace: steps before the window that is recorded", rule=at_least(0))
+    trace_steps: int = setting(2, "ee-scale trace: steps that are recorded", rule=at_least(1))
 
 
 @dataclass
@@ -89,17 +141,23 @@ class LauncherConfig:
     kind: str = setting(
         "local",
         "how `ee-scale launch` starts the ranks: on this machine, by torchrun on several, or as a SLURM job",
-        choices=("local", "torchrun", "slurm"),
+        rule=one_of("local", "torchrun", "slurm"),
     )
-    nodes: int = setting(1, "machines")
+    nodes: int = setting(1, "machines", rule=at_least(1))
     processes_per_node: int | None = setting(None, "ranks (GPUs) per machine; null: the grid's size / nodes")
     head: str | None = setting(None, "torchrun: host name of the first machine; slurm finds it itself")
-    port: int | None = setting(None, "rendezvous port; null: derived from the job id, or free on one machine")
-    max_restarts: int = setting(0, "times that torchrun starts all ranks again after one died")
+    port: int | None = setting(
+        None,
+        "rendezvous port; null: derived from the job id, or free on one machine",
+        rule=Rule("give one of 1024 to 65535", lambda port: 1024 <= port <= 65535),
+    )
+    max_restarts: int = setting(0, "times that torchrun starts all ranks again after one died", rule=at_least(0))
     partition: str | None = setting(None, "slurm: partition")
     account: str | None = setting(None, "slurm: account")
     time: str = setting("24:00:00", "slurm: time limit of one attempt")
-    signal_seconds: int = setting(180, "slurm: seconds before the limit at which ranks are told to save and leave")
+    signal_seconds: int = setting(
+        180, "slurm: seconds before the limit at which ranks are told to save and leave", rule=at_least(1)
+    )
     setup: list[str] = setting([], "slurm, torchrun: shell lines before the start (modules, environment)")
     sbatch: list[str] = setting([], "slurm: more #SBATCH options, without the leading --")
     dry_run: bool = setting(False, "print the exact script and stop (--dry-run)")
@@ -107,18 +165,24 @@ class LauncherConfig:
 
 @dataclass
 class BatchConfig:
-    micro_batch_size: int = setting(4, "sequences per rank and micro-batch")
-    global_batch_size: int = setting(16, "sequences per optimizer step, over all replicas and micro-batches")
-    precision: str = setting("auto", "auto: bf16 on GPU, fp32 on CPU", choices=("auto", "fp32", "bf16"))
-    save_every: int = setting(500, "steps between checkpoints; the last step (of every stage) is always saved")
-    keep: int = setting(2, "checkpoints to keep")
+    micro_batch_size: int = setting(4, "sequences per rank and micro-batch", rule=at_least(1))
+    global_batch_size: int = setting(
+        16, "sequences per optimizer step, over all replicas and micro-batches", rule=at_least(1)
+    )
+    precision: str = setting("auto", "auto: bf16 on GPU, fp32 on CPU", rule=one_of("auto", "fp32", "bf16"))
+    save_every: int = setting(
+        500, "steps between checkpoints; the last step (of every stage) is always saved", rule=at_least(1)
+    )
+    keep: int = setting(2, "checkpoints to keep", rule=at_least(1))
     resume: str = setting(
-        "auto", "continue the run found in out, or refuse a folder that has one", choices=("auto", "never")
+        "auto", "continue the run found in out, or refuse a folder that has one", rule=one_of("auto", "never")
     )
     seed: int = setting(1234, "random start of what is trained, and which subnets are drawn")
     verify_frozen: bool = setting(True, "check that what is frozen has the same digest before and after")
     async_save: bool = setting(True, "write checkpoints in the background while training goes on")
     spike_factor: float = setting(
-        10.0, "leave out an update whose loss is above this many times its running mean; 0: only what is not a number"
+        10.0,
+        "leave out an update whose loss is above this many times its running mean; 0: only what is not a number",
+        rule=at_least(0),
     )
-    max_skipped: int = setting(10, "stop after this many updates in a row that were left out")
+    max_skipped: int = setting(10, "stop after this many updates in a row that were left out", rule=at_least(1))

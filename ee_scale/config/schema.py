@@ -4,7 +4,8 @@ The dataclasses are the schema that Hydra merges `configs/*.yaml` and the comman
 `ee-scale <verb> --help` prints the help lines.
 """
 
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 from omegaconf import MISSING
@@ -12,15 +13,24 @@ from omegaconf import MISSING
 from ee_scale.config.convert import ConvertConfig
 from ee_scale.config.groups import (
     BatchConfig,
+    Choices,
     DataConfig,
     LauncherConfig,
     LoggingConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
+    Rule,
+    above,
+    at_least,
+    one_of,
     setting,
 )
 from ee_scale.config.supernet import PaletteConfig, SupernetConfig
+from ee_scale.modeling.kinds import KINDS
+
+FINITE = Rule("must be above 0", lambda value: 0 < value < inf)
+SHARE = Rule("must be between 0 and 1", lambda value: 0 < value < 1)
 
 
 @dataclass
@@ -30,26 +40,30 @@ class ExitsConfig:
         "where exits sit: layer numbers [3,6,9] (an exit at k reads the hidden state after k layers), "
         "fractions of the depth [0.25,0.5], or 'stages' for every stage boundary",
     )
-    kind: str = setting("mlp", "what an exit trains before its head", choices=("embedding", "norm", "mlp", "layer"))
+    kind: str = setting("mlp", "what an exit trains before its head", rule=Choices(KINDS))
     head: str = setting(
         "low_rank",
         "output head: the frozen lm_head (tied), lm_head plus a low-rank update, or an own copy (full)",
-        choices=("tied", "low_rank", "full"),
+        rule=one_of("tied", "low_rank", "full"),
     )
-    rank: int = setting(64, "rank r of the low-rank head")
-    init: str = setting("copy", "start from the backbone's own modules, or random", choices=("copy", "random"))
+    rank: int = setting(64, "rank r of the low-rank head", rule=at_least(1))
+    init: str = setting("copy", "start from the backbone's own modules, or random", rule=one_of("copy", "random"))
     loss_weights: Any = setting(1.0, "weight of the exits' losses: one number, or one per exit")
     loss_weight_init: float = setting(0.0, "loss weight at step 0 of the weight warm-up")
-    loss_weight_warmup_steps: int = setting(0, "steps until the loss weights reach their value; 0: from the start")
-    loss_weight_warmup_style: str = setting("linear", "shape of the weight warm-up", choices=("linear", "cosine"))
+    loss_weight_warmup_steps: int = setting(
+        0, "steps until the loss weights reach their value; 0: from the start", rule=at_least(0)
+    )
+    loss_weight_warmup_style: str = setting("linear", "shape of the weight warm-up", rule=one_of("linear", "cosine"))
     confidence_weighting: bool = setting(
         False, "weight each token's loss by the exit's own confidence (costs one more head pass)"
     )
     kl_weight: float = setting(
-        0.0, "weight of KL(final layer || exit); needs every stage, and stages wait for the final layer"
+        0.0,
+        "weight of KL(final layer || exit); needs every stage, and stages wait for the final layer",
+        rule=at_least(0),
     )
-    kl_temperature: float = setting(1.0, "temperature of both distributions in the KL term")
-    loss_chunk_tokens: int = setting(1024, "tokens whose logits exist at the same time")
+    kl_temperature: float = setting(1.0, "temperature of both distributions in the KL term", rule=above(0))
+    loss_chunk_tokens: int = setting(1024, "tokens whose logits exist at the same time", rule=at_least(1))
 
 
 @dataclass
@@ -58,20 +72,24 @@ class BackboneConfig:
         "frozen",
         "what trains beside the exits: nothing, low-rank adapters on the backbone, or all of it (EE-LLM); "
         "choose with backbone=",
-        choices=("frozen", "low_rank", "full"),
+        rule=one_of("frozen", "low_rank", "full"),
     )
-    rank: int = setting(8, "rank r of the adapters")
+    rank: int = setting(8, "rank r of the adapters", rule=at_least(1))
     targets: list[str] = setting(["attention", "mlp"], "projections that get an adapter, of attention and mlp")
-    final_weight: float = setting(1.0, "weight of the model's own loss beside those of the exits")
+    final_weight: float = setting(1.0, "weight of the model's own loss beside those of the exits", rule=at_least(0))
     activation_checkpointing: bool = setting(
         False, "keep only each layer's input for the backward pass and compute the rest again"
     )
 
+    @property
+    def trains(self) -> bool:
+        """Whether gradients cross stages; then all stages run, and the model's own loss counts."""
+        return self.mode != "frozen"
+
 
 @dataclass
 class TrainConfig(BatchConfig):
-    steps: int = setting(1000, "optimizer steps")
-    zero: int = setting(1, "DeepSpeed ZeRO stage of the exits' optimizer state")
+    steps: int = setting(1000, "optimizer steps", rule=at_least(1))
 
 
 @dataclass
@@ -91,29 +109,23 @@ class TuneConfig:
 
 
 @dataclass
-class _ExportSettings:
+class ExportConfig:
+    """Turn a finished run, or one of its exits, into files that transformers or ONNX opens."""
+
     src: str = setting(MISSING, "output folder of a tune run; with format=onnx a stock model folder")
     out: str = setting(MISSING, "folder to write; must not exist")
     kind: str = setting(
         "early_exit",
         "of a run: one folder with base model and exits, the exits alone (sidecar), or one exit as a stock model of "
         "its layers (submodel)",
-        choices=("early_exit", "sidecar", "submodel"),
+        rule=one_of("early_exit", "sidecar", "submodel"),
     )
     step: int | None = setting(None, "checkpoint to export; null: the last one")
     format: str = setting(
-        "hf", "hf: files that transformers opens; onnx: a stock model folder as an ONNX file", choices=("hf", "onnx")
+        "hf", "hf: files that transformers opens; onnx: a stock model folder as an ONNX file", rule=one_of("hf", "onnx")
     )
     int8: bool = setting(False, "onnx: weights in int8")
-
-
-# Built here because `exit` is a word of the command line that no name in the code shall shadow.
-ExportConfig = make_dataclass(
-    "ExportConfig",
-    [("exit", int | None, setting(None, "submodel: the layer of the exit to export"))],
-    bases=(_ExportSettings,),
-    namespace={"__doc__": "Turn a finished run, or one of its exits, into files that transformers or ONNX opens."},
-)
+    layer: int | None = setting(None, "submodel: the layer of the exit to export", written="exit")
 
 
 @dataclass
@@ -127,23 +139,33 @@ class EvaluateConfig:
     exits: Any = setting(
         None, "exit layers to measure on a model without exits, as untrained copies: what tuning would start from"
     )
-    kind: str = setting("mlp", "kind of those untrained exits", choices=("embedding", "norm", "mlp", "layer"))
+    kind: str = setting("mlp", "kind of those untrained exits", rule=Choices(KINDS))
     out: str | None = setting(None, "folder for evaluate.json, evaluate.csv and evaluate.png; null: table only")
-    seq_length: int = setting(512, "tokens per sequence")
-    batch_size: int = setting(4, "sequences per forward pass")
+    seq_length: int = setting(512, "tokens per sequence", rule=at_least(1))
+    batch_size: int = setting(4, "sequences per forward pass", rule=at_least(1))
     max_tokens: int = setting(100_000, "tokens to measure on; 0: all")
     text_key: str = setting("text", "field of a .jsonl line that holds the text")
     cache_dir: str | None = setting(None, "tokenised data; null: ~/.cache/ee_scale/data")
-    device: str = setting("auto", "where to run", choices=("auto", "cpu", "cuda"))
+    device: str = setting("auto", "where to run", rule=one_of("auto", "cpu", "cuda"))
     tag_key: str | None = setting(
         None, "field of a .jsonl line that names the group of the text (task, customer): figures per group as well"
     )
     sweep: bool = setting(False, "try 21 limits, the lossless mode and the calibrated limits: quality against speed")
-    policy: str = setting("threshold", "what the sweep's limits apply to", choices=("threshold", "entropy", "margin"))
-    prompts: int = setting(8, "prompts of the sweep's timed decoding, a multiple of 8; 0: no timing")
-    prompt_tokens: int = setting(64, "tokens of each prompt")
-    new_tokens: int = setting(32, "tokens that continue each prompt")
-    rounds: int = setting(8, "timed batches of each size (1 and 8): all points in turn, then the next batch")
+    policy: str = setting(
+        "threshold", "what the sweep's limits apply to", rule=one_of("threshold", "entropy", "margin")
+    )
+    prompts: int = setting(
+        8,
+        "prompts of the sweep's timed decoding; 0: no timing",
+        rule=Rule(
+            "give a multiple of 8 (batches of 1 and of 8 are timed), or 0", lambda count: count >= 0 and count % 8 == 0
+        ),
+    )
+    prompt_tokens: int = setting(64, "tokens of each prompt", rule=at_least(1))
+    new_tokens: int = setting(32, "tokens that continue each prompt", rule=at_least(1))
+    rounds: int = setting(
+        8, "timed batches of each size (1 and 8): all points in turn, then the next batch", rule=at_least(1)
+    )
 
 
 @dataclass
@@ -159,24 +181,24 @@ class CalibrateConfig:
     )
     loss_increase: float | None = setting(None, "instead: how much the mean loss may grow, nats per token")
     confidence: float = setting(0.95, "chance, over the choice of the text, that the bound holds")
-    policy: str = setting("threshold", "what the limits apply to", choices=("threshold", "entropy", "margin"))
+    policy: str = setting("threshold", "what the limits apply to", rule=one_of("threshold", "entropy", "margin"))
     unit: str = setting(
         "window",
         "what counts as drawn independently: windows (every token weighs the same), or only whole documents "
         "(every document weighs the same; needs many)",
-        choices=("window", "document"),
+        rule=one_of("window", "document"),
     )
     tag_key: str | None = setting(
         None, "field of a .jsonl line that names the group of the text (task, customer): limits per group as well"
     )
     out: str | None = setting(None, "folder for calibrate.json, a copy of what is stored; null: none")
-    seq_length: int = setting(128, "tokens per window; more and shorter windows show more")
-    batch_size: int = setting(16, "windows per forward pass")
+    seq_length: int = setting(128, "tokens per window; more and shorter windows show more", rule=at_least(1))
+    batch_size: int = setting(16, "windows per forward pass", rule=at_least(1))
     max_tokens: int = setting(200_000, "tokens to calibrate on, chosen at random; 0: all")
     seed: int = setting(0, "which windows choose the limits and which test them")
     text_key: str = setting("text", "field of a .jsonl line that holds the text")
     cache_dir: str | None = setting(None, "tokenised data; null: ~/.cache/ee_scale/data")
-    device: str = setting("auto", "where to run", choices=("auto", "cpu", "cuda"))
+    device: str = setting("auto", "where to run", rule=one_of("auto", "cpu", "cuda"))
 
 
 @dataclass
@@ -190,20 +212,24 @@ class ProbeConfig:
         texts=True,
     )
     layers: Any = setting(None, "exits to try on a model without any; null: up to 11, spread over the depth")
-    kind: str = setting("mlp", "kind of those exits, which their cost depends on", choices=("norm", "mlp"))
-    context: int = setting(256, "tokens in the cache while costs are measured")
-    max_tokens: int = setting(8192, "tokens of text to read")
-    prompts: int = setting(16, "prompts that the model continues, greedily and at `temperature`")
-    prompt_tokens: int = setting(64, "tokens of each prompt")
-    new_tokens: int = setting(64, "tokens of each continuation")
-    temperature: float = setting(0.8, "temperature of sampled text and of the acceptance measured on it")
-    agreement: float = setting(0.98, "share of all tokens that must stay the whole model's when exits are taken")
-    seconds: float = setting(6.0, "time to spend on timing the parts")
+    kind: str = setting("mlp", "kind of those exits, which their cost depends on", rule=one_of("norm", "mlp"))
+    context: int = setting(256, "tokens in the cache while costs are measured", rule=at_least(1))
+    max_tokens: int = setting(8192, "tokens of text to read", rule=at_least(1))
+    prompts: int = setting(16, "prompts that the model continues, greedily and at `temperature`", rule=at_least(1))
+    prompt_tokens: int = setting(64, "tokens of each prompt", rule=at_least(1))
+    new_tokens: int = setting(64, "tokens of each continuation", rule=at_least(1))
+    temperature: float = setting(0.8, "temperature of sampled text and of the acceptance measured on it", rule=FINITE)
+    agreement: float = setting(
+        0.98,
+        "share of all tokens that must stay the whole model's when exits are taken",
+        rule=Rule("must be above 0 and at most 1", lambda share: 0 < share <= 1),
+    )
+    seconds: float = setting(6.0, "time to spend on timing the parts", rule=FINITE)
     seed: int = setting(0, "sampled text")
     out: str | None = setting(None, "folder for probe.json and probe.png; null: table only")
     text_key: str = setting("text", "field of a .jsonl line that holds the text")
     cache_dir: str | None = setting(None, "tokenised data; null: ~/.cache/ee_scale/data")
-    device: str = setting("auto", "where to run", choices=("auto", "cpu", "cuda"))
+    device: str = setting("auto", "where to run", rule=one_of("auto", "cpu", "cuda"))
 
 
 @dataclass
@@ -213,8 +239,10 @@ class ReportConfig:
     log: Any = setting(MISSING, "log file, pattern, or a list of those", texts=True)
     tag: str | None = setting(None, "only tokens with this tag ('-': those without)")
     every: Any = setting("hour", "length of a time bucket: hour, day, minute, or a number of minutes")
-    agreement: float = setting(0.98, "share of tokens that should be the whole model's: warn where it is lower")
-    confidence: float = setting(0.95, "of the intervals, and of the whole report's warnings together")
+    agreement: float = setting(
+        0.98, "share of tokens that should be the whole model's: warn where it is lower", rule=SHARE
+    )
+    confidence: float = setting(0.95, "of the intervals, and of the whole report's warnings together", rule=SHARE)
     out: str | None = setting(None, "folder for report.json, report.csv and report.png; null: tables only")
 
 
@@ -222,7 +250,6 @@ class ReportConfig:
 class DecodeParallelConfig:
     tp: int = setting(1, "tensor-parallel size")
     pp: int = setting(1, "pipeline stages; an exit frees the first stage while later ones fill their caches")
-    dp: int = setting(1, "replicas: decoding has none; start one command per replica")
     stages: list[int] | None = setting(None, "layers per stage, e.g. [6,6]; null balances stages by cost")
     timeout_minutes: float = setting(30.0, "how long a rank waits for the others before it gives up")
 
@@ -238,17 +265,27 @@ class GenerateConfig:
     prompts: str | None = setting(None, "file of prompts: .txt, one per line, or .jsonl with a field 'prompt'")
     out: str | None = setting(None, ".jsonl to write, a line per prompt; null: one prompt streams, several are printed")
     chat: bool = setting(False, "put the prompt into the tokenizer's chat template, as a user's message")
-    max_new_tokens: int = setting(128, "tokens to add at most; an end mark ends a text earlier")
-    temperature: float = setting(0.0, "0: the most likely token; above: sample at this temperature")
-    top_k: int | None = setting(None, "sample among the k most likely tokens; null: as the model's generation config")
-    top_p: float | None = setting(None, "sample among the most likely tokens of this total probability; null: as above")
+    max_new_tokens: int = setting(128, "tokens to add at most; an end mark ends a text earlier", rule=at_least(1))
+    temperature: float = setting(
+        0.0,
+        "temperature of sampling",
+        rule=Rule("must be 0 (the most likely token) or above", lambda value: 0 <= value < inf),
+    )
+    top_k: int | None = setting(
+        None, "sample among the k most likely tokens; null: as the model's generation config", rule=at_least(1)
+    )
+    top_p: float | None = setting(
+        None,
+        "sample among the most likely tokens of this total probability; null: as above",
+        rule=Rule("must be above 0, at most 1", lambda share: 0 < share <= 1),
+    )
     seed: int = setting(0, "random numbers of sampling")
-    batch_size: int = setting(8, "prompts that are continued together")
+    batch_size: int = setting(8, "prompts that are continued together", rule=at_least(1))
     policy: str = setting(
         "off",
         "when a token leaves at an exit: never, by a limit on its score, after agreeing exits, always at one; "
         "lossless: exits draft and the model verifies, same output",
-        choices=("off", "threshold", "entropy", "margin", "patience", "fixed", "lossless"),
+        rule=one_of("off", "threshold", "entropy", "margin", "patience", "fixed", "lossless"),
     )
     threshold: Any = setting(None, "limit of the policy's score: a number, or one per exit; null: as calibrated")
     layer: int | None = setting(None, "the exit of fixed; the drafting exit of lossless (null: by measured cost)")
@@ -260,10 +297,14 @@ class GenerateConfig:
     show_exits: bool = setting(False, "colour each token by the layer it came from")
     log: str | None = setting(None, "decision log to append to (.jsonl), for `ee-scale report`")
     tag: Any = setting(None, "tag of the prompts (task, customer), or a list with one per prompt", texts=True)
-    audit: float | None = setting(None, "share of early tokens that are compared with the full model, in the log")
+    audit: float | None = setting(
+        None,
+        "share of early tokens that are compared with the full model, in the log",
+        rule=Rule("give a share between 0 and 1", lambda share: 0 <= share <= 1),
+    )
     parallel: DecodeParallelConfig = field(default_factory=DecodeParallelConfig)
-    device: str = setting("auto", "where to run", choices=("auto", "cpu", "cuda"))
-    dtype: str = setting("auto", "number type; auto: as stored", choices=("auto", "fp32", "bf16", "fp16"))
+    device: str = setting("auto", "where to run", rule=one_of("auto", "cpu", "cuda"))
+    dtype: str = setting("auto", "number type; auto: as stored", rule=one_of("auto", "fp32", "bf16", "fp16"))
 
 
 @dataclass
@@ -291,6 +332,17 @@ VERBS = {
     "generate": GenerateConfig,
     "demo": DemoConfig,
 }
+# Settings of earlier versions that had one legal value, with the reason. Who still gives that value is understood.
+GONE = {
+    TuneConfig: {
+        "train.zero": (
+            "1",
+            "exits train under ZeRO-1 (DeepSpeed's pipeline engine refuses ZeRO-2 and ZeRO-3); there is no such "
+            "setting any more",
+        )
+    },
+    GenerateConfig: {"parallel.dp": ("1", "decoding has no replicas; start one command per replica")},
+}
 # Words in front of a command that trains: what to do with its config instead of running it here and now.
 PREFIXES = {
     "check": "Show what a run would be: stages, memory, communication; refuse what cannot fit.",
@@ -298,3 +350,16 @@ PREFIXES = {
     "launch": "Start a run here, on several machines, or as a SLURM job (launcher=local|torchrun|slurm).",
 }
 TRAINING_VERBS = ("tune", "supernet")
+TrainingConfig = TuneConfig | SupernetConfig
+Config = (
+    TrainingConfig
+    | PaletteConfig
+    | ExportConfig
+    | ConvertConfig
+    | EvaluateConfig
+    | CalibrateConfig
+    | ProbeConfig
+    | ReportConfig
+    | GenerateConfig
+    | DemoConfig
+)

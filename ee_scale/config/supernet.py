@@ -13,6 +13,10 @@ from ee_scale.config.groups import (
     ModelConfig,
     OptimConfig,
     ParallelConfig,
+    Rule,
+    above,
+    at_least,
+    one_of,
     setting,
 )
 
@@ -37,9 +41,9 @@ class SpaceConfig:
 class RecipeStage:
     name: str = setting(MISSING, "name of the stage")
     axes: list[str] = setting([], "what may shrink: hidden, heads, ffn, depth; none: the full model alone (teacher)")
-    steps: int = setting(MISSING, "optimizer steps")
-    lr: float | None = setting(None, "peak learning rate; null: optim.lr")
-    rank: int = setting(8, "rank r of the stage's low-rank factors; 0: whole matrices")
+    steps: int = setting(MISSING, "optimizer steps", rule=at_least(1))
+    lr: float | None = setting(None, "peak learning rate; null: optim.lr", rule=at_least(0))
+    rank: int = setting(8, "rank r of the stage's low-rank factors; 0: whole matrices", rule=at_least(0))
 
 
 @dataclass
@@ -53,7 +57,7 @@ class FactorsConfig:
 @dataclass
 class SamplingConfig:
     smallest: bool = setting(True, "the smallest subnet trains in every step, beside the full one")
-    randoms: int = setting(2, "random subnets per step")
+    randoms: int = setting(2, "random subnets per step", rule=at_least(0))
     gamma: float = setting(
         0.5, "exponent of the gradient scaling (n_full / n_sub)^gamma; 0: plain mean; may be negative"
     )
@@ -64,19 +68,25 @@ class DistillConfig:
     teacher: str = setting(
         "frozen",
         "who teaches: the full model after the stages without axes, or the full model of the same step",
-        choices=("frozen", "live"),
+        rule=one_of("frozen", "live"),
     )
-    kl_weight: float = setting(0.9, "weight of KL(teacher || subnet); the task's loss has the rest")
-    feature_weight: float = setting(0.1, "weight of the distance to the teacher's projected hidden states")
-    feature_dim: int = setting(128, "dimension that hidden states are projected to")
-    temperature: float = setting(1.0, "temperature of both distributions in the KL term")
-    loss_chunk_tokens: int = setting(1024, "tokens whose logits exist at the same time")
+    kl_weight: float = setting(
+        0.9,
+        "weight of KL(teacher || subnet)",
+        rule=Rule("must be in [0, 1]; the task's loss has the rest", lambda share: 0 <= share <= 1),
+    )
+    feature_weight: float = setting(
+        0.1, "weight of the distance to the teacher's projected hidden states", rule=at_least(0)
+    )
+    feature_dim: int = setting(128, "dimension that hidden states are projected to", rule=at_least(1))
+    temperature: float = setting(1.0, "temperature of both distributions in the KL term", rule=above(0))
+    loss_chunk_tokens: int = setting(1024, "tokens whose logits exist at the same time", rule=at_least(1))
 
 
 @dataclass
 class ImportanceConfig:
-    samples: int = setting(256, "sequences that the order of units is measured on")
-    batch_size: int = setting(8, "sequences per forward pass")
+    samples: int = setting(256, "sequences that the order of units is measured on", rule=at_least(1))
+    batch_size: int = setting(8, "sequences per forward pass", rule=at_least(1))
 
 
 @dataclass
@@ -96,7 +106,9 @@ class SupernetConfig:
     """Train a weight-sharing supernet on a frozen model in low-rank stages (MLFS): a palette of sizes."""
 
     out: str = setting("runs/supernet", "output folder of the run")
-    task: str | None = setting(None, "null: by architecture (BERT: classify, the others: causal_lm)")
+    task: str | None = setting(
+        None, "null: by architecture, BERT: classify, the others: causal_lm", rule=one_of("causal_lm", "classify")
+    )
     model: ModelConfig = field(default_factory=ModelConfig)
     space: SpaceConfig = field(default_factory=SpaceConfig)
     stages: list[RecipeStage] = setting(
@@ -121,28 +133,28 @@ class PaletteConfig:
     src: str = setting(MISSING, "output folder of a supernet run")
     out: str = setting(MISSING, "folder to write; must not exist")
     data: Any = setting(None, "held-out data; null: data.valid of the run", texts=True)
-    count: int = setting(6, "sizes to cut out")
+    count: int = setting(6, "sizes to cut out", rule=at_least(1))
     objective: str = setting(
         "params",
         "the cost that the sizes are spread over and must not dominate each other in",
-        choices=("params", "flops", "latency_ms", "memory_mb"),
+        rule=one_of("params", "flops", "latency_ms", "memory_mb"),
     )
     max_params: float | None = setting(None, "largest number of parameters, embeddings included")
     max_flops: float | None = setting(None, "largest number of floating-point operations of one forward")
     max_latency_ms: float | None = setting(None, "longest forward of `tokens` tokens at batch 1, measured")
     max_memory_mb: float | None = setting(None, "largest peak memory that the model adds to a process, measured")
     method: str = setting(
-        "auto", "how to search; auto: all members if few, else nsga2", choices=("auto", "grid", "random", "nsga2")
+        "auto", "how to search; auto: all members if few, else nsga2", rule=one_of("auto", "grid", "random", "nsga2")
     )
-    trials: int = setting(64, "subnets whose quality is evaluated")
+    trials: int = setting(64, "subnets whose quality is evaluated", rule=at_least(1))
     samples: int = setting(512, "held-out sequences that quality is searched on; 0: all")
-    batch_size: int = setting(16, "sequences per forward pass")
-    tokens: int = setting(128, "tokens of the measured forward")
-    new_tokens: int = setting(32, "tokens of the measured decoding (causal_lm)")
+    batch_size: int = setting(16, "sequences per forward pass", rule=at_least(1))
+    tokens: int = setting(128, "tokens of the measured forward", rule=at_least(1))
+    new_tokens: int = setting(32, "tokens of the measured decoding (causal_lm)", rule=at_least(1))
     seconds: float = setting(2.0, "time for measuring each cut-out size")
     threads: int | None = setting(None, "CPU threads while measuring; null: torch's default")
     onnx: bool = setting(False, "write each size as ONNX as well, fp32 and int8, and measure it in onnxruntime")
     step: int | None = setting(None, "checkpoint to cut from; null: the last one")
     seed: int = setting(0, "search, and which held-out text is read")
     cache_dir: str | None = setting(None, "tokenised data; null: ~/.cache/ee_scale/data")
-    device: str = setting("auto", "where to evaluate and measure", choices=("auto", "cpu", "cuda"))
+    device: str = setting("auto", "where to evaluate and measure", rule=one_of("auto", "cpu", "cuda"))

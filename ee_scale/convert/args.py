@@ -4,12 +4,13 @@ from argparse import Namespace
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import AutoConfig
 
-from ee_scale.backbone.families import check_sizes, shape_of
 from ee_scale.errors import UserError, one_line
+from ee_scale.families.family import Family
+from ee_scale.families.registry import FAMILIES, megatron_family
+from ee_scale.families.sizes import check_sizes, shape_of
 
-CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 # What Megatron's rotary embedding has for the type llama3, and no argument changes.
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -99,6 +100,7 @@ def to_args(
     `uneven`: layers of the first and of the last stage, where they are not those of every stage.
     """
     shape, rope, window = shape_of(config), rope_of(config), window_of(config)
+    names = megatron_family(config).megatron
     return Namespace(
         num_layers=shape.num_layers,
         encoder_num_layers=shape.num_layers,
@@ -121,8 +123,8 @@ def to_args(
         use_rope_scaling=rope["rope_type"] == "llama3",
         rope_scaling_factor=float(rope.get("factor", 8.0)),
         rotary_seq_len_interpolation_factor=rope["factor"] if rope["rope_type"] == "linear" else None,
-        add_qkv_bias=config.model_type == "qwen2",
-        qk_layernorm=config.model_type == "qwen3",
+        add_qkv_bias=names.qkv_bias,
+        qk_layernorm=names.qk_norms,
         window_size=None if window is None else (window - 1, 0),
         untie_embeddings_and_output_weights=not shape.tied_embeddings,
         attention_dropout=config.attention_dropout,
@@ -155,6 +157,7 @@ def to_config(args: Namespace, vocab_size: int | None) -> Any:
     if missing := [name for name in NEEDED if getattr(args, name, None) is None]:
         raise UserError(f"args: no {missing[0]} in the checkpoint; give model=<Hugging Face folder with config.json>")
     family = family_of_args(args)
+    names = family.megatron
     words = vocab_size or getattr(args, "vocab_size", None)
     if words is None:
         raise UserError(
@@ -177,19 +180,21 @@ def to_config(args: Namespace, vocab_size: int | None) -> Any:
         "initializer_range": getattr(args, "init_method_std", 0.02),
     }
     head_dim = getattr(args, "kv_channels", None) or args.hidden_size // heads
-    if family != "qwen2":
+    if names.head_dim:
         values["head_dim"] = head_dim
     elif head_dim * heads != args.hidden_size:
-        raise UserError(f"args.kv_channels={head_dim}: Qwen2 has hidden_size / num_attention_heads only")
+        raise UserError(
+            f"args.kv_channels={head_dim}: {family.name.capitalize()} has hidden_size / num_attention_heads only"
+        )
     if window := getattr(args, "window_size", None):
         values |= {"sliding_window": window[0] + 1}
-        if family != "mistral":
+        if not names.windowed:
             values |= {"use_sliding_window": True, "max_window_layers": 0}
-    elif family == "mistral":
+    elif names.windowed:
         values["sliding_window"] = None
     check_sizes(values, "args")
     try:
-        config = CONFIGS[family](**values, bos_token_id=None, eos_token_id=None)
+        config = AutoConfig.for_model(family.name, **values, bos_token_id=None, eos_token_id=None)
     except Exception as error:  # each class of transformers fails in its own way over odd values
         raise UserError(f"args: {one_line(error)}; give model=<Hugging Face folder with config.json>") from error
     config.architectures = [f"{type(config).__name__.removesuffix('Config')}ForCausalLM"]
@@ -228,16 +233,15 @@ def check_agrees(args: Namespace, config: Any, place: Any) -> None:
             )
 
 
-def family_of_args(args: Namespace) -> str:
-    """The Hugging Face family that has the parts which `args` name. Raises `UserError`."""
-    bias, norms = getattr(args, "add_qkv_bias", False), getattr(args, "qk_layernorm", False)
-    if bias and norms:
+def family_of_args(args: Namespace) -> Family:
+    """The family that has the parts which `args` name, and windows as they say. Raises `UserError`."""
+    parts = bool(getattr(args, "add_qkv_bias", False)), bool(getattr(args, "qk_layernorm", False))
+    window = bool(getattr(args, "window_size", None))
+    mapped = [family for family in FAMILIES.values() if family.megatron]
+    fitting = [family for family in mapped if (family.megatron.qkv_bias, family.megatron.qk_norms) == parts]
+    if not fitting:
         raise UserError("args.add_qkv_bias and args.qk_layernorm: no family here has both")
-    if norms:
-        return "qwen3"
-    if bias:
-        return "qwen2"
-    return "mistral" if getattr(args, "window_size", None) else "llama"
+    return next((family for family in fitting if family.megatron.windowed == window), fitting[0])
 
 
 def flags_to_pass(config: Any, uneven: tuple[int | None, int | None] = (None, None)) -> list[str]:
@@ -248,7 +252,7 @@ def flags_to_pass(config: Any, uneven: tuple[int | None, int | None] = (None, No
         flags.append(f"--use-rope-scaling --rope-scaling-factor {rope['factor']:g}")
     if rope["rope_type"] == "linear":
         flags.append(f"--rotary-seq-len-interpolation-factor {rope['factor']:g}")
-    if config.model_type == "qwen3":
+    if megatron_family(config).megatron.qk_norms:
         flags.append("--qk-layernorm")
     if window is not None:
         flags.append(f"--window-size {window - 1},0")

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 
 from ee_scale.artifact.hf_folder import write_index
+from ee_scale.artifact.trained_base import EMBEDDING, HEAD
+from ee_scale.backbone.exit_layers import exits_of
 from ee_scale.convert.deepspeed_files import harmless, scan, tag_folder
 from ee_scale.convert.files import reserve
 from ee_scale.convert.folders import hugging_face_part
@@ -34,12 +36,10 @@ from ee_scale.convert.tensors import Extent, Piece, Stored, TensorInfo
 from ee_scale.convert.unpickle import known_globals, reads_strangers
 from ee_scale.convert.values import Values
 from ee_scale.errors import UserError, one_line
-from ee_scale.exits.placement import exits_of
 
 # Modules around modules: of torch.compile, FSDP, activation checkpointing; of DistributedDataParallel, Lightning, peft.
 INSIDE = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 OUTSIDE = re.compile(r"^(module\.|_forward_module\.|base_model\.model\.(?=model\.|lm_head\.))+")
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -176,8 +176,7 @@ def bare_conversion(opened: Opened, out: Path, shard_bytes: int, dtype: torch.dt
         file.pieces = [_as_float(piece, dtype or opened.model.dtype) for piece in file.pieces]
 
     def finish(folder: Path) -> None:
-        if len(files) > 1:
-            write_index(folder, {piece.key: file.name for file in files for piece in file.pieces})
+        write_index(folder, {piece.key: file.name for file in files for piece in file.pieces})
 
     conversion = Conversion(opened, source, files, finish, out)
     check_source(conversion)

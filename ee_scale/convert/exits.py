@@ -10,13 +10,15 @@ from dataclasses import replace
 from typing import Any
 
 from ee_scale.convert.args import rope_of, window_of
-from ee_scale.convert.model import Model
-from ee_scale.convert.names import EMBEDDING, HEAD, MLP, Row, Rule
+from ee_scale.convert.model import Model, body_rows
 from ee_scale.convert.tensors import Span
 from ee_scale.errors import UserError
-from ee_scale.exits.heads import ExitSpec
-from ee_scale.exits.modeling_early_exit import PREFIX
 from ee_scale.exits.placement import exit_spec
+from ee_scale.families.megatron import EMBEDDING, HEAD, Row, Rule
+from ee_scale.families.registry import megatron_family
+from ee_scale.modeling.heads import ExitSpec
+from ee_scale.modeling.kinds import KINDS
+from ee_scale.modeling.modeling_early_exit import PREFIX
 
 NORM = Row(("norm.weight",), "", "exit_norm.weight", Rule.WHOLE)
 
@@ -39,7 +41,9 @@ def spec_of_args(args: Namespace, config: Any) -> ExitSpec | None:
         raise UserError("args: pre_exit with exit_layer_nums=1: an exit in front of the first layer has none to read")
     if duplicates := sorted({n for n in numbers if numbers.count(n) > 1}):
         raise UserError(f"args.exit_layer_nums={numbers}: {duplicates[0]} twice")
-    kind = "mlp" if mlp else "layer" if block else "norm" if norm else "embedding"
+    flags = {"use_exit_mlp": mlp, "use_exit_block": block, "use_exit_norm": norm}
+    true = {name for name, value in flags.items() if value}
+    kind = next(kind.name for kind in KINDS.values() if kind.ee_llm is not None and set(kind.ee_llm) == true)
     head = "full" if getattr(args, "untie_exit_output_weights", False) else "tied"
     if head == "tied" and not config.tie_word_embeddings:
         raise UserError(
@@ -68,9 +72,7 @@ def exit_args(model: Model) -> dict[str, Any]:
     return {
         "exit_layer_nums": list(spec.layers),
         "pre_exit": False,
-        "use_exit_mlp": spec.kind == "mlp",
-        "use_exit_block": spec.kind == "layer",
-        "use_exit_norm": spec.kind != "embedding",
+        **{name: name in spec.exit_kind.ee_llm for name in ("use_exit_mlp", "use_exit_block", "use_exit_norm")},
         "untie_exit_output_weights": own_heads(model),
         "exit_layer_weight": [1.0] * len(spec.layers),
         "exit_layer_temperature": [1.0] * len(spec.layers),
@@ -88,7 +90,7 @@ def check_old_classes(model: Model) -> None:
     window = window_of(config)
     for holds, reason in (
         (
-            model.exits is not None and config.model_type not in ("llama", "mistral"),
+            model.exits is not None and not megatron_family(config).megatron.in_ee_llm,
             f"model_type={config.model_type}: EE-LLM has Llama's layers",
         ),
         (rope["rope_theta"] != 1e4, f"rope_theta={rope['rope_theta']:g}: their base is 10000 and cannot be set"),
@@ -105,13 +107,10 @@ def check_old_classes(model: Model) -> None:
 def exit_rows(spec: ExitSpec, layer_rows: tuple[Row, ...], k: int) -> Iterator[tuple[str, Row, str]]:
     """(key behind `layers.<l>.`, row, prefix of the model's names) of the exit at layer k but for its output matrix."""
     prefix = f"{PREFIX}{k}."
-    if spec.kind == "mlp":
-        for row in MLP:
-            yield row.legacy.replace("mlp.", "mlp.branch."), row, prefix
-    if spec.kind == "layer":
-        for row in layer_rows:
-            yield f"exit_block.{row.legacy}", row, f"{prefix}layer."
-    if spec.kind != "embedding":
+    if body := spec.exit_kind.body:
+        for row in body_rows(body, layer_rows):
+            yield spec.exit_kind.ee_llm_key(row.legacy), row, prefix + body.exit_prefix
+    if spec.exit_kind.normed:
         yield "exit_norm.weight", NORM, prefix
 
 

@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ee_scale.artifact.sidecar import SIDECAR_CONFIG
-from ee_scale.backbone.loading import ADAPTER_CONFIG, load_config
+from ee_scale.backbone.loading import ADAPTER_CONFIG
+from ee_scale.backbone.model_folder import SIDECAR_CONFIG, ModelFolder
 from ee_scale.convert.model import MERGE_ADAPTER
 from ee_scale.errors import UserError
 
@@ -73,7 +73,7 @@ def hugging_face_part(folder: Path, model_folder: Path | None) -> tuple[Path | N
     part = model_folder or folder / HF_PART
     if (part / "config.json").is_file():
         # What transformers' Trainer leaves beside a save of DeepSpeed may be weights in part, or none at all.
-        return part, load_config(part, alone=part == folder)
+        return part, ModelFolder(part, alone=part == folder).decoder_config
     if model_folder is not None:
         raise UserError(f"model={model_folder}: no config.json in it")
     return None, None

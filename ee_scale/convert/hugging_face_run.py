@@ -5,11 +5,10 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from ee_scale.backbone.families import family_of
 from ee_scale.convert.copying import Source
 from ee_scale.convert.model import Model
-from ee_scale.exits.heads import ExitTaps, build_exit_heads, run_single_layer
-from ee_scale.exits.modeling_early_exit import PREFIX
+from ee_scale.modeling.heads import ExitTaps, build_exit_heads, run_single_layer
+from ee_scale.modeling.modeling_early_exit import PREFIX
 
 Step = tuple[str, torch.Tensor]
 
@@ -54,10 +53,9 @@ class HuggingFaceRun:
 
     def _exit_logits(self, number: int, tap: object) -> torch.Tensor:
         head = self._loaded(self.heads[str(number)], f"{PREFIX}{number}")
-        name = family_of(self.model.config).mlp_output_norm
-        assert name is None  # no family with such a norm has a map to Megatron
+        # No family with a norm behind its MLP has a map to Megatron.
         hidden = head.hidden(tap, None, lambda layer, x: run_single_layer(self.base, layer, x))
-        logits = head.logits(hidden, None if self.model.exits.head == "full" else self._lm_head())
+        logits = head.logits(hidden, self._lm_head() if self.model.exits.reads_lm_head else None)
         head.to("meta")
         return logits
 

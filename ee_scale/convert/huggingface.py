@@ -1,21 +1,24 @@
 """Hugging Face folders: read with or without exits (or as a sidecar), written in shards of a given size."""
 
 import math
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ee_scale.artifact.calibration import read_calibration, write_calibration
-from ee_scale.artifact.files import file_digest, write_json
-from ee_scale.artifact.hf_folder import copy_small_files, stock_config, write_config, write_index
-from ee_scale.artifact.sidecar import SIDECAR_CONFIG, SIDECAR_WEIGHTS, base_folder, read_sidecar
+from ee_scale.artifact.hf_folder import (
+    shard_names,
+    shards,
+    write_beside,
+    write_calibration,
+    write_index,
+    write_sidecar,
+)
 from ee_scale.artifact.trained_base import EMBEDDING, HEAD
-from ee_scale.backbone.fingerprint import fingerprint, is_model
-from ee_scale.backbone.loading import SINGLE_NAME, WAY_OUT, load_config, weight_files
-from ee_scale.backbone.shard import meta_model
+from ee_scale.backbone.fingerprint import fingerprint
+from ee_scale.backbone.loading import WAY_OUT
+from ee_scale.backbone.model_folder import CHANGED, SIDECAR_WEIGHTS, ModelFolder
 from ee_scale.backbone.small_files import has_vocabulary
 from ee_scale.backbone.stored_names import parameter_names
 from ee_scale.convert.args import rope_of
@@ -24,43 +27,28 @@ from ee_scale.convert.files import SafetensorsFile, safetensors_extents
 from ee_scale.convert.model import Model, Opened, check_whole
 from ee_scale.convert.tensors import Extent, Piece, Span, Stored, TensorInfo
 from ee_scale.errors import UserError
-from ee_scale.exits import modeling_early_exit
-from ee_scale.exits.heads import ExitSpec
-from ee_scale.exits.modeling_early_exit import AUTO_MAP, CODE_FILES, PREFIX
-from ee_scale.exits.placement import exits_of, read_spec
+from ee_scale.families.build import meta_model
+from ee_scale.modeling.modeling_early_exit import PREFIX, auto_map, copy_code
 from ee_scale.reading import read_object
 
 DROPPED = ("rotary_emb.inv_freq",)  # buffers of old files
 
 
-def open_folder(folder: Path) -> Opened:
-    """A model folder, with exits where its config names them. Raises `UserError`."""
-    config = load_config(folder)
-    exits = exits_of(folder, config)
-    return _open(folder, config, exits, weight_files(folder))
+def find_folder(path: Path) -> Opened:
+    """A model folder, or a sidecar together with its base model. Raises `UserError`."""
+    return open_folder(ModelFolder.find(path, here=f"src={path}", other=CHANGED))
 
 
-def open_sidecar(folder: Path) -> Opened:
-    """Exits alone: opened together with the base model that they name. Raises `UserError`."""
-    facts = read_sidecar(folder)
-    base = base_folder(folder, facts)
-    if not base.is_dir():
-        raise UserError(f"src={folder}: its base model {base} is not there")
-    if not is_model(base, facts["base_fingerprint"]):
-        raise UserError(f"src={folder}: {base} changed since the exits were trained")
-    config = load_config(base)
-    exits = read_spec(facts["early_exit"], folder, config.num_hidden_layers)
-    return replace(_open(base, config, exits, [*weight_files(base), folder / SIDECAR_WEIGHTS]), exits_from=folder)
-
-
-def _open(folder: Path, config: Any, exits: ExitSpec | None, files: list[Path]) -> Opened:
-    extents = _by_parameter(folder, config, files)
+def open_folder(folder: ModelFolder) -> Opened:
+    """With exits where there are any. Raises `UserError`."""
+    base, config = folder.base, folder.decoder_config
+    extents = _by_parameter(base, config, folder.weight_files)
     first = extents.get(EMBEDDING)
-    model = Model(config, exits, first.dtype if first else torch.float32, config.vocab_size)
+    model = Model(config, folder.exits, first.dtype if first else torch.float32, config.vocab_size)
     info = model.info()
-    check_tensors(folder, extents, info)
+    check_tensors(base, extents, info)
     stored = [Stored(whole_piece(name, info[name]), extent) for name, extent in extents.items()]
-    return Opened("hf", folder, model, stored, small=folder, exits_from=folder if exits else None)
+    return Opened("hf", base, model, stored, small=base, exits_from=folder.path if folder.exits else None)
 
 
 def _by_parameter(folder: Path, config: Any, files: list[Path]) -> dict[str, Extent]:
@@ -102,13 +90,12 @@ def target_files(model: Model, itemsize: int, shard_bytes: int) -> list[Safetens
     info, base, exits = model.info(), [], []
     for name in sorted(info, key=_order):
         (exits if name.startswith(PREFIX) else base).append(whole_piece(name, info[name]))
-    shards = _shards(base, itemsize, shard_bytes) + _shards(exits, itemsize, shard_bytes)
-    if len(shards) == 1:
-        return [SafetensorsFile(SINGLE_NAME, shards[0])]
-    return [
-        SafetensorsFile(f"model-{number:05d}-of-{len(shards):05d}.safetensors", pieces)
-        for number, pieces in enumerate(shards, 1)
-    ]
+
+    def nbytes(piece: Piece) -> int:
+        return math.prod(piece.shape) * itemsize
+
+    groups = shards(base, nbytes, shard_bytes) + shards(exits, nbytes, shard_bytes)
+    return [SafetensorsFile(name, pieces) for name, pieces in zip(shard_names(len(groups)), groups, strict=True)]
 
 
 def sidecar_file(model: Model) -> SafetensorsFile:
@@ -120,24 +107,22 @@ def sidecar_file(model: Model) -> SafetensorsFile:
 
 def finish_folder(folder: Path, opened: Opened, dtype: torch.dtype, files: list[SafetensorsFile]) -> None:
     """Config, index, tokenizer and, for exits, the code that opens them."""
-    if len(files) > 1:
-        write_index(folder, {piece.key: file.name for file in files for piece in file.pieces})
-    values = config_values(opened, dtype)
-    if opened.model.exits:
-        values |= {"early_exit": opened.model.exits.to_dict(), "auto_map": AUTO_MAP}
+    write_index(folder, {piece.key: file.name for file in files for piece in file.pieces})
+    exits = opened.model.exits
+    own = {"early_exit": exits.to_dict(), "auto_map": auto_map(exits)} if exits else {}
     types = {stored.extent.dtype for stored in opened.stored} | {piece.dtype for file in files for piece in file.pieces}
     calibrated = opened.exits_from if len(types) == 1 else None  # rounded exits decide otherwise
-    _write_small(folder, opened, values, same_exits=calibrated is not None and calibrated == opened.small)
-    if calibrated not in (None, opened.small) and (calibration := read_calibration(calibrated)) is not None:
+    same = calibrated is not None and calibrated == opened.small
+    write_beside(folder, opened.small, config_values(opened, dtype), same_exits=same, **own)
+    if calibrated not in (None, opened.small) and (calibration := ModelFolder(calibrated).calibration()) is not None:
         write_calibration(folder, calibration)
-    if opened.model.exits:
-        for name in CODE_FILES:
-            shutil.copyfile(Path(modeling_early_exit.__file__).with_name(name), folder / name)
+    if exits:
+        copy_code(exits, folder)
 
 
 def copy_part(folder: Path, opened: Opened, dtype: torch.dtype) -> None:
     """Config and tokenizer without weights or exits: what Megatron's formats have no place for."""
-    _write_small(folder, opened, config_values(opened, dtype))
+    write_beside(folder, opened.small, config_values(opened, dtype))
 
 
 def has_tokenizer(opened: Opened) -> bool:
@@ -147,7 +132,7 @@ def has_tokenizer(opened: Opened) -> bool:
 
 def check_base(folder: Path, opened: Opened) -> None:
     """Raise `UserError` if a folder is not the base model of the exits, by shapes and the first row of every tensor."""
-    base = open_folder(folder)
+    base = open_folder(ModelFolder(folder))
     theirs, ours, info = Source(base.stored), Source(opened.stored), base.model.info()
     if info != replace(opened.model, exits=None).info():
         raise UserError(f"model={folder}: its tensors have other names or shapes than the base model of the exits")
@@ -167,9 +152,8 @@ def finish_sidecar(folder: Path, model: Model, base: Path) -> None:
         "base_model": str(base.resolve()),
         "base_fingerprint": fingerprint(base),
         "early_exit": model.exits.to_dict(),
-        "files": {SIDECAR_WEIGHTS: file_digest(folder / SIDECAR_WEIGHTS)},
     }
-    write_json(folder / SIDECAR_CONFIG, facts)
+    write_sidecar(folder, facts)
 
 
 def config_values(opened: Opened, dtype: torch.dtype) -> dict[str, Any]:
@@ -187,26 +171,7 @@ def config_values(opened: Opened, dtype: torch.dtype) -> dict[str, Any]:
     scaled = {key: value for key, value in rope.items() if key != "rope_theta"}
     values["rope_scaling"] = None if rope["rope_type"] == "default" else scaled
     values["tie_word_embeddings"] = model.config.tie_word_embeddings
-    return stock_config(values)
-
-
-def _write_small(folder: Path, opened: Opened, values: dict[str, Any], *, same_exits: bool = False) -> None:
-    if opened.small is not None:
-        copy_small_files(opened.small, folder, same_exits=same_exits)
-    write_config(folder, values)
-
-
-def _shards(pieces: list[Piece], itemsize: int, shard_bytes: int) -> list[list[Piece]]:
-    shards: list[list[Piece]] = []
-    room = 0
-    for piece in pieces:
-        size = torch.Size(piece.shape).numel() * itemsize
-        if not shards or size > room:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(piece)
-        room -= size
-    return shards
+    return values
 
 
 def _order(name: str) -> tuple[Any, ...]:

@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 
-from ee_scale.artifact.files import file_digest, read_json, write_json
-from ee_scale.artifact.hf_folder import RECORD
 from ee_scale.backbone.narrowing import NarrowingError
 from ee_scale.convert.copying import Source
 from ee_scale.convert.files import ArchivesFile, TargetFile
@@ -23,9 +21,11 @@ from ee_scale.convert.model import Opened
 from ee_scale.convert.tensors import Piece
 from ee_scale.convert.writing import Writers
 from ee_scale.errors import UserError
-from ee_scale.files import sync
+from ee_scale.files import file_digest, publish, sync
+from ee_scale.reading import read_json, write_json
 
 JOURNAL = "journal.json"
+RECORD = "conversion.json"  # digests of all files
 SLACK = 64 << 20  # bytes of disk for indexes, tokenizers and the like
 
 
@@ -227,7 +227,7 @@ def _publish(partial: Path, out: Path, journal: _Journal) -> None:
             sync(path)
     write_json(partial / RECORD, {"files": digests})
     (partial / JOURNAL).unlink()
-    for path in [*(path for path in partial.rglob("*") if path.is_dir()), partial]:
-        sync(path)
-    partial.rename(out)
-    sync(out.parent)
+    for path in partial.rglob("*"):
+        if path.is_dir():
+            sync(path)
+    publish(partial, out)

@@ -11,12 +11,14 @@ from typing import Any, Protocol
 import torch
 
 from ee_scale.convert.args import check_config
-from ee_scale.convert.names import FINAL_NORM, HEAD, MLP, ModelMap
+from ee_scale.convert.names import ModelMap
 from ee_scale.convert.tensors import Stored, TensorInfo
 from ee_scale.convert.values import Values
 from ee_scale.errors import UserError
-from ee_scale.exits.heads import ExitSpec
-from ee_scale.exits.modeling_early_exit import PREFIX
+from ee_scale.families.megatron import FINAL_NORM, Row
+from ee_scale.modeling.heads import ExitSpec
+from ee_scale.modeling.kinds import Body
+from ee_scale.modeling.modeling_early_exit import PREFIX
 
 MERGE_ADAPTER = (
     "merge it (peft: PeftModel.from_pretrained(<base model>, <adapter folder>).merge_and_unload()"
@@ -96,22 +98,21 @@ class Opened:
     staging: Staging | None = None
 
 
+def body_rows(body: Body, layer_rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    """Those rows of a layer that make an exit's body."""
+    return tuple(row for row in layer_rows if row.hf[0].startswith(body.prefix))
+
+
 def exit_info(model_map: ModelMap, spec: ExitSpec, k: int) -> dict[str, TensorInfo]:
     """The tensors of the exit at layer k."""
     prefix, shape = f"{PREFIX}{k}.", model_map.shape
     found: dict[str, TensorInfo] = {}
-    if spec.kind == "mlp":
-        found |= model_map.rows_info(MLP, prefix)
-    if spec.kind == "layer":
-        found |= model_map.rows_info(model_map.layer_rows, f"{prefix}layer.")
-    if spec.kind != "embedding":
+    if body := spec.exit_kind.body:
+        found |= model_map.rows_info(body_rows(body, model_map.layer_rows), prefix + body.exit_prefix)
+    if spec.exit_kind.normed:
         found[f"{prefix}norm.weight"] = model_map.rows_info((FINAL_NORM,), "")[FINAL_NORM.hf[0]]
-    if spec.head == "full":
-        found[f"{prefix}head.weight"] = model_map.rows_info((HEAD,), "")[HEAD.hf[0]]
-    if spec.head == "low_rank":
-        found[f"{prefix}head.down.weight"] = TensorInfo((spec.rank, shape.hidden_size))
-        found[f"{prefix}head.up.weight"] = TensorInfo((shape.vocab_size, spec.rank))
-    return found
+    head = spec.head_shapes(shape.hidden_size, shape.vocab_size)
+    return found | {prefix + name: TensorInfo(size) for name, size in head.items()}
 
 
 def padded(words: int, divisor: int, tp: int) -> int:

@@ -1,7 +1,8 @@
 """Megatron's `mp_rank_TT_PPP/model_optim_rng.pt`, one file of torch.save per tensor and pipeline rank.
 
 `classes`: whose state dict lies in it. `core`: GPTModel, a flat dict. `legacy`: the language_model classes of
-Megatron-LM before 0.18, nested; EE-LLM's exits exist there only. The names are in `names.py` and `exits.py`.
+Megatron-LM before 0.18, nested; EE-LLM's exits exist there only. The names are in `families/megatron.py` and
+`exits.py`.
 """
 
 from argparse import Namespace
@@ -15,9 +16,9 @@ import torch
 from ee_scale.convert.exits import exit_args, exit_rows, head_spans, own_heads
 from ee_scale.convert.files import PickleFile
 from ee_scale.convert.model import Model
-from ee_scale.convert.names import EMBEDDING, EXTRA_STATE, FINAL_NORM, HEAD, Row, Rule
 from ee_scale.convert.tensors import Piece
 from ee_scale.errors import UserError
+from ee_scale.families.megatron import EMBEDDING, EXTRA_STATE, FINAL_NORM, HEAD, Row, Rule
 
 FILE = "model_optim_rng.pt"
 
@@ -75,6 +76,8 @@ def check_layout(model: Model, layout: Layout) -> None:
             raise UserError(
                 f"tp={layout.tp}: classes=legacy needs tp to divide num_key_value_heads={model.map.shape.num_kv_heads}"
             )
+        if model.exits and model.exits.exit_kind.ee_llm is None:
+            raise UserError(f"classes=legacy: EE-LLM has no exits of kind '{model.exits.kind}'")
     elif model.exits:
         raise UserError("classes=core: Megatron-Core has no exits; use classes=legacy (EE-LLM), or drop the exits")
 
@@ -92,8 +95,8 @@ def rank_pieces(model: Model, layout: Layout, rank: int, stage: int, chunk: int 
         here = [k for k, place, _ in hosted if place == local]
         for row in model.map.layer_rows:
             key = names.layer(row)
-            if here and model.exits.kind == "mlp":
-                key = key.replace("mlp.dense", "mlp.trunk.dense")
+            if here:
+                key = model.exits.exit_kind.ee_llm_layer_key(key)
             yield mine(row, f"{names.layers}{local}.{key}", f"model.layers.{first + local}.")
         for k in here:
             for key, row, prefix in exit_rows(model.exits, model.map.layer_rows, k):

@@ -15,10 +15,10 @@ from ee_scale.convert.files import tensor_extent
 from ee_scale.convert.folders import hugging_face_part
 from ee_scale.convert.model import Model, Opened, check_whole, check_words
 from ee_scale.convert.mp_rank import FILE, Layout, check_layout, hosted_exits, rank_pieces
-from ee_scale.convert.names import EMBEDDING
 from ee_scale.convert.tensors import Stored
 from ee_scale.convert.unpickle import load_safely, reads_strangers
 from ee_scale.errors import UserError
+from ee_scale.families.megatron import EMBEDDING
 
 LAYER = re.compile(r"(?:decoder|language_model\.encoder)\.layers\.(\d+)\.(.*)")
 WORDS = re.compile(r"(word_embeddings|output_layer|word_embeddings_for_head|exit_output_layer\.\d+)\.weight$")

@@ -1,110 +1,12 @@
-"""One table per family: what Megatron calls a tensor, which of the model's tensors it holds, how ranks cut it.
+"""The tensors of one model as Megatron's: which spans of the model's each holds, and each rank's part of it."""
 
-The same rows serve both directions. Names of Megatron-Core: GPTModel of release 0.16, with Transformer Engine's fused
-norms (`core`, also the keys on disk of `torch_dist`) or its own layers (`local`); `legacy`: the classes of Megatron-LM
-before 0.18, which EE-LLM extends. Nothing here permutes rotary halves: both worlds rotate half against half.
-"""
-
-from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
-from ee_scale.backbone.families import ModelShape, shape_of
 from ee_scale.convert.tensors import Span, TensorInfo, cut
 from ee_scale.errors import UserError
-
-
-class Rule(Enum):
-    """How a Megatron tensor is made of the model's, and how tensor ranks cut it."""
-
-    WHOLE = "whole on every rank"
-    COLUMNS = "input features cut over ranks"
-    QKV = "query heads of a group, its key head, its value head; cut over ranks"
-    GATE_UP = "gates, then ups, each cut over ranks"
-    VOCAB = "words, padded to a multiple, cut over ranks"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One Megatron tensor.
-
-    Attributes:
-        hf: the model's tensors it holds, in this order; names are relative to a layer, or to the model.
-        local: its name with Megatron's own layers where that differs; legacy: None where those classes have none.
-    """
-
-    hf: tuple[str, ...]
-    core: str
-    legacy: str | None
-    rule: Rule
-    local: str | None = None
-
-    @property
-    def dim(self) -> int:
-        """The dimension that ranks cut and spans join."""
-        return 1 if self.rule is Rule.COLUMNS else 0
-
-
-QKV_SOURCES = tuple(f"self_attn.{name}_proj" for name in "qkv")
-LAYER = (
-    Row(
-        ("input_layernorm.weight",),
-        "self_attention.linear_qkv.layer_norm_weight",
-        "input_norm.weight",
-        Rule.WHOLE,
-        local="input_layernorm.weight",
-    ),
-    Row(
-        tuple(f"{name}.weight" for name in QKV_SOURCES),
-        "self_attention.linear_qkv.weight",
-        "self_attention.query_key_value.weight",
-        Rule.QKV,
-    ),
-    Row(
-        ("self_attn.o_proj.weight",),
-        "self_attention.linear_proj.weight",
-        "self_attention.dense.weight",
-        Rule.COLUMNS,
-    ),
-    Row(
-        ("post_attention_layernorm.weight",),
-        "mlp.linear_fc1.layer_norm_weight",
-        "post_attention_norm.weight",
-        Rule.WHOLE,
-        local="pre_mlp_layernorm.weight",
-    ),
-    Row(
-        ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-        "mlp.linear_fc1.weight",
-        "mlp.dense_h_to_4h.weight",
-        Rule.GATE_UP,
-    ),
-    Row(("mlp.down_proj.weight",), "mlp.linear_fc2.weight", "mlp.dense_4h_to_h.weight", Rule.COLUMNS),
-)
-QKV_BIAS = Row(
-    tuple(f"{name}.bias" for name in QKV_SOURCES),
-    "self_attention.linear_qkv.bias",
-    "self_attention.query_key_value.bias",
-    Rule.QKV,
-)
-QK_NORMS = tuple(
-    Row((f"self_attn.{name}_norm.weight",), f"self_attention.{name}_layernorm.weight", None, Rule.WHOLE)
-    for name in "qk"
-)
-EMBEDDING = Row(
-    ("model.embed_tokens.weight",),
-    "embedding.word_embeddings.weight",
-    "embedding.word_embeddings.weight",
-    Rule.VOCAB,
-)
-FINAL_NORM = Row(("model.norm.weight",), "decoder.final_layernorm.weight", "encoder.final_norm.weight", Rule.WHOLE)
-HEAD = Row(("lm_head.weight",), "output_layer.weight", "output_layer.weight", Rule.VOCAB)
-MLP = tuple(row for row in LAYER if row.hf[0].startswith("mlp."))
-
-FAMILY_LAYERS = {"llama": LAYER, "mistral": LAYER, "qwen2": (*LAYER, QKV_BIAS), "qwen3": (*LAYER, *QK_NORMS)}
-
-# Modules whose checkpoints carry an entry for Transformer Engine's extra state (None without it).
-EXTRA_STATE = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
+from ee_scale.families.megatron import EMBEDDING, FINAL_NORM, HEAD, Row, Rule
+from ee_scale.families.registry import megatron_family
+from ee_scale.families.sizes import ModelShape, shape_of
 
 
 class ModelMap:
@@ -112,12 +14,10 @@ class ModelMap:
 
     def __init__(self, config: Any, padded_vocab: int):
         """`config`: of transformers; `padded_vocab`: rows of Megatron's vocabulary matrices. Raises `UserError`."""
-        if config.model_type not in FAMILY_LAYERS:
-            raise UserError(
-                f"config.model_type={config.model_type}: no map to Megatron; known: {', '.join(FAMILY_LAYERS)}"
-            )
+        family = megatron_family(config)
         self.shape: ModelShape = shape_of(config)
-        self.layer_rows = FAMILY_LAYERS[config.model_type]
+        self.layer_rows = family.megatron.rows
+        self.axes = {name.rpartition(".")[-1]: axes for name, axes in family.axes.items()}
         self.padded_vocab = padded_vocab
 
     def info(self) -> dict[str, TensorInfo]:
@@ -186,22 +86,6 @@ class ModelMap:
 
     def _tensor_shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor by the last words of its name."""
-        shape, (module, kind) = self.shape, name.split(".")[-2:]
-        hidden, heads = shape.hidden_size, shape.head_dim
-        rows = {
-            "q_proj": shape.num_heads * heads,
-            "k_proj": shape.num_kv_heads * heads,
-            "v_proj": shape.num_kv_heads * heads,
-            "o_proj": hidden,
-            "gate_proj": shape.intermediate_size,
-            "up_proj": shape.intermediate_size,
-            "down_proj": hidden,
-            "embed_tokens": shape.vocab_size,
-            "lm_head": shape.vocab_size,
-            "q_norm": heads,
-            "k_norm": heads,
-        }.get(module, hidden)
-        if kind == "bias" or module.endswith("norm"):
-            return (rows,)
-        columns = {"o_proj": shape.num_heads * heads, "down_proj": shape.intermediate_size}
-        return (rows, columns.get(module, hidden))
+        module, kind = name.split(".")[-2:]
+        lengths = tuple(self.shape.lengths[axis] for axis in self.axes[module])
+        return lengths[:1] if kind == "bias" else lengths

@@ -24,9 +24,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 from ee_scale.convert.files import ArchivesFile
 from ee_scale.convert.folders import DIST_MARKER
 from ee_scale.convert.model import Model
-from ee_scale.convert.names import EMBEDDING, EXTRA_STATE, FINAL_NORM, HEAD, Row, Rule
 from ee_scale.convert.tensors import Piece, cut
 from ee_scale.errors import UserError
+from ee_scale.families.megatron import EMBEDDING, EXTRA_STATE, FINAL_NORM, HEAD, Row, Rule
 from ee_scale.files import write_text
 
 LAYERS = "decoder.layers."

@@ -22,11 +22,11 @@ from ee_scale.convert.args import check_agrees, to_config
 from ee_scale.convert.files import archive_extent
 from ee_scale.convert.folders import hugging_face_part
 from ee_scale.convert.model import Model, Opened, check_whole, check_words
-from ee_scale.convert.names import EMBEDDING, FINAL_NORM, HEAD, Row, Rule
 from ee_scale.convert.tensors import Extent, Piece, Stored, cut
 from ee_scale.convert.torch_dist import COMMON, LAYERS
 from ee_scale.convert.unpickle import load_index, load_part, load_safely, reads_strangers
 from ee_scale.errors import UserError
+from ee_scale.families.megatron import EMBEDDING, FINAL_NORM, HEAD, Row, Rule
 from ee_scale.files import named_file
 
 PREFIXES = ("module.", "model.")  # NeMo 2 and 1

@@ -22,8 +22,9 @@ from torch.utils.data import Dataset
 from ee_scale.data.corpora import num_tokens, open_tokens, read_tokens
 from ee_scale.data.encode import without_row
 from ee_scale.data.folders import setting_name
-from ee_scale.data.text import cache_root, published
+from ee_scale.data.text import cache_root
 from ee_scale.errors import UserError
+from ee_scale.files import published
 
 SCAN_TOKENS = 1 << 22
 NO_PAD = -1

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ee_scale.data.corpora import Piece
 from ee_scale.errors import UserError
@@ -59,7 +59,7 @@ class DocumentEncoder:
     A tokenizer without a backend of the `tokenizers` library gets whole documents: memory grows with them.
     """
 
-    def __init__(self, tokenizer: Any, name: str = "data"):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str = "data"):
         """`name`: what errors call the text."""
         self.name, self.tokenizer = name, tokenizer
         self.backend = own_backend(tokenizer)
@@ -171,7 +171,7 @@ def _run(found: Encoding, span: tuple[int, int]) -> tuple[int, Run]:
     return index, run
 
 
-def own_backend(tokenizer: Any) -> Tokenizer | None:
+def own_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
     """The library's tokenizer behind transformers', a copy that neither truncates nor pads; None if there is none.
 
     transformers' own call makes lists of everything, which takes three times as long [measured].
@@ -192,7 +192,7 @@ def own_backend(tokenizer: Any) -> Tokenizer | None:
     return own
 
 
-def without_row(tokenizer: Any, token: int, vocab_size: int) -> str:
+def without_row(tokenizer: PreTrainedTokenizerBase, token: int, vocab_size: int) -> str:
     """What to say of an id that a tokenizer made and the model has no row for: of a special token, most times."""
     name = tokenizer.convert_ids_to_tokens(token)
     where = "each document ends with" if token == tokenizer.eos_token_id else "the text holds"
@@ -207,7 +207,7 @@ def token_with_row(vocab_size: int, *candidates: int | None) -> int:
     return next((token for token in candidates if token is not None and 0 <= token < vocab_size), 0)
 
 
-def tokenizer_digest(tokenizer: Any, folder: Path | str) -> str:
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase, folder: Path | str) -> str:
     """SHA-256 of all that ids depend on: the tokenizer as it was loaded, its end mark, and the library that runs it."""
     backend = own_backend(tokenizer)
     content: list[Any] = [type(tokenizer).__name__, tokenizer.eos_token_id]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ee_scale.data.encode import token_with_row, without_row
 from ee_scale.data.folders import setting_name
@@ -168,7 +169,7 @@ class LabelledData:
 
 def encode(
     examples: Sequence[Example],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     labels: Sequence[str],
     seq_length: int,
     vocab_size: int | None = None,
@@ -206,7 +207,9 @@ def encode(
     )
 
 
-def _encoded(examples: Sequence[Example], tokenizer: Any, seq_length: int) -> list[tuple[list[int], list[int]]]:
+def _encoded(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, seq_length: int
+) -> list[tuple[list[int], list[int]]]:
     """(ids, token types) of each example."""
     texts = [example.text for example in examples]
     pairs = [example.pair for example in examples] if examples[0].pair is not None else None

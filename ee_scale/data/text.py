@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import PreTrainedTokenizerBase
 
 from ee_scale.data.corpora import Source, open_source, open_tokens
 from ee_scale.data.encode import DocumentEncoder, Ids, tokenizer_digest
@@ -28,7 +28,7 @@ FORMAT_VERSION = 2
 
 def prepare_text(
     sources: list[str],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     tokenizer_dir: Path | str,
     cache_dir: Path | str | None,
     text_key: str,
@@ -78,7 +78,7 @@ def _tell(line: str) -> None:
     log.info("%s", line)
 
 
-def _cache_key(source: Source, tokenizer: Any, tokenizer_dir: Path | str, text_key: str) -> str:
+def _cache_key(source: Source, tokenizer: PreTrainedTokenizerBase, tokenizer_dir: Path | str, text_key: str) -> str:
     """Changes whenever the ids would; raises `UserError` for a tokenizer that cannot end a document."""
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer of {tokenizer_dir}: no eos_token; documents need an end mark")
@@ -86,7 +86,7 @@ def _cache_key(source: Source, tokenizer: Any, tokenizer_dir: Path | str, text_k
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
 
-def _tokenised(source: Source, tokenizer: Any, folder: Path, progress: bool, fields: str) -> str:
+def _tokenised(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path, progress: bool, fields: str) -> str:
     """The prefix of a source in its cache folder, tokenised now if it is not there."""
     prefix = str(folder / "tokens")
     if _is_complete(prefix):
@@ -133,7 +133,7 @@ def _progress_bar(source: Source, progress: bool) -> Iterator[Callable[[int], No
 class _Writer:
     """Ids of documents into `prefix`.bin and `prefix`.idx, one sequence per document."""
 
-    def __init__(self, prefix: str, tokenizer: Any) -> None:
+    def __init__(self, prefix: str, tokenizer: PreTrainedTokenizerBase) -> None:
         self.prefix = prefix
         self.end_mark = np.array([tokenizer.eos_token_id])
         largest = max(len(tokenizer) - 1, tokenizer.eos_token_id, *tokenizer.get_vocab().values())

@@ -1,134 +1,40 @@
-"""Which axis of which tensor an elastic size cuts, per architecture, as data."""
+"""Which axis of which tensor an elastic size cuts, by the tables of its family."""
 
-import copy
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import prod
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from ee_scale.backbone.parallel import padded_vocab
 from ee_scale.elastic.subnet import ElasticShape, SubnetSpec
 from ee_scale.errors import UserError
-
-# Axes that are cut; every other name ('vocab', 'labels', 'whole') keeps its full length in every subnet.
-HIDDEN, HEADS, KV, FFN, VOCAB = "hidden", "heads", "kv", "ffn", "vocab"
-SHARDED = (HEADS, KV, FFN)  # dealt to tensor ranks; the others are whole on every rank (vocab: cut, never elastic)
-
-AUTO_CLASS = {"causal_lm": AutoModelForCausalLM, "classify": AutoModelForSequenceClassification}
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """Names inside a transformers model.
-
-    Attributes:
-        base: attribute of the base model, and its prefix in the files.
-        layers: place of the layers in the base model.
-        axes: module name ('*' for a layer's number) -> axes of its weight; a bias lies along the first.
-        head_dim_is_derived: the config has no head_dim of its own, so hidden = heads x head_dim in every subnet.
-        heads_divide_hidden: the config refuses a width that is not a multiple of its heads, though it has a head_dim.
-    """
-
-    task: str
-    base: str
-    layers: str
-    axes: Mapping[str, tuple[str, ...]] = field(repr=False)
-    head_dim_is_derived: bool = False
-    heads_divide_hidden: bool = False
-
-
-_DECODER = Architecture(
-    task="causal_lm",
-    base="model",
-    layers="layers",
-    axes={
-        "model.embed_tokens": (VOCAB, HIDDEN),
-        "model.layers.*.input_layernorm": (HIDDEN,),
-        "model.layers.*.self_attn.q_proj": (HEADS, HIDDEN),
-        "model.layers.*.self_attn.k_proj": (KV, HIDDEN),
-        "model.layers.*.self_attn.v_proj": (KV, HIDDEN),
-        "model.layers.*.self_attn.q_norm": ("whole",),
-        "model.layers.*.self_attn.k_norm": ("whole",),
-        "model.layers.*.self_attn.o_proj": (HIDDEN, HEADS),
-        "model.layers.*.post_attention_layernorm": (HIDDEN,),
-        "model.layers.*.mlp.gate_proj": (FFN, HIDDEN),
-        "model.layers.*.mlp.up_proj": (FFN, HIDDEN),
-        "model.layers.*.mlp.down_proj": (HIDDEN, FFN),
-        "model.norm": (HIDDEN,),
-        "lm_head": (VOCAB, HIDDEN),
-    },
-)
-_ENCODER = Architecture(
-    task="classify",
-    base="bert",
-    layers="encoder.layer",
-    axes={
-        "bert.embeddings.word_embeddings": (VOCAB, HIDDEN),
-        "bert.embeddings.position_embeddings": ("whole", HIDDEN),
-        "bert.embeddings.token_type_embeddings": ("whole", HIDDEN),
-        "bert.embeddings.LayerNorm": (HIDDEN,),
-        "bert.encoder.layer.*.attention.self.query": (HEADS, HIDDEN),
-        "bert.encoder.layer.*.attention.self.key": (KV, HIDDEN),
-        "bert.encoder.layer.*.attention.self.value": (KV, HIDDEN),
-        "bert.encoder.layer.*.attention.output.dense": (HIDDEN, HEADS),
-        "bert.encoder.layer.*.attention.output.LayerNorm": (HIDDEN,),
-        "bert.encoder.layer.*.intermediate.dense": (FFN, HIDDEN),
-        "bert.encoder.layer.*.output.dense": (HIDDEN, FFN),
-        "bert.encoder.layer.*.output.LayerNorm": (HIDDEN,),
-        "bert.pooler.dense": (HIDDEN, HIDDEN),
-        "classifier": ("labels", HIDDEN),
-    },
-    head_dim_is_derived=True,
-)
-ARCHITECTURES = {
-    "llama": replace(_DECODER, heads_divide_hidden=True),
-    "mistral": _DECODER,
-    "qwen2": _DECODER,
-    "qwen3": _DECODER,
-    "bert": _ENCODER,
-}
-
-
-def architecture_of(config: Any, task: str) -> Architecture:
-    """The architecture of a transformers config. Raises `UserError` for one that is not elastic, or another task."""
-    if config.model_type not in ARCHITECTURES:
-        raise UserError(
-            f"model.path: architecture '{config.model_type}' is not elastic; known: {', '.join(ARCHITECTURES)}"
-        )
-    architecture = ARCHITECTURES[config.model_type]
-    if architecture.task != task:
-        raise UserError(f"task={task}: '{config.model_type}' is trained with task={architecture.task}")
-    if getattr(config, "is_decoder", False) and task == "classify":
-        raise UserError("model.path: config.is_decoder=true; an encoder is wanted")
-    return architecture
+from ee_scale.families.build import meta_model
+from ee_scale.families.family import HEADS, SHARDED, VOCAB
+from ee_scale.families.registry import elastic_family
+from ee_scale.families.sizes import shape_of
 
 
 def elastic_shape(config: Any) -> ElasticShape:
     """The full sizes that subnets are cut from."""
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    shape, elastic = shape_of(config), elastic_family(config).elastic
     return ElasticShape(
-        hidden=config.hidden_size,
-        groups=kv_heads,
-        ffn=config.intermediate_size,
-        num_layers=config.num_hidden_layers,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        queries_per_group=heads // kv_heads,
-        head_dim_is_derived=ARCHITECTURES[config.model_type].head_dim_is_derived,
-        heads_divide_hidden=ARCHITECTURES[config.model_type].heads_divide_hidden,
+        hidden=shape.hidden_size,
+        groups=shape.num_kv_heads,
+        ffn=shape.intermediate_size,
+        num_layers=shape.num_layers,
+        head_dim=shape.head_dim,
+        queries_per_group=shape.num_heads // shape.num_kv_heads,
+        **asdict(elastic),
     )
 
 
-def meta_model(config: Any, task: str, dtype: torch.dtype, attn_implementation: str | None = None) -> nn.Module:
-    """The whole model without memory, as transformers builds it."""
-    extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    with torch.device("meta"):
-        return AUTO_CLASS[task].from_config(copy.deepcopy(config), dtype=dtype, **extra).eval()
+def local_length(axis: str, length: int, tp: int) -> int:
+    """Of an axis of `length`, on one tensor rank."""
+    return padded_vocab(length, tp) // tp if axis == VOCAB else length // tp if axis in SHARDED else length
 
 
 @dataclass(frozen=True)
@@ -139,16 +45,20 @@ class TensorAxes:
     shape: tuple[int, ...]
     layer: int | None
 
+    def cut(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Its shape where axes have these sizes; the others stay whole."""
+        return tuple(sizes.get(axis, length) for axis, length in zip(self.axes, self.shape, strict=True))
+
 
 class ElasticMap:
     """Every parameter of a model with its axes: what loading, extraction and counting read."""
 
     def __init__(self, config: Any, task: str):
         """Raises `UserError` where the architecture is not elastic or has a tensor that is not known."""
-        self.config, self.architecture, self.shape = config, architecture_of(config, task), elastic_shape(config)
+        self.config, self.family, self.shape = config, elastic_family(config, task), elastic_shape(config)
         self._parameters = {
             name: tuple(parameter.shape)
-            for name, parameter in meta_model(config, task, torch.float32).named_parameters()
+            for name, parameter in meta_model(config, torch.float32, task=task).named_parameters()
         }
 
     @cached_property
@@ -159,11 +69,16 @@ class ElasticMap:
     def describe(self, name: str, shape: tuple[int, ...]) -> TensorAxes:
         """The axes of a parameter by its name."""
         module, leaf = name.rsplit(".", 1)
-        pattern, layer = re.sub(r"\.\d+\.", ".*.", module), re.search(r"\.(\d+)\.", module)
-        if pattern not in self.architecture.axes:
+        axes, layer = self.family.axes_of(module), re.search(r"\.(\d+)\.", module)
+        if axes is None:
             raise UserError(f"model.path: '{name}' of '{self.config.model_type}' is not known to be elastic")
-        axes = self.architecture.axes[pattern]
         return TensorAxes(axes[:1] if leaf == "bias" else axes, shape, int(layer[1]) if layer else None)
+
+    @cached_property
+    def matrices(self) -> dict[str, TensorAxes]:
+        """The same in a run, where a tied output matrix is one of its own."""
+        apart = {f"{name}.weight": self.full_shape(f"{name}.weight") for name in self.family.heads}
+        return self.tensors | {name: self.describe(name, shape) for name, shape in apart.items()}
 
     def full_shape(self, name: str) -> tuple[int, ...]:
         """Shape of a parameter in the full model, also of an output matrix that is tied to the embedding."""
@@ -171,10 +86,10 @@ class ElasticMap:
 
     def cut_shape(self, name: str, spec: SubnetSpec) -> tuple[int, ...] | None:
         """Shape of a parameter in a subnet; None if the subnet drops its layer."""
-        tensor, sizes = self.tensors[name], self.shape.sizes(spec)
+        tensor = self.tensors[name]
         if tensor.layer is not None and tensor.layer not in spec.layers:
             return None
-        return tuple(sizes.get(axis, length) for axis, length in zip(tensor.axes, tensor.shape, strict=True))
+        return tensor.cut(self.shape.sizes(spec))
 
     def parameters(self, spec: SubnetSpec, *, layers_only: bool = False) -> int:
         """Parameters of a subnet as a checkpoint has them (tied matrices once); `layers_only`: without embeddings and
@@ -186,21 +101,23 @@ class ElasticMap:
         ]
         return sum(prod(shape) for shape in shapes if shape is not None)
 
-    def flops(self, spec: SubnetSpec, tokens: int) -> int:
-        """Floating-point operations of one forward over `tokens` tokens: 2 per weight of every projection and token,
-        and 4 x tokens^2 x width for the attention scores and their values (full square, as sdpa computes it)."""
-        sizes, total = self.shape.sizes(spec), 0
-        for name, (out_axis, *rest) in self.architecture.axes.items():
-            if not rest or "embed" in name:
-                continue
-            per_token = 2 * self._length(name, out_axis, 0, sizes) * self._length(name, rest[0], 1, sizes)
-            count = spec.depth if ".*." in name else 1
-            total += count * per_token * (1 if name in ("bert.pooler.dense", "classifier") else tokens)
-        return total + spec.depth * 4 * tokens * tokens * sizes[HEADS]
+    @cached_property
+    def projections(self) -> dict[str, TensorAxes]:
+        """What a token is multiplied by, by module name: matrices of layer 0, which stands for all, and heads."""
+        named = {name.replace("*", "0"): axes for name, axes in self.family.axes.items()}
+        names = [name for name, axes in named.items() if len(axes) == 2 and "embed" not in name]
+        return {name: self.matrices[f"{name}.weight"] for name in names}
 
-    def _length(self, module: str, axis: str, dim: int, sizes: Mapping[str, int]) -> int:
-        if axis in sizes:
-            return sizes[axis]
-        if axis == VOCAB:
-            return self.config.vocab_size
-        return self._parameters[f"{module}.weight"][dim]
+    def layer_flops(self, spec: SubnetSpec, tokens: int) -> int:
+        """Floating-point operations of one layer, for one of `tokens` tokens: 2 per weight of every projection, and
+        4 x tokens x width for the attention scores and their values (full square, as sdpa computes it)."""
+        sizes = self.shape.sizes(spec)
+        cut = [tensor.cut(sizes) for tensor in self.projections.values() if tensor.layer is not None]
+        return 2 * sum(map(prod, cut)) + 4 * tokens * sizes[HEADS]
+
+    def flops(self, spec: SubnetSpec, tokens: int) -> int:
+        """Floating-point operations of one forward over `tokens` tokens; a text's own heads read it once."""
+        sizes, total = self.shape.sizes(spec), spec.depth * tokens * self.layer_flops(spec, tokens)
+        for name in self.family.heads:
+            total += 2 * prod(self.projections[name].cut(sizes)) * (1 if name in self.family.text_heads else tokens)
+        return total

@@ -1,32 +1,16 @@
 """What a subnet learns from: the task, the teacher's output, the teacher's hidden states."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ee_scale.backbone.digest import named_generator
+from ee_scale.config.supernet import DistillConfig
 from ee_scale.exits.losses import LossSettings, token_backward
 
 FROZEN, LIVE = "frozen", "live"
-
-
-@dataclass(frozen=True)
-class DistillSettings:
-    """Losses of a draw: (1 - kl_weight) task + kl_weight KL(teacher || subnet) + feature_weight x features.
-
-    Attributes:
-        teacher: 'frozen': the full net after the recipe stages without axes; 'live': the full net of the same step.
-    """
-
-    kl_weight: float = 0.9
-    feature_weight: float = 0.1
-    feature_dim: int = 128
-    temperature: float = 1.0
-    teacher: str = FROZEN
-    chunk_tokens: int = 1024
 
 
 class FeatureLoss:
@@ -66,20 +50,26 @@ def head_backward(
     final: torch.Tensor,
     batch: Mapping[str, torch.Tensor],
     vocab_size: int,
-    settings: DistillSettings,
+    distill: DistillConfig,
     scale: float,
     teacher_logits: torch.Tensor | None,
     teacher: tuple[nn.Module, torch.Tensor] | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Backward of the task loss and the KL term into the head. Returns (fp32 [2]: task loss and KL, gradient of final).
+    """Backward of (1 - kl_weight) task loss + kl_weight KL(teacher || subnet) into the head.
+
+    Returns (fp32 [2]: task loss and KL, gradient of final).
 
     final: [B, S, D'] of a causal LM, [B, D'] of a classifier. The teacher's logits [B, C] (classifier), or its head and
-    final state (causal LM: logits exist for `chunk_tokens` tokens at a time); neither: the task loss alone.
+    final state (causal LM: logits exist for `loss_chunk_tokens` tokens at a time); neither: the task loss alone.
     """
-    alpha = settings.kl_weight if teacher_logits is not None or teacher is not None else 0.0
+    alpha = distill.kl_weight if teacher_logits is not None or teacher is not None else 0.0
     if task == "causal_lm":
         losses = LossSettings(
-            vocab_size, settings.chunk_tokens, ce_weight=1 - alpha, kl_weight=alpha, kl_temperature=settings.temperature
+            vocab_size,
+            distill.loss_chunk_tokens,
+            ce_weight=1 - alpha,
+            kl_weight=alpha,
+            kl_temperature=distill.temperature,
         )
         return token_backward(head, final, batch["labels"], batch["loss_mask"], losses, scale, teacher)
     leaf = final.detach().requires_grad_(final.requires_grad)
@@ -87,7 +77,7 @@ def head_backward(
     task_loss = F.cross_entropy(logits, batch["labels"])
     loss, kl = (1 - alpha) * task_loss, torch.zeros((), device=logits.device)
     if teacher_logits is not None:
-        t = settings.temperature
+        t = distill.temperature
         kl = (
             t
             * t

@@ -1,6 +1,5 @@
 """A subnet as a stock model: merged, cut, renumbered."""
 
-import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from ee_scale.elastic.architecture import ElasticMap, TensorAxes
 from ee_scale.elastic.order import UnitOrder
 from ee_scale.elastic.stage import read_tensor
 from ee_scale.elastic.subnet import SubnetSpec
+from ee_scale.families.sizes import with_layers
 
 LM_HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
 
@@ -20,24 +20,21 @@ Trained = Mapping[str, torch.Tensor]  # '<recipe stage>.<module>.<leaf>' -> whol
 
 def subnet_config(elastic_map: ElasticMap, spec: SubnetSpec, *, tied: bool) -> Any:
     """The stock transformers config of a subnet."""
-    config, shape = copy.deepcopy(elastic_map.config), elastic_map.shape
+    config, shape = with_layers(elastic_map.config, spec.layers), elastic_map.shape
     config.hidden_size, config.intermediate_size = spec.hidden, spec.ffn
     config.num_attention_heads = spec.groups * shape.queries_per_group
-    config.num_hidden_layers = spec.depth
     if not shape.head_dim_is_derived:
         config.num_key_value_heads, config.head_dim = spec.groups, shape.head_dim
-    if getattr(config, "layer_types", None) is not None:
-        config.layer_types = [config.layer_types[i] for i in spec.layers]
     if hasattr(config, "max_window_layers"):
         config.max_window_layers = sum(i < config.max_window_layers for i in spec.layers)
-    if elastic_map.architecture.task == "causal_lm":
+    if elastic_map.family.task == "causal_lm":
         config.tie_word_embeddings = tied
     return config
 
 
 def is_tied(elastic_map: ElasticMap, trained: Trained) -> bool:
     """Whether a subnet's output matrix is its embedding: in the base model, and neither of the two was trained."""
-    if elastic_map.architecture.task != "causal_lm" or not elastic_map.config.tie_word_embeddings:
+    if elastic_map.family.task != "causal_lm" or not elastic_map.config.tie_word_embeddings:
         return False
     return not any(name.split(".", 1)[1].rsplit(".", 1)[0] in (LM_HEAD, EMBEDDING) for name in trained)
 
@@ -46,17 +43,14 @@ def subnet_tensors(
     elastic_map: ElasticMap, base: TensorFolder, order: UnitOrder, trained: Trained, spec: SubnetSpec
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(stock name, tensor) one at a time: base tensors with all updates added in fp32, cut, in the base's type."""
-    names = list(elastic_map.tensors)
-    if elastic_map.architecture.task == "causal_lm" and f"{LM_HEAD}.weight" not in names:
-        names.append(f"{LM_HEAD}.weight")
+    described = dict(elastic_map.matrices)
     if is_tied(elastic_map, trained):
-        names.remove(f"{LM_HEAD}.weight")
+        del described[f"{LM_HEAD}.weight"]
     updates = _by_tensor(trained)
-    for name in names:
-        tensor = elastic_map.describe(name, elastic_map.full_shape(name))
+    for name, tensor in described.items():
         if tensor.layer is not None and tensor.layer not in spec.layers:
             continue
-        whole = read_tensor(base, name)
+        whole = read_tensor(base, name, elastic_map.family)
         value = torch.zeros(tensor.shape) if whole is None else whole.float()
         for dim, axis in enumerate(tensor.axes):
             rows = order.rows(axis, tensor.layer, elastic_map.shape)

@@ -1,7 +1,6 @@
 """What one recipe stage trains: low-rank pairs, norms and biases, a new head."""
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection
 from math import prod, sqrt
 
 import torch
@@ -10,51 +9,29 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import nn
 
 from ee_scale.backbone.digest import named_generator
-from ee_scale.elastic.architecture import SHARDED, VOCAB, ElasticMap, TensorAxes
+from ee_scale.config.supernet import FactorsConfig
+from ee_scale.elastic.architecture import ElasticMap, TensorAxes
 from ee_scale.elastic.order import undeal
 from ee_scale.elastic.stage import ElasticStage
 from ee_scale.elastic.subnet import SubnetSpec
+from ee_scale.families.family import SHARDED, VOCAB
 
 TARGETS = ("attention", "mlp", "embeddings", "head")
-_PLACES = {  # the first that fits: BERT has '.output.' inside its attention as well
-    "attention": (".self_attn.", ".attention."),
-    "mlp": (".mlp.", ".intermediate.", ".output."),
-    "embeddings": ("embed",),
-    "head": ("lm_head", "pooler"),
-}
-
-
-@dataclass(frozen=True)
-class FactorSettings:
-    """Attributes:
-    rank: r of every low-rank pair; 0: whole updates of the same matrices (full-parameter training).
-    targets: matrices that get one, of TARGETS.
-    vectors: whether norms and biases train as well.
-    """
-
-    rank: int = 8
-    targets: Sequence[str] = ("attention", "mlp", "head")
-    vectors: bool = True
 
 
 class FactorPlan:
     """The tensors that a recipe stage trains, over the whole model, by (module, leaf): arithmetic only."""
 
-    def __init__(self, elastic_map: ElasticMap, settings: FactorSettings, new: Collection[str] = ()):
-        """`new`: modules that the base folder lacks."""
-        self.map, self.settings = elastic_map, settings
+    def __init__(self, elastic_map: ElasticMap, factors: FactorsConfig, rank: int, new: Collection[str] = ()):
+        """rank: r of every low-rank pair; 0: whole updates of the same matrices. new: modules the base folder lacks."""
+        self.map, self.config, self.rank = elastic_map, factors, rank
         self.tensors: dict[tuple[str, str], TensorAxes] = {}
-        described = dict(elastic_map.tensors)
-        if "lm_head.weight" not in described and elastic_map.architecture.task == "causal_lm":  # tied
-            described["lm_head.weight"] = elastic_map.describe(
-                "lm_head.weight", elastic_map.full_shape("lm_head.weight")
-            )
-        for name, tensor in described.items():
+        for name, tensor in elastic_map.matrices.items():
             module, leaf = name.rsplit(".", 1)
             if module == "classifier" or module in new:
                 self.tensors[module, leaf] = tensor
             elif len(tensor.shape) == 1:
-                if settings.vectors:
+                if factors.vectors:
                     self.tensors[module, leaf] = tensor
             elif self._is_target(module, tensor):
                 self._add_matrix(module, tensor)
@@ -62,12 +39,10 @@ class FactorPlan:
     def _is_target(self, module: str, tensor: TensorAxes) -> bool:
         if "embed" in module and tensor.axes[0] != VOCAB:
             return False
-        return (
-            next(place for place in TARGETS if any(part in module for part in _PLACES[place])) in self.settings.targets
-        )
+        return self.map.family.target_of(module) in self.config.targets
 
     def _add_matrix(self, module: str, tensor: TensorAxes) -> None:
-        rank, (out, inner) = self.settings.rank, tensor.shape
+        rank, (out, inner) = self.rank, tensor.shape
         if rank == 0:
             self.tensors[module, "weight"] = tensor
             return
@@ -78,7 +53,7 @@ class FactorPlan:
         """Trainable parameters that take part in a subnet (the n_j of the gradient scaling)."""
         sizes = self.map.shape.sizes(spec)
         return sum(
-            prod(sizes.get(axis, length) for axis, length in zip(tensor.axes, tensor.shape, strict=True))
+            prod(tensor.cut(sizes))
             for tensor in self.tensors.values()
             if tensor.layer is None or tensor.layer in spec.layers
         )

@@ -19,8 +19,8 @@ from torch import nn
 from torch.func import functional_call
 
 from ee_scale.backbone.parallel import COLUMN, ROW, low_rank_update
-from ee_scale.elastic.architecture import SHARDED, VOCAB
 from ee_scale.elastic.subnet import ElasticShape, SubnetSpec
+from ee_scale.families.family import SHARDED, VOCAB
 
 
 class Active:

@@ -14,16 +14,14 @@ from ee_scale.backbone.model_tensors import ModelTensors
 from ee_scale.backbone.narrowing import fill
 from ee_scale.backbone.parallel import padded_vocab
 from ee_scale.backbone.stages import StagePlan
-from ee_scale.elastic.architecture import SHARDED, VOCAB, ElasticMap, TensorAxes, meta_model
+from ee_scale.elastic.architecture import ElasticMap, TensorAxes, local_length
 from ee_scale.elastic.modules import Active, ElasticEmbedding, ElasticLinear, ElasticModule, ElasticNorm
 from ee_scale.elastic.order import UnitOrder, deal
 from ee_scale.elastic.subnet import SubnetSpec
+from ee_scale.families.build import meta_model
+from ee_scale.families.family import SHARDED, VOCAB, Family
+from ee_scale.families.sizes import layer_settings
 from ee_scale.grid import Grid
-
-NEW_MODULES = (
-    "classifier",
-    "bert.pooler.dense",
-)  # may be missing in the base folder: then the recipe trains them whole
 
 
 class Given(nn.Module):
@@ -55,13 +53,13 @@ class ElasticStage(nn.Module):
         self.is_first, self.is_last = grid.stage == 0, grid.stage == plan.launched - 1
         self.layer_indices = plan.layers(grid.stage)
         self.active = Active(elastic_map.shape, grid.layout.tp)
-        model = meta_model(elastic_map.config, elastic_map.architecture.task, dtype, attn_implementation)
+        model = meta_model(elastic_map.config, dtype, attn_implementation, task=elastic_map.family.task)
         self.elastic: dict[str, ElasticModule] = {}
         self.new: set[str] = set()
         for name, module in list(model.named_modules()):
-            pattern = _pattern(name)
-            if pattern in elastic_map.architecture.axes and self._is_mine(name):
-                self.elastic[name] = self._make(name, module, elastic_map.architecture.axes[pattern])
+            axes = elastic_map.family.axes_of(name)
+            if axes is not None and self._is_mine(name):
+                self.elastic[name] = self._make(name, module, axes)
                 model.set_submodule(name, self.elastic[name])
         self._cut(model)
         self.select(elastic_map.shape.full)
@@ -79,7 +77,8 @@ class ElasticStage(nn.Module):
         def empty(parameter: torch.Tensor | None, leaf_axes: tuple[str, ...]) -> torch.Tensor | None:
             if parameter is None:
                 return None
-            shape = [self._local(axis, size) for axis, size in zip(leaf_axes, parameter.shape, strict=True)]
+            tp = self.grid.layout.tp
+            shape = [local_length(axis, size, tp) for axis, size in zip(leaf_axes, parameter.shape, strict=True)]
             return torch.empty(shape, dtype=self.dtype, device=self.grid.device)
 
         tensors = (empty(module.weight, axes), empty(getattr(module, "bias", None), axes[:1]))
@@ -88,26 +87,22 @@ class ElasticStage(nn.Module):
             return ElasticLinear(*common)
         return ElasticEmbedding(*common) if isinstance(module, nn.Embedding) else ElasticNorm(module, *common)
 
-    def _local(self, axis: str, size: int) -> int:
-        tp = self.grid.layout.tp
-        return padded_vocab(size, tp) // tp if axis == VOCAB else size // tp if axis in SHARDED else size
-
     def _cut(self, model: nn.Module) -> None:
         """Keep this stage's part of the model."""
-        architecture, config = self.map.architecture, self.map.config
-        self.base = base = getattr(model, architecture.base)
-        self._layers_of, _, self._layers_name = architecture.layers.rpartition(".")
-        container = base.get_submodule(architecture.layers)
+        family, config = self.map.family, self.map.config
+        self.base = base = model.base_model
+        self._layers_of, _, self._layers_name = family.layers.rpartition(".")
+        container = base.get_submodule(family.layers)
         self.layers = {i: container[i] for i in self.layer_indices}
-        self.head = self.elastic.get("lm_head" if architecture.task == "causal_lm" else "classifier")
+        self.head = self.elastic.get(family.heads[-1])
         with torch.device(self.grid.device):
             if hasattr(base, "rotary_emb"):
                 base.rotary_emb = type(base.rotary_emb)(config=config)
-            if architecture.task == "classify" and self.is_first:
+            if family.task == "classify" and self.is_first:
                 positions = torch.arange(config.max_position_embeddings).expand((1, -1))
                 base.embeddings.position_ids = positions
                 base.embeddings.token_type_ids = torch.zeros_like(positions)
-        if architecture.task == "classify":
+        if family.task == "classify":
             if not self.is_first:
                 base.embeddings = Given()
             if not self.is_last:
@@ -132,10 +127,7 @@ class ElasticStage(nn.Module):
         kept = [i for i in spec.layers if i in self.layers]
         owner = self.base.get_submodule(self._layers_of) if self._layers_of else self.base
         setattr(owner, self._layers_name, nn.ModuleList(self.layers[i] for i in kept))
-        config = self.base.config
-        config.num_hidden_layers = len(kept)
-        if getattr(self.map.config, "layer_types", None) is not None:
-            config.layer_types = [self.map.config.layer_types[i] for i in kept]
+        self.base.config.update(layer_settings(self.map.config, kept))
 
     def forward(
         self, x: torch.Tensor, batch: dict[str, torch.Tensor], *, features: bool = False
@@ -146,14 +138,14 @@ class ElasticStage(nn.Module):
         `features` the hidden state [B, S, D'] after every kept layer of the stage.
         """
         inputs: dict[str, Any] = {"inputs_embeds": x} if x.is_floating_point() else {"input_ids": x}
-        if self.map.architecture.task == "classify":
+        if self.map.family.task == "classify":
             inputs |= {name: batch.get(name) for name in ("attention_mask", "token_type_ids")}
         else:
             inputs["use_cache"] = False
         self._outputs = {} if features else None
         output = self.base(**inputs)
         states, self._outputs = self._outputs or {}, None
-        pooled = self.map.architecture.task == "classify" and self.is_last
+        pooled = self.map.family.task == "classify" and self.is_last
         return (output.pooler_output if pooled else output.last_hidden_state), states
 
     @contextmanager
@@ -175,7 +167,7 @@ class ElasticStage(nn.Module):
                 target = getattr(module, leaf)
                 if target is None:
                     continue
-                whole = read_tensor(tensors, f"{name}.{leaf}")
+                whole = read_tensor(tensors, f"{name}.{leaf}", self.map.family)
                 if whole is None:
                     self.new.add(name)
                     target.data.zero_()
@@ -216,16 +208,12 @@ class ElasticStage(nn.Module):
 
 def base_tensors(folder: Path, elastic_map: ElasticMap) -> ModelTensors:
     """The weights of the base model. Raises `UserError` unless they fit its config; a new head may be missing."""
-    model = meta_model(elastic_map.config, elastic_map.architecture.task, torch.float32)
-    return ModelTensors(folder, model, may_lack=NEW_MODULES)
+    model = meta_model(elastic_map.config, torch.float32, task=elastic_map.family.task)
+    return ModelTensors(folder, model, may_lack=elastic_map.family.text_heads)
 
 
-def read_tensor(tensors: TensorFolder, name: str) -> torch.Tensor | None:
+def read_tensor(tensors: TensorFolder, name: str, family: Family) -> torch.Tensor | None:
     """A whole tensor of the base folder by its transformers name; None for a new head's. Raises `UserError`."""
-    if name not in tensors and name.rpartition(".")[0] in NEW_MODULES:
+    if name not in tensors and name.rpartition(".")[0] in family.text_heads:
         return None
     return tensors.read(name)
-
-
-def _pattern(name: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))

@@ -6,6 +6,7 @@ from itertools import pairwise, product
 from random import Random
 from typing import Any
 
+from ee_scale.config.supernet import SpaceConfig
 from ee_scale.errors import UserError
 from ee_scale.reading import whole
 
@@ -138,7 +139,7 @@ class SearchSpace:
         return [choices if axis in axes else choices[:1] for axis, choices in all_choices]
 
 
-def resolve_space(config: Any, shape: ElasticShape, drop_order: Sequence[int], tp: int) -> SearchSpace:
+def resolve_space(config: SpaceConfig, shape: ElasticShape, drop_order: Sequence[int], tp: int) -> SearchSpace:
     """The config group `space` for a model. Numbers are sizes, fractions (0.5, 1.0) parts of the full one.
 
     drop_order: layers in the order in which they are dropped. Raises `UserError` naming field, value and numbers.
@@ -193,7 +194,7 @@ def _sizes(name: str, given: Sequence[Any], full: int, multiple: int) -> tuple[i
     return tuple(sorted(sizes, reverse=True))
 
 
-def _derived_groups(config: Any, shape: ElasticShape, hidden: Sequence[int], tp: int) -> tuple[int, ...]:
+def _derived_groups(config: SpaceConfig, shape: ElasticShape, hidden: Sequence[int], tp: int) -> tuple[int, ...]:
     """Empty: the width decides."""
     if config.heads is not None:
         raise UserError(
@@ -209,7 +210,7 @@ def _derived_groups(config: Any, shape: ElasticShape, hidden: Sequence[int], tp:
     return ()
 
 
-def _groups(config: Any, shape: ElasticShape, tp: int) -> tuple[int, ...]:
+def _groups(config: SpaceConfig, shape: ElasticShape, tp: int) -> tuple[int, ...]:
     """Head groups from numbers of query heads."""
     heads_full = shape.groups * shape.queries_per_group
     heads = _sizes("heads", config.heads or [1.0], heads_full, shape.queries_per_group)

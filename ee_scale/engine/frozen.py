@@ -1,67 +1,65 @@
 """Train exits on a frozen backbone with DeepSpeed's pipeline engine."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.schedule import ForwardPass, LoadMicroBatch, OptimizerStep
 
+from ee_scale.config.schema import ExitsConfig, TuneConfig
 from ee_scale.engine.clipping import clip_groups
 from ee_scale.engine.guard import UpdateGuard
 from ee_scale.engine.observed import ObservedEngine
 from ee_scale.engine.schedule import FrozenSchedule, ShareFinalHidden, TrainExits
-from ee_scale.engine.setup import OptimizerSettings, build_engine, guarded_adamw
+from ee_scale.engine.setup import build_engine, guarded_adamw
 from ee_scale.engine.state import start_moments
 from ee_scale.exits.losses import LossSettings, exit_backward
 from ee_scale.exits.stage import TuningStage
 from ee_scale.grid import Grid
 
 
-@dataclass(frozen=True)
-class EngineSettings:
-    """What the engine needs beside the stage and the grid."""
-
-    micro_batch_size: int
-    num_micro_batches: int
-    losses: LossSettings
-    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    bf16: bool = False
-    spike_factor: float = 0.0
-    final_weight: float = 1.0  # of the model's own loss in joint training
-    flush: bool = False  # wait for all stages after every batch; only the benchmark wants that
-
-    @property
-    def final_losses(self) -> LossSettings:
-        """The model's own loss weighs every token the same."""
-        return replace(self.losses, confidence_weighting=False)
+def loss_settings(stage: TuningStage, exits: ExitsConfig) -> LossSettings:
+    """The `exits` group's part of the losses, for a stage's vocabulary."""
+    return LossSettings(
+        stage.backbone.model_config.vocab_size,
+        exits.loss_chunk_tokens,
+        exits.confidence_weighting,
+        kl_weight=exits.kl_weight,
+        kl_temperature=exits.kl_temperature,
+    )
 
 
 class FrozenPipelineEngine(ObservedEngine):
-    """One stage of exit tuning. `train_step` runs a batch; no gradient ever crosses stages."""
+    """One stage of exit tuning. `train_step` runs a batch; no gradient ever crosses stages.
+
+    Attributes:
+        flush: wait for all stages after every batch; only the benchmark wants that.
+    """
+
+    flush = False
 
     @classmethod
-    def build(cls, stage: TuningStage, grid: Grid, settings: EngineSettings) -> "FrozenPipelineEngine":
+    def build(cls, stage: TuningStage, grid: Grid, config: TuneConfig) -> "FrozenPipelineEngine":
         """Wrap this rank's stage. All ranks call it."""
         trains = bool(stage.exit_layers)
         # A stage without exits gets no optimizer at all: DeepSpeed refuses an empty one.
         groups = {k: list(stage.exit_heads[str(k)].parameters()) for k in stage.exit_layers}
-        optimizer = guarded_adamw(groups, settings.optimizer) if trains else None
-        engine = build_engine(
-            cls, stage, grid, optimizer, settings.micro_batch_size, settings.num_micro_batches, settings.bf16
-        )
-        engine.prepare(stage, grid, settings)
+        optimizer = guarded_adamw(groups, config.optim) if trains else None
+        bf16 = next(stage.backbone.parameters()).dtype == torch.bfloat16
+        engine = build_engine(cls, stage, grid, optimizer, config.train, bf16)
+        engine.prepare(stage, grid, config)
         return engine
 
-    def prepare(self, stage: TuningStage, grid: Grid, settings: EngineSettings) -> None:
+    def prepare(self, stage: TuningStage, grid: Grid, config: TuneConfig) -> None:
         """Attributes that the base class does not know."""
-        self.stage, self.process_grid, self.settings = stage, grid, settings
-        self.share_final = settings.losses.kl_weight > 0
+        self.stage, self.process_grid, self._clip = stage, grid, config.optim.clip_grad
+        self.loss_settings = loss_settings(stage, config.exits)
+        self.share_final = config.exits.kl_weight > 0
         self.loss_weights = dict.fromkeys(stage.exit_layers, 1.0)
         if stage.exit_layers:
             start_moments(self.optimizer)
-        self.guard = UpdateGuard(settings.spike_factor)
+        self.guard = UpdateGuard(config.train.spike_factor)
         self.grad_norms: dict[int, torch.Tensor] = {}
         self._losses: dict[int, torch.Tensor] = {}
         self._micro_batches: Iterator[dict[str, torch.Tensor]] = iter(())
@@ -88,7 +86,7 @@ class FrozenPipelineEngine(ObservedEngine):
         self._micro_batches = micro_batches
         with torch.no_grad():
             self._exec_schedule(schedule)
-        if self.settings.flush:
+        if self.flush:
             dist.barrier(self.process_grid.pp_group)
         return self._losses
 
@@ -136,7 +134,7 @@ class FrozenPipelineEngine(ObservedEngine):
                     batch["labels"],
                     batch["loss_mask"],
                     self.stage.backbone.lm_head,
-                    self.settings.losses,
+                    self.loss_settings,
                     scale=self.loss_weights[k] / self.micro_batches,
                     final_hidden=self._final[buffer_id],
                 )
@@ -147,8 +145,7 @@ class FrozenPipelineEngine(ObservedEngine):
 
     def _step(self) -> None:
         losses = {k: values.sum() for k, values in self._losses.items()}
-        clip = self.settings.optimizer.clip_grad
-        self.grad_norms = clip_groups(self.optimizer, clip, self.process_grid, self.guard, losses)
+        self.grad_norms = clip_groups(self.optimizer, self._clip, self.process_grid, self.guard, losses)
         self._exec_optimizer_step()
 
     _INSTRUCTION_MAP: dict[type, Callable[..., None]] = {  # noqa: RUF012 (the base class's own pattern)

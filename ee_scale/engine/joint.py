@@ -6,7 +6,7 @@ Exits run right before the backward of their micro-batch, so the logits of one a
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -17,15 +17,16 @@ from deepspeed.runtime.pipe.schedule import (
     ReduceTiedGrads,
 )
 
+from ee_scale.config.schema import TuneConfig
 from ee_scale.engine.clipping import ALL, COPY
-from ee_scale.engine.frozen import EngineSettings
+from ee_scale.engine.frozen import loss_settings
 from ee_scale.engine.schedule import JointSchedule
 from ee_scale.engine.setup import build_engine, guarded_adamw
 from ee_scale.engine.two_way import TwoWayEngine
-from ee_scale.exits.heads import Tap
 from ee_scale.exits.joint import JointStage
 from ee_scale.exits.losses import exit_backward, token_backward
 from ee_scale.grid import Grid
+from ee_scale.modeling.kinds import Tap
 
 FINAL = "final"  # key of the model's own loss, beside those of the exits
 
@@ -45,21 +46,20 @@ class JointPipelineEngine(TwoWayEngine):
     """One stage of joint training. All parameters are one group: one gradient norm over all stages."""
 
     @classmethod
-    def build(cls, stage: JointStage, grid: Grid, settings: EngineSettings) -> "JointPipelineEngine":
+    def build(cls, stage: JointStage, grid: Grid, config: TuneConfig) -> "JointPipelineEngine":
         """Wrap this rank's stage. All ranks call it."""
         if stage.copied is not None and not stage.is_original:
             setattr(stage.trained[stage.copied], COPY, True)
-        optimizer = guarded_adamw({ALL: list(stage.parameters())}, settings.optimizer)
-        engine = build_engine(
-            cls, stage, grid, optimizer, settings.micro_batch_size, settings.num_micro_batches, settings.bf16
-        )
-        engine.prepare(stage, grid, settings)
+        optimizer = guarded_adamw({ALL: list(stage.parameters())}, config.optim)
+        engine = build_engine(cls, stage, grid, optimizer, config.train, stage.dtype == torch.bfloat16)
+        engine.prepare(stage, grid, config)
         return engine
 
-    def prepare(self, stage: JointStage, grid: Grid, settings: EngineSettings) -> None:
+    def prepare(self, stage: JointStage, grid: Grid, config: TuneConfig) -> None:
         """Attributes that the base class does not know."""
-        self.stage, self.settings = stage, settings
-        self.prepare_updates(grid, settings.optimizer, settings.spike_factor)
+        self.stage, self._final_weight = stage, config.backbone.final_weight
+        self.loss_settings = loss_settings(stage, config.exits)
+        self.prepare_updates(grid, config)
         self.copies_group = grid.stages_group(stage.copies)
         self.loss_weights: dict[int, float] = dict.fromkeys(stage.exit_layers, 1.0)
         self._losses: dict[int | str, torch.Tensor] = {}
@@ -107,7 +107,7 @@ class JointPipelineEngine(TwoWayEngine):
             slot.batch["labels"],
             slot.batch["loss_mask"],
             self.stage.backbone.lm_head,
-            self.settings.losses,
+            self.loss_settings,
             scale=self.loss_weights[k] / self.micro_batches,
         )
         self._losses[k] += means / self.micro_batches
@@ -121,8 +121,8 @@ class JointPipelineEngine(TwoWayEngine):
             slot.output,
             slot.batch["labels"],
             slot.batch["loss_mask"],
-            self.settings.final_losses,
-            scale=self.settings.final_weight / self.micro_batches,
+            replace(self.loss_settings, confidence_weighting=False),
+            scale=self._final_weight / self.micro_batches,
         )
         self._losses[FINAL] += means / self.micro_batches
         return slot.output, gradient

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import logging
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -12,21 +11,12 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
 from torch import nn
 
+from ee_scale.config.checks import check_batch
+from ee_scale.config.groups import BatchConfig, OptimConfig
 from ee_scale.engine.clipping import CLIP_KEY
 from ee_scale.grid import Grid
 
 EngineType = TypeVar("EngineType", bound=PipelineEngine)
-
-
-@dataclass(frozen=True)
-class OptimizerSettings:
-    """AdamW; the learning rate is set from outside at every step."""
-
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-5
-    weight_decay: float = 0.01
-    clip_grad: float = 1.0
 
 
 class GuardedAdamW(torch.optim.AdamW):
@@ -43,18 +33,21 @@ class GuardedAdamW(torch.optim.AdamW):
             parameter.grad = gradient
 
 
-def guarded_adamw(groups: dict[int, list[nn.Parameter]], settings: OptimizerSettings) -> GuardedAdamW:
-    """AdamW over clip groups, each as two param groups: matrices, and vectors (norms, biases) without weight decay."""
+def guarded_adamw(groups: dict[int, list[nn.Parameter]], optim: OptimConfig) -> GuardedAdamW:
+    """AdamW over clip groups, each as two param groups: matrices, and vectors (norms, biases) without weight decay.
+
+    The learning rate is set from outside at every step.
+    """
     param_groups = []
     for key, parameters in groups.items():
         count_in_norms(parameters)
         for decay, members in (
-            (settings.weight_decay, [p for p in parameters if p.ndim > 1]),
+            (optim.weight_decay, [p for p in parameters if p.ndim > 1]),
             (0.0, [p for p in parameters if p.ndim <= 1]),
         ):
             if members:
                 param_groups.append({"params": members, "weight_decay": decay, CLIP_KEY: key})
-    return GuardedAdamW(param_groups, lr=settings.lr, betas=tuple(settings.betas), eps=settings.eps, fused=True)
+    return GuardedAdamW(param_groups, lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps, fused=True)
 
 
 class StageMpu:
@@ -75,14 +68,15 @@ def build_engine(
     stage: nn.Module,
     grid: Grid,
     optimizer: torch.optim.Optimizer | None,
-    micro_batch_size: int,
-    num_micro_batches: int,
+    train: BatchConfig,
     bf16: bool,
 ) -> EngineType:
     """Wrap this rank's trainable parameters; None: this stage trains nothing. All ranks call it."""
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(logging.WARNING)
     logger.addFilter(_tells_news)
+    micro_batch_size = train.micro_batch_size
+    num_micro_batches = check_batch(train.global_batch_size, micro_batch_size, grid.layout.dp)
     config = deepspeed_config(grid, micro_batch_size, num_micro_batches, bf16, trains=optimizer is not None)
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its settings
         # One "layer" per stage; a rank registers its own stage only.

@@ -15,34 +15,16 @@ from deepspeed.runtime.pipe.schedule import (
     SendGrad,
 )
 
-from ee_scale.elastic.distill import FROZEN, DistillSettings, FeatureLoss, head_backward
+from ee_scale.config.supernet import SupernetConfig
+from ee_scale.elastic.distill import FROZEN, FeatureLoss, head_backward
 from ee_scale.elastic.factors import FactorSet
 from ee_scale.elastic.sampling import FULL, ROLES, Draw
 from ee_scale.elastic.stage import ElasticStage
 from ee_scale.engine.clipping import ALL
 from ee_scale.engine.schedule import SupernetSchedule, Teach
-from ee_scale.engine.setup import OptimizerSettings, build_engine, guarded_adamw
+from ee_scale.engine.setup import build_engine, guarded_adamw
 from ee_scale.engine.two_way import TwoWayEngine
 from ee_scale.grid import Grid
-
-
-@dataclass(frozen=True)
-class SupernetEngineSettings:
-    """What the engine needs beside stage, factors and grid.
-
-    Attributes:
-        teacher_stages: recipe stages that the frozen teacher consists of; None: there is no teacher (the full net alone
-            trains, on its task).
-    """
-
-    micro_batch_size: int
-    num_micro_batches: int
-    distill: DistillSettings
-    teacher_stages: int | None
-    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    bf16: bool = False
-    spike_factor: float = 0.0
-    seed: int = 1234
 
 
 @dataclass
@@ -59,26 +41,28 @@ class SupernetEngine(TwoWayEngine):
 
     @classmethod
     def build(
-        cls, stage: ElasticStage, factors: FactorSet, grid: Grid, settings: SupernetEngineSettings
+        cls, stage: ElasticStage, factors: FactorSet, grid: Grid, config: SupernetConfig, teacher_stages: int | None
     ) -> "SupernetEngine":
-        """Wrap this rank's factors. All ranks call it."""
-        optimizer = guarded_adamw({ALL: list(factors.parameters())}, settings.optimizer)
-        engine = build_engine(
-            cls, factors, grid, optimizer, settings.micro_batch_size, settings.num_micro_batches, settings.bf16
-        )
-        engine.prepare(stage, grid, settings)
+        """Wrap this rank's factors. All ranks call it.
+
+        teacher_stages: recipe stages that the frozen teacher consists of; None: there is no teacher (the full net alone
+        trains, on its task).
+        """
+        optimizer = guarded_adamw({ALL: list(factors.parameters())}, config.optim)
+        engine = build_engine(cls, factors, grid, optimizer, config.train, stage.dtype == torch.bfloat16)
+        engine.prepare(stage, grid, config, teacher_stages)
         return engine
 
-    def prepare(self, stage: ElasticStage, grid: Grid, settings: SupernetEngineSettings) -> None:
+    def prepare(self, stage: ElasticStage, grid: Grid, config: SupernetConfig, teacher_stages: int | None) -> None:
         """Attributes that the base class does not know."""
-        self.stage, self.settings = stage, settings
-        self.prepare_updates(grid, settings.optimizer, settings.spike_factor)
-        distills = settings.teacher_stages is not None
+        self.stage, self.distill, self.teacher_stages = stage, config.distill, teacher_stages
+        self.prepare_updates(grid, config)
+        distills = teacher_stages is not None
         self._features = None
-        if distills and settings.distill.feature_weight:
-            width, dim = stage.map.shape.hidden, settings.distill.feature_dim
-            self._features = FeatureLoss(width, dim, settings.seed, grid.device, stage.dtype)
-        self._teaches = distills and settings.distill.teacher == FROZEN
+        if distills and self.distill.feature_weight:
+            width, dim = stage.map.shape.hidden, self.distill.feature_dim
+            self._features = FeatureLoss(width, dim, config.train.seed, grid.device, stage.dtype)
+        self._teaches = distills and self.distill.teacher == FROZEN
         self._batches: list[dict[str, torch.Tensor]] = []
         self._stream: Sequence[Draw] = ()
         self._pairs: dict[int, dict[str, Any]] = {}
@@ -90,7 +74,7 @@ class SupernetEngine(TwoWayEngine):
         Returns fp32 [roles, 3]: task loss, KL and feature loss by role (full, smallest, random), of this stage and
         replica, averaged over the role's draws; only the last stage knows the first two.
         """
-        count = self.settings.num_micro_batches
+        count = self.micro_batches
         self._batches = [_to(next(micro_batches), self.device) for _ in range(count)]
         self._stream, self._pairs, self._taught = stream, {}, {m: _Taught() for m in range(count)}
         self._next = dict.fromkeys((ForwardPass, BackwardPass, SendActivation, RecvActivation, SendGrad, RecvGrad), 0)
@@ -115,7 +99,7 @@ class SupernetEngine(TwoWayEngine):
     def _teach(self, micro_batch: int) -> None:
         """The frozen teacher's forward on one micro-batch: receive, compute, keep what is learned from, send."""
         batch, taught = self._batches[micro_batch], self._taught[micro_batch]
-        with self.stage.teaching(self.settings.teacher_stages):
+        with self.stage.teaching(self.teacher_stages):
             x = batch["tokens"]
             if not self.is_first_stage():
                 x = self._empty(micro_batch, self.stage.map.shape.hidden)
@@ -133,7 +117,7 @@ class SupernetEngine(TwoWayEngine):
             taught.features = self._features.project(states)
         if self.is_last_stage():
             taught.final = hidden.detach()
-            if self.stage.map.architecture.task == "classify":
+            if self.stage.map.family.task == "classify":
                 taught.logits = self.stage.head(taught.final)
 
     def _forward(self, buffer_id: int) -> None:
@@ -144,12 +128,12 @@ class SupernetEngine(TwoWayEngine):
         wants = self._features is not None
         pair["output"], states = self.stage(pair.get("input", batch["tokens"]), batch, features=wants)
         is_teacher = draw.role == FULL and not self._teaches
-        if is_teacher and self.settings.teacher_stages is not None:
+        if is_teacher and self.teacher_stages is not None:
             self._keep(taught, pair["output"], states)
         if wants and not is_teacher:
             loss = self._features(states, taught.features, batch.get("attention_mask")) / draw.spec.depth
             self._losses[ROLES.index(draw.role), 2] += loss.detach()
-            pair["features"] = self.settings.distill.feature_weight * draw.weight * loss
+            pair["features"] = self.distill.feature_weight * draw.weight * loss
 
     def _backward(self, buffer_id: int) -> None:
         index, draw = self._turn(BackwardPass)
@@ -168,17 +152,17 @@ class SupernetEngine(TwoWayEngine):
 
     def _head_backward(self, output: torch.Tensor, draw: Draw) -> torch.Tensor:
         stage, taught = self.stage, self._taught[draw.micro_batch]
-        learns = self.settings.teacher_stages is not None and (self._teaches or draw.role != FULL)
+        learns = self.teacher_stages is not None and (self._teaches or draw.role != FULL)
         teacher = None
         if learns and taught.logits is None:
             teacher = (self._teacher_logits, taught.final)
         means, gradient = head_backward(
-            stage.map.architecture.task,
+            stage.map.family.task,
             stage.head,
             output,
             self._batches[draw.micro_batch],
             stage.map.config.vocab_size,
-            self.settings.distill,
+            self.distill,
             draw.weight,
             taught.logits if learns else None,
             teacher,
@@ -187,7 +171,7 @@ class SupernetEngine(TwoWayEngine):
         return gradient
 
     def _teacher_logits(self, final: torch.Tensor) -> torch.Tensor:
-        stages = self.settings.teacher_stages if self._teaches else self.stage.active.stages
+        stages = self.teacher_stages if self._teaches else self.stage.active.stages
         with self.stage.teaching(stages):
             return self.stage.head(final)
 

@@ -14,10 +14,10 @@ from deepspeed.runtime.pipe.schedule import (
     SendGrad,
 )
 
+from ee_scale.config.schema import TrainingConfig
 from ee_scale.engine.clipping import ALL, TOGETHER, clip_groups
 from ee_scale.engine.guard import UpdateGuard
 from ee_scale.engine.observed import ObservedEngine
-from ee_scale.engine.setup import OptimizerSettings
 from ee_scale.engine.state import start_moments
 from ee_scale.grid import Grid
 
@@ -29,10 +29,10 @@ def _by_name(name: str) -> Callable[..., None]:
 class TwoWayEngine(ObservedEngine):
     """Subclasses say what to do with a micro-batch: `_forward`, `_backward`, `_send_activation`, ... (`buffer_id`)."""
 
-    def prepare_updates(self, grid: Grid, optimizer: OptimizerSettings, spike_factor: float) -> None:
+    def prepare_updates(self, grid: Grid, config: TrainingConfig) -> None:
         """Attributes that the base class does not know."""
-        self.process_grid, self._clip = grid, optimizer.clip_grad
-        self.guard = UpdateGuard(spike_factor)
+        self.process_grid, self._clip = grid, config.optim.clip_grad
+        self.guard = UpdateGuard(config.train.spike_factor)
         self.grad_norm = torch.zeros(())
         start_moments(self.optimizer)
 

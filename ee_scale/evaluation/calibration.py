@@ -16,7 +16,7 @@ import torch
 
 from ee_scale.errors import UserError
 from ee_scale.evaluation.records import Outcome, Records, outcome, simulate
-from ee_scale.exits.policies import NEVER, ExitPolicy
+from ee_scale.modeling.policies import NEVER, ExitPolicy
 
 PATH_POINTS = 100
 LEARN_SHARE = 0.25  # of the units choose the candidates, the others test them

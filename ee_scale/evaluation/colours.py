@@ -1,18 +1,20 @@
 """A generated text in which each token has the colour of the layer that it came from."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from rich.color import ColorSystem
 from rich.style import Style
 from rich.text import Text
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 COLOURS = ("green", "cyan", "blue", "magenta", "red", "bright_yellow", "bright_cyan", "bright_magenta")
 
 
 @torch.no_grad()
-def first_agreeing_exits(model: Any, prompt_ids: torch.Tensor, new_tokens: int) -> tuple[list[int], list[int | None]]:
+def first_agreeing_exits(
+    model: PreTrainedModel, prompt_ids: torch.Tensor, new_tokens: int
+) -> tuple[list[int], list[int | None]]:
     """Greedy continuation of a prompt [1, S] by the final layer, in one go.
 
     Returns the new token ids and, for each, the shallowest exit whose most likely token it was (None: no exit's).
@@ -25,7 +27,9 @@ def first_agreeing_exits(model: Any, prompt_ids: torch.Tensor, new_tokens: int) 
     return new_ids.tolist(), exits
 
 
-def coloured_text(tokenizer: Any, prompt: str, ids: list[int], exits: list[int | None], layers: list[int]) -> Text:
+def coloured_text(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, ids: list[int], exits: list[int | None], layers: list[int]
+) -> Text:
     """The prompt in bold, then the tokens; white ones needed the whole model."""
     text = Text(prompt, style="bold")
     streamer = PieceStreamer(tokenizer, lambda piece, k: text.append(piece, style=_colour(layers, k)))
@@ -63,7 +67,7 @@ class PieceStreamer:
     The pieces together are the decoded text: what is kept back is a character whose bytes have not all come.
     """
 
-    def __init__(self, tokenizer: Any, write: Callable[[str, int | None], None]):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str, int | None], None]):
         """`write(piece, layer)`; the layer is None where generation does not tell (`put_exits`)."""
         self.tokenizer, self.write = tokenizer, write
         self.ids: list[int] = []

@@ -4,7 +4,6 @@
 starts it. The model is transformers' own: nothing of ours touches it.
 """
 
-import copy
 import ctypes
 import json
 import math
@@ -22,14 +21,14 @@ from typing import Any
 
 import psutil
 import torch
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
-from ee_scale.backbone.loading import weight_files
-from ee_scale.elastic.architecture import AUTO_CLASS
+from ee_scale.backbone.loading import weight_bytes
 from ee_scale.errors import UserError
 from ee_scale.evaluation.energy import EnergyMeter, find_meter
-from ee_scale.exits.versions import CACHE
+from ee_scale.families.build import AUTO_CLASS
+from ee_scale.families.sizes import with_layers
+from ee_scale.modeling.versions import CACHE
 
 MIN_ROUNDS = 5
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -42,7 +41,6 @@ class EdgeMeasure:
     Attributes:
         parameters: numbers in the model, shared matrices once.
         weights_mb: safetensors on disk.
-        flops: of one forward over `tokens` tokens, 2 per multiply-add of matrices and attention.
         prefill_ms, prefill_p90_ms: median and 90th percentile of that forward, batch 1; a decoder fills its cache.
         token_ms: median of a greedily decoded token behind those; None for encoders.
         memory_mb: what the model adds to the process, from before its weights are loaded to the end, at its highest.
@@ -54,7 +52,6 @@ class EdgeMeasure:
 
     parameters: int
     weights_mb: float
-    flops: int
     prefill_ms: float
     prefill_p90_ms: float
     token_ms: float | None
@@ -138,7 +135,6 @@ def _measure(
     _check_length(config, tokens + (new_tokens if task == "causal_lm" else 0))
     steps = new_tokens if task == "causal_lm" else 0
     ids = torch.randint(config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0)).to(device)
-    flops = _flops(config, task, tokens)
     _warm_up(config, task, ids, steps)
     memory = PeakMemory(device)
     # Number types as stored: what the folder is, not what it could be.
@@ -149,8 +145,7 @@ def _measure(
     read = len(timings.prefill) * tokens + len(timings.token)
     return EdgeMeasure(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        weights_mb=sum(path.stat().st_size for path in weight_files(Path(folder))) / 1e6,
-        flops=flops,
+        weights_mb=weight_bytes(Path(folder)) / 1e6,
         prefill_ms=1e3 * median(timings.prefill),
         prefill_p90_ms=1e3 * sorted(timings.prefill)[math.ceil(0.9 * len(timings.prefill)) - 1],
         token_ms=1e3 * median(timings.token) if timings.token else None,
@@ -169,24 +164,10 @@ def _check_length(config: Any, length: int) -> None:
         raise UserError(f"tokens: {length} with the decoded ones, but the model reads at most {most}")
 
 
-def _flops(config: Any, task: str, tokens: int) -> int:
-    """Counted by torch on a model without memory."""
-    with torch.device("meta"):
-        model = AUTO_CLASS[task].from_config(config).eval()
-        ids = torch.zeros((1, tokens), dtype=torch.long)
-    with FlopCounterMode(display=False) as counter:
-        model(ids)
-    return counter.get_total_flops()
-
-
 def _warm_up(config: Any, task: str, ids: torch.Tensor, steps: int) -> None:
     """Run one layer of zeros: code, and buffers of libraries, that the first model brings in are no memory of it."""
-    small = copy.deepcopy(config)
-    small.num_hidden_layers = 1
-    if getattr(config, "layer_types", None):
-        small.layer_types = config.layer_types[:1]
     with torch.device("meta"):
-        model = AUTO_CLASS[task].from_config(small).eval()
+        model = AUTO_CLASS[task].from_config(with_layers(config, range(1))).eval()
     model.to_empty(device=ids.device)
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.zero_()
@@ -194,7 +175,7 @@ def _warm_up(config: Any, task: str, ids: torch.Tensor, steps: int) -> None:
 
 
 def _run(
-    model: Any, ids: torch.Tensor, steps: int, seconds: float, meter: EnergyMeter | None
+    model: PreTrainedModel, ids: torch.Tensor, steps: int, seconds: float, meter: EnergyMeter | None
 ) -> tuple[Timings, float | None]:
     """Rounds of a prompt and `steps` greedy tokens behind it; the first round is a warm-up. (times, joules)."""
     _round(model, ids, steps, Timings())
@@ -205,7 +186,7 @@ def _run(
     return timings, meter.joules(before, meter.read()) if meter else None
 
 
-def _round(model: Any, ids: torch.Tensor, steps: int, timings: Timings) -> None:
+def _round(model: PreTrainedModel, ids: torch.Tensor, steps: int, timings: Timings) -> None:
     if not steps:
         timings.prefill.append(_timed(lambda: model(ids))[0])
         return
@@ -216,7 +197,7 @@ def _round(model: Any, ids: torch.Tensor, steps: int, timings: Timings) -> None:
         timings.token.append(spent)
 
 
-def _next_token(model: Any, last: Any) -> Any:
+def _next_token(model: PreTrainedModel, last: Any) -> Any:
     """One greedy step: the token of `last`'s logits goes through the model behind `last`'s cache."""
     token = last.logits[:, -1:].argmax(-1)
     return model(token, use_cache=True, **{CACHE: last[CACHE]})

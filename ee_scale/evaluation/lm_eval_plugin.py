@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from ee_scale.artifact.sidecar import SIDECAR_CONFIG, base_folder, read_sidecar
+from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.data.encode import token_with_row
 from ee_scale.errors import UserError
-from ee_scale.exits.policies import CALIBRATION_KEY, ExitPolicy, choose_layers, resolve_policy
 from ee_scale.inference.model import open_model
+from ee_scale.modeling.policies import CALIBRATION_KEY, ExitPolicy, choose_layers, resolve_policy
 
 try:
     from lm_eval.api.registry import register_model
@@ -44,14 +44,15 @@ class EarlyExitLM(HFLM):
         self.exit_options = {key: _value(kwargs.pop(key)) for key in list(kwargs) if key.startswith(OPTIONS)}
         if "exit_layer" in self.exit_options:
             self.exit_options.setdefault("exit_policy", "fixed")
-        super().__init__(pretrained, tokenizer=tokenizer or str(_base_folder(pretrained)), **kwargs)
+        tokenizer = tokenizer or str(ModelFolder.named(pretrained, "pretrained").base)
+        super().__init__(pretrained, tokenizer=tokenizer, **kwargs)
         rows, pad = self.model.config.vocab_size, self.tokenizer.pad_token_id
         if pad is not None and pad >= rows:
             self.tokenizer.pad_token_id = token_with_row(rows, self.tokenizer.eos_token_id)
         self.policy = self._policy()
 
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:
-        super()._get_config(str(_base_folder(pretrained)), **kwargs)
+        super()._get_config(str(ModelFolder.named(pretrained, "pretrained").base), **kwargs)
 
     def _create_model(self, pretrained: str, dtype: Any = "auto", **kwargs: Any) -> None:
         for name in ELSEWHERE:
@@ -117,14 +118,6 @@ class StopTexts(StoppingCriteria):
         """[R, S] -> bool [R]."""
         texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :])
         return torch.tensor([any(end in text for end in self.stop) for text in texts], device=input_ids.device)
-
-
-def _base_folder(pretrained: str) -> Path:
-    """Where config and tokenizer lie: the folder itself, or a sidecar's base model. Raises `UserError`."""
-    path = Path(pretrained).expanduser()
-    if not path.is_dir():
-        raise UserError(f"pretrained={pretrained}: no such folder")
-    return base_folder(path, read_sidecar(path)) if (path / SIDECAR_CONFIG).is_file() else path
 
 
 def _value(value: Any) -> Any:

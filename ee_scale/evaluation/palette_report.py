@@ -7,9 +7,9 @@ from pathlib import Path
 from rich.table import Table
 
 from ee_scale.artifact.manifest import Manifest, Member
-from ee_scale.elastic.architecture import AUTO_CLASS
 from ee_scale.elastic.limits import number
 from ee_scale.evaluation.palette_plot import PERCENT, plot_palette
+from ee_scale.families.build import AUTO_CLASS
 from ee_scale.files import write_text
 
 REPORT, PLOT = "report.md", "palette.png"

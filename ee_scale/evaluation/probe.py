@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from ee_scale.errors import UserError
 from ee_scale.evaluation.states import exit_states
-from ee_scale.exits.policies import score
 from ee_scale.inference.settings import check_settings, end_marks, new_lengths, stop_criterion
+from ee_scale.modeling.policies import score
 
 CHUNK_LOGITS = 1 << 24  # logits of one exit that exist at the same time (64 MiB in fp32)
 
@@ -50,7 +51,12 @@ def given_text(windows: Iterable[torch.Tensor]) -> Iterable[Passage]:
 
 @torch.no_grad()
 def own_text(
-    model: Any, prompts: torch.Tensor, new_tokens: int, temperature: float | None, seed: int, tokenizer: Any = None
+    model: PreTrainedModel,
+    prompts: torch.Tensor,
+    new_tokens: int,
+    temperature: float | None,
+    seed: int,
+    tokenizer: Any = None,
 ) -> Passage:
     """The model's continuation of prompts [B, P] by its final layer (None: greedy), each up to its end.
 
@@ -95,7 +101,7 @@ def repeated_share(passage: Passage, length: int = 8) -> float:
 
 
 @torch.no_grad()
-def read_exits(model: Any, passages: Iterable[Passage], temperature: float, bound: float) -> list[Reading]:
+def read_exits(model: PreTrainedModel, passages: Iterable[Passage], temperature: float, bound: float) -> list[Reading]:
     """Compare every exit with the final layer; `bound` is the share of tokens that must stay the final layer's.
 
     Raises `UserError` if there is no token to read.
@@ -118,7 +124,7 @@ def read_exits(model: Any, passages: Iterable[Passage], temperature: float, boun
     return [_reading(k, {name: torch.cat(values) for name, values in sums[k].items()}, bound) for k in layers]
 
 
-def _logits(model: Any, states: dict[int, torch.Tensor]) -> Iterable[tuple[torch.Tensor, Iterable]]:
+def _logits(model: PreTrainedModel, states: dict[int, torch.Tensor]) -> Iterable[tuple[torch.Tensor, Iterable]]:
     """Chunks of positions [n, D]: the final layer's logits fp32 [n, V], and (exit, logits) one exit at a time."""
     lm_head, heads = model.get_output_embeddings(), model.exit_heads
     capped = next(iter(heads.values())).spec.capped

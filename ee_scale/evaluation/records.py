@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
 
-from ee_scale.backbone.families import family_of
 from ee_scale.errors import UserError
 from ee_scale.evaluation.states import exit_states
-from ee_scale.exits.policies import NEVER, ExitPolicy, passes, score
+from ee_scale.families.registry import decoder_family
+from ee_scale.modeling.policies import NEVER, Decisions, ExitPolicy, score
 
 CHUNK_LOGITS = 1 << 25  # logits of one exit that exist at the same time (128 MiB in fp32)
 
@@ -95,7 +96,9 @@ def batched(windows: Sequence[Window], batch_size: int) -> list[list[Window]]:
 
 
 @torch.no_grad()
-def collect(model: Any, batches: Iterable[Sequence[Window]], policies: Sequence[str] = tuple(NEVER)) -> Records:
+def collect(
+    model: PreTrainedModel, batches: Iterable[Sequence[Window]], policies: Sequence[str] = tuple(NEVER)
+) -> Records:
     """Run the model once over windows, all exits included; a model without exits gives records of its final layer.
 
     `policies`: whose scores are kept. Logits exist for one exit and CHUNK_LOGITS numbers at a time. Raises `UserError`
@@ -133,21 +136,13 @@ def simulate(records: Records, policy: ExitPolicy) -> torch.Tensor:
 
     Limits may be one row for all tokens, or one row per token.
     """
-    chosen = torch.full((len(records.units),), records.num_layers)
-    last, agreed = torch.full_like(chosen, -1), torch.zeros_like(chosen)
-    limits = torch.tensor(policy.limits)
-    for i, k in enumerate(policy.layers):
+
+    def said(k: int) -> tuple[torch.Tensor | None, torch.Tensor]:
         at = records.layers.index(k)
-        if policy.name in NEVER:
-            leave = passes(policy.name, records.scores[policy.name][at], limits[:, i])
-        elif policy.name == "patience":
-            agreed = torch.where(records.tokens[at] == last, agreed + 1, 1)
-            last = records.tokens[at]
-            leave = agreed >= policy.patience
-        else:
-            leave = torch.tensor(k == policy.layer)
-        chosen = torch.where(leave & (chosen == records.num_layers), k, chosen)
-    return chosen
+        scores = records.scores[policy.name][at] if policy.name in NEVER else None
+        return scores, records.tokens[at].long()
+
+    return Decisions(policy, len(records.units)).layers(said, records.num_layers)
 
 
 @dataclass(frozen=True)
@@ -184,7 +179,7 @@ def outcome(records: Records, layers: torch.Tensor) -> Outcome:
     return Outcome(match, losses, layers)
 
 
-def _read(model: Any, rows: list[torch.Tensor], policies: Sequence[str]) -> dict[str, torch.Tensor]:
+def _read(model: PreTrainedModel, rows: list[torch.Tensor], policies: Sequence[str]) -> dict[str, torch.Tensor]:
     """The values of a batch of token rows [n_i + 1], flat over all predicted tokens, on the CPU."""
     device = next(model.parameters()).device
     # Padding lies to the right of a causal model's text: no position sees it, and it is dropped before the heads.
@@ -193,14 +188,8 @@ def _read(model: Any, rows: list[torch.Tensor], policies: Sequence[str]) -> dict
     kept = torch.arange(padded.shape[1] - 1, device=device) < lengths[:, None]
     labels = padded[:, 1:][kept]
     hidden, lm_head = exit_states(model, padded[:, :-1]), model.get_output_embeddings()
-    cap_name = family_of(model.config).logit_softcap
-    cap = getattr(model.config, cap_name) if cap_name else None
-
-    def final_logits(states: torch.Tensor) -> torch.Tensor:
-        logits = lm_head(states)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
-
-    final = _measure(hidden.pop(0)[kept], final_logits, labels, ())
+    family = decoder_family(model.config)
+    final = _measure(hidden.pop(0)[kept], lambda x: family.cap(lm_head(x), model.config), labels, ())
     found = {"final_tokens": final["tokens"], "final_losses": final["losses"]}
     exits = [
         _measure(states[kept], lambda x, head=model.exit_heads[str(k)]: head.logits(x, lm_head), labels, policies)

@@ -1,13 +1,12 @@
 """What the heads of a model read, without any logits: they are made chunk by chunk by whoever needs them."""
 
-from typing import Any
-
 import torch
+from transformers import PreTrainedModel
 
-from ee_scale.exits.heads import ExitTaps, run_single_layer
+from ee_scale.modeling.heads import ExitTaps, run_single_layer
 
 
-def exit_states(model: Any, ids: torch.Tensor) -> dict[int, torch.Tensor]:
+def exit_states(model: PreTrainedModel, ids: torch.Tensor) -> dict[int, torch.Tensor]:
     """Ids [B, S] on the model's device -> {exit layer: [B, S, D]} in order of depth; 0 is the final layer.
 
     A model without exits gives the final layer alone.
@@ -23,6 +22,6 @@ def exit_states(model: Any, ids: torch.Tensor) -> dict[int, torch.Tensor]:
         taps.remove()
     read = taps.pop()
     for k in spec.layers:
-        norm = getattr(base.layers[k - 1], spec.mlp_output_norm) if spec.mlp_output_norm else None
+        norm = spec.output_norm(base.layers[k - 1])
         found[k] = model.exit_heads[str(k)].hidden(read[k], norm, lambda layer, x: run_single_layer(base, layer, x))
     return found

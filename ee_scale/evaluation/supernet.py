@@ -7,11 +7,12 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-from ee_scale.elastic.architecture import AUTO_CLASS, ElasticMap
+from ee_scale.elastic.architecture import ElasticMap
 from ee_scale.elastic.extract import subnet_config
 from ee_scale.elastic.stage import ElasticStage
 from ee_scale.elastic.subnet import SubnetSpec
 from ee_scale.evaluation.edge import time_forward
+from ee_scale.families.build import AUTO_CLASS
 
 CHUNK = 1024  # tokens whose logits exist at the same time
 
@@ -26,7 +27,7 @@ class Judge:
     @property
     def metric(self) -> str:
         """The entry of `figures` that decides."""
-        return "accuracy" if self.stage.map.architecture.task == "classify" else "loss"
+        return "accuracy" if self.stage.map.family.task == "classify" else "loss"
 
     @torch.no_grad()
     def figures(self, spec: SubnetSpec) -> dict[str, float]:
@@ -72,7 +73,7 @@ class PartTimes:
     def _time(self, spec: SubnetSpec) -> float:
         config = subnet_config(self.map, spec, tied=False)
         with torch.device(self.device):
-            model = AUTO_CLASS[self.map.architecture.task].from_config(config, dtype=self.dtype).eval()
+            model = AUTO_CLASS[self.map.family.task].from_config(config, dtype=self.dtype).eval()
             ids = torch.randint(config.vocab_size, (1, self.tokens))
         forward: Callable[[], object] = lambda: model(input_ids=ids)  # noqa: E731
         with torch.no_grad():

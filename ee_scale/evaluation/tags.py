@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ee_scale.data.corpora import num_tokens, open_tokens, read_tokens
 from ee_scale.data.folders import find_files
@@ -38,7 +39,7 @@ def document_windows(
 
 def tagged_windows(
     sources: list[str],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     text_key: str,
     tag_key: str,
     seq_length: int,

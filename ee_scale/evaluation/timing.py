@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch.nn.functional import linear
+from transformers import PreTrainedModel
 
 from ee_scale.evaluation.cost_model import Costs
-from ee_scale.exits.heads import Tap
-from ee_scale.exits.policies import score
-from ee_scale.exits.versions import CACHE
+from ee_scale.modeling.kinds import Tap
+from ee_scale.modeling.policies import score
+from ee_scale.modeling.versions import CACHE
 
 ROWS = (1, 2, 4, 8, 16)
 SHORTLIST = 16_384  # tokens; FR-Spec (arXiv 2502.14856) keeps a quarter of a vocabulary of 128k
@@ -58,7 +59,7 @@ class FilledCache:
 
 @torch.no_grad()
 def measure_parts(
-    model: Any,
+    model: PreTrainedModel,
     context: int,
     seconds: float,
     rows: Sequence[int] = ROWS,
@@ -126,12 +127,12 @@ def layer_pass(
     return run
 
 
-def _exit_check(model: Any, k: int, one: torch.Tensor, cache: FilledCache) -> Callable[[], Any]:
+def _exit_check(model: PreTrainedModel, k: int, one: torch.Tensor, cache: FilledCache) -> Callable[[], Any]:
     """What decoding does at an exit: its modules, its head, the score and the token, both brought to the CPU."""
     spec, head, base = model.exit_spec, model.exit_heads[str(k)], model.base_model
-    norm = getattr(base.layers[k - 1], spec.mlp_output_norm) if spec.mlp_output_norm else None
-    tap = Tap(one, one if spec.kind == "mlp" else None)
-    own_layer = None if head.layer is None else layer_pass(base, cache, one, [head.layer])
+    norm = spec.output_norm(base.layers[k - 1])
+    tap = Tap(one, one)
+    own_layer = layer_pass(base, cache, one, [head.body]) if spec.exit_kind.attends else None
 
     def run() -> None:
         states = head.hidden(tap, norm, lambda layer, x: own_layer())
@@ -162,7 +163,7 @@ def _in_turns(
     return {name: sorted(values[1:])[(len(values) - 1) // 10] for name, values in times.items()}
 
 
-def _generate_time(model: Any, context: int, device: torch.device) -> float:
+def _generate_time(model: PreTrainedModel, context: int, device: torch.device) -> float:
     """Seconds per token of greedy `generate` after a prompt; the prompt's own pass is taken out."""
     prompt = torch.randint(model.config.vocab_size, (1, max(1, context - GENERATED)), device=device)
     times = {}

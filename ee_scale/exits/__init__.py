@@ -1,1 +1,1 @@
-"""Exit heads: what an exit is, where it sits, how it is initialised and what it is trained on."""
+"""The training side of exits: where they sit, how they are initialised and what they are trained on."""

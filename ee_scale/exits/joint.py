@@ -1,8 +1,5 @@
 """One pipeline stage of joint training: exits, and the backbone or adapters on it, with gradients across stages."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
@@ -11,27 +8,13 @@ from ee_scale.backbone.digest import bit_digest
 from ee_scale.backbone.parallel import sum_partial_gradients
 from ee_scale.backbone.shard import tensor_plan
 from ee_scale.backbone.stages import StagePlan
-from ee_scale.exits.heads import ExitSpec, Tap
+from ee_scale.config.schema import BackboneConfig
 from ee_scale.exits.stage import TuningStage
 from ee_scale.grid import Grid
+from ee_scale.modeling.heads import ExitSpec
+from ee_scale.modeling.kinds import Tap
 
 FROZEN, LOW_RANK, FULL = "frozen", "low_rank", "full"
-
-
-@dataclass(frozen=True)
-class BackbonePlan:
-    """What trains beside the exits; see `BackboneConfig` for the meaning of each field."""
-
-    mode: str = FROZEN
-    rank: int = 8
-    targets: Sequence[str] = ("attention", "mlp")
-    final_weight: float = 1.0
-    activation_checkpointing: bool = False
-
-    @property
-    def trains(self) -> bool:
-        """Whether gradients cross stages; then all stages run, and the model's own loss counts."""
-        return self.mode != FROZEN
 
 
 class JointStage(TuningStage):
@@ -45,20 +28,20 @@ class JointStage(TuningStage):
         is_original: whether this stage's copy is the one that is saved and counted in norms.
     """
 
-    def train_backbone(self, plan: BackbonePlan, copies: tuple[int, ...], grid: Grid, seed: int) -> None:
+    def train_backbone(self, config: BackboneConfig, copies: tuple[int, ...], grid: Grid, seed: int) -> None:
         """Choose what trains; called once, before the engine sees the stage."""
-        self.copies = copies if plan.mode == FULL and len(copies) > 1 else ()
+        self.copies = copies if config.mode == FULL and len(copies) > 1 else ()
         self.copied = self._output_name() if grid.stage in self.copies else None
         tied = self.backbone.model_config.tie_word_embeddings
         self.is_original = self.copied is None or grid.stage == (copies[0] if tied else copies[-1])
         self.trained = (
-            add_adapters(self.backbone, plan.rank, plan.targets, grid, seed)
-            if plan.mode == LOW_RANK
+            add_adapters(self.backbone, config.rank, config.targets, grid, seed)
+            if config.mode == LOW_RANK
             else self._open_all(grid)
         )
         for name, parameter in self.trained.items():
             self.register_parameter(name.replace(".", "/"), parameter)
-        if plan.activation_checkpointing:
+        if config.activation_checkpointing:
             self._checkpoint_layers()
 
     def _open_all(self, grid: Grid) -> dict[str, nn.Parameter]:
@@ -109,5 +92,5 @@ class JointStage(TuningStage):
 def output_copies(plan: StagePlan, spec: ExitSpec, tied: bool) -> tuple[int, ...]:
     """Stages that hold the output matrix: the last one, those whose exits read it, and the first one if it is tied."""
     last = plan.launched - 1
-    readers = {stage for stage in range(plan.launched) if spec.head != "full" and plan.exits(stage)}
+    readers = {stage for stage in range(plan.launched) if spec.reads_lm_head and plan.exits(stage)}
     return tuple(sorted(readers | {last} | ({0} if tied else set())))

@@ -7,8 +7,8 @@ from math import cos, pi
 import torch
 from torch import nn
 
-from ee_scale.exits.heads import ExitHead
 from ee_scale.exits.vocab_parallel import confidence, cross_entropy, kl_divergence, mask_padding
+from ee_scale.modeling.heads import ExitHead
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """One pipeline stage of exit tuning: the frozen backbone part and the exits that train on it."""
 
+import re
 from collections.abc import Callable
 from math import sqrt
 from typing import Any, TypeVar
@@ -9,7 +10,6 @@ import torch.distributed as dist
 from torch import nn
 
 from ee_scale.backbone.digest import bit_digest, named_generator
-from ee_scale.backbone.families import family_of
 from ee_scale.backbone.loading import LoadTask, TensorFolder, load_tensors
 from ee_scale.backbone.narrowing import fill
 from ee_scale.backbone.parallel import (
@@ -21,11 +21,14 @@ from ee_scale.backbone.parallel import (
     sum_partial_gradients,
     swap_projections,
 )
-from ee_scale.backbone.shard import BackboneStage, is_vocabulary, load_task, meta_model, output_matrix_name, tensor_plan
+from ee_scale.backbone.shard import BackboneStage, is_vocabulary, load_task, output_matrix_name, tensor_plan
 from ee_scale.backbone.stages import StagePlan
-from ee_scale.exits.heads import ExitHead, ExitSpec, ExitTaps, Tap, build_exit_heads, run_single_layer
-from ee_scale.exits.versions import CACHE
+from ee_scale.families.build import meta_model
+from ee_scale.families.registry import decoder_family
 from ee_scale.grid import Grid
+from ee_scale.modeling.heads import ExitHead, ExitSpec, ExitTaps, build_exit_heads, run_single_layer
+from ee_scale.modeling.kinds import ExitKind, Tap
+from ee_scale.modeling.versions import CACHE
 
 StageType = TypeVar("StageType", bound="TuningStage")
 
@@ -69,10 +72,9 @@ class TuningStage(nn.Module):
     def exit_hidden(self, k: int, tap: Tap, cache: Any = None) -> torch.Tensor:
         """[B, S, D], ready for the head of exit k, with the graph of its modules.
 
-        `cache`: keys and values of an exit's own layer (`kind=layer`) that the tap continues.
+        `cache`: keys and values of an exit that attends, which the tap continues.
         """
-        norm_name = self.spec.mlp_output_norm
-        output_norm = getattr(self._layers[0][k], norm_name) if norm_name else None
+        output_norm = self.spec.output_norm(self._layers[0][k])
 
         def run_layer(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
             return run_single_layer(self.backbone.base, layer, hidden, **{CACHE: cache})
@@ -110,7 +112,7 @@ def build_stage(
     heads = build_exit_heads(spec, model.base_model.layers, model.base_model.norm, config.vocab_size)
     heads = nn.ModuleDict({str(k): heads[str(k)] for k in mine})
     is_last = grid.stage == plan.launched - 1
-    needs_lm_head = (bool(mine) and (spec.head != "full" or teacher)) or (decoding and is_last)
+    needs_lm_head = (bool(mine) and (spec.reads_lm_head or teacher)) or (decoding and is_last)
     backbone = BackboneStage(model, plan, grid, dtype, final_norm=teacher or decoding, lm_head=needs_lm_head)
     tensor_axis = tensor_plan(config, grid.layout.tp)
     for head in heads.values():
@@ -120,22 +122,20 @@ def build_stage(
 
 def _shard_exit(head: ExitHead, plan: dict[str, str], config: Any, grid: Grid, dtype: torch.dtype) -> None:
     rows = padded_vocab(config.vocab_size, grid.layout.tp)
-    bodies = [(head.mlp, "mlp."), (head.layer, "")]
+    kind, body = head.spec.exit_kind, head.body
     with torch.device(grid.device):
-        for body, prefix in bodies:
-            if body is not None:
-                swap_projections(body, plan, prefix, grid.tp_group, dtype)
+        if body is not None:
+            swap_projections(body, plan, kind.body.prefix, grid.tp_group, dtype)
         if head.spec.head == "full":
             head.head = column_linear(config.hidden_size, rows, False, grid.tp_group, dtype)
         elif head.spec.head == "low_rank":
             head.head.up = column_linear(head.spec.rank, rows, False, grid.tp_group, dtype)
     materialise(head, grid.device)
-    if head.layer is not None:
-        head.layer.self_attn.layer_idx = 0  # the one layer of its own cache
+    if kind.attends:
+        body.self_attn.layer_idx = 0  # the one layer of its own cache
     head.requires_grad_(True)
-    for body, prefix in bodies:
-        if body is not None:
-            sum_partial_gradients(body, plan, prefix, grid.tp_group)
+    if body is not None:
+        sum_partial_gradients(body, plan, kind.body.prefix, grid.tp_group)
 
 
 def load_stage(stage: TuningStage, tensors: TensorFolder, grid: Grid, *, init: str, seed: int) -> None:
@@ -144,7 +144,7 @@ def load_stage(stage: TuningStage, tensors: TensorFolder, grid: Grid, *, init: s
     config, tp = stage.backbone.model_config, grid.layout.tp
     tasks: list[LoadTask] = []
     for name, parameter in stage.exit_heads.named_parameters():
-        source = copy_source(name, config.num_hidden_layers, tensors)
+        source = copy_source(stage.spec.exit_kind, name, config.num_hidden_layers, tensors)
         if source is None:
             _fill(name, parameter, whole_low_rank(name, parameter, config.vocab_size, seed), grid)
         elif init == "copy":
@@ -164,19 +164,15 @@ def load_trained_stage(stage: TuningStage, tensors: TensorFolder, exits: TensorF
     load_tensors(tasks, exits, grid.tp_rank, grid.layout.tp)
 
 
-def copy_source(name: str, num_layers: int, tensors: TensorFolder) -> str | None:
+def copy_source(kind: ExitKind, name: str, num_layers: int, tensors: TensorFolder) -> str | None:
     """Backbone tensor that an exit parameter ('3.mlp.up_proj.weight') starts from; None for low-rank factors.
 
-    head <- lm_head, norm <- final norm, mlp <- the same layer's, layer <- the last layer (EE-LLM's rules).
+    head <- lm_head, the rest as the kind says.
     """
-    k, part, rest = name.split(".", 2)
-    if part == "norm":
-        return f"model.norm.{rest}"
-    if part == "mlp":
-        return f"model.layers.{int(k) - 1}.mlp.{rest}"
-    if part == "layer":
-        return f"model.layers.{num_layers - 1}.{rest}"
-    return output_matrix_name(tensors) if rest == "weight" else None
+    k, inner = name.split(".", 1)
+    if inner == "head.weight":
+        return output_matrix_name(tensors)
+    return kind.source(inner, int(k), num_layers)
 
 
 def whole_low_rank(name: str, parameter: torch.Tensor, vocab_size: int, seed: int) -> torch.Tensor:
@@ -194,16 +190,12 @@ def whole_random(name: str, source: str, tensors: TensorFolder, config: Any, see
     """
     shape = tensors.shape(source)
     if len(shape) == 1:
-        return torch.full(shape, 0.0 if source.endswith(".bias") else family_of(config).neutral_norm)
+        return torch.full(shape, 0.0 if source.endswith(".bias") else decoder_family(config).neutral_norm)
     std = config.initializer_range
-    if (config.base_model_tp_plan or {}).get("layers.*." + _inside_layer(name)) == ROW:
+    place = re.sub(r"^model\.layers\.\d+", "layers.*", source).rsplit(".", 1)[0]
+    if (config.base_model_tp_plan or {}).get(place) == ROW:
         std /= sqrt(2 * int(name.split(".", 1)[0]))
     return torch.empty(shape).normal_(0.0, std, generator=named_generator(name, seed))
-
-
-def _inside_layer(name: str) -> str:
-    """'3.layer.self_attn.o_proj.weight' -> 'self_attn.o_proj'; '3.mlp.down_proj.weight' -> 'mlp.down_proj'."""
-    return name.split(".", 1)[1].removeprefix("layer.").rsplit(".", 1)[0]
 
 
 def _fill(name: str, parameter: nn.Parameter, whole: torch.Tensor, grid: Grid) -> None:

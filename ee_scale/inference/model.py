@@ -1,24 +1,20 @@
 """Open a model with exits from any of the forms it takes on disk."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, logging
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, logging
 
-from ee_scale.artifact.calibration import read_calibration
-from ee_scale.artifact.sidecar import SIDECAR_CONFIG, SIDECAR_WEIGHTS, base_folder, read_sidecar
-from ee_scale.backbone.fingerprint import is_model
-from ee_scale.backbone.loading import TensorFolder, load_config, read_config
+from ee_scale.backbone.loading import TensorFolder
+from ee_scale.backbone.model_folder import GONE, SIDECAR_CONFIG, ModelFolder
 from ee_scale.backbone.narrowing import narrowed
 from ee_scale.backbone.shard import model_tensors
 from ee_scale.errors import UserError, one_line
-from ee_scale.exits import modeling_early_exit as modeling
-from ee_scale.exits.heads import ExitSpec, LowRankHead
-from ee_scale.exits.placement import exits_of, read_spec
-from ee_scale.exits.policies import CALIBRATION_KEY
-from ee_scale.inference.weights import tensors_with_exits
+from ee_scale.modeling import modeling_early_exit as modeling
+from ee_scale.modeling.heads import ExitSpec, LowRankHead
+from ee_scale.modeling.policies import CALIBRATION_KEY
 
 
 class EarlyExitForCausalLM(modeling.EarlyExitForCausalLM):
@@ -30,44 +26,39 @@ class EarlyExitForCausalLM(modeling.EarlyExitForCausalLM):
 
         Raises ValueError (`UserError` for folders) if exits and model do not belong together, or weights are encoded.
         """
-        base = kwargs.pop("base_model", None)
-        if not (Path(path) / SIDECAR_CONFIG).is_file():
+        base, gone = kwargs.pop("base_model", None), f"{GONE}; pass base_model=<folder>"
+        folder = ModelFolder.find(Path(path), gone=gone, base=Path(base) if base else None)
+        if folder.sidecar is None:
             _check_exported(Path(path), kwargs.get("config"))
             return super().from_pretrained(path, *args, **kwargs)
-        facts = read_sidecar(Path(path))
-        folder = Path(base) if base else base_folder(Path(path), facts)
-        if not folder.is_dir():
-            raise UserError(f"{path}: its base model {folder} is not there; pass base_model=<folder>")
-        if not is_model(folder, facts["base_fingerprint"]):
-            raise UserError(f"{path}: {folder} is not the base model that these exits were trained on")
-        config = load_config(folder)
-        spec = read_spec(facts["early_exit"], path, config.num_hidden_layers)
-        tensors_with_exits(folder, config, spec, Path(path))
-        model = _with_new_heads(folder, spec, **kwargs)
-        _check_numbers(folder, model)
-        exits = load_file(Path(path) / SIDECAR_WEIGHTS)
+        _ = folder.decoder_config
+        _, exits = folder.tensors()
+        model = _with_new_heads(folder, folder.exits, **kwargs)
+        _check_numbers(folder.base, model)
         dtype = next(model.exit_heads.parameters()).dtype
-        state = {name.removeprefix(modeling.PREFIX): narrowed(value, dtype, name) for name, value in exits.items()}
+        state = {name.removeprefix(modeling.PREFIX): narrowed(exits.read(name), dtype, name) for name in exits.files}
         model.exit_heads.load_state_dict(state)
-        setattr(model.generation_config, CALIBRATION_KEY, read_calibration(Path(path)))  # not that of the base's exits
+        setattr(model.generation_config, CALIBRATION_KEY, folder.calibration())  # not that of the base's exits
         return model
 
 
-def _check_exported(folder: Path, config: Any) -> None:
+def _check_exported(path: Path, config: PreTrainedConfig | None) -> None:
     """What transformers would only warn of, in a local folder. Raises `UserError`."""
-    if (folder / "config.json").is_file():
-        config = config or read_config(folder)
-        if (spec := exits_of(folder, config)) is not None:
-            tensors_with_exits(folder, config, spec)
+    if (path / "config.json").is_file():
+        folder = ModelFolder(path, config=config)
+        if folder.exits is not None:
+            folder.tensors()
 
 
-def untrained_exits(folder: Path, spec: ExitSpec, **kwargs: Any) -> Any:
+def untrained_exits(path: Path, spec: ExitSpec, **kwargs: Any) -> Any:
     """A plain model with copy-initialised exits: what tuning starts from (for `mlp` and `norm`, the logit lens)."""
+    folder = ModelFolder(path)
+    model_tensors(path, folder.decoder_config)
     model = _with_new_heads(folder, spec, **kwargs)
     layers, lm_head = model.base_model.layers, model.get_output_embeddings()
     with torch.no_grad():
         for k, head in model.exit_heads.items():
-            sources = [(head.mlp, layers[int(k) - 1].mlp), (head.layer, layers[-1]), (head.norm, model.base_model.norm)]
+            sources = [(head.body, spec.exit_kind.body_source(layers, int(k))), (head.norm, model.base_model.norm)]
             if isinstance(head.head, LowRankHead):
                 head.head.up.weight.zero_()
             else:
@@ -82,10 +73,10 @@ def open_model(path: Path, **kwargs: Any) -> Any:
     """A model with exits, or a plain one that has none. Raises `UserError`."""
     if (path / SIDECAR_CONFIG).is_file():
         return EarlyExitForCausalLM.from_pretrained(path, **kwargs)
-    config = load_config(path)
-    opener = EarlyExitForCausalLM
-    if exits_of(path, config) is None:
-        model_tensors(path, config)  # transformers fills what is missing with random numbers
+    folder, opener = ModelFolder(path), EarlyExitForCausalLM
+    _ = folder.decoder_config
+    if folder.exits is None:
+        folder.tensors()  # transformers fills what is missing with random numbers
         opener = AutoModelForCausalLM
     try:
         model = opener.from_pretrained(path, trust_remote_code=False, **kwargs)
@@ -98,7 +89,7 @@ def open_model(path: Path, **kwargs: Any) -> Any:
     return model
 
 
-def _check_numbers(folder: Path, model: Any) -> None:
+def _check_numbers(folder: Path, model: PreTrainedModel) -> None:
     """Raise `UserError` naming a tensor with a number that the type it was opened in has not."""
     odd = {name: value for name, value in model.named_parameters() if not value.isfinite().all()}
     stored = TensorFolder(folder) if odd else {}
@@ -107,14 +98,13 @@ def _check_numbers(folder: Path, model: Any) -> None:
             narrowed(stored.read(name), value.dtype, name)
 
 
-def _with_new_heads(folder: Path, spec: ExitSpec, **kwargs: Any) -> Any:
-    """The model of a plain folder with exit heads that still have to be filled."""
-    config = load_config(folder)
-    model_tensors(folder, config)
+def _with_new_heads(folder: ModelFolder, spec: ExitSpec, **kwargs: Any) -> Any:
+    """The model of a folder whose weights were checked, with exit heads that still have to be filled."""
+    config = copy.deepcopy(folder.config)
     config.early_exit = spec.to_dict()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the report of missing exit heads: they are filled next
     try:
-        return modeling.early_exit_class(config).from_pretrained(folder, config=config, **kwargs).eval()
+        return modeling.early_exit_class(config).from_pretrained(folder.base, config=config, **kwargs).eval()
     finally:
         logging.set_verbosity(verbosity)

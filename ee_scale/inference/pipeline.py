@@ -5,7 +5,6 @@ the exit that decides tells the first stage at once, and that stage starts the r
 fill their caches with this one. The rows of a batch are separate streams that fill the pipe together.
 """
 
-import copy
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,13 +16,14 @@ from transformers import DynamicCache, GenerationConfig
 
 from ee_scale.backbone.stages import StagePlan
 from ee_scale.errors import UserError
-from ee_scale.exits.heads import Tap, layer_type
-from ee_scale.exits.policies import Decisions, ExitPolicy
 from ee_scale.exits.stage import TuningStage
-from ee_scale.exits.versions import CACHE
+from ee_scale.families.sizes import with_layers
 from ee_scale.grid import Grid
 from ee_scale.inference.pipeline_messages import Decision, Line, Token
 from ee_scale.inference.pipeline_rows import Row, RowMaker
+from ee_scale.modeling.kinds import Tap
+from ee_scale.modeling.policies import Decisions, ExitPolicy
+from ee_scale.modeling.versions import CACHE
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,6 @@ class PipelineDecoder:
         self.is_last = grid.stage == plan.launched - 1
         dtype = next(stage.backbone.parameters()).dtype
         self.line = Line(grid, self.config.hidden_size, self.config.vocab_size, dtype)
-        cap = stage.backbone.family.logit_softcap
-        self.logit_cap = getattr(self.config, cap) if cap else None
         self.make_rows = RowMaker(self.config, generation_config, grid.device)
         stage.on_exit(self._at_exit)
 
@@ -173,7 +171,7 @@ class PipelineDecoder:
         if k not in self.policy.layers:
             return
         silent = token.prefill or token.decided
-        if self.stage.spec.kind == "layer":
+        if self.stage.spec.exit_kind.attends:
             hidden = self.stage.exit_hidden(k, tap, self._exit_cache(k, token.row))  # its cache needs every token
         elif not silent:
             hidden = self.stage.exit_hidden(k, tap)
@@ -199,8 +197,8 @@ class PipelineDecoder:
 
     def _final_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Normed states [1, S, D] -> the model's own logits [1, V] at the last position."""
-        logits = self._whole(self.stage.backbone.lm_head(hidden[:, -1]))
-        return logits if self.logit_cap is None else torch.tanh(logits / self.logit_cap) * self.logit_cap
+        backbone = self.stage.backbone
+        return backbone.family.cap(self._whole(backbone.lm_head(hidden[:, -1])), self.config)
 
     def _whole(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits [1, V/tp] -> [1, V], the same bits on every tensor rank."""
@@ -213,9 +211,6 @@ class PipelineDecoder:
     def _exit_cache(self, k: int, row: int) -> DynamicCache:
         """Keys and values of the own layer of exit k."""
         if (k, row) not in self.exit_caches:
-            config = copy.copy(self.stage.backbone.base.config)
-            config.num_hidden_layers = 1
-            if getattr(config, "layer_types", None) is not None:
-                config.layer_types = [layer_type(self.stage.exit_heads[str(k)].layer)]
-            self.exit_caches[k, row] = DynamicCache(config=config)
+            last = self.config.num_hidden_layers - 1  # whose copy the exit's own layer is
+            self.exit_caches[k, row] = DynamicCache(config=with_layers(self.config, [last]))
         return self.exit_caches[k, row]

@@ -9,8 +9,8 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from ee_scale.backbone.digest import named_seed
-from ee_scale.backbone.shard import meta_model
 from ee_scale.errors import UserError
+from ee_scale.families.build import meta_model
 from ee_scale.inference.pipeline_messages import Decision
 from ee_scale.inference.settings import check_settings, end_marks, stop_criterion
 

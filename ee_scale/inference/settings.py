@@ -1,9 +1,7 @@
 """What a model's generation_config.json asks for: kept by every loop, or refused by name."""
 
-from typing import Any
-
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StopStringCriteria
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StopStringCriteria
 from transformers.generation.configuration_utils import GenerationMode
 
 from ee_scale.errors import UserError
@@ -45,7 +43,7 @@ def _refuse(settings: GenerationConfig, name: str, why: str, neutral: int | None
         raise UserError(f"{name}={value} (generation_config.json): {why}")
 
 
-def stop_criterion(settings: GenerationConfig, tokenizer: Any) -> StoppingCriteria | None:
+def stop_criterion(settings: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> StoppingCriteria | None:
     """transformers' criterion for `stop_strings`, if there are any. Raises `UserError` without a tokenizer."""
     if not settings.stop_strings:
         return None

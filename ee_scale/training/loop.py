@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 import torch.distributed as dist
 
 from ee_scale.engine.observed import ObservedEngine
@@ -16,7 +15,7 @@ from ee_scale.errors import FAILED, REQUEUE, STOPPED, Requeue, RunError
 from ee_scale.files import write_text
 from ee_scale.log import log
 from ee_scale.training.metrics import Key, MetricsStream, StepMetrics
-from ee_scale.training.parts import Run
+from ee_scale.training.recipe import Run, Step
 from ee_scale.training.stopping import StopSignals, Votes
 from ee_scale.training.watchdog import Watchdog
 
@@ -33,11 +32,9 @@ class Writer(AbstractContextManager, Protocol):
 
 @dataclass
 class Loop:
-    """One rank's way through its steps: `with loop.running(): while ...: loop.begin(); <step>; loop.end(...)`.
+    """One rank's way through its steps: votes, numbers, checkpoints.
 
-    Attributes:
-        facts: what goes into a checkpoint's state.json.
-        report: called on rank 0 for every step.
+    report: called on rank 0 for every step.
     """
 
     run: Run
@@ -46,7 +43,6 @@ class Loop:
     report: Callable[[StepMetrics], None]
     writer: Writer
     watchdog: Watchdog
-    facts: Callable[[], dict[str, Any]]
     signals: StopSignals = field(default_factory=StopSignals)
 
     def __post_init__(self) -> None:
@@ -66,9 +62,21 @@ class Loop:
         finally:
             self.signals.restore()
 
-    def watch(self, engine: ObservedEngine) -> None:
+    def train(self, total_steps: int) -> None:
+        """The steps that are left. Raises RuntimeError if something frozen changed, and what `begin` does."""
+        engine = None
+        with self.running():
+            while self.run.step < total_steps:
+                if (wanted := self.run.ready()) is not engine:
+                    engine = wanted
+                    self._watch(engine)
+                self.begin()
+                self.end(self.run.train_step())
+
+    def _watch(self, engine: ObservedEngine) -> None:
         """What happens in the engine is metered, and seen by the watchdog."""
         engine.observers += [self.watchdog, self.stream.meter]
+        self.stream.flops_per_token = self.run.flops_per_token
         self.stream.restart_clock()
 
     def begin(self) -> None:
@@ -82,18 +90,20 @@ class Loop:
         if verdict.signal:
             self._leave(verdict.signal)
 
-    def end(self, learning_rate: float, losses: dict[Key, torch.Tensor], *, last: bool) -> None:
-        """After a step; `last`: its checkpoint is written in any case."""
+    def end(self, made: Step) -> None:
+        """After a step."""
         train, logging = self.run.config.train, self.run.config.logging
         self.run.step += 1
         engine, guard = self.run.engine, self.run.engine.guard
         if self.run.grid.writes_stage():
             for key, reason in guard.reasons.items():
                 log.warning("step %d: update of %s left out (%s)", self.run.step, _name(key), reason)
-        self.stream.add(self.run.step, learning_rate, losses, grad_norms=engine.grad_norms, skipped=engine.skipped)
+        self.stream.add(
+            self.run.step, made.learning_rate, made.losses, grad_norms=engine.grad_norms, skipped=engine.skipped
+        )
         given_up = max(guard.in_a_row.values(), default=0) >= train.max_skipped
         self.votes.cast(self.signals.number, given_up)
-        saves = last or self.run.step % train.save_every == 0
+        saves = made.last or self.run.step % train.save_every == 0
         if saves or self.run.step % logging.every == 0:
             self.stream.flush()
         self._report(wait=saves)
@@ -103,11 +113,11 @@ class Loop:
     def _report(self, wait: bool) -> None:
         for metrics in self.stream.ready(wait=wait):
             if self.run.grid.rank == 0:
-                self.report(metrics)
+                self.report(self.run.shown(metrics))
 
     def _save(self) -> None:
         with self.watchdog.during("save"):
-            self.writer.save(self.run, self.facts())
+            self.writer.save(self.run, self.run.facts())
         self._saved_step = self.run.step
         self.stream.restart_clock()
 

@@ -11,6 +11,7 @@ from typing import Any
 import wandb
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ee_scale.config.groups import LoggingConfig
 from ee_scale.errors import one_line
 from ee_scale.log import Terminal, log
 from ee_scale.training.metrics import StepMetrics
@@ -95,7 +96,7 @@ class WandbSink:
     is not above its own last step: so that one goes on counting, and the run's step is the x axis of every chart.
     """
 
-    def __init__(self, out: Path, logging: Any, config: dict[str, Any], run_id: str, keyed_by: str):
+    def __init__(self, out: Path, logging: LoggingConfig, config: dict[str, Any], run_id: str, keyed_by: str):
         self._run, self._keyed_by, self._repeated = None, keyed_by, None
         try:
             self._run = wandb.init(

@@ -1,17 +1,18 @@
 """Learning rate and loss weights as functions of the step, so that a resumed run needs no schedule state."""
 
 from types import SimpleNamespace
-from typing import Any
 
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from ee_scale.config.groups import OptimConfig
+from ee_scale.config.schema import ExitsConfig
 from ee_scale.exits.losses import loss_weight
 
 
 class LearningRate:
     """Megatron's warm-up and decay; step 0 has the first rung of the warm-up, the last step min_lr."""
 
-    def __init__(self, optim: Any, steps: int):
+    def __init__(self, optim: OptimConfig, steps: int):
         """`optim`: the config group of that name."""
         self._scheduler = OptimizerParamScheduler(
             SimpleNamespace(param_groups=[]),
@@ -33,7 +34,7 @@ class LearningRate:
         return self._scheduler.get_lr({})
 
 
-def loss_weights_at(step: int, final: dict[int, float], exits: Any) -> dict[int, float]:
+def loss_weights_at(step: int, final: dict[int, float], exits: ExitsConfig) -> dict[int, float]:
     """Loss weight of each exit at `step`; `exits`: the config group of that name."""
     return {
         k: loss_weight(

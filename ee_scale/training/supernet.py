@@ -1,71 +1,204 @@
 """The recipe `supernet`: factors of a weight-sharing supernet, stage after stage."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import nn
 
-from ee_scale.elastic.factors import FactorPlan, FactorSet
+from ee_scale.backbone.hub import find_model
+from ee_scale.backbone.model_folder import ModelFolder
+from ee_scale.config.supernet import SupernetConfig
+from ee_scale.data.builtin import TINY, tiny_model
+from ee_scale.elastic.factors import FactorSet
+from ee_scale.elastic.importance import measure_order
 from ee_scale.elastic.order import UnitOrder
-from ee_scale.elastic.sampling import ROLES, draw_stream
+from ee_scale.elastic.sampling import ROLES
 from ee_scale.elastic.stage import ElasticStage, base_tensors
 from ee_scale.elastic.subnet import SearchSpace
 from ee_scale.engine.clipping import TOGETHER
-from ee_scale.engine.setup import OptimizerSettings
-from ee_scale.engine.supernet import SupernetEngine, SupernetEngineSettings
+from ee_scale.engine.supernet import SupernetEngine
+from ee_scale.errors import UserError
+from ee_scale.files import sync
 from ee_scale.grid import Grid
 from ee_scale.log import log
-from ee_scale.training.cost import flops_per_token
-from ee_scale.training.loop import Loop
+from ee_scale.planning.estimates import uses_bf16
+from ee_scale.planning.supernet import SupernetPlan, phase_rows, plan_supernet, task_of
 from ee_scale.training.meter import StageMeter, peak_flops
-from ee_scale.training.metrics import MetricsStream
-from ee_scale.training.parts import Named, SavedPart
-from ee_scale.training.plan import uses_bf16
+from ee_scale.training.metrics import MetricsStream, StepMetrics
+from ee_scale.training.recipe import Named, Recipe, Run, SavedPart, Step, Words
 from ee_scale.training.schedules import LearningRate
-from ee_scale.training.supernet_plan import SupernetPlan
+from ee_scale.training.supernet_data import Data, prepare_data, read_labels
 
 MEASURES = ("loss", "kl", "features")
+ORDER = "order.safetensors"
 
-# Called with the number of samples that are consumed already.
-Batches = Callable[[int], Iterator[dict[str, torch.Tensor]]]
+
+class Supernet(Recipe[SupernetConfig, SupernetPlan]):
+    """Train a supernet."""
+
+    verb, next_verb, keyed_by = "supernet", "palette", "subnet"
+    identity = (
+        *("task", "space", "stages", "factors", "sampling", "distill", "importance"),
+        *("data", "optim", "train.global_batch_size", "train.seed"),
+    )
+
+    @classmethod
+    def of(cls, config: SupernetConfig) -> Self:
+        folder = tiny_model() if config.model.path == TINY else find_model(config.model.path)
+        model_config, labels = ModelFolder(folder).config, []
+        if task_of(config, model_config) == "classify":
+            labels = read_labels(config)
+        plan = plan_supernet(config, folder, model_config, labels)
+        base_tensors(folder, plan.map)  # weights that do not fit are said now, not by a rank
+        return cls(plan)
+
+    @property
+    def last_phase_steps(self) -> int:
+        return self.plan.phases[-1].steps
+
+    def prepare(self, *, progress: bool) -> dict[str, Any]:
+        return prepare_data(self.plan, progress=progress)
+
+    def facts(self) -> dict[str, Any]:
+        return {"task": self.plan.task, "labels": list(self.plan.labels), "parts": self.plan.parts}
+
+    def check_folder(self, out: Path, *, resumes: bool) -> None:
+        """The checkpoint was trained in one order of units."""
+        path = out / ORDER
+        if path.is_file():
+            UnitOrder.load(path, self.plan.map.shape)
+        elif resumes:
+            raise UserError(f"{path}: missing; the checkpoints beside it mean nothing without the order of their units")
+
+    def build(self, grid: Grid, out: Path, scratch: Path | None = None) -> "SupernetRun":
+        data, stage, path = Data(self.plan, grid), build_stage(self.plan, grid), out / ORDER
+        if scratch is not None and not grid.from_rank_0(path.is_file()):
+            path = scratch / ORDER
+        run = start_run(self.plan, grid, stage, unit_order(self.plan, stage, data, path), data)
+        if scratch is not None and grid.rank == 0:
+            (scratch / ORDER).unlink(missing_ok=True)
+        return run
+
+    def words(self) -> Words:
+        columns = ("stage", "may shrink", "steps", "rank", "trained parameters", "smallest subnet")
+        title = f"{self.plan.map.config.model_type}, {self.plan.map.shape.num_layers} layers, {self.plan.task}"
+        return Words(title, columns, phase_rows(self.plan), left=columns[:2])
 
 
 @dataclass
-class SupernetRun:
-    """One rank's live run. `step` counts finished optimizer steps over all recipe stages, `roles` were drawn last."""
+class SupernetRun(Run[SupernetConfig, SupernetPlan]):
+    """One rank's live run over all phases; without data its engine can be stepped by hand.
+
+    roles: of the subnets that were drawn last; frozen: digest of what must not change, from before the stage.
+    """
 
     plan: SupernetPlan
     grid: Grid
     stage: ElasticStage
     order: UnitOrder
     space: SearchSpace
+    data: Data | None = None
     factors: list[FactorSet] = field(default_factory=list)
     engine: SupernetEngine | None = None
     step: int = 0
     roles: Sequence[str] = ROLES
+    frozen: str = ""
 
     @property
-    def config(self) -> Any:
+    def config(self) -> SupernetConfig:
         return self.plan.config
 
     @property
     def index(self) -> int:
-        """The recipe stage whose factors train."""
+        """The phase whose factors train."""
         return len(self.factors) - 1
 
     @property
-    def consumed_samples(self) -> int:
-        return self.step * self.config.train.global_batch_size
+    def optimizer_steps(self) -> int:
+        return self.step - self.plan.phases.start(self.index)
 
     @property
-    def optimizer_steps(self) -> int:
-        return self.step - self.plan.recipe.start(self.index)
+    def flops_per_token(self) -> float:
+        return self.plan.phase_flops(self.index)
+
+    @cached_property
+    def _micro_batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        return self.data.micro_batches(self.consumed_samples)
+
+    def ready(self) -> SupernetEngine:
+        due = self.plan.phases.index_at(self.step)
+        if self.engine is None or due != self.index:
+            open_phases(self, due)
+            self.start_engine()
+        if self.config.train.verify_frozen and not self.frozen:
+            self.frozen = self.stage.frozen_digest()
+        return self.engine
+
+    def train_step(self) -> Step:
+        learning_rate = self.rate.at(self.optimizer_steps)
+        self.engine.set_lr(learning_rate)
+        draws = self.plan.draws(self.space, self.index, self.step, self.trainable)
+        self.roles = [role for role in ROLES if any(draw.role == role for draw in draws)]
+        losses = self.engine.train_step(self._micro_batches, draws)
+        last = self.step + 1 == self.plan.phases.ends[self.index]
+        if last and self.frozen:
+            self._check_frozen()
+        return Step(learning_rate, dict(zip(ROLES, losses, strict=True)), last)
+
+    def _check_frozen(self) -> None:
+        before, after = self.frozen, self.stage.frozen_digest()
+        if after != before:
+            raise RuntimeError(f"a frozen tensor of stage {self.grid.stage} changed: {before[:12]} -> {after[:12]}")
+        name = self.plan.phases[self.index].name
+        log.info("stage '%s' done; backbone unchanged (digest %s)", name, after[:12])
+
+    def start_engine(self) -> None:
+        """Of the last opened phase. What the frozen teacher consists of is merged into the backbone."""
+        teacher, phase = self.plan.phases.of_teacher, self.plan.phases[self.index]
+        for module in self.stage.elastic.values():
+            for index in range(min(teacher, self.index)):
+                module.merge(index)
+        teaches = teacher if phase.axes else None
+        self.engine = SupernetEngine.build(self.stage, self.factors[-1], self.grid, self.config, teaches)
+        self.rate = LearningRate(replace(self.config.optim, lr=self.plan.learning_rate(self.index)), phase.steps)
+        self.trainable, self.frozen = self.plan.factors(self.index, self.stage.new).parameters, ""
+
+    def reopen(self, state: Mapping[str, Any]) -> None:
+        open_phases(self, state["recipe_stage"])
+
+    def start_last_phase(self) -> None:
+        """It draws along every axis, with the teacher that it learns from."""
+        index = len(self.plan.phases) - 1
+        open_phases(self, index)
+        self.step = self.plan.phases.start(index)
+        self.start_engine()
+
+    def metrics_stream(self) -> MetricsStream:
+        """Losses by role of the subnet."""
+        config, grid = self.config, self.grid
+        width, peak = self.plan.map.shape.hidden, config.logging.peak_tflops
+        return MetricsStream(
+            grid,
+            ROLES,
+            config.train.global_batch_size * config.data.seq_length,
+            MEASURES,
+            meter=StageMeter(grid.device),
+            norm_keys=[TOGETHER],
+            peak_flops=peak_flops(grid.device, peak, width, self.stage.dtype) if grid.rank == 0 else None,
+        )
+
+    def shown(self, metrics: StepMetrics) -> StepMetrics:
+        return metrics.only(self.roles)
+
+    def facts(self) -> dict[str, Any]:
+        return {"recipe_stage": self.index, "new": sorted(self.stage.new)}
 
     def saved_parts(self) -> list[SavedPart]:
-        """One pair of files per pipeline stage, with the factors of all recipe stages so far."""
+        """One pair of files per pipeline stage, with the factors of all phases so far."""
         frozen: Named = [pair for factors in self.factors[:-1] for pair in factors.named.items()]
         training: Named = list(self.factors[-1].named.items())
         number = f"{self.grid.stage:03d}"
@@ -76,7 +209,6 @@ class SupernetRun:
         return self._set_of(name).gather(name, part)
 
     def local(self, name: str, parameter: nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
-        """This rank's part of a whole tensor."""
         return self._set_of(name).local(name, whole)
 
     def _set_of(self, name: str) -> FactorSet:
@@ -89,93 +221,34 @@ def build_stage(plan: SupernetPlan, grid: Grid) -> ElasticStage:
     return ElasticStage(plan.map, plan.stages, grid, dtype, plan.config.model.attn_implementation)
 
 
-def start_run(plan: SupernetPlan, grid: Grid, stage: ElasticStage, order: UnitOrder) -> SupernetRun:
-    """Load this rank's slices, sorted. No recipe stage has begun yet: see `open_stages`."""
+def unit_order(plan: SupernetPlan, stage: ElasticStage, data: Data, path: Path) -> UnitOrder:
+    """The stored order of the run, or one that is measured now and stored by rank 0. All ranks call it."""
+    if stage.grid.from_rank_0(path.is_file()):
+        return UnitOrder.load(path, plan.map.shape)
+    stage.load(base_tensors(plan.model_dir, plan.map), UnitOrder.identity(plan.map.shape))
+    log.info("measuring the importance of heads, MLP units, widths and layers")
+    order = measure_order(stage, data.sample(), plan.parts)
+    if stage.grid.rank == 0:
+        temporary = path.with_name(f".{path.name}.tmp")
+        order.save(temporary)
+        sync(temporary)
+        temporary.replace(path)
+    return stage.grid.from_rank_0(order)
+
+
+def start_run(
+    plan: SupernetPlan, grid: Grid, stage: ElasticStage, order: UnitOrder, data: Data | None = None
+) -> SupernetRun:
+    """Load this rank's slices, sorted. No phase has begun yet: see `open_phases`."""
     stage.load(base_tensors(plan.model_dir, plan.map), order)
-    return SupernetRun(plan, grid, stage, order, plan.space(order))
+    return SupernetRun(plan, grid, stage, order, plan.space(order), data)
 
 
-def open_stages(run: SupernetRun, upto: int) -> None:
-    """Add the factors of recipe stages up to and including `upto`; only the last one's train."""
+def open_phases(run: SupernetRun, upto: int) -> None:
+    """Add the factors of phases up to and including `upto`; only the last one's train."""
     while run.index < upto:
         for factors in run.factors:
             factors.freeze()
         index = run.index + 1
-        plan = FactorPlan(run.plan.map, run.plan.factor_settings(index), run.stage.new)
+        plan = run.plan.factors(index, run.stage.new)
         run.factors.append(FactorSet(run.stage, plan, index, run.config.train.seed))
-
-
-def begin_stage(run: SupernetRun) -> None:
-    """The engine of the last opened stage. What the frozen teacher consists of is merged into the backbone."""
-    teacher, recipe = run.plan.recipe.teacher_stages, run.plan.recipe.stages[run.index]
-    for module in run.stage.elastic.values():
-        for index in range(min(teacher, run.index)):
-            module.merge(index)
-    optim, train, peak = run.config.optim, run.config.train, run.plan.learning_rate(run.index)
-    settings = SupernetEngineSettings(
-        micro_batch_size=train.micro_batch_size,
-        num_micro_batches=run.plan.num_micro_batches,
-        distill=run.plan.distill,
-        teacher_stages=teacher if recipe.axes else None,
-        optimizer=OptimizerSettings(peak, tuple(optim.betas), optim.eps, optim.weight_decay, optim.clip_grad),
-        bf16=run.stage.dtype == torch.bfloat16,
-        spike_factor=train.spike_factor,
-        seed=train.seed,
-    )
-    run.engine = SupernetEngine.build(run.stage, run.factors[-1], run.grid, settings)
-
-
-def metrics_stream(run: SupernetRun) -> MetricsStream:
-    """Losses by role of the subnet, and how well the devices are used."""
-    config, grid = run.config, run.grid
-    width, peak = run.plan.map.shape.hidden, config.logging.peak_tflops
-    return MetricsStream(
-        grid,
-        ROLES,
-        config.train.global_batch_size * config.data.seq_length,
-        MEASURES,
-        meter=StageMeter(grid.device),
-        norm_keys=[TOGETHER],
-        peak_flops=peak_flops(grid.device, peak, width, run.stage.dtype) if grid.rank == 0 else None,
-    )
-
-
-def train(run: SupernetRun, data: Batches, loop: Loop) -> None:
-    """Run the remaining steps of all stages. Raises what `loop` does."""
-    micro_batches = data(run.consumed_samples)
-    if run.engine is not None:  # a resumed run
-        loop.watch(run.engine)
-    with loop.running():
-        while run.step < run.plan.recipe.total_steps:
-            if run.engine is None or run.plan.recipe.index_at(run.step) != run.index:
-                open_stages(run, run.plan.recipe.index_at(run.step))
-                begin_stage(run)
-                loop.watch(run.engine)
-            loop.stream.flops_per_token = sum(flops_per_token(run.plan, run.config, run.index))
-            _train_stage(run, micro_batches, loop)
-
-
-def _train_stage(run: SupernetRun, micro_batches: Iterator[dict[str, torch.Tensor]], loop: Loop) -> None:
-    """The rest of the current recipe stage. Raises RuntimeError if something frozen changed."""
-    config, stage, end = run.config, run.plan.recipe.stages[run.index], run.plan.recipe.ends[run.index]
-    before = run.stage.frozen_digest() if config.train.verify_frozen else ""
-    rate = LearningRate(SimpleNamespace(**{**dict(config.optim), "lr": run.plan.learning_rate(run.index)}), stage.steps)
-    trainable = FactorPlan(run.plan.map, run.plan.factor_settings(run.index), run.stage.new).parameters
-    while run.step < end:
-        loop.begin()
-        learning_rate = rate.at(run.optimizer_steps)
-        run.engine.set_lr(learning_rate)
-        draws = draw_stream(run.space, stage.axes, run.step, run.plan.num_micro_batches, run.plan.sampling, trainable)
-        run.roles = [role for role in ROLES if any(draw.role == role for draw in draws)]
-        losses = run.engine.train_step(micro_batches, draws)
-        last = run.step + 1 == end
-        if last and config.train.verify_frozen:
-            _check_frozen(run, before)
-        loop.end(learning_rate, dict(zip(ROLES, losses, strict=True)), last=last)
-
-
-def _check_frozen(run: SupernetRun, before: str) -> None:
-    after = run.stage.frozen_digest()
-    if after != before:
-        raise RuntimeError(f"a frozen tensor of stage {run.grid.stage} changed: {before[:12]} -> {after[:12]}")
-    log.info("stage '%s' done; backbone unchanged (digest %s)", run.plan.recipe.stages[run.index].name, after[:12])

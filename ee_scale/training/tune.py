@@ -1,51 +1,158 @@
-"""The recipe `tune`: exits on a frozen backbone."""
+"""The recipe `tune`: exits on a backbone that is frozen, adapted, or trained with them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from ee_scale.backbone.hub import find_model
+from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.backbone.shard import model_tensors
+from ee_scale.config.schema import TuneConfig
+from ee_scale.data.builtin import TINY, tiny_model
+from ee_scale.data.inputs import check_run_text, run_dataset
 from ee_scale.data.loader import batches
 from ee_scale.engine.clipping import ALL, TOGETHER
-from ee_scale.engine.frozen import EngineSettings, FrozenPipelineEngine
+from ee_scale.engine.frozen import FrozenPipelineEngine
 from ee_scale.engine.joint import FINAL, JointPipelineEngine
-from ee_scale.engine.setup import OptimizerSettings
 from ee_scale.exits.joint import FULL, JointStage, output_copies
-from ee_scale.exits.losses import LossSettings
 from ee_scale.exits.stage import TuningStage, build_stage, gather_whole, load_stage, local_slice
 from ee_scale.grid import Grid
 from ee_scale.log import log
-from ee_scale.training.cost import flops_per_token
-from ee_scale.training.loop import Loop
+from ee_scale.planning.estimates import uses_bf16
+from ee_scale.planning.tune import TunePlan, plan_tune
 from ee_scale.training.meter import StageMeter, peak_flops
 from ee_scale.training.metrics import MetricsStream
-from ee_scale.training.parts import SavedPart
-from ee_scale.training.plan import TunePlan, uses_bf16
+from ee_scale.training.recipe import Recipe, Run, SavedPart, Step, Words
 from ee_scale.training.schedules import LearningRate, loss_weights_at
 
 
-@dataclass
-class TuneRun:
-    """One rank's live run. `step` counts finished optimizer steps."""
+class Tune(Recipe[TuneConfig, TunePlan]):
+    """Train exits."""
 
-    config: Any
+    verb, next_verb, keyed_by = "tune", "export", "exit"
+    identity = ("exits", "backbone", "data", "optim", "train.global_batch_size", "train.seed")
+
+    @classmethod
+    def of(cls, config: TuneConfig) -> Self:
+        folder = tiny_model() if config.model.path == TINY else find_model(config.model.path)
+        plan = plan_tune(config, folder, ModelFolder(folder).decoder_config)
+        model_tensors(folder, plan.model_config)  # weights that do not fit are said now, not by a rank
+        return cls(plan)
+
+    def prepare(self, *, progress: bool) -> dict[str, Any]:
+        return check_run_text(self.config.data, self.plan.model_dir, self.plan.shape.vocab_size, progress=progress)
+
+    def facts(self) -> dict[str, Any]:
+        return {"early_exit": self.plan.spec.to_dict()}
+
+    def build(self, grid: Grid, out: Path, scratch: Path | None = None) -> "TuneRun":
+        samples = self.plan.total_steps * self.config.train.global_batch_size
+        dataset = run_dataset(self.config.data, self.plan.model_dir, self.plan.shape.vocab_size, samples)
+        return start_run(self.plan, grid, dataset)
+
+    def words(self) -> Words:
+        plan, rows = self.plan, []
+        for stage in range(len(plan.stages.bounds) - 1):
+            if stage >= plan.stages.launched:
+                first, last = plan.stages.bounds[stage] + 1, plan.stages.bounds[stage + 1]
+                rows.append((str(stage), f"{first}-{last}", "", "not launched"))
+                continue
+            layers, exits = plan.stages.layers(stage), ", ".join(map(str, plan.stages.exits(stage)))
+            trained = plan.parameters(stage).trained
+            rows.append((str(stage), f"{layers.start + 1}-{layers.stop}", exits, f"{trained:,}"))
+        title = f"{plan.model_config.model_type}, {plan.shape.num_layers} layers"
+        return Words(title, ("stage", "layers", "exits after layer", "trained by a rank"), rows)
+
+
+@dataclass
+class TuneRun(Run[TuneConfig, TunePlan]):
+    """One rank's live run; without a dataset its engine can be stepped by hand.
+
+    frozen: digest of what must not change, from before the first step; empty where that is not looked at.
+    """
+
     plan: TunePlan
     grid: Grid
     stage: TuningStage
     engine: FrozenPipelineEngine | JointPipelineEngine
+    dataset: Dataset | None = None
     step: int = 0
+    frozen: str = ""
 
     @property
-    def consumed_samples(self) -> int:
-        return self.step * self.config.train.global_batch_size
+    def config(self) -> TuneConfig:
+        return self.plan.config
 
     @property
-    def optimizer_steps(self) -> int:
-        return self.step
+    def flops_per_token(self) -> float:
+        return self.plan.flops_per_token
+
+    @cached_property
+    def _rate(self) -> LearningRate:
+        return LearningRate(self.config.optim, self.config.train.steps)
+
+    @cached_property
+    def _micro_batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        """This replica's, from where the run stands."""
+        return batches(
+            self.dataset,
+            micro_batch_size=self.config.train.micro_batch_size,
+            num_micro_batches=self.plan.num_micro_batches,
+            dp_rank=self.grid.dp_rank,
+            dp_size=self.grid.layout.dp,
+            consumed_samples=self.consumed_samples,
+            num_workers=self.config.data.num_workers,
+        )
+
+    def ready(self) -> FrozenPipelineEngine | JointPipelineEngine:
+        if self.config.train.verify_frozen and self.plan.backbone.mode != FULL and not self.frozen:
+            self.frozen = self.stage.frozen_digest()
+        return self.engine
+
+    def train_step(self) -> Step:
+        learning_rate = self._rate.at(self.step)
+        self.engine.set_lr(learning_rate)
+        self.engine.loss_weights = loss_weights_at(self.step, self.plan.loss_weights, self.config.exits)
+        losses = self.engine.train_step(self._micro_batches)
+        last = self.step + 1 == self.config.train.steps
+        if last and self.frozen:
+            self._check_frozen()
+        return Step(learning_rate, losses, last)
+
+    def _check_frozen(self) -> None:
+        before, after = self.frozen, self.stage.frozen_digest()
+        if after != before:
+            raise RuntimeError(f"the frozen backbone of stage {self.grid.stage} changed: {before[:12]} -> {after[:12]}")
+        log.info("backbone unchanged (digest %s)", after[:12])
+
+    def metrics_stream(self) -> MetricsStream:
+        """Losses by exit, and of the model itself if it trains."""
+        config, plan, grid = self.config, self.plan, self.grid
+        layers, dtype = list(plan.spec.layers), next(self.stage.backbone.parameters()).dtype
+        peak = config.logging.peak_tflops
+        return MetricsStream(
+            grid,
+            [*layers, FINAL] if plan.backbone.trains else layers,
+            config.train.global_batch_size * config.data.seq_length,
+            ("loss", "kl") if config.exits.kl_weight > 0 else ("loss",),
+            meter=StageMeter(grid.device),
+            norm_keys=[TOGETHER] if plan.backbone.trains else layers,
+            peak_flops=peak_flops(grid.device, peak, plan.shape.hidden_size, dtype) if grid.rank == 0 else None,
+        )
+
+    def facts(self) -> dict[str, Any]:
+        backbone = self.plan.backbone.mode
+        return {"steps": self.config.train.steps, "early_exit": self.plan.spec.to_dict(), "backbone": backbone}
+
+    def reopen(self, state: Mapping[str, Any]) -> None:
+        if (steps := state["steps"]) != self.config.train.steps and self.grid.rank == 0:
+            log.warning("train.steps was %d: learning rate and order of the data now follow the new value", steps)
 
     def saved_parts(self) -> list[SavedPart]:
         """A pair of files per exit, and one for what trains of the stage's backbone."""
@@ -63,11 +170,9 @@ class TuneRun:
         return parts
 
     def gather(self, name: str, parameter: nn.Parameter, part: torch.Tensor) -> torch.Tensor:
-        """The whole tensor from this rank's part. A collective over the tensor group."""
         return gather_whole(name, parameter, part, self.plan.shape.vocab_size, self.grid)
 
     def local(self, name: str, parameter: nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
-        """This rank's part of a whole tensor."""
         return local_slice(whole, parameter, self.grid.tp_rank)
 
 
@@ -81,8 +186,9 @@ def optimizer_name(k: int) -> str:
     return f"optimizer_{k:03d}.safetensors"
 
 
-def start_run(config: Any, plan: TunePlan, grid: Grid) -> TuneRun:
+def start_run(plan: TunePlan, grid: Grid, dataset: Dataset | None = None) -> TuneRun:
     """Build and load this rank's stage and wrap it in the engine. All ranks call it."""
+    config = plan.config
     bf16 = uses_bf16(config.train.precision, grid.device)
     stage = build_stage(
         plan.model_config,
@@ -97,88 +203,8 @@ def start_run(config: Any, plan: TunePlan, grid: Grid) -> TuneRun:
     )
     tensors = model_tensors(plan.model_dir, plan.model_config)
     load_stage(stage, tensors, grid, init=config.exits.init, seed=config.train.seed)
-    settings = engine_settings(config, plan, bf16)
     if not plan.backbone.trains:
-        return TuneRun(config, plan, grid, stage, FrozenPipelineEngine.build(stage, grid, settings))
+        return TuneRun(plan, grid, stage, FrozenPipelineEngine.build(stage, grid, config), dataset)
     copies = output_copies(plan.stages, plan.spec, plan.shape.tied_embeddings)
     stage.train_backbone(plan.backbone, copies, grid, config.train.seed)
-    return TuneRun(config, plan, grid, stage, JointPipelineEngine.build(stage, grid, settings))
-
-
-def engine_settings(config: Any, plan: TunePlan, bf16: bool) -> EngineSettings:
-    """The engine's view of the config."""
-    optim, exits = config.optim, config.exits
-    return EngineSettings(
-        micro_batch_size=config.train.micro_batch_size,
-        num_micro_batches=plan.num_micro_batches,
-        losses=LossSettings(
-            vocab_size=plan.shape.vocab_size,
-            chunk_tokens=exits.loss_chunk_tokens,
-            confidence_weighting=exits.confidence_weighting,
-            kl_weight=exits.kl_weight,
-            kl_temperature=exits.kl_temperature,
-        ),
-        optimizer=OptimizerSettings(optim.lr, tuple(optim.betas), optim.eps, optim.weight_decay, optim.clip_grad),
-        bf16=bf16,
-        spike_factor=config.train.spike_factor,
-        final_weight=plan.backbone.final_weight,
-    )
-
-
-def metrics_stream(run: TuneRun) -> MetricsStream:
-    """Losses by exit (and of the model itself, if it trains), and how well the devices are used."""
-    config, plan, grid = run.config, run.plan, run.grid
-    layers, dtype = list(plan.spec.layers), next(run.stage.backbone.parameters()).dtype
-    tokens = config.train.global_batch_size * config.data.seq_length
-    peak = config.logging.peak_tflops
-    return MetricsStream(
-        grid,
-        [*layers, FINAL] if plan.backbone.trains else layers,
-        tokens,
-        ("loss", "kl") if config.exits.kl_weight > 0 else ("loss",),
-        meter=StageMeter(grid.device),
-        norm_keys=[TOGETHER] if plan.backbone.trains else layers,
-        flops_per_token=sum(flops_per_token(plan, config)),
-        peak_flops=peak_flops(grid.device, peak, plan.shape.hidden_size, dtype) if grid.rank == 0 else None,
-    )
-
-
-def train(run: TuneRun, dataset: Dataset, loop: Loop) -> None:
-    """Run the remaining steps. Raises RuntimeError if the frozen part of the backbone changed, and what `loop` does."""
-    config, engine = run.config, run.engine
-    verifies = config.train.verify_frozen and run.plan.backbone.mode != FULL
-    before = run.stage.frozen_digest() if verifies else ""
-    rate = LearningRate(config.optim, config.train.steps)
-    micro_batches = micro_batches_of(run, dataset)
-    loop.watch(engine)
-    with loop.running():
-        while run.step < config.train.steps:
-            loop.begin()
-            learning_rate = rate.at(run.step)
-            engine.set_lr(learning_rate)
-            engine.loss_weights = loss_weights_at(run.step, run.plan.loss_weights, config.exits)
-            losses = engine.train_step(micro_batches)
-            last = run.step + 1 == config.train.steps
-            if last and verifies:
-                _check_frozen(run, before)
-            loop.end(learning_rate, losses, last=last)
-
-
-def micro_batches_of(run: TuneRun, dataset: Dataset) -> Iterator[dict[str, torch.Tensor]]:
-    """This replica's, from where the run stands."""
-    return batches(
-        dataset,
-        micro_batch_size=run.config.train.micro_batch_size,
-        num_micro_batches=run.plan.num_micro_batches,
-        dp_rank=run.grid.dp_rank,
-        dp_size=run.grid.layout.dp,
-        consumed_samples=run.consumed_samples,
-        num_workers=run.config.data.num_workers,
-    )
-
-
-def _check_frozen(run: TuneRun, before: str) -> None:
-    after = run.stage.frozen_digest()
-    if after != before:
-        raise RuntimeError(f"the frozen backbone of stage {run.grid.stage} changed: {before[:12]} -> {after[:12]}")
-    log.info("backbone unchanged (digest %s)", after[:12])
+    return TuneRun(plan, grid, stage, JointPipelineEngine.build(stage, grid, config), dataset)

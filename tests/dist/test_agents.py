@@ -8,7 +8,7 @@ import psutil
 import pytest
 from helpers.machines import wait_for
 
-SHORT_GRACE = "import sys; from ee_scale.cli import ranks; ranks.GRACE = 3.0; sys.exit(ranks.main())"
+SHORT_GRACE = "import sys; from ee_scale.launching import ranks; ranks.GRACE = 3.0; sys.exit(ranks.main())"
 # A rank of the first machine ends with that code; the other one's is still busy for a moment after it is gone.
 RANK = """
 import os, signal, sys, time

@@ -20,7 +20,7 @@ from helpers.tuning import build_engine, my_micro_batches
 
 from ee_scale.artifact import save
 from ee_scale.artifact.checkpoint import checkpoints, read_checkpoint
-from ee_scale.artifact.files import file_digest
+from ee_scale.files import file_digest
 from ee_scale.artifact.writer import CheckpointWriter
 from ee_scale.errors import RunError
 from ee_scale.grid import Grid, Layout, join_grid, leave_grid
@@ -211,8 +211,9 @@ def start(model: Path, grid: Grid) -> TuneRun:
     """A run at its start."""
     engine = build_engine(model, JOB, grid)
     config = SimpleNamespace(train=SimpleNamespace(global_batch_size=4))
-    plan = SimpleNamespace(shape=SimpleNamespace(vocab_size=VOCAB), backbone=SimpleNamespace(trains=False))
-    return TuneRun(config, plan, grid, engine.stage, engine)
+    shape, backbone = SimpleNamespace(vocab_size=VOCAB), SimpleNamespace(trains=False)
+    plan = SimpleNamespace(config=config, shape=shape, backbone=backbone)
+    return TuneRun(plan, grid, engine.stage, engine)
 
 
 def train(run: TuneRun, steps: int = 1) -> None:

@@ -22,9 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from ee_scale.config.convert import ConvertConfig
 from ee_scale.convert import job
 from ee_scale.convert.job import run
-from ee_scale.convert.plan import Settings, make_conversion
+from ee_scale.convert.plan import make_conversion
 from ee_scale.convert.unpickle import TRUST
 from ee_scale.errors import UserError
 
@@ -139,8 +140,8 @@ def copy(saves: Any, tmp_path: Path) -> Any:
     return make
 
 
-def settings(src: Path, out: Path, model: Path | None, **changes: Any) -> Settings:
-    return Settings(src=src, out=out, model=model, **({"to": "hf"} | changes))
+def settings(src: Path, out: Path, model: Path | None, **changes: Any) -> ConvertConfig:
+    return ConvertConfig(src=src, out=out, model=model, **({"to": "hf"} | changes))
 
 
 def convert(src: Path, out: Path, model: Path | None, **changes: Any) -> Path:

@@ -14,12 +14,12 @@ from helpers import hangs
 from helpers.hangs import HangError, HangWatch, wait_asleep, wait_for
 from helpers.models import tiny_config, write_model
 from helpers.spawn import RankError, spawn
+from helpers.tuning import stage_backbone
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
 
-from ee_scale.backbone.loading import load_config
+from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.backbone.shard import tensor_plan
-from helpers.tuning import stage_backbone
 from ee_scale.backbone.stages import plan_stages
 from ee_scale.errors import UserError
 from ee_scale.grid import Layout, join_grid
@@ -34,7 +34,7 @@ def error_of(rank: int, what: str, root: Path) -> str:
             join_grid(Layout(2, 2, 1), torch.device("cpu"))
         else:
             grid = join_grid(Layout(2, 1, 1), torch.device("cpu"))
-            config = load_config(root)
+            config = ModelFolder(root).decoder_config
             stage_backbone(root, config, plan_stages(5, 1, [5]), grid, torch.float32)
     except UserError as error:
         return str(error)
@@ -69,7 +69,7 @@ def test_unsupported_architecture(tmp_path: Path) -> None:
     GPT2Config(n_layer=2, n_embd=16, n_head=2).save_pretrained(tmp_path)
     text = "'gpt2' is not supported; supported: llama, mistral, qwen2, qwen3, gemma2, olmo2"
     with pytest.raises(UserError, match=text):
-        load_config(tmp_path)
+        ModelFolder(tmp_path).decoder_config
 
 
 def test_world_of_another_size(tmp_path: Path) -> None:

@@ -10,11 +10,13 @@ import pytest
 import torch
 from helpers.models import tiny_config
 from helpers.spawn import spawn
+from helpers.tuning import stage_backbone
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from ee_scale.backbone.loading import load_config
+from ee_scale.backbone.model_folder import ModelFolder
 from helpers.tuning import stage_backbone
+from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.backbone.stages import plan_stages
 from ee_scale.grid import Layout, join_grid
 
@@ -67,7 +69,7 @@ def peak_growth() -> Iterator[list[int]]:
 def load(rank: int, folder: Path, layout: Layout) -> tuple[dict[str, int], int]:
     """(bytes by parameter of this rank, peak growth while loading)."""
     grid = join_grid(layout, torch.device("cpu"))
-    config = load_config(folder)
+    config = ModelFolder(folder).decoder_config
     plan = plan_stages(config.num_hidden_layers, layout.pp, [1], whole_model=True)
     last = grid.stage == layout.pp - 1
     with peak_growth() as growth:

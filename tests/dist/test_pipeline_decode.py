@@ -12,13 +12,14 @@ from helpers.models import VOCAB, load_whole, write_model
 from helpers.spawn import spawn
 from torch.nn import functional
 
+from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.errors import UserError
 from ee_scale.exits.placement import exit_spec
-from ee_scale.exits.policies import resolve_policy
+from ee_scale.modeling.policies import resolve_policy
 from ee_scale.grid import Layout, join_grid, leave_grid
 from ee_scale.inference.model import EarlyExitForCausalLM, untrained_exits
 from ee_scale.inference.pipeline import Decoded, PipelineDecoder, check_pipeline
-from ee_scale.inference.pipeline_model import find_parts, load_decoding_stage, plan_decoding
+from ee_scale.inference.pipeline_model import load_decoding_stage, plan_decoding
 from ee_scale.inference.pipeline_rows import row_seed
 
 LAYERS = 5
@@ -157,10 +158,10 @@ def decode_cases(rank: int, world_size: int, folder: Path) -> dict[tuple[Layout,
     for layout in GRIDS[world_size]:
         grid = join_grid(layout, torch.device("cpu"))
         for family in MODELS:
-            parts = find_parts(folder / family)
-            plan = plan_decoding(parts, layout.tp, layout.pp, EXITS)
-            stage = load_decoding_stage(parts, plan, grid, torch.float32)
-            decoder = PipelineDecoder(stage, plan, grid, parts.generation_config())
+            model_folder = ModelFolder(folder / family)
+            plan = plan_decoding(model_folder, layout.tp, layout.pp, EXITS)
+            stage = load_decoding_stage(model_folder, plan, grid, torch.float32)
+            decoder = PipelineDecoder(stage, plan, grid, model_folder.generation_config())
             for name, case in CASES.items():
                 if case.family == family:
                     policy = resolve_policy(case.policy, EXITS, batch_size=3, **case.arguments)
@@ -176,10 +177,10 @@ def overlap(grid: Any, folder: Path, layer: int) -> list[int]:
 
     If the first stage waited for the last one, both would wait for ever. Returns the tokens.
     """
-    parts = find_parts(folder / "llama")
-    plan = plan_decoding(parts, 1, 2, EXITS, stages=[2, 3])
-    stage = load_decoding_stage(parts, plan, grid, torch.float32)
-    decoder = PipelineDecoder(stage, plan, grid, parts.generation_config())
+    model_folder = ModelFolder(folder / "llama")
+    plan = plan_decoding(model_folder, 1, 2, EXITS, stages=[2, 3])
+    stage = load_decoding_stage(model_folder, plan, grid, torch.float32)
+    decoder = PipelineDecoder(stage, plan, grid, model_folder.generation_config())
     calls, sent = [], []
 
     def begun(*_: Any) -> None:

@@ -10,11 +10,11 @@ from deepspeed.utils import safe_get_full_fp32_param
 from helpers.spawn import spawn
 from helpers.supernet import (
     MICRO_BATCHES,
-    ROWS,
+    SEED,
     SupernetJob,
     batch,
+    config_of,
     scrambled_order,
-    settings_of,
     small_space,
     write_base,
 )
@@ -25,8 +25,7 @@ from ee_scale.elastic.architecture import ElasticMap
 from ee_scale.elastic.factors import FactorPlan, FactorSet
 from ee_scale.elastic.sampling import draw_stream
 from ee_scale.elastic.stage import ElasticStage, base_tensors
-from ee_scale.engine.setup import OptimizerSettings
-from ee_scale.engine.supernet import SupernetEngine, SupernetEngineSettings
+from ee_scale.engine.supernet import SupernetEngine
 from ee_scale.grid import Grid, Layout, join_grid, leave_grid
 
 REPLICAS = Layout(1, 2, 2)  # splits optimizer states (ZeRO-1)
@@ -53,23 +52,22 @@ class Trainer:
         for factors in self.factors:
             factors.freeze()
         index = len(self.factors)
-        distill, self.sampling, settings = settings_of(self.job)
-        self.plan = FactorPlan(self.map, settings, self.stage.new)
+        config = config_of(self.job, lr, eps=1e-6, weight_decay=0.01)
+        config.optim.clip_grad = 1.0
+        self.sampling = config.sampling
+        self.plan = FactorPlan(self.map, config.factors, self.job.rank, self.stage.new)
         self.factors.append(FactorSet(self.stage, self.plan, index, seed=1))
         if index:
             for module in self.stage.elastic.values():
                 module.merge(0)
-        optimizer = OptimizerSettings(lr, (0.9, 0.95), 1e-6, 0.01, 1.0)
-        each, bf16 = MICRO_BATCHES // self.grid.layout.dp, self.stage.dtype == torch.bfloat16
-        made = SupernetEngineSettings(ROWS, each, distill, 1 if index else None, optimizer, bf16, seed=7)
-        self.engine = SupernetEngine.build(self.stage, self.factors[-1], self.grid, made)
+        self.engine = SupernetEngine.build(self.stage, self.factors[-1], self.grid, config, 1 if index else None)
         return self.engine
 
     def step(self, step: int, data_step: int) -> torch.Tensor:
         each = MICRO_BATCHES // self.grid.layout.dp
         mine = range(self.grid.dp_rank * each, (self.grid.dp_rank + 1) * each)
         axes = RECIPE[len(self.factors) - 1]
-        stream = draw_stream(self.space, axes, step, each, self.sampling, self.plan.parameters)
+        stream = draw_stream(self.space, axes, step, each, self.sampling, SEED, self.plan.parameters)
         return self.engine.train_step(iter([batch(data_step, i, self.job.task) for i in mine]), stream)
 
     def frozen(self) -> dict[str, torch.Tensor]:

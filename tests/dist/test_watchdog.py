@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from threading import Event
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest

@@ -14,8 +14,8 @@ GIVEN = ["exits.layers=[1,3]", "data.seq_length=32", "train.micro_batch_size=2",
 @pytest.fixture
 def given(model_dir, corpus, tmp_path, monkeypatch) -> list[str]:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("ee_scale.cli.job.run_ranks", lambda *_: pytest.fail("ranks were started"))
-    monkeypatch.setattr("ee_scale.cli.job.join_grid", lambda *_: pytest.fail("a rank was started"))
+    monkeypatch.setattr("ee_scale.launching.job.run_ranks", lambda *_: pytest.fail("ranks were started"))
+    monkeypatch.setattr("ee_scale.launching.job.join_grid", lambda *_: pytest.fail("a rank was started"))
     return ["tune", f"model={model_dir}", f"data={corpus}", f"data.cache_dir={tmp_path}", *GIVEN, "out=run"]
 
 

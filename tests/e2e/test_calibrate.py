@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ee_scale
 from ee_scale.cli.main import main
-from ee_scale.exits.policies import choose_layers, resolve_policy
+from ee_scale.modeling.policies import choose_layers, resolve_policy
 
 KEY = "early_exit_calibration"
 

@@ -5,9 +5,8 @@ from pathlib import Path
 
 from helpers.cli import run_cli
 
-from ee_scale.cli.tune import make_plan
 from ee_scale.config.compose import compose_config
-from ee_scale.training.memory import rank_memory
+from ee_scale.training.tune import Tune
 
 
 def test_a_plan_is_printed_and_nothing_starts(tune_arguments: list[str], tmp_path: Path) -> None:
@@ -46,7 +45,7 @@ def test_the_change_that_is_proposed_fits(tune_arguments: list[str], tmp_path: P
 
     def needed(*more: str) -> float:
         config = compose_config(verb, [*arguments, *more])
-        return max(rank.total for rank in rank_memory(make_plan(config), config, bf16=False, device="cpu")) / 2**30
+        return max(rank.total for rank in Tune.of(config).plan.memory(bf16=False, device="cpu")) / 2**30
 
     limit = (needed() + needed("parallel.tp=2")) / 2
     refused = run_cli(["check", verb, *arguments, f"parallel.device_memory_gb={limit}"], tmp_path)

@@ -13,7 +13,7 @@ from helpers.cli import run_cli
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ee_scale.cli.main import main
-from ee_scale.exits.trail import AuditDraws
+from ee_scale.modeling.trail import AuditDraws
 
 PROMPT = "one token reads"
 NEW = 12
@@ -124,7 +124,7 @@ def test_the_decision_log(given, capsys):
 def test_audits_of_one_seed_fall_anywhere(given, capsys, monkeypatch):
     """One prompt over and over, each command as if in a process of its own."""
     for _ in range(12):
-        monkeypatch.setattr("ee_scale.exits.trail.DRAWS", AuditDraws())
+        monkeypatch.setattr("ee_scale.modeling.trail.DRAWS", AuditDraws())
         said([*given, "policy=fixed", "layer=1", f"prompt={PROMPT}", "log=log.jsonl", "audit=0.3"], capsys)
     lines = [json.loads(line) for line in Path("log.jsonl").read_text().splitlines()]
     places: dict[str, set[int]] = {}

@@ -5,14 +5,14 @@ import json
 import pytest
 
 from ee_scale.cli.main import main
-from ee_scale.exits.decision_log import DecisionLog
+from ee_scale.modeling.decision_log import DecisionLog
 
 
 @pytest.fixture
 def logs(tmp_path, monkeypatch):
     """Two files: tag 'chat' is fine, tag 'sql' agrees on only 80 % of its compared tokens."""
     moments = iter(range(1_800_000_000, 1_900_000_000, 12))
-    monkeypatch.setattr("ee_scale.exits.decision_log.time.time", lambda: float(next(moments)))
+    monkeypatch.setattr("ee_scale.modeling.decision_log.time.time", lambda: float(next(moments)))
     for tag, wrong in (("chat", 100), ("sql", 5)):
         with DecisionLog(tmp_path / f"{tag}.jsonl") as log:
             log.describe(12, [3, 6], "threshold")

@@ -54,9 +54,9 @@ def test_a_classifier_does_not_go_on_with_other_text(classify_arguments, labelle
 
 
 def _stop_soon(rank: int) -> None:
-    from ee_scale.cli import supernet
+    from ee_scale.launching import job
 
-    supernet.train_rank = lambda *_: None
+    job.train_rank = lambda *_: None
 
 
 @pytest.fixture

@@ -196,7 +196,7 @@ def test_a_damaged_run_gives_no_palette(no_ranks, supernet_run, capsys):
 def test_a_changed_base_model_is_refused(no_ranks, supernet_run, model_dir, capsys):
     run = unfinished(supernet_run)
     shutil.copytree(model_dir, "base")
-    from ee_scale.artifact.files import read_json, write_json
+    from ee_scale.reading import read_json, write_json
 
     identity = read_json(run / "run.json") | {"base_model": str(Path("base").resolve())}
     write_json(run / "run.json", identity)

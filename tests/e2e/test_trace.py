@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from helpers.cli import run_cli
 
-from ee_scale.artifact.files import file_digest
 from ee_scale.engine.schedule import FrozenSchedule
+from ee_scale.files import file_digest
 
 FILES = {"timeline.json", "timeline.png"}
 Row = dict[str, Any]

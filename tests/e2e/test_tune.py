@@ -8,7 +8,7 @@ import pytest
 from helpers.cli import run_cli
 
 from ee_scale.artifact.checkpoint import checkpoints
-from ee_scale.artifact.files import file_digest
+from ee_scale.files import file_digest
 
 
 def losses(run: Path) -> list[dict[str, float]]:
@@ -60,8 +60,11 @@ def test_killed_and_resumed_is_the_same_to_the_last_digit(finished_run, tune_arg
         assert (left / ".step_00000003.tmp" / "exits_001.safetensors").is_file()
     else:
         assert list(checkpoints(left)) == [3]
-    resumed = run_cli([*tune_arguments, "out=run"], tmp_path)
+    stored = tmp_path / "run" / "config.yaml"
+    stored.write_text(stored.read_text().replace("train:\n", "train:\n  zero: 1\n"))  # as an earlier version wrote it
+    resumed = run_cli([*tune_arguments, "out=run", "train.zero=1"], tmp_path)
     assert resumed.code == 0, resumed.output
+    assert "zero" not in stored.read_text()
     assert losses(tmp_path / "run") == losses(finished_run)
     assert final_digests(tmp_path / "run") == final_digests(finished_run)
     assert not list(left.glob(".step_*"))

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 from ee_scale import EarlyExitForCausalLM
 from ee_scale.cli.main import main
 from ee_scale.errors import UserError
-from ee_scale.exits.heads import ExitSpec
 from ee_scale.inference.model import open_model, untrained_exits
 from ee_scale.log import log
+from ee_scale.modeling.heads import ExitSpec
 
 TUNE = ["exits.layers=[1,3]", "data.seq_length=32", "train.micro_batch_size=2", "train.global_batch_size=8", "out=run"]
 SUPERNET = ["data.seq_length=32", "train.micro_batch_size=2", "train.global_batch_size=8", "out=run"]

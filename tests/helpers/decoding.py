@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from ee_scale.exits.early_exits import EarlyExits
 from ee_scale.exits.placement import exit_spec
-from ee_scale.exits.speculate import Speculation
-from ee_scale.exits.versions import CACHE
 from ee_scale.inference.model import untrained_exits
+from ee_scale.modeling.early_exits import EarlyExits
+from ee_scale.modeling.speculate import Speculation
+from ee_scale.modeling.versions import CACHE
 from helpers.models import VOCAB, write_model
 
 LAYERS = 5  # of every model here

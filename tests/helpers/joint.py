@@ -12,15 +12,14 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
-from ee_scale.backbone.loading import load_config
+from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.backbone.shard import model_tensors
 from ee_scale.backbone.stages import plan_stages
+from ee_scale.config.groups import OptimConfig
+from ee_scale.config.schema import BackboneConfig, ExitsConfig, TrainConfig, TuneConfig
 from ee_scale.engine import two_way
-from ee_scale.engine.frozen import EngineSettings
 from ee_scale.engine.joint import FINAL, JointPipelineEngine
-from ee_scale.engine.setup import OptimizerSettings
-from ee_scale.exits.joint import BackbonePlan, JointStage, output_copies
-from ee_scale.exits.losses import LossSettings
+from ee_scale.exits.joint import JointStage, output_copies
 from ee_scale.exits.placement import exit_spec
 from ee_scale.exits.stage import build_stage, gather_whole, load_stage, local_slice
 from ee_scale.grid import Grid
@@ -56,8 +55,8 @@ class JointJob:
         return "-".join(part for part in (self.family, self.kind, self.head, self.mode, *extras) if part)
 
     @property
-    def optimizer(self) -> OptimizerSettings:
-        return OptimizerSettings(1e-3, (0.9, 0.95), 1e-4, 0.1, self.clip_grad)
+    def optimizer(self) -> OptimConfig:
+        return OptimConfig(lr=1e-3, betas=[0.9, 0.95], eps=1e-4, weight_decay=0.1, clip_grad=self.clip_grad)
 
 
 @dataclass
@@ -213,28 +212,26 @@ def train_reference(folder: Path, job: JointJob, start: dict[str, torch.Tensor])
 
 def build_joint_engine(folder: Path, job: JointJob, grid: Grid, *, bf16: bool = False) -> JointPipelineEngine:
     """This rank's engine at the start values that the reference uses too."""
-    config = load_config(folder)
+    config = ModelFolder(folder).decoder_config
     spec = exit_spec(config, job.exit_layers, job.kind, job.head, job.rank)
     plan = plan_stages(config.num_hidden_layers, grid.layout.pp, job.exit_layers, whole_model=True)
     dtype = torch.bfloat16 if bf16 else torch.float32
     stage = build_stage(config, plan, spec, grid, dtype, decoding=True, cls=JointStage)
     load_stage(stage, model_tensors(folder, config), grid, init="copy", seed=0)
-    backbone = BackbonePlan(job.mode, job.rank, job.targets, job.final_weight, job.checkpointing)
+    backbone = BackboneConfig(job.mode, job.rank, list(job.targets), job.final_weight, job.checkpointing)
     stage.train_backbone(backbone, output_copies(plan, spec, config.tie_word_embeddings), grid, SEED)
     for name, parameter in file_names(stage).items():
         if name.startswith("exit_heads.") or ".lora_B." in name:
             whole = gather_whole(name, parameter, parameter.detach(), VOCAB, grid)
             with torch.no_grad():
                 parameter.copy_(local_slice(noisy(name, whole), parameter, grid.tp_rank))
-    settings = EngineSettings(
-        BATCH,
-        job.micro_batches // grid.layout.dp,
-        LossSettings(VOCAB, chunk_tokens=14, confidence_weighting=job.confidence),
-        job.optimizer,
-        bf16=bf16,
-        final_weight=job.final_weight,
+    config = TuneConfig(
+        exits=ExitsConfig(loss_chunk_tokens=14, confidence_weighting=job.confidence),
+        backbone=backbone,
+        optim=job.optimizer,
+        train=TrainConfig(micro_batch_size=BATCH, global_batch_size=BATCH * job.micro_batches, spike_factor=0.0),
     )
-    engine = JointPipelineEngine.build(stage, grid, settings)
+    engine = JointPipelineEngine.build(stage, grid, config)
     engine.loss_weights = dict(zip(job.exit_layers, job.loss_weights, strict=True))
     return engine
 

@@ -5,25 +5,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    LlamaConfig,
-    MistralConfig,
-    Olmo2Config,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-CONFIGS = {
-    "llama": LlamaConfig,
-    "mistral": MistralConfig,
-    "qwen2": Qwen2Config,
-    "qwen3": Qwen3Config,
-    "gemma2": Gemma2Config,
-    "olmo2": Olmo2Config,
-}
-FAMILIES = tuple(CONFIGS)
+from ee_scale.families.decoders import DECODERS
+
+FAMILIES = tuple(family.name for family in DECODERS)
 CUT_FAMILIES = tuple(family for family in FAMILIES if family != "olmo2")  # those that can be tensor-parallel
 VOCAB = 131  # odd: tp = 2 and 4 both pad
 SLIDING_WINDOW = 8
@@ -53,7 +39,7 @@ def tiny_config(family: str, **changes: Any) -> Any:
         values |= {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0}
     if family in ("qwen2", "olmo2"):
         del values["head_dim"]
-    return CONFIGS[family](**(values | changes))
+    return CONFIG_MAPPING[family](**(values | changes))
 
 
 def write_model(folder: Path, family: str, seed: int = 0, **changes: Any) -> Path:

@@ -15,17 +15,18 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from ee_scale.backbone.loading import read_config
 from ee_scale.backbone.stages import plan_stages
+from ee_scale.config.groups import BatchConfig, OptimConfig
+from ee_scale.config.supernet import DistillConfig, FactorsConfig, SamplingConfig, SupernetConfig
 from ee_scale.elastic.architecture import ElasticMap
-from ee_scale.elastic.distill import LIVE, DistillSettings, FeatureLoss
+from ee_scale.elastic.distill import LIVE, FeatureLoss
 from ee_scale.elastic.extract import subnet_config
-from ee_scale.elastic.factors import FactorPlan, FactorSet, FactorSettings
+from ee_scale.elastic.factors import FactorPlan, FactorSet
 from ee_scale.elastic.order import UnitOrder
-from ee_scale.elastic.sampling import FULL, SamplingSettings, draw_stream
+from ee_scale.elastic.sampling import FULL, draw_stream
 from ee_scale.elastic.stage import ElasticStage, base_tensors
 from ee_scale.elastic.subnet import ElasticShape, SearchSpace, SubnetSpec, drop_order
 from ee_scale.engine import two_way as engine_module
-from ee_scale.engine.setup import OptimizerSettings
-from ee_scale.engine.supernet import SupernetEngine, SupernetEngineSettings
+from ee_scale.engine.supernet import SupernetEngine
 from ee_scale.grid import Grid
 from helpers.models import VOCAB, write_model
 
@@ -103,9 +104,18 @@ def batch(step: int, index: int, task: str) -> dict[str, torch.Tensor]:
     return {"tokens": tokens, "labels": labels, "attention_mask": mask, "token_type_ids": (tokens % 2) * mask}
 
 
-def settings_of(job: SupernetJob) -> tuple[DistillSettings, SamplingSettings, FactorSettings]:
-    distill = DistillSettings(job.kl_weight, job.feature_weight, 16, job.temperature, job.teacher, chunk_tokens=7)
-    return distill, SamplingSettings(True, 2, job.gamma, 3), FactorSettings(job.rank, job.targets)
+SEED = 3  # of what is drawn
+
+
+def config_of(job: SupernetJob, lr: float = 1e-2, eps: float = 1e-4, weight_decay: float = 0.1) -> SupernetConfig:
+    """What the engine and the draws are given."""
+    return SupernetConfig(
+        factors=FactorsConfig(list(job.targets)),
+        sampling=SamplingConfig(True, 2, job.gamma),
+        distill=DistillConfig(job.teacher, job.kl_weight, job.feature_weight, 16, job.temperature, 7),
+        optim=OptimConfig(lr=lr, betas=[0.9, 0.95], eps=eps, weight_decay=weight_decay, clip_grad=job.clip_grad),
+        train=BatchConfig(micro_batch_size=ROWS, global_batch_size=ROWS * MICRO_BATCHES, spike_factor=0.0, seed=7),
+    )
 
 
 AXES = ((), ("hidden", "heads", "ffn", "depth"))
@@ -130,19 +140,17 @@ def run_on_grid(folder: Path, job: SupernetJob, grid: Grid) -> dict[str, Any]:
     plan = plan_stages(layers, grid.layout.pp, [layers], whole_model=True)
     stage = ElasticStage(elastic_map, plan, grid, torch.float32)
     stage.load(base_tensors(folder, elastic_map), order)
-    distill, sampling, factor_settings = settings_of(job)
+    made = config_of(job)
     result: dict[str, Any] = {"losses": [], "gradients": {}, "parameters": {}, "norms": [], "streams": []}
     each = MICRO_BATCHES // grid.layout.dp
     original = engine_module.clip_groups
     for index, axes in enumerate(AXES):
-        factor_plan = FactorPlan(elastic_map, factor_settings, stage.new)
+        factor_plan = FactorPlan(elastic_map, made.factors, job.rank, stage.new)
         factors = FactorSet(stage, factor_plan, index, seed=11)
         with torch.no_grad():
             for name, parameter in factors.named.items():
                 parameter.add_(factors.local(name, start_noise(name, factors.axes[name].shape)))
-        optimizer = OptimizerSettings(1e-2, (0.9, 0.95), 1e-4, 0.1, job.clip_grad)
-        settings = SupernetEngineSettings(ROWS, each, distill, 1 if axes else None, optimizer, seed=7)
-        engine = SupernetEngine.build(stage, factors, grid, settings)
+        engine = SupernetEngine.build(stage, factors, grid, made, 1 if axes else None)
 
         def clip_and_keep(*args: Any, factors: FactorSet = factors, **kwargs: Any) -> Any:
             for name, parameter in factors.named.items():
@@ -154,7 +162,7 @@ def run_on_grid(folder: Path, job: SupernetJob, grid: Grid) -> dict[str, Any]:
         with mock.patch.object(engine_module, "clip_groups", clip_and_keep):
             for step in range(job.steps[index]):
                 data = [batch(step, i, job.task) for i in range(MICRO_BATCHES)]
-                stream = draw_stream(space, axes, step, each, sampling, factor_plan.parameters)
+                stream = draw_stream(space, axes, step, each, made.sampling, SEED, factor_plan.parameters)
                 losses = engine.train_step(iter(data[grid.dp_rank * each : (grid.dp_rank + 1) * each]), stream)
                 result["losses"].append(losses)
                 result["norms"].append(engine.grad_norm.item())
@@ -189,7 +197,7 @@ class Reference:
         """Factors of a recipe stage at the start values of the grid runs."""
         from ee_scale.elastic.factors import initial
 
-        plan = FactorPlan(self.map, settings_of(self.job)[2], ())
+        plan = FactorPlan(self.map, config_of(self.job).factors, self.job.rank)
         added = []
         for (module, leaf), tensor in plan.tensors.items():
             name = f"{index}.{module}.{leaf}"
@@ -228,7 +236,7 @@ class Reference:
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         """Logits and the hidden state after every kept layer, of a stock model."""
         model, states = self.build(spec), {}
-        layers = model.get_submodule(f"{self.map.architecture.base}.{self.map.architecture.layers}")
+        layers = model.base_model.get_submodule(self.map.family.layers)
         hooks = [
             layer.register_forward_hook(lambda _, args, output, i=i: states.__setitem__(i, output))
             for i, layer in zip(spec.layers, layers, strict=True)
@@ -267,7 +275,7 @@ class Reference:
     def run(self) -> dict[str, Any]:
         """Both recipe stages with torch's AdamW and torch's clipping."""
         result: dict[str, Any] = {"losses": [], "gradients": {}, "parameters": {}, "norms": []}
-        sampling = settings_of(self.job)[1]
+        sampling = config_of(self.job).sampling
         for index, axes in enumerate(AXES):
             mine = self.start(index)
             groups = [
@@ -276,7 +284,7 @@ class Reference:
             ]
             adam = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-4)
             for step in range(self.job.steps[index]):
-                stream = draw_stream(self.space, axes, step, MICRO_BATCHES, sampling, self.plan.parameters)
+                stream = draw_stream(self.space, axes, step, MICRO_BATCHES, sampling, SEED, self.plan.parameters)
                 found: dict[str, list[torch.Tensor]] = {}
                 for draw in stream:
                     parts = self.losses(batch(step, draw.micro_batch, self.job.task), draw, index)

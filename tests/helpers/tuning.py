@@ -9,16 +9,17 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
-from ee_scale.backbone.loading import load_config
+from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.backbone.parallel import cut_dim
-from ee_scale.backbone.shard import BackboneStage, meta_model, model_tensors
+from ee_scale.backbone.shard import BackboneStage, model_tensors
 from ee_scale.backbone.stages import StagePlan, plan_stages
+from ee_scale.config.groups import OptimConfig
+from ee_scale.config.schema import ExitsConfig, TrainConfig, TuneConfig
 from ee_scale.engine import frozen
-from ee_scale.engine.frozen import EngineSettings, FrozenPipelineEngine
-from ee_scale.engine.setup import OptimizerSettings
-from ee_scale.exits.losses import LossSettings
+from ee_scale.engine.frozen import FrozenPipelineEngine
 from ee_scale.exits.placement import exit_spec
 from ee_scale.exits.stage import TuningStage, build_stage, load_stage
+from ee_scale.families.build import meta_model
 from ee_scale.grid import Grid
 from helpers.models import VOCAB
 from helpers.reference import BATCH, Job, Record, micro_batches, start_noise
@@ -28,7 +29,7 @@ Shards = dict[str, tuple[int | None, torch.Tensor]]  # parameter -> (dimension t
 
 def plan_of(folder: Path, job: Job, pp: int) -> StagePlan:
     """The cut that the job runs on; a teacher needs the whole model."""
-    layers = load_config(folder).num_hidden_layers
+    layers = ModelFolder(folder).decoder_config.num_hidden_layers
     return plan_stages(layers, pp, job.exit_layers, whole_model=job.kl_weight > 0)
 
 
@@ -36,23 +37,24 @@ def build_engine(
     folder: Path, job: Job, grid: Grid, *, plan: StagePlan | None = None, bf16: bool = False
 ) -> FrozenPipelineEngine:
     """This rank's engine, at the start values that the reference uses too."""
-    config = load_config(folder)
+    config = ModelFolder(folder).decoder_config
     spec = exit_spec(config, job.exit_layers, job.kind, job.head, job.rank)
     dtype = torch.bfloat16 if bf16 else torch.float32
     plan = plan or plan_of(folder, job, grid.layout.pp)
     stage = build_stage(config, plan, spec, grid, dtype, teacher=job.kl_weight > 0)
     load_stage(stage, model_tensors(folder, config), grid, init="copy", seed=0)
     add_start_noise(stage, grid)
-    losses = LossSettings(
-        VOCAB,
-        chunk_tokens=14,  # of 24 tokens: uneven chunks
+    exits = ExitsConfig(
+        loss_chunk_tokens=14,  # of 24 tokens: uneven chunks
         confidence_weighting=job.confidence,
         kl_weight=job.kl_weight,
         kl_temperature=job.kl_temperature,
     )
-    optimizer = OptimizerSettings(job.lr, job.betas, job.eps, job.weight_decay, job.clip_grad)
-    settings = EngineSettings(BATCH, job.micro_batches // grid.layout.dp, losses, optimizer, bf16=bf16)
-    engine = FrozenPipelineEngine.build(stage, grid, settings)
+    optim = OptimConfig(
+        lr=job.lr, betas=list(job.betas), eps=job.eps, weight_decay=job.weight_decay, clip_grad=job.clip_grad
+    )
+    train = TrainConfig(micro_batch_size=BATCH, global_batch_size=BATCH * job.micro_batches, spike_factor=0.0)
+    engine = FrozenPipelineEngine.build(stage, grid, TuneConfig(exits=exits, optim=optim, train=train))
     engine.loss_weights = {
         k: weight for k, weight in zip(job.exit_layers, job.loss_weights, strict=True) if k in stage.exit_layers
     }
@@ -146,7 +148,7 @@ def stage_backbone(
 
 def pipeline_logits(folder: Path, grid: Grid, ids: torch.Tensor) -> torch.Tensor | None:
     """Whole logits on the last stage, None on the others."""
-    config = load_config(folder)
+    config = ModelFolder(folder).decoder_config
     plan = plan_stages(config.num_hidden_layers, grid.layout.pp, [1], whole_model=True)
     last = grid.stage == grid.layout.pp - 1
     backbone = stage_backbone(folder, config, plan, grid, torch.float32, final_norm=True, lm_head=last)

@@ -9,7 +9,8 @@ from helpers.models import FAMILIES, VOCAB, load_whole, tiny_config, write_model
 from helpers.reference import backbone_states, soft_cap
 from helpers.spawn import spawn
 
-from ee_scale.backbone.loading import TensorFolder, load_config
+from ee_scale.backbone.loading import TensorFolder
+from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.backbone.stages import plan_stages
 from ee_scale.exits.placement import exit_spec
 from ee_scale.exits.stage import TuningStage, build_stage, load_stage
@@ -36,7 +37,7 @@ def exits_and_lenses(rank: int, root: Path) -> dict[tuple, dict[int, tuple[torch
     found = {}
     for family, tied, kind, head in CASES:
         folder = root / f"{family}-{tied}"
-        config = load_config(folder)
+        config = ModelFolder(folder).decoder_config
         spec = exit_spec(config, LAYERS, kind, head, rank=4)
         stage = build_stage(config, plan_stages(5, 1, LAYERS), spec, grid, torch.float32)
         load_stage(stage, TensorFolder(folder), grid, init="copy", seed=0)

@@ -17,9 +17,10 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
 import ee_scale
 from ee_scale.backbone.loading import TensorFolder
+from ee_scale.config.convert import ConvertConfig
 from ee_scale.convert.copying import Source, differing_copies
 from ee_scale.convert.job import run
-from ee_scale.convert.plan import Settings, make_conversion, open_checkpoint, open_result
+from ee_scale.convert.plan import make_conversion, open_checkpoint, open_result
 from ee_scale.convert.verify import verify
 from ee_scale.errors import UserError
 from ee_scale.exits.placement import exit_spec
@@ -31,7 +32,7 @@ IDS = torch.randint(131, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
 def convert(src: Path, out: Path, to: str, *, compare: bool = True, **changes: Any) -> Path:
-    settings = Settings(src=src, out=out, to=to, **changes)
+    settings = ConvertConfig(src=src, out=out, to=to, **changes)
     conversion = make_conversion(settings)
     check = lambda folder: verify(conversion.opened, open_result(settings, folder)) if compare else None  # noqa: E731
     run(conversion, 2, lambda size: None, check)
@@ -92,7 +93,7 @@ def test_every_tensor_arrives(tmp_path: Path, kind: str, tp: int, pp: int):
     src, tensors = built(saved, tmp_path / "ee")
     out = convert(src, tmp_path / "hf", "hf", compare=False)
     same(out, tensors)
-    assert open_checkpoint(Settings(src=out, out=out, to="hf")).model.exits.layers == (1, 2, 4)
+    assert open_checkpoint(ConvertConfig(src=out, out=out, to="hf")).model.exits.layers == (1, 2, 4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -117,7 +118,7 @@ def test_a_stale_copy_of_the_embedding_is_not_used(tmp_path: Path):
     content["model"]["word_embeddings_for_head"]["weight"].zero_()
     torch.save(content, path)
     same(convert(src, tmp_path / "hf", "hf"), tensors)
-    opened = open_checkpoint(Settings(src=src, out=tmp_path / "hf", to="hf"))
+    opened = open_checkpoint(ConvertConfig(src=src, out=tmp_path / "hf", to="hf"))
     found = differing_copies(opened.stored, Source(opened.stored))
     assert [item.piece.key for item in found] == ["word_embeddings_for_head.weight"]
 
@@ -125,7 +126,7 @@ def test_a_stale_copy_of_the_embedding_is_not_used(tmp_path: Path):
 def test_copies_that_are_the_same(tmp_path: Path):
     saved = EELLM(ee_config(tie_word_embeddings=True), (3,), untied_exits=False, tp=2, pp=2)
     src, _ = built(saved, tmp_path / "ee")
-    opened = open_checkpoint(Settings(src=src, out=tmp_path / "hf", to="hf"))
+    opened = open_checkpoint(ConvertConfig(src=src, out=tmp_path / "hf", to="hf"))
     assert any(stored.piece.copy for stored in opened.stored)
     assert differing_copies(opened.stored, Source(opened.stored)) == []
 
@@ -242,7 +243,7 @@ def test_a_folder_with_a_tokenizer_completes_what_the_arguments_lack(tmp_path: P
     saved = EELLM(ee_config(), (2,))
     src, tensors = built(saved, tmp_path / "ee", vocab_size=None)
     with pytest.raises(UserError, match=r"vocab_size: the checkpoint has padded .* give model="):
-        make_conversion(Settings(src=src, out=tmp_path / "hf", to="hf"))
+        make_conversion(ConvertConfig(src=src, out=tmp_path / "hf", to="hf"))
     base = write_model(tmp_path / "base", "llama", num_hidden_layers=4, rms_norm_eps=1e-5)
     (base / "tokenizer.json").write_text("{}")
     out = convert(src, tmp_path / "hf", "hf", model=base)
@@ -264,10 +265,10 @@ def test_an_iteration_is_chosen(tmp_path: Path):
     again = convert(src, tmp_path / "again", "megatron_legacy", iteration=10000, vocab_divisor=8)
     same(convert(again, tmp_path / "back", "hf"), first)
     with pytest.raises(UserError, match=r"iteration=3: .* has 10000, 20000"):
-        make_conversion(Settings(src=src, out=tmp_path / "x", to="hf", iteration=3))
+        make_conversion(ConvertConfig(src=src, out=tmp_path / "x", to="hf", iteration=3))
     (src / "latest_checkpointed_iteration.txt").unlink()
     with pytest.raises(UserError, match=r"has 10000, 20000 and no latest_.*; choose one"):
-        make_conversion(Settings(src=src, out=tmp_path / "x", to="hf"))
+        make_conversion(ConvertConfig(src=src, out=tmp_path / "x", to="hf"))
     same(convert(src, tmp_path / "without", "hf", iteration=10000), first)
 
 
@@ -294,7 +295,7 @@ def test_an_iteration_is_chosen(tmp_path: Path):
 def test_what_cannot_be_read_is_refused(tmp_path: Path, saved: EELLM, args: dict[str, Any], message: str):
     src, _ = built(saved, tmp_path / "ee", **args)
     with pytest.raises(UserError, match=message) as caught:
-        make_conversion(Settings(src=src, out=tmp_path / "hf", to="hf"))
+        make_conversion(ConvertConfig(src=src, out=tmp_path / "hf", to="hf"))
     assert "\n" not in str(caught.value)
     assert {path.name for path in tmp_path.iterdir()} == {"ee"}
 
@@ -428,7 +429,7 @@ def test_a_sidecar_in_and_out(tmp_path: Path, source: str):
     matrices["model.norm.weight"] = matrices["model.norm.weight"] + 1
     save_file(matrices, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="changed since the exits were trained"):
-        make_conversion(Settings(src=sidecar, out=tmp_path / "x", to="hf"))
+        make_conversion(ConvertConfig(src=sidecar, out=tmp_path / "x", to="hf"))
 
 
 def test_a_sidecar_needs_exits_and_their_own_base(tmp_path: Path):
@@ -444,7 +445,7 @@ def test_a_sidecar_needs_exits_and_their_own_base(tmp_path: Path):
         ({"src": src, "model": write_model(third, "llama", 5, num_hidden_layers=4)}, "third: 'model.*' differs from"),
     ):
         with pytest.raises(UserError, match=message):
-            make_conversion(Settings(out=tmp_path / "out", to="sidecar", **settings))
+            make_conversion(ConvertConfig(out=tmp_path / "out", to="sidecar", **settings))
 
 
 @pytest.mark.parametrize(
@@ -478,8 +479,8 @@ def test_a_sidecar_needs_exits_and_their_own_base(tmp_path: Path):
 def test_what_ee_llm_would_compute_otherwise_is_refused(tmp_path: Path, family: str, changes: dict, message: str):
     src = random_exits(tmp_path / "src", family, **changes)
     with pytest.raises(UserError, match=rf"classes=legacy \(also EE-LLM's\): {message}"):
-        make_conversion(Settings(src=src, out=tmp_path / "out", to="megatron_legacy"))
-    plain = make_conversion(Settings(src=src, out=tmp_path / "out", to="hf"))
+        make_conversion(ConvertConfig(src=src, out=tmp_path / "out", to="megatron_legacy"))
+    plain = make_conversion(ConvertConfig(src=src, out=tmp_path / "out", to="hf"))
     assert plain.opened.model.exits.layers == (2,)
 
 
@@ -514,4 +515,4 @@ def test_other_targets_have_no_place_for_exits(tmp_path: Path):
         ({"to": "megatron_legacy", "tp": 8}, "tp=8: classes=legacy needs tp to divide num_key_value_heads=4"),
     ):
         with pytest.raises(UserError, match=message):
-            make_conversion(Settings(src=src, out=tmp_path / "out", **changes))
+            make_conversion(ConvertConfig(src=src, out=tmp_path / "out", **changes))

@@ -12,8 +12,8 @@ import torch
 from helpers.decoding import LAYERS, Pair, limits_for, make_pair, one_row, prompts, row_text
 from transformers import GenerationConfig
 
-from ee_scale.exits.policies import CALIBRATION_KEY
-from ee_scale.exits.trail import AuditDraws
+from ee_scale.modeling.policies import CALIBRATION_KEY
+from ee_scale.modeling.trail import AuditDraws
 
 NEW = 12
 
@@ -162,7 +162,7 @@ def test_audits_of_other_processes():
     ids, script = (
         torch.ones(1, 4, dtype=torch.long),
         (
-            "import sys, torch; from ee_scale.exits.trail import DRAWS; seed, token = map(int, sys.argv[1:])\n"
+            "import sys, torch; from ee_scale.modeling.trail import DRAWS; seed, token = map(int, sys.argv[1:])\n"
             "seed < 0 or torch.manual_seed(seed)\n"
             "print(DRAWS.streams(torch.full((1, 4), token), None)[0].random())"
         ),
@@ -205,7 +205,7 @@ def test_a_generation_config_does_not_choose_what_is_logged(pair, tmp_path, capl
 
 
 def test_it_is_said_that_a_generation_config_is_not_followed(monkeypatch):
-    from ee_scale.exits.decode import logger, take_options
+    from ee_scale.modeling.decode import logger, take_options
 
     type(logger).warning_once.cache_clear()
     said: list[str] = []

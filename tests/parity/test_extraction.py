@@ -20,25 +20,28 @@ from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertModel
 from ee_scale.artifact.subnet import TrainedSupernet, subnet_model, write_subnet
 from ee_scale.backbone.loading import read_config
 from ee_scale.backbone.stages import plan_stages
-from ee_scale.elastic.architecture import AUTO_CLASS, ElasticMap
-from ee_scale.elastic.factors import TARGETS, FactorPlan, FactorSet, FactorSettings
+from ee_scale.config.supernet import FactorsConfig
+from ee_scale.elastic.architecture import ElasticMap
+from ee_scale.elastic.factors import TARGETS, FactorPlan, FactorSet
 from ee_scale.elastic.order import UnitOrder
 from ee_scale.elastic.stage import ElasticStage, base_tensors
 from ee_scale.elastic.subnet import SubnetSpec
 from ee_scale.errors import UserError
+from ee_scale.families.build import AUTO_CLASS
 from ee_scale.grid import Grid, Layout, join_grid, leave_grid
 
 TOLERANCE = 1e-5
 SLIDING, FULL = "sliding_attention", "full_attention"
-ALL = FactorSettings(3, TARGETS)
-BODY = FactorSettings(3, ("attention", "mlp"))
+Factors = tuple[FactorsConfig, int]  # the group, and the rank
+ALL = (FactorsConfig(list(TARGETS)), 3)
+BODY = (FactorsConfig(["attention", "mlp"]), 3)
 # name -> (family, changes of its config, what trains)
-CASES: dict[str, tuple[str, dict[str, Any], FactorSettings]] = {
+CASES: dict[str, tuple[str, dict[str, Any], Factors]] = {
     "llama": ("llama", {}, ALL),
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}, ALL),
     "llama-tied": ("llama", {"tie_word_embeddings": True}, BODY),
     "llama-untied-by-training": ("llama", {"tie_word_embeddings": True}, ALL),
-    "llama-whole": ("llama", {}, FactorSettings(0, TARGETS)),
+    "llama-whole": ("llama", {}, (FactorsConfig(list(TARGETS)), 0)),
     "mistral": ("mistral", {}, BODY),
     "qwen2": ("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}, ALL),
     "qwen3": (
@@ -47,7 +50,7 @@ CASES: dict[str, tuple[str, dict[str, Any], FactorSettings]] = {
         ALL,
     ),
     "bert": ("bert", {}, ALL),
-    "bert-whole": ("bert", {}, FactorSettings(0, TARGETS, vectors=False)),
+    "bert-whole": ("bert", {}, (FactorsConfig(list(TARGETS), vectors=False), 0)),
 }
 DECODERS = [name for name in CASES if not name.startswith("bert")]
 EVERY = (0, 1, 2, 3)
@@ -86,7 +89,7 @@ class Net:
 
     @property
     def task(self) -> str:
-        return self.map.architecture.task
+        return self.map.family.task
 
     @torch.no_grad()
     def logits(self, spec: SubnetSpec) -> torch.Tensor:
@@ -131,7 +134,7 @@ def stock_logits(model: torch.nn.Module, task: str) -> torch.Tensor:
 
 
 def make_net(
-    folder: Path, grid: Grid, settings: FactorSettings, *, sort: bool = True, recipe_stages: int = 2, noise: float = 1.0
+    folder: Path, grid: Grid, settings: Factors, *, sort: bool = True, recipe_stages: int = 2, noise: float = 1.0
 ) -> Net:
     """Load a base folder and give its factors the start values plus `noise` x random ones."""
     config = read_config(folder)
@@ -143,7 +146,7 @@ def make_net(
     stage.load(base_tensors(folder, elastic_map), order)
     trained = {}
     for index in range(recipe_stages):
-        factors = FactorSet(stage, FactorPlan(elastic_map, settings, stage.new), index, seed=3)
+        factors = FactorSet(stage, FactorPlan(elastic_map, *settings, stage.new), index, seed=3)
         with torch.no_grad():
             for name, parameter in factors.named.items():
                 parameter.add_(noise * start_noise(name, parameter.shape))
@@ -367,7 +370,7 @@ def test_names_of_classes_stay(grid: Grid, bases: Callable, tmp_path: Path) -> N
 def test_embeddings_stay_tied_unless_trained(
     case: str, targets: tuple, tied: bool, grid: Grid, bases: Callable, tmp_path: Path
 ) -> None:
-    net = make_net(bases(case), grid, FactorSettings(2, targets))
+    net = make_net(bases(case), grid, (FactorsConfig(list(targets)), 2))
     spec = SubnetSpec(32, 2, 40, (1, 3))
     folder = net.write(tmp_path / "small", spec)
     stock = AutoModelForCausalLM.from_pretrained(folder)
@@ -462,7 +465,7 @@ def test_a_bare_encoder_gets_a_new_classifier(pooler: bool, grid: Grid, tmp_path
     torch.manual_seed(2)
     bare = BertModel(bert_config(), add_pooling_layer=pooler)
     bare.save_pretrained(tmp_path / "base")
-    net = make_net(tmp_path / "base", grid, FactorSettings(2, ("attention",), vectors=False), noise=0.0)
+    net = make_net(tmp_path / "base", grid, (FactorsConfig(["attention"], vectors=False), 2), noise=0.0)
     fresh = {"classifier"} | (set() if pooler else {"bert.pooler.dense"})
     assert net.stage.new == fresh
     whole = {name.split(".", 1)[1] for name in net.trained if name.endswith((".weight", ".bias"))}
@@ -471,7 +474,7 @@ def test_a_bare_encoder_gets_a_new_classifier(pooler: bool, grid: Grid, tmp_path
         assert net.trained[f"0.{module}.weight"].std() == pytest.approx(0.02, rel=0.2)
         assert not net.trained[f"0.{module}.bias"].any()
         assert not net.trained[f"1.{module}.weight"].any()
-    again = make_net(tmp_path / "base", grid, FactorSettings(2, ("attention",), vectors=False), noise=0.0)
+    again = make_net(tmp_path / "base", grid, (FactorsConfig(["attention"], vectors=False), 2), noise=0.0)
     assert all(torch.equal(value, again.trained[name]) for name, value in net.trained.items())
     # Behind the new head: the base model's own states.
     data = inputs("classify")

@@ -19,7 +19,7 @@ from helpers.decoding import (
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, StoppingCriteria, TextStreamer
 
 from ee_scale.data.builtin import train_tokenizer
-from ee_scale.exits.versions import CACHE, CACHE_NAMES
+from ee_scale.modeling.versions import CACHE, CACHE_NAMES
 
 NEW = 14
 LIMITS = [0.024, 0.024]  # these models are never sure of anything

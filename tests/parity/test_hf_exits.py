@@ -8,13 +8,14 @@ from helpers.models import FAMILIES, VOCAB, write_model
 from helpers.spawn import spawn
 from transformers import AutoModelForCausalLM
 
-from ee_scale.backbone.loading import TensorFolder, load_config
+from ee_scale.backbone.loading import TensorFolder
+from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.backbone.stages import plan_stages
-from ee_scale.exits.heads import KINDS
 from ee_scale.exits.placement import exit_spec
 from ee_scale.exits.stage import build_stage, load_stage
 from ee_scale.grid import Layout, join_grid
 from ee_scale.inference.model import untrained_exits
+from ee_scale.modeling.kinds import KINDS
 
 EXITS = [2, 5]
 HEADS = {"embedding": "full", "norm": "tied", "mlp": "low_rank", "layer": "full"}
@@ -27,7 +28,7 @@ def _ids() -> torch.Tensor:
 def _trained_logits(rank: int, folder: Path, family: str) -> dict[str, dict]:
     """For every kind: the exits' parameters (random ones) and their logits, from the training side."""
     grid = join_grid(Layout(), torch.device("cpu"))
-    config, results = load_config(folder / family), {}
+    config, results = ModelFolder(folder / family).decoder_config, {}
     for kind in KINDS:
         spec = exit_spec(config, EXITS, kind, HEADS[kind], 4)
         stage = build_stage(config, plan_stages(5, 1, EXITS), spec, grid, torch.float32)

@@ -22,10 +22,10 @@ from helpers.decoding import (
     watch_drafts,
 )
 
-from ee_scale.exits.drafting import Drafting
-from ee_scale.exits.layer_runner import LayerRunner
-from ee_scale.exits.policies import MAX_DRAFT
-from ee_scale.exits.speculate import Speculation
+from ee_scale.modeling.drafting import Drafting
+from ee_scale.modeling.layer_runner import LayerRunner
+from ee_scale.modeling.policies import MAX_DRAFT
+from ee_scale.modeling.speculate import Speculation
 
 FAMILIES = ("llama", "qwen3", "mistral")
 BODIES = (("norm", "tied"), ("mlp", "full"), ("layer", "low_rank"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.decoding import Pair, make_pair
 
-from ee_scale.exits.speculate import accept_sampled
+from ee_scale.modeling.speculate import accept_sampled
 
 VOCAB = 7
 TEXTS = 20_000

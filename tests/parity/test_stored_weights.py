@@ -15,7 +15,8 @@ from helpers.tuning import build_engine, pipeline_logits, train_on_grid
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 from ee_scale.artifact.subnet import TrainedSupernet, subnet_model, write_subnet
-from ee_scale.backbone.loading import load_config, read_config
+from ee_scale.backbone.loading import read_config
+from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.backbone.shard import model_tensors
 from ee_scale.elastic.architecture import ElasticMap
 from ee_scale.elastic.order import UnitOrder
@@ -114,7 +115,7 @@ def test_logits_equal_transformers(name: str, differences: dict[tuple, float]) -
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_config_says_what_transformers_makes_of_the_folder(name: str, folders: dict[str, Path]) -> None:
-    model, config = load_whole(folders[name]), load_config(folders[name])
+    model, config = load_whole(folders[name]), ModelFolder(folders[name]).decoder_config
     one = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     assert config.tie_word_embeddings is one is CASES[name][3]
     tensors = model_tensors(folders[name], config)
@@ -225,8 +226,9 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_encoders_are_read_as_transformers_reads_them(name: str, encoder: Path, tmp_path: Path) -> None:
     folder = rewritten(encoder, tmp_path / "folder", ENCODERS[name])
     model, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
-    tensors = base_tensors(folder, ElasticMap(read_config(folder), "classify"))
-    read = {key: read_tensor(tensors, key) for key, _ in model.named_parameters()}
+    elastic_map = ElasticMap(read_config(folder), "classify")
+    tensors = base_tensors(folder, elastic_map)
+    read = {key: read_tensor(tensors, key, elastic_map.family) for key, _ in model.named_parameters()}
     assert {key for key, value in read.items() if value is None} == set(info["missing_keys"])
     for key, value in model.named_parameters():
         assert read[key] is None or torch.equal(read[key], value), key

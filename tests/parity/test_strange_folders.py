@@ -14,12 +14,10 @@ from helpers.models import write_model
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from ee_scale.artifact.files import check_files, file_digest, read_json, write_json
 from ee_scale.artifact.hf_folder import copy_small_files
-from ee_scale.artifact.sidecar import SIDECAR_CONFIG, SIDECAR_WEIGHTS, base_folder, read_sidecar
-from ee_scale.artifact.submodel import copy_small_files as copy_for_submodel
 from ee_scale.backbone.fingerprint import fingerprint
 from ee_scale.backbone.loading import INDEX_NAME, SINGLE_NAME, TensorFolder, weight_files
+from ee_scale.backbone.model_folder import SIDECAR_CONFIG, SIDECAR_WEIGHTS, ModelFolder, base_path, read_sidecar
 from ee_scale.cli.main import main
 from ee_scale.config.compose import from_yaml, to_yaml
 from ee_scale.config.schema import VERBS
@@ -27,9 +25,9 @@ from ee_scale.convert.folders import TRACKER, iteration_folder
 from ee_scale.convert.torch_dist_reader import _Files
 from ee_scale.errors import UserError
 from ee_scale.exits.placement import exit_spec
-from ee_scale.files import named_file, own_file
+from ee_scale.files import file_digest, named_file, own_file
 from ee_scale.inference.model import EarlyExitForCausalLM, open_model, untrained_exits
-from ee_scale.inference.pipeline_model import find_parts
+from ee_scale.reading import check_files, read_json, write_json
 
 OUTSIDE = [
     "../secret.safetensors",
@@ -44,6 +42,10 @@ OUTSIDE = [
     7,
     [],
 ]
+
+
+def find_parts(path: Path) -> ModelFolder:
+    return ModelFolder.find(path).checked()
 
 
 @pytest.fixture(scope="module")
@@ -108,23 +110,21 @@ def test_links_inside_a_folder_and_into_the_hubs_cache_work(folder):
         (snapshot / path.name).symlink_to(f"../../blobs/{number}")
     assert fingerprint(snapshot) == want
     assert find_parts(snapshot).config.num_hidden_layers == AutoConfig.from_pretrained(folder).num_hidden_layers
-    for number, copy in enumerate((copy_small_files, copy_for_submodel)):
-        out = folder.parent / f"out{number}"
-        out.mkdir()
-        copy(snapshot, out)
-        assert (out / "generation_config.json").is_file()
+    out = folder.parent / "out"
+    out.mkdir()
+    copy_small_files(snapshot, out)
+    assert (out / "generation_config.json").is_file()
     linked = folder.parent / "linked"  # the folder itself may lie anywhere
     linked.symlink_to(snapshot)
     assert fingerprint(linked) == want
 
 
-@pytest.mark.parametrize("copy", [copy_small_files, copy_for_submodel])
 @pytest.mark.parametrize("name", ["LICENSE", "tokenizer.json", "chat_template.jinja"])
-def test_an_export_carries_no_file_from_elsewhere(folder, tmp_path, copy, name):
+def test_an_export_carries_no_file_from_elsewhere(folder, tmp_path, name):
     (folder / name).symlink_to("../secret.txt")
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match=f"{name}: a link to"):
-        copy(folder, tmp_path / "out")
+        copy_small_files(folder, tmp_path / "out")
     assert not (tmp_path / "out" / name).exists()
 
 
@@ -195,7 +195,7 @@ def test_the_base_of_a_sidecar(folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", [None, 7, ["a"], "a\0b"])
 def test_a_base_that_is_no_path(folder, name):
     with pytest.raises(UserError, match=r"its base model is .*, which is no path"):
-        base_folder(folder, {"base_model": name})
+        base_path(folder, {"base_model": name})
 
 
 @pytest.mark.parametrize("files", [{}, [], None, {"../secret.safetensors": "0", SIDECAR_WEIGHTS: "0"}])
@@ -234,7 +234,7 @@ def test_no_code_of_a_folder_runs(folder, tmp_path, monkeypatch):
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Boom(mark)))
     (folder / "training_args.bin").write_bytes(pickle.dumps(Boom(mark)))
     assert open_model(folder).config.model_type == "llama"
-    assert find_parts(folder).spec is None
+    assert find_parts(folder).exits is None
     assert main(["generate", f"model={folder}", "prompt=a", "device=cpu"]) == 2
     (folder / SINGLE_NAME).unlink()
     with pytest.raises(UserError):

@@ -16,15 +16,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ee_scale.artifact import submodel
 from ee_scale.artifact.checkpoint import STATE
 from ee_scale.artifact.export import EXITS_SHARD, export_early_exit
-from ee_scale.artifact.files import file_digest, write_json
 from ee_scale.artifact.run_folder import CHECKPOINTS, IDENTITY
 from ee_scale.artifact.submodel import export_submodel
 from ee_scale.backbone.fingerprint import fingerprint
 from ee_scale.backbone.loading import TensorFolder
 from ee_scale.errors import UserError
-from ee_scale.exits.modeling_early_exit import AUTO_MAP, CODE_FILES, PREFIX
 from ee_scale.exits.placement import exit_spec
+from ee_scale.files import file_digest
 from ee_scale.inference.model import EarlyExitForCausalLM, untrained_exits
+from ee_scale.modeling.modeling_early_exit import AUTO_MAP, PREFIX, code_files
+from ee_scale.reading import write_json
 
 EXITS = (2, 5)  # the second one behind the last layer
 IDS = torch.randint(0, VOCAB, (2, 24), generator=torch.Generator().manual_seed(1))  # longer than a sliding window
@@ -180,7 +181,7 @@ def test_what_is_copied_is_true_in_the_copy(bases, tmp_path):
     check_copy(tmp_path / "submodel", base, {"model.safetensors", "README.md"})
     export_early_exit(run, tmp_path / "whole", None)
     shards = {"model-00001-of-00001.safetensors", EXITS_SHARD, "model.safetensors.index.json"}
-    check_copy(tmp_path / "whole", base, {*shards, *CODE_FILES, "README.md"})
+    check_copy(tmp_path / "whole", base, {*shards, *(path.name for path in code_files()), "README.md"})
     assert json.loads((tmp_path / "whole" / "config.json").read_text())["auto_map"] == AUTO_MAP
 
 

@@ -169,7 +169,7 @@ def test_job_starts_one_torchrun_per_node(slurm, here, tmp_path):
     for node in (0, 1):
         arguments, environment = noted(python_path, node)
         rendezvous, command = arguments[:-1], arguments[arguments.index("tune") :]
-        assert arguments[:2] == ["-m", "ee_scale.cli.ranks"]
+        assert arguments[:2] == ["-m", "ee_scale.launching.ranks"]
         assert command[:2] == ["tune", "+debug=cpu"]
         assert odd in command
         assert command[-1] == f"out={out}"

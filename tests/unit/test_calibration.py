@@ -9,7 +9,8 @@ import torch
 from helpers.models import VOCAB, write_model
 from transformers import AutoModelForCausalLM
 
-from ee_scale.artifact.calibration import read_calibration, write_calibration
+from ee_scale.artifact.hf_folder import write_calibration
+from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.errors import UserError
 from ee_scale.evaluation.calibration import (
     LEARN_SHARE,
@@ -24,8 +25,8 @@ from ee_scale.evaluation.calibration import (
 from ee_scale.evaluation.records import Records, Window, batched, collect, outcome, simulate
 from ee_scale.evaluation.tags import document_windows, tagged_windows
 from ee_scale.exits.placement import exit_spec
-from ee_scale.exits.policies import NEVER, choose_layers, resolve_policy
 from ee_scale.inference.model import untrained_exits
+from ee_scale.modeling.policies import NEVER, choose_layers, resolve_policy
 
 LAYERS, NUM_LAYERS = (2, 4), 6
 WINDOW = 16
@@ -296,12 +297,12 @@ def test_the_simulation_decides_as_decoding_does(measured, name):
 def test_stored_limits_leave_the_rest_of_the_file_alone(tmp_path):
     path = tmp_path / "generation_config.json"
     path.write_text(json.dumps({"eos_token_id": 7, "temperature": 0.5}))
-    assert read_calibration(tmp_path) is None
+    assert ModelFolder(tmp_path).calibration() is None
     values = {"policy": "threshold", "thresholds": {"2": 0.5, "4": None}}
     write_calibration(tmp_path, {"old": 1})
     write_calibration(tmp_path, values)
     assert json.loads(path.read_text()) == {"eos_token_id": 7, "temperature": 0.5, "early_exit_calibration": values}
-    assert read_calibration(tmp_path) == values
+    assert ModelFolder(tmp_path).calibration() == values
     assert [file.name for file in tmp_path.iterdir()] == ["generation_config.json"]
     path.write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):

@@ -1,10 +1,13 @@
 """Composition, help and the checks that need no model."""
 
+from dataclasses import asdict
+
 import pytest
+import yaml
 
 from ee_scale.cli.main import main
 from ee_scale.config.checks import check_batch, check_supernet, check_tune
-from ee_scale.config.compose import compose_config, config_dir, group_options, known_keys, to_yaml
+from ee_scale.config.compose import compose_config, config_dir, from_yaml, group_options, known_keys, to_yaml
 from ee_scale.config.schema import PREFIXES, VERBS
 from ee_scale.errors import UserError
 
@@ -99,6 +102,27 @@ def test_checks_between_fields_name_the_numbers(override, message):
     with pytest.raises(UserError) as error:
         check_tune(compose_config("tune", [*GIVEN, override]))
     assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("verb", "given", "word"), [("tune", GIVEN, "train.zero=1"), ("generate", ["model=m", "prompt=p"], "parallel.dp=1")]
+)
+def test_settings_of_earlier_versions_with_one_legal_value(verb, given, word):
+    """A command line and a stored config that name it mean what they meant; any other value is refused in one line."""
+    config = compose_config(verb, given)
+    assert compose_config(verb, [*given, word]) == compose_config(verb, [*given, f"+{word}"]) == config
+    key = word.removesuffix("=1")
+    with pytest.raises(UserError, match=rf"^{key}=2: \w+"):
+        compose_config(verb, [*given, f"{key}=2"])
+    group, name = key.split(".")
+    values = asdict(config)
+    for number in (1, 2):
+        values[group][name] = number
+        if number == 1:
+            assert from_yaml(VERBS[verb], yaml.safe_dump(values)) == config
+        else:
+            with pytest.raises(UserError, match=f"^{key}=2: "):
+                from_yaml(VERBS[verb], yaml.safe_dump(values))
 
 
 def test_micro_batches():

@@ -21,9 +21,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from ee_scale.backbone.loading import TensorFolder
+from ee_scale.config.convert import ConvertConfig
 from ee_scale.convert import copying, job
 from ee_scale.convert.job import run
-from ee_scale.convert.plan import Settings, make_conversion, open_result
+from ee_scale.convert.plan import make_conversion, open_result
 from ee_scale.convert.verify import verify
 from ee_scale.errors import UserError
 
@@ -40,7 +41,7 @@ def refused(src: Path, message: str, to: str = "hf", **changes: Any) -> None:
     """One line that names the file, before anything is written."""
     out = src.with_name("never")
     with pytest.raises(UserError, match=message) as caught:
-        make_conversion(Settings(src=src, out=out, to=to, **changes))
+        make_conversion(ConvertConfig(src=src, out=out, to=to, **changes))
     assert "\n" not in str(caught.value)
     assert not out.exists()
     assert not out.with_name(".never.partial").exists()
@@ -303,19 +304,19 @@ def test_families_without_a_map(tmp_path: Path, family: str):
 def test_what_the_old_classes_lack(tmp_path: Path, family: str, changes: dict, message: str):
     src = write_model(tmp_path / "src", family, num_hidden_layers=2, **changes)
     refused(src, message, "megatron_legacy", classes="legacy")
-    make_conversion(Settings(src=src, out=tmp_path / "out", to="megatron_legacy"))
+    make_conversion(ConvertConfig(src=src, out=tmp_path / "out", to="megatron_legacy"))
 
 
 def test_a_base_that_the_old_classes_ignore(copy):
     """Another converter may have written one; what trains on such a file does not look at it."""
     src = copy("legacy")
     shutil.rmtree(src / "huggingface")
-    assert not make_conversion(Settings(src=src, out=src.with_name("out"), to="hf")).opened.notes
+    assert not make_conversion(ConvertConfig(src=src, out=src.with_name("out"), to="hf")).opened.notes
     path = src / "release" / "mp_rank_00_000" / "model_optim_rng.pt"  # the args of rank 0 count
     content = torch.load(path, weights_only=False)
     content["args"].rotary_base = 500000
     torch.save(content, path)
-    notes = make_conversion(Settings(src=src, out=src.with_name("out"), to="hf")).opened.notes
+    notes = make_conversion(ConvertConfig(src=src, out=src.with_name("out"), to="hf")).opened.notes
     assert notes == ["args.rotary_base=500000: the old classes ignore it and compute with 10000"]
 
 
@@ -399,7 +400,7 @@ def test_an_index_cannot_name_files_elsewhere(copy, tmp_path: Path):
 
 def shards(hf: Path, out: Path, **changes: Any) -> job.Conversion:
     """Into six files and more."""
-    return make_conversion(Settings(src=hf, out=out, to="hf", shard_gb=4e-5, **changes))
+    return make_conversion(ConvertConfig(src=hf, out=out, to="hf", shard_gb=4e-5, **changes))
 
 
 def test_too_little_space_is_met_before_anything_is_written(hf: Path, tmp_path: Path, monkeypatch):
@@ -468,7 +469,7 @@ def test_a_disk_that_fills_up_under_an_archive(hf: Path, tmp_path: Path, monkeyp
 @pytest.mark.parametrize("settings", FORMATS.values(), ids=FORMATS)
 def test_an_interrupted_run_is_taken_up(hf: Path, tmp_path: Path, error: type[BaseException], settings: dict):
     out, partial = tmp_path / "out", tmp_path / ".out.partial"
-    planned = lambda: make_conversion(Settings(src=hf, out=out, shard_gb=1e-4, **settings))  # noqa: E731
+    planned = lambda: make_conversion(ConvertConfig(src=hf, out=out, shard_gb=1e-4, **settings))  # noqa: E731
     left = iter([planned().nbytes * 2 // 3])
     budget = next(left)
 
@@ -591,7 +592,7 @@ def test_every_tensor_keeps_its_own_type(mixed: Path, tmp_path: Path, settings: 
 @pytest.mark.parametrize("dtype", ["auto", "bf16", "fp32"])
 def test_verify_knows_which_types_are_coarser(mixed: Path, tmp_path: Path, dtype: str):
     """The embedding is in bf16 already; the norms are rounded with dtype=bf16 alone."""
-    settings = Settings(src=mixed, out=tmp_path / "out", to="megatron_core", dtype=dtype)
+    settings = ConvertConfig(src=mixed, out=tmp_path / "out", to="megatron_core", dtype=dtype)
     conversion = make_conversion(settings)
     found: list[Any] = []
     run(conversion, 2, lambda size: None, lambda at: found.append(verify(conversion.opened, open_result(settings, at))))
@@ -766,7 +767,7 @@ def test_small_files_come_along(hf: Path, tmp_path: Path):
 
 def test_two_conversions_to_the_same_folder(hf: Path, tmp_path: Path):
     """The second is refused while the first is at work, and does no harm."""
-    settings = Settings(src=hf, out=tmp_path / "out", to="megatron_core")
+    settings = ConvertConfig(src=hf, out=tmp_path / "out", to="megatron_core")
 
     def second(_: Path) -> None:
         with pytest.raises(UserError, match=r"out=.*out: another conversion is writing it"):

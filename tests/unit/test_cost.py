@@ -1,5 +1,6 @@
 """What a run costs, against what torch counts on the real modules; schedules replayed against hand-made ones."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,34 +12,34 @@ from deepspeed.runtime.pipe.schedule import TrainSchedule
 from helpers.models import VOCAB, tiny_config
 from megatron.core.tensor_parallel import layers as megatron_layers
 from megatron.core.tensor_parallel import mappings
+from replay import Op, operations, replay
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, BertConfig
 
-from ee_scale.cli.check import check_fits
 from ee_scale.config.compose import compose_config
-from ee_scale.elastic.factors import FactorPlan, FactorSet
+from ee_scale.elastic.factors import FactorSet
 from ee_scale.elastic.stage import ElasticStage
 from ee_scale.engine.schedule import FrozenSchedule, SupernetSchedule
 from ee_scale.errors import UserError
-from ee_scale.exits.heads import HEADS, KINDS, ExitTaps, Tap, build_exit_heads, run_single_layer
 from ee_scale.exits.joint import JointStage, output_copies
 from ee_scale.exits.stage import build_stage
-from ee_scale.training.cost import adapter_parameters, drawn_specs, flops_per_token, supernet_work, tune_work
-from ee_scale.training.memory import exit_passes, layer_passes, rank_memory, supernet_parameters, tune_parameters
-from ee_scale.training.passes import LiveBytes, layer_call, local_model, watch
-from ee_scale.training.plan import TunePlan, plan_tune
-from ee_scale.training.supernet_plan import SupernetPlan, plan_supernet
-from ee_scale.training.traffic import Op, operations, replay, step_traffic
+from ee_scale.modeling.heads import HEADS, ExitTaps, build_exit_heads, run_single_layer
+from ee_scale.modeling.kinds import KINDS, Tap
+from ee_scale.planning.fits import check_fits
+from ee_scale.planning.passes import LiveBytes, layer_call, layer_passes, local_model, watch
+from ee_scale.planning.phase_costs import drawn_specs, phase_parameters, phase_work
+from ee_scale.planning.supernet import SupernetPlan, plan_supernet
+from ee_scale.planning.tune import TunePlan, exit_passes, plan_tune
 
 ROWS, LENGTH = 2, 16
 TUNE = ["model=tiny", "data=python", f"data.seq_length={LENGTH}", f"train.micro_batch_size={ROWS}"]
 TUNE += ["train.global_batch_size=8", "exits.layers=[2,4]", "exits.rank=4"]
 
 
-def tune_plan(family: str = "llama", *overrides: str, **changes: Any) -> tuple[TunePlan, Any]:
+def tune_plan(family: str = "llama", *overrides: str, **changes: Any) -> TunePlan:
     config = compose_config("tune", [*TUNE, *overrides])
-    return plan_tune(config, Path("nowhere"), tiny_config(family, **changes)), config
+    return plan_tune(config, Path("nowhere"), tiny_config(family, **changes))
 
 
 def supernet_plan(model_config: Any, *overrides: str) -> SupernetPlan:
@@ -93,23 +94,23 @@ def test_parameters_are_those_of_the_real_stages(groups_without_processes, famil
     for number, (kind, head) in enumerate(CASES):
         teacher = number % 2 == 0
         overrides = [f"exits.kind={kind}", f"exits.head={head}", f"parallel.tp={tp}", "parallel.pp=2"]
-        plan, config = tune_plan(
+        plan = tune_plan(
             family, *overrides, f"exits.kl_weight={0.5 * teacher}", tie_word_embeddings=tied, vocab_size=131
         )
         for stage in range(plan.stages.launched):
             real = build_stage(
                 plan.model_config, plan.stages, plan.spec, grid_of(plan, stage), torch.float32, teacher=teacher
             )
-            found = tune_parameters(plan, config, stage)
+            found = plan.parameters(stage)
             assert found.trained == numel(real.exit_heads.parameters()), (kind, head, stage)
             assert found.frozen == numel(real.backbone.parameters()), (kind, head, stage)
             assert found.largest == max((p.numel() for p in real.exit_heads.parameters()), default=0)
 
 
 def test_parameters_of_olmo2_without_tensor_parallelism(groups_without_processes) -> None:
-    plan, config = tune_plan("olmo2", "exits.kind=layer")
+    plan = tune_plan("olmo2", "exits.kind=layer")
     real = build_stage(plan.model_config, plan.stages, plan.spec, grid_of(plan, 0), torch.float32)
-    found = tune_parameters(plan, config, 0)
+    found = plan.parameters(0)
     assert (found.frozen, found.trained) == (numel(real.backbone.parameters()), numel(real.exit_heads.parameters()))
 
 
@@ -121,7 +122,7 @@ def test_joint_parameters_are_those_of_the_real_stages(
 ) -> None:
     for kind, head in (("mlp", "low_rank"), ("norm", "full")):
         overrides = [f"exits.kind={kind}", f"exits.head={head}", f"parallel.tp={tp}", "parallel.pp=2"]
-        plan, config = tune_plan("qwen2", *overrides, f"backbone={mode}", tie_word_embeddings=tied)
+        plan = tune_plan("qwen2", *overrides, f"backbone={mode}", tie_word_embeddings=tied)
         copies = output_copies(plan.stages, plan.spec, tied)
         for stage in range(2):
             grid = grid_of(plan, stage)
@@ -129,13 +130,13 @@ def test_joint_parameters_are_those_of_the_real_stages(
                 plan.model_config, plan.stages, plan.spec, grid, torch.float32, decoding=True, cls=JointStage
             )
             real.train_backbone(plan.backbone, copies, grid, 0)
-            found = tune_parameters(plan, config, stage)
+            found = plan.parameters(stage)
             assert found.trained == numel(real.parameters())
             assert found.held == numel([*real.parameters(), *real.backbone.parameters()])
             assert found.largest == max(p.numel() for p in real.parameters())
             if mode == "low_rank" and tp == 1:
                 adapters = numel(real.trained.values())
-                assert adapter_parameters(plan) * len(plan.stages.layers(stage)) == adapters
+                assert plan._adapter_parameters * len(plan.stages.layers(stage)) == adapters
 
 
 def bert(**changes: Any) -> BertConfig:
@@ -145,7 +146,7 @@ def bert(**changes: Any) -> BertConfig:
 
 def elastic_stage(plan: SupernetPlan, stage: int, device: str = "meta") -> tuple[ElasticStage, list[FactorSet]]:
     real = ElasticStage(plan.map, plan.stages, grid_of(plan, stage, device), torch.float32, "eager")
-    plans = [FactorPlan(plan.map, plan.factor_settings(i)) for i in range(len(plan.recipe.stages))]
+    plans = [plan.factors(i) for i in range(len(plan.phases))]
     return real, [FactorSet(real, factors, i, 0) for i, factors in enumerate(plans)]
 
 
@@ -159,7 +160,7 @@ def test_supernet_parameters_are_those_of_the_real_stages(make: Any, tp: int, ra
         real, factors = elastic_stage(plan, stage)
         backbone = numel(p for module in real.elastic.values() for p in module.parameters())
         for index in range(2):
-            found = supernet_parameters(plan, index, stage)
+            found = phase_parameters(plan, index, stage)
             assert found.trained == numel(factors[index].parameters())
             assert found.frozen == backbone + sum(numel(f.parameters()) for f in factors[:index])
             assert found.largest == max(p.numel() for p in factors[index].parameters())
@@ -196,7 +197,7 @@ FLOP_CASES = [("llama", *case) for case in CASES] + [("olmo2", "mlp", "tied"), (
 
 @pytest.mark.parametrize(("family", "kind", "head"), FLOP_CASES)
 def test_frozen_flops_are_those_that_torch_counts(family: str, kind: str, head: str) -> None:
-    plan, config = tune_plan(family, f"exits.kind={kind}", f"exits.head={head}")
+    plan = tune_plan(family, f"exits.kind={kind}", f"exits.head={head}")
     model = eager_model(family).requires_grad_(False)
     heads = build_exit_heads(plan.spec, model.model.layers, model.model.norm, plan.shape.vocab_size)
     heads.requires_grad_(True)
@@ -207,7 +208,7 @@ def test_frozen_flops_are_those_that_torch_counts(family: str, kind: str, head: 
     model.model.config.num_hidden_layers = plan.stages.depth
     model.model.layers = model.model.layers[: plan.stages.depth]
     forward = count_flops(lambda: model.model(tokens, use_cache=False))
-    (work,) = tune_work(plan, config)
+    (work,) = plan.work()
     assert work.forward * ROWS * LENGTH == forward
     assert work.exits * ROWS * LENGTH == exits
     assert work.backward == work.teacher == 0
@@ -215,7 +216,7 @@ def test_frozen_flops_are_those_that_torch_counts(family: str, kind: str, head: 
 
 @pytest.mark.parametrize(("kind", "head"), [("mlp", "full"), ("layer", "low_rank"), ("embedding", "low_rank")])
 def test_joint_flops_are_those_that_torch_counts(kind: str, head: str) -> None:
-    plan, config = tune_plan("llama", f"exits.kind={kind}", f"exits.head={head}", "backbone=full")
+    plan = tune_plan("llama", f"exits.kind={kind}", f"exits.head={head}", "backbone=full")
     model = eager_model("llama")
     heads = build_exit_heads(plan.spec, model.model.layers, model.model.norm, plan.shape.vocab_size)
     taps = ExitTaps(plan.spec, {k: model.model.layers[k - 1] for k in plan.spec.layers})
@@ -225,28 +226,28 @@ def test_joint_flops_are_those_that_torch_counts(kind: str, head: str) -> None:
         (logits.sum() + exit_losses(plan, model, taps.pop(), heads)).backward()
 
     counted = count_flops(step)
-    (work,) = tune_work(plan, config)
+    (work,) = plan.work()
     assert work.total * ROWS * LENGTH == counted
-    again, config = tune_plan(
+    again = tune_plan(
         "llama", f"exits.kind={kind}", f"exits.head={head}", "backbone=full", "backbone.activation_checkpointing=true"
     )
-    assert tune_work(again, config)[0].total - work.total == work.forward
+    assert again.work()[0].total - work.total == work.forward
 
 
 def test_teacher_and_confidence_cost_a_pass_of_the_head() -> None:
     plain, more = tune_plan("llama", "exits.head=tied"), ["exits.kl_weight=1", "exits.confidence_weighting=true"]
     both = tune_plan("llama", "exits.head=tied", *more)
-    head = 2 * plain[0].shape.vocab_size * plain[0].shape.hidden_size
-    extra = tune_work(*both)[0].exits - tune_work(*plain)[0].exits
+    head = 2 * plain.shape.vocab_size * plain.shape.hidden_size
+    extra = both.work()[0].exits - plain.work()[0].exits
     assert extra == 2 * head * 2  # two exits, two passes each
 
 
 def test_stages_share_the_work() -> None:
-    one, (several, config) = tune_plan(), tune_plan("llama", "parallel.pp=2")
-    work = flops_per_token(several, config)
-    assert len(work) == 2
-    assert sum(work) == flops_per_token(*one)[0]
-    assert flops_per_token(several) != work  # without a sequence length there is no attention
+    one, several = tune_plan(), tune_plan("llama", "parallel.pp=2")
+    assert len(several.work()) == 2
+    assert several.flops_per_token == one.work()[0].total
+    longer = several.with_config(replace(several.config, data=replace(several.config.data, seq_length=2 * LENGTH)))
+    assert longer.flops_per_token > several.flops_per_token  # attention to more positions
 
 
 @pytest.mark.parametrize("make", [lambda: tiny_config("llama", num_hidden_layers=4), bert])
@@ -262,8 +263,8 @@ def test_supernet_flops_are_those_that_torch_counts(groups_without_processes, ma
         batch = {"tokens": torch.zeros(ROWS, LENGTH, dtype=torch.long)}
         if plan.task == "classify":
             batch |= {"attention_mask": torch.ones_like(batch["tokens"]), "token_type_ids": batch["tokens"]}
-        with mock.patch("ee_scale.training.cost.drawn_specs", lambda *_, spec=spec: [(spec, 1.0)]):
-            (work,) = supernet_work(plan, 0)
+        with mock.patch("ee_scale.planning.phase_costs.drawn_specs", lambda *_, spec=spec: [(spec, 1.0)]):
+            (work,) = phase_work(plan, 0)
 
         def step(batch: Any = batch) -> None:
             hidden, _ = stage(batch["tokens"], batch)
@@ -285,14 +286,14 @@ def _embedding_factor_flops(plan: SupernetPlan, spec: Any, rank: int) -> float:
     return 3 * 2 * rank * spec.hidden
 
 
-def test_draws_of_a_recipe_stage() -> None:
+def test_draws_of_a_phase() -> None:
     plan = supernet_plan(tiny_config("llama", num_hidden_layers=4), "sampling.randoms=2")
     specs = drawn_specs(plan, 1)
     assert sum(times for _, times in specs) == pytest.approx(4)
     assert next(times for spec, times in specs if spec == plan.map.shape.full) == 1
     assert [times for _, times in drawn_specs(plan, 0)] == [1]
-    mean = flops_per_token(plan)[0]
-    first, second = (flops_per_token(plan, recipe_stage=i)[0] for i in (0, 1))
+    mean = plan.work()[0].total
+    first, second = (plan.phase_flops(i) for i in (0, 1))
     assert mean == pytest.approx(0.25 * first + 0.75 * second)
     assert 2 * first < second < 4 * first
 
@@ -353,12 +354,12 @@ def test_live_bytes_sees_the_peak() -> None:
 
 
 def test_memory_follows_the_grid() -> None:
-    one, config = tune_plan("llama", "parallel.device=cpu")
-    memory = rank_memory(one, config, bf16=False, device="cpu")[0]
-    parameters = tune_parameters(one, config, 0)
+    one = tune_plan("llama", "parallel.device=cpu")
+    memory = one.memory(bf16=False, device="cpu")[0]
+    parameters = one.parameters(0)
     assert memory.weights == 4 * parameters.held
     assert (memory.gradients, memory.optimizer) == (4 * parameters.trained, 12 * parameters.trained)
-    replicas = rank_memory(*tune_plan("llama", "parallel.dp=4"), bf16=True)[0]
+    replicas = tune_plan("llama", "parallel.dp=4").memory(bf16=True)[0]
     assert (replicas.weights, replicas.optimizer) == (2 * parameters.held, 3 * parameters.trained)
     assert replicas.gradients == memory.gradients
     body = exit_passes(local_model(one.model_config, 1, torch.float32), one.spec, ROWS, LENGTH, through=False)
@@ -367,48 +368,48 @@ def test_memory_follows_the_grid() -> None:
 
 def test_a_run_that_cannot_fit_is_refused_with_what_would() -> None:
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "head_dim": 64}
-    plan, config = tune_plan("llama", "parallel.device=cpu", **sizes)
-    needed = max(m.total for m in rank_memory(plan, config, bf16=False, device="cpu")) / 2**30
-    config.parallel.device_memory_gb = needed * 1.001
-    check_fits(plan, config)
-    config.parallel.device_memory_gb = needed * 0.999
+    plan = tune_plan("llama", "parallel.device=cpu", **sizes)
+    needed = max(m.total for m in plan.memory(bf16=False, device="cpu")) / 2**30
+    plan.config.parallel.device_memory_gb = needed * 1.001
+    check_fits(plan)
+    plan.config.parallel.device_memory_gb = needed * 0.999
     with pytest.raises(UserError, match=r"a rank of stage 0 needs .* and the device has .*: parallel.tp=2 would need"):
-        check_fits(plan, config)
-    halved = max(m.total for m in rank_memory(*tune_plan("llama", "parallel.tp=2", **sizes), bf16=False, device="cpu"))
-    config.parallel.device_memory_gb = halved / 2**30 - 1e-4
+        check_fits(plan)
+    halved = max(m.total for m in tune_plan("llama", "parallel.tp=2", **sizes).memory(bf16=False, device="cpu"))
+    plan.config.parallel.device_memory_gb = halved / 2**30 - 1e-4
     with pytest.raises(UserError) as refused:
-        check_fits(plan, config)
+        check_fits(plan)
     assert "parallel.tp=2 " not in str(refused.value)
     assert "would need" in str(refused.value)
-    config.parallel.device_memory_gb = 0.1
+    plan.config.parallel.device_memory_gb = 0.1
     with pytest.raises(UserError, match="no small change"):
-        check_fits(plan, config)
+        check_fits(plan)
 
 
 # -- traffic -----------------------------------------------------------------------------------------------------------
 
 
 def test_traffic_by_hand() -> None:
-    plan, config = tune_plan("llama", "parallel.pp=2", "parallel.tp=2", "parallel.dp=2", "exits.head=tied")
+    plan = tune_plan("llama", "parallel.pp=2", "parallel.tp=2", "parallel.dp=2", "exits.head=tied")
     state = ROWS * LENGTH * 64 * 4
-    first, last = step_traffic(plan, config, bf16=False)
+    first, last = plan.traffic(bf16=False)
     assert (first.stages, last.stages) == (2 * state, 0)  # two micro-batches, nothing comes back
     layers, exits = len(plan.stages.layers(0)), len(plan.stages.exits(0))
     calls = 2 * (2 * layers + 2 * exits + 1)  # exits: MLP forward and head backward; the embedding once
     assert first.tensor_calls == calls
     assert first.tensor == calls * state  # a ring over two: each rank sends half twice
-    trained = tune_parameters(plan, config, 0).trained
+    trained = plan.parameters(0).trained
     assert (first.reduce, first.gather) == (2 * trained, 2 * trained)
-    assert step_traffic(plan, config, bf16=True)[0].reduce == 4 * trained
+    assert plan.traffic(bf16=True)[0].reduce == 4 * trained
 
 
 def test_copies_of_the_output_matrix_are_summed_over_their_stages() -> None:
     given = ("parallel.pp=4", "exits.head=tied", "backbone=full", "exits.layers=[2]")
-    plan, config = tune_plan("llama", *given, tie_word_embeddings=True)
+    plan = tune_plan("llama", *given, tie_word_embeddings=True)
     state, matrix = ROWS * LENGTH * 64 * 4, VOCAB * 64 * 4
     holders = {stage for stage in range(4) if 2 in plan.stages.exits(stage)} | {0, 3}
     count = plan.num_micro_batches
-    for stage, traffic in enumerate(step_traffic(plan, config, bf16=False)):
+    for stage, traffic in enumerate(plan.traffic(bf16=False)):
         crossing = count * state * ((stage < 3) + (stage > 0))
         copies = 2 * matrix * (len(holders) - 1) / len(holders) if stage in holders else 0
         assert traffic.stages == pytest.approx(crossing + copies)

@@ -11,7 +11,7 @@ import pytest
 from ee_scale.errors import UserError
 from ee_scale.evaluation.log_report import report_table, warnings, write_log_report
 from ee_scale.evaluation.log_summary import NO_TAG, LogSummary, Summary, bucket_seconds, log_files, summarise, wilson
-from ee_scale.exits.decision_log import DecisionLog
+from ee_scale.modeling.decision_log import DecisionLog
 
 HEADER = {"num_layers": 12, "layers": [3, 6], "policy": "threshold"}
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ee_scale.exits.drafting import GAP, REJECTED, SEEN, Drafting
+from ee_scale.modeling.drafting import GAP, REJECTED, SEEN, Drafting
 
 
 def _drafting(layers=(2, 6), num_layers=8, max_draft=12, length=None) -> Drafting:

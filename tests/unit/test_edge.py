@@ -37,7 +37,6 @@ def test_a_decoder_in_a_process_of_its_own(decoder):
     measure = measure_edge(decoder, "causal_lm", tokens=32, new_tokens=4, seconds=0.2, threads=1)
     known = ElasticMap(AutoConfig.from_pretrained(decoder), "causal_lm")
     assert measure.parameters == known.parameters(known.shape.full)
-    assert measure.flops == known.flops(known.shape.full, 32)
     assert measure.weights_mb == (decoder / "model.safetensors").stat().st_size / 1e6
     assert measure.parameters * 4e-6 < measure.weights_mb < measure.parameters * 4.1e-6
     assert 0 < measure.prefill_ms <= measure.prefill_p90_ms
@@ -51,10 +50,7 @@ def test_a_decoder_in_a_process_of_its_own(decoder):
 def test_an_encoder_decodes_nothing(encoder):
     measure = measure_edge(encoder, "classify", tokens=40, seconds=0.1, threads=1)
     known = ElasticMap(AutoConfig.from_pretrained(encoder), "classify")
-    assert (measure.parameters, measure.flops) == (
-        known.parameters(known.shape.full),
-        known.flops(known.shape.full, 40),
-    )
+    assert measure.parameters == known.parameters(known.shape.full)
     assert measure.token_ms is None
     assert measure.prefill_ms > 0
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from ee_scale.config.groups import OptimConfig
 from ee_scale.engine.clipping import CLIP_KEY
 from ee_scale.engine.guard import WARM_UP, UpdateGuard
-from ee_scale.engine.setup import OptimizerSettings, guarded_adamw
+from ee_scale.engine.setup import guarded_adamw
 
 
 def judge(guard: UpdateGuard, loss: float, square: float = 1.0, key: int = 3) -> set[int]:
@@ -63,7 +64,7 @@ def test_groups_are_judged_each_by_itself():
 def test_a_group_that_is_left_out_stays_as_it_was():
     torch.manual_seed(0)
     parameters = {k: [nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(3))] for k in (3, 6)}
-    optimizer = guarded_adamw(parameters, OptimizerSettings(lr=0.1, weight_decay=0.5))
+    optimizer = guarded_adamw(parameters, OptimConfig(lr=0.1, weight_decay=0.5))
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0, 0.5, 0.0]
 
     def step(*skipped: int) -> None:

@@ -15,12 +15,12 @@ from helpers.launcher import noted, recorder
 import ee_scale
 from ee_scale.cli.launch import seconds, split_grid
 from ee_scale.cli.main import main
-from ee_scale.cli.ranks import Ended, exit_code
-from ee_scale.cli.ranks import main as main_of_ranks
-from ee_scale.cli.signals import STOPPING
 from ee_scale.config.groups import LauncherConfig
 from ee_scale.errors import Requeue, RunError, UserError
 from ee_scale.grid import Layout
+from ee_scale.launching.ranks import Ended, exit_code
+from ee_scale.launching.ranks import main as main_of_ranks
+from ee_scale.launching.signals import STOPPING
 
 ROOT = Path(ee_scale.__file__).parents[1]
 TUNE = ["launch", "tune", "+debug=cpu"]
@@ -88,7 +88,7 @@ def test_torchrun_by_hand(tmp_path):
     environment = {**os.environ, "PYTHON": str(python_path), "PROCESSES": "2"}
     subprocess.run(command, env=environment, check=True)
     assert noted(python_path, "x")[0] == shlex.split(
-        "-m ee_scale.cli.ranks --standalone --nproc-per-node 2 --max-restarts 0 -m ee_scale tune 'a=b c'"
+        "-m ee_scale.launching.ranks --standalone --nproc-per-node 2 --max-restarts 0 -m ee_scale tune 'a=b c'"
     )
     ignored = int((tmp_path / "python.x.0.ignored").read_text().split()[1], 16)  # a signal must not kill what starts
     assert all(ignored >> (number - 1) & 1 for number in (signal.SIGTERM, signal.SIGUSR1))
@@ -226,6 +226,15 @@ def test_the_end_of_a_rank_is_told_unless_it_left_on_purpose(capfd):
     assert signal.getsignal(signal.SIGHUP) == handler
 
 
+def test_bad_input_is_told_in_one_line(monkeypatch, capsys):
+    def refuse(*_):
+        raise UserError("parallel.tp=0: must be at least 1")
+
+    monkeypatch.setattr("ee_scale.launching.ranks.run_agent", refuse)
+    assert main_of_ranks([]) == 2
+    assert capsys.readouterr().err == "error: parallel.tp=0: must be at least 1\n"
+
+
 def test_signals_reach_the_ranks_and_the_agent_waits(tmp_path):
     """A rank that takes its time to leave, and is not started again."""
     code = """if True:
@@ -242,7 +251,7 @@ def test_signals_reach_the_ranks_and_the_agent_waits(tmp_path):
     """
     (tmp_path / "rank.py").write_text(code)
     arguments = ["--standalone", "--max-restarts", "1", "--no-python", sys.executable, "-IS", tmp_path / "rank.py"]
-    command = [sys.executable, "-m", "ee_scale.cli.ranks", *arguments]
+    command = [sys.executable, "-m", "ee_scale.launching.ranks", *arguments]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 75, ended.stderr
     assert ended.stdout.split() == ["started", "saved"]

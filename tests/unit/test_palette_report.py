@@ -13,7 +13,6 @@ from matplotlib.axes import Axes
 from matplotlib.image import imread
 from rich.console import Console
 
-from ee_scale.artifact.files import write_json
 from ee_scale.artifact.manifest import MANIFEST, Device, Manifest, Member, Tried, read_manifest, write_manifest
 from ee_scale.elastic.subnet import SubnetSpec
 from ee_scale.errors import UserError
@@ -27,6 +26,7 @@ from ee_scale.evaluation.palette_report import (
     setback,
     write_palette_report,
 )
+from ee_scale.reading import write_json
 
 FULL = SubnetSpec(64, 4, 256, (0, 1, 2, 3))
 

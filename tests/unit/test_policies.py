@@ -5,7 +5,7 @@ from math import inf, log, nan
 import pytest
 import torch
 
-from ee_scale.exits.policies import NEVER, Decisions, choose_layers, resolve_policy, score
+from ee_scale.modeling.policies import NEVER, Decisions, choose_layers, resolve_policy, score
 
 EXITS = (2, 4, 6)
 CALIBRATION = {

@@ -11,8 +11,8 @@ from ee_scale.evaluation.probe import Passage, Reading, given_text, own_text, re
 from ee_scale.evaluation.probe_report import cost_lines, outlook, outlook_table, verdict
 from ee_scale.evaluation.timing import FilledCache, PartTimes, layer_pass, measure_parts
 from ee_scale.exits.placement import exit_spec
-from ee_scale.exits.versions import CACHE
 from ee_scale.inference.model import untrained_exits
+from ee_scale.modeling.versions import CACHE
 
 TEMPERATURE, BOUND = 0.7, 0.9
 

@@ -22,23 +22,24 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from ee_scale.artifact.calibration import GENERATION_CONFIG, read_calibration
 from ee_scale.artifact.checkpoint import STATE, read_checkpoint
-from ee_scale.artifact.files import file_digest, read_json, write_json
 from ee_scale.artifact.manifest import MANIFEST, Device, Manifest, Member, Tried, read_manifest, write_manifest
 from ee_scale.artifact.run_folder import IDENTITY, METRICS, read_run, trim_metrics
-from ee_scale.artifact.sidecar import SIDECAR_CONFIG, SIDECAR_WEIGHTS, read_sidecar
+from ee_scale.backbone.exit_layers import read_spec
+from ee_scale.backbone.model_folder import SIDECAR_CONFIG, SIDECAR_WEIGHTS, ModelFolder, read_sidecar
+from ee_scale.backbone.small_files import GENERATION_CONFIG
 from ee_scale.cli.multirun import last_losses
 from ee_scale.cli.prompts import read_prompts
 from ee_scale.elastic.subnet import SubnetSpec
 from ee_scale.errors import UserError
 from ee_scale.evaluation.log_report import report_table, warnings, write_log_report
 from ee_scale.evaluation.log_summary import summarise
-from ee_scale.exits.decision_log import DecisionLog
-from ee_scale.exits.heads import HEADS, KINDS, ExitSpec
-from ee_scale.exits.placement import read_spec
-from ee_scale.exits.policies import CALIBRATION_KEY, NEVER, ExitPolicy, resolve_policy
-from ee_scale.reading import DEEPEST, parse_json, read_object
+from ee_scale.files import file_digest
+from ee_scale.modeling.decision_log import DecisionLog
+from ee_scale.modeling.heads import HEADS, ExitSpec
+from ee_scale.modeling.kinds import KINDS
+from ee_scale.modeling.policies import CALIBRATION_KEY, NEVER, ExitPolicy, resolve_policy
+from ee_scale.reading import DEEPEST, parse_json, read_json, read_object, write_json
 
 SPEC = ExitSpec((2, 4), "mlp", "low_rank", 8).to_dict()
 CALIBRATION = {
@@ -281,7 +282,7 @@ def test_exits_of_a_config(document) -> None:
 @examples(150)
 def test_calibrations(folder, content) -> None:
     (folder / GENERATION_CONFIG).write_bytes(content)
-    found = refused(lambda: read_calibration(folder))
+    found = refused(lambda: ModelFolder(folder).calibration())
     if found is not None:
         assert as_json(found) == as_json(json.loads(content)[CALIBRATION_KEY])
         policy = resolve_policy(found["policy"], (2, 4), calibration=found, tags=["sql", "other"])

@@ -12,10 +12,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from ee_scale.backbone.families import shape_of
 from ee_scale.backbone.fingerprint import fingerprint
-from ee_scale.backbone.loading import INDEX_NAME, SINGLE_NAME, TensorFolder, load_config, weight_files
-from ee_scale.backbone.shard import meta_model, tensor_plan
+from ee_scale.backbone.loading import INDEX_NAME, SINGLE_NAME, TensorFolder, weight_files
+from ee_scale.backbone.model_folder import ModelFolder
+from ee_scale.backbone.shard import tensor_plan
 from ee_scale.backbone.stages import plan_stages
 from ee_scale.convert.args import check_config, to_args
 from ee_scale.convert.files import ST_DTYPES, safetensors_extents
@@ -23,6 +23,8 @@ from ee_scale.elastic.architecture import ElasticMap
 from ee_scale.elastic.order import UnitOrder
 from ee_scale.elastic.subnet import ElasticShape
 from ee_scale.exits.placement import exit_cost, exit_parameters, exit_spec
+from ee_scale.families.build import meta_model
+from ee_scale.families.sizes import shape_of
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(4, dtype=torch.int16), "c": torch.ones(2, 2).half()}
 FILE = save(TENSORS, {"format": "pt"})
@@ -65,7 +67,7 @@ LLAMA = CONFIGS["llama"]
 
 def _plan(folder) -> Any:
     """What every command computes from a config before it reads a weight."""
-    config = load_config(folder)
+    config = ModelFolder(folder).decoder_config
     shape = shape_of(config)
     assert shape.layer_parameters > 0
     assert min(shape.num_layers, shape.hidden_size, shape.num_heads, shape.num_kv_heads, shape.head_dim) > 0

@@ -21,12 +21,13 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ee_scale.backbone.loading import TensorFolder
+from ee_scale.config.convert import ConvertConfig
 from ee_scale.convert import deepspeed, mp_rank_reader, torch_dist_reader
 from ee_scale.convert.archive import Part, walk
 from ee_scale.convert.files import tensor_extent
 from ee_scale.convert.folders import iteration_folder
 from ee_scale.convert.model import Opened
-from ee_scale.convert.plan import Settings, make_conversion
+from ee_scale.convert.plan import make_conversion
 from ee_scale.convert.unpickle import load_index, load_safely
 
 VALUE = {
@@ -430,4 +431,4 @@ def test_zero_files_of_deepspeed(zero, hf, tmp_path_factory, data) -> None:
 
 def test_unchanged_checkpoints_open(dist, ranks, zero, hf) -> None:
     for src, changes in ((dist, {}), (ranks, {}), (zero, {"model": hf})):
-        assert make_conversion(Settings(src=src, out=src.with_name("never"), to="hf", **changes)).files
+        assert make_conversion(ConvertConfig(src=src, out=src.with_name("never"), to="hf", **changes)).files

@@ -8,6 +8,7 @@ import pytest
 
 import ee_scale
 from ee_scale.cli.main import main, split_command
+from ee_scale.cli.models import model_rows
 from ee_scale.cli.multirun import expand
 from ee_scale.config.compose import compose_config
 
@@ -47,3 +48,12 @@ def test_commands_were_found():
 def test_the_error_that_the_readme_shows(capsys):
     assert main(["tune", "model=nowhere", "data=x", "train.zero=3"]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_the_table_of_models_is_what_the_families_say(capsys):
+    lines = README.split("## Models")[1].split("##")[0].splitlines()
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    assert [header, *rows] == model_rows()
+    assert main(["--models"]) == 0
+    printed = [re.split(r"\s{2,}", line.strip()) for line in capsys.readouterr().out.splitlines()]
+    assert printed == model_rows()

@@ -4,7 +4,8 @@ from collections import Counter
 
 import pytest
 
-from ee_scale.elastic.sampling import FULL, RANDOM, SMALLEST, Draw, SamplingSettings, draw_stream
+from ee_scale.config.supernet import SamplingConfig
+from ee_scale.elastic.sampling import FULL, RANDOM, SMALLEST, Draw, draw_stream
 from ee_scale.elastic.subnet import AXES, ElasticShape, SearchSpace, SubnetSpec
 
 SHAPE = ElasticShape(64, 4, 128, 4, 16, 2, head_dim_is_derived=False)
@@ -20,8 +21,10 @@ def size(spec: SubnetSpec) -> int:
     return spec.depth * (spec.hidden + 10 * spec.groups + spec.ffn)
 
 
-def stream(step: int = 0, micro_batches: int = 1, axes=AXES, exits: tuple[int, ...] = (), **settings) -> list[Draw]:
-    return draw_stream(space(exits), axes, step, micro_batches, SamplingSettings(**settings), size)
+def stream(
+    step: int = 0, micro_batches: int = 1, axes=AXES, exits: tuple[int, ...] = (), seed: int = 1234, **settings
+) -> list[Draw]:
+    return draw_stream(space(exits), axes, step, micro_batches, SamplingConfig(**settings), seed, size)
 
 
 def specs(draws: list[Draw]) -> list[tuple[str, SubnetSpec]]:

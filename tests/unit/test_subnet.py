@@ -13,11 +13,13 @@ from helpers.models import VOCAB, tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, Gemma2Config
 
-from ee_scale.elastic.architecture import ElasticMap, meta_model
+from ee_scale.config.supernet import FactorsConfig
+from ee_scale.elastic.architecture import ElasticMap
 from ee_scale.elastic.extract import subnet_config
-from ee_scale.elastic.factors import FactorPlan, FactorSettings
+from ee_scale.elastic.factors import FactorPlan
 from ee_scale.elastic.subnet import ElasticShape, SearchSpace, SubnetSpec, drop_order, resolve_space
 from ee_scale.errors import UserError
+from ee_scale.families.build import meta_model
 from ee_scale.reading import checked
 
 SHAPE = ElasticShape(64, 4, 128, 4, 16, 2, head_dim_is_derived=False)  # 8 query heads, 2 for each KV head
@@ -243,9 +245,9 @@ def test_parameters_are_those_of_the_stock_model(name: str) -> None:
     elastic_map = ElasticMap(config, task)
     for spec in four_layers(elastic_map):
         stock = subnet_config(elastic_map, spec, tied="tied" in name)
-        model = meta_model(stock, task, torch.float32)
+        model = meta_model(stock, torch.float32, task=task)
         assert elastic_map.parameters(spec) == sum(p.numel() for p in model.parameters()), spec
-        layers = model.get_submodule(f"{elastic_map.architecture.base}.{elastic_map.architecture.layers}")
+        layers = model.base_model.get_submodule(elastic_map.family.layers)
         assert elastic_map.parameters(spec, layers_only=True) == sum(p.numel() for p in layers.parameters()), spec
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         cut = {name: elastic_map.cut_shape(name, spec) for name in elastic_map.tensors}
@@ -259,7 +261,7 @@ def test_flops_are_those_that_torch_counts(name: str, tokens: int) -> None:
     elastic_map = ElasticMap(config, task)
     for spec in four_layers(elastic_map):
         stock = subnet_config(elastic_map, spec, tied="tied" in name)
-        model = meta_model(stock, task, torch.float32, "sdpa")
+        model = meta_model(stock, torch.float32, "sdpa", task=task)
         ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
         mask = torch.zeros(1, 1, tokens, tokens, device="meta")  # a ready one: meta tensors have no values to look at
         if getattr(config, "layer_types", None) is not None:
@@ -276,7 +278,10 @@ def test_trained_parameters_by_hand() -> None:
     attention = r * ((heads + 32) + 2 * (kv + 32) + (32 + heads))
     mlp = r * 3 * (32 + 80)
     norms = 2 * 32
-    counted = lambda **changes: FactorPlan(elastic_map, FactorSettings(**changes)).parameters(spec)  # noqa: E731
+
+    def counted(rank: int, **changes: Any) -> int:
+        return FactorPlan(elastic_map, FactorsConfig(**changes), rank).parameters(spec)
+
     assert counted(rank=r) == 2 * (attention + mlp + norms) + 32 + r * (VOCAB + 32)  # the last norm, and lm_head
     assert counted(rank=r, vectors=False, targets=("mlp",)) == 2 * mlp
     assert counted(rank=r, vectors=False, targets=("embeddings",)) == r * (VOCAB + 32)
@@ -286,7 +291,7 @@ def test_trained_parameters_by_hand() -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_tied_output_matrix_has_factors_of_its_own(tied: bool) -> None:
     elastic_map = ElasticMap(tiny_config("llama", tie_word_embeddings=tied), "causal_lm")
-    plan = FactorPlan(elastic_map, FactorSettings(4, ("head",), vectors=False))
+    plan = FactorPlan(elastic_map, FactorsConfig(["head"], vectors=False), 4)
     assert {key: tensor.shape for key, tensor in plan.tensors.items()} == {
         ("lm_head", "A"): (VOCAB, 4),
         ("lm_head", "B"): (4, 64),
@@ -296,18 +301,18 @@ def test_a_tied_output_matrix_has_factors_of_its_own(tied: bool) -> None:
 def test_trained_parameters_of_a_classifier() -> None:
     elastic_map = ElasticMap(BertConfig(num_hidden_layers=1, max_position_embeddings=64, **BERT), "classify")
     head = 5 * 64 + 5
-    plan = FactorPlan(elastic_map, FactorSettings(2, (), vectors=False))
+    plan = FactorPlan(elastic_map, FactorsConfig([], vectors=False), 2)
     assert plan.parameters(elastic_map.shape.full) == head  # always whole
     assert plan.parameters(SubnetSpec(32, 2, 128, (0,))) == 5 * 32 + 5
-    attention = FactorPlan(elastic_map, FactorSettings(2, ("attention",), vectors=False))
+    attention = FactorPlan(elastic_map, FactorsConfig(["attention"], vectors=False), 2)
     assert attention.parameters(elastic_map.shape.full) == head + 4 * 2 * (64 + 64)
-    mlp = FactorPlan(elastic_map, FactorSettings(2, ("mlp",), vectors=False))
+    mlp = FactorPlan(elastic_map, FactorsConfig(["mlp"], vectors=False), 2)
     assert mlp.parameters(elastic_map.shape.full) == head + 2 * 2 * (64 + 128)
-    words = FactorPlan(elastic_map, FactorSettings(2, ("embeddings",), vectors=False))
+    words = FactorPlan(elastic_map, FactorsConfig(["embeddings"], vectors=False), 2)
     assert words.parameters(elastic_map.shape.full) == head + 2 * (VOCAB + 64)  # not the tables of positions and types
-    missing = FactorPlan(elastic_map, FactorSettings(2, (), vectors=False), ("bert.pooler.dense", "classifier"))
+    missing = FactorPlan(elastic_map, FactorsConfig([], vectors=False), 2, ("bert.pooler.dense", "classifier"))
     assert missing.parameters(elastic_map.shape.full) == head + 64 * 64 + 64
-    vectors = FactorPlan(elastic_map, FactorSettings(2, ()))
+    vectors = FactorPlan(elastic_map, FactorsConfig([]), 2)
     # Biases of q, k, v, o, both MLP matrices, pooler; three norms of weight and bias.
     assert vectors.parameters(elastic_map.shape.full) == head + 4 * 64 + 128 + 64 + 64 + 3 * 2 * 64
 

@@ -1,4 +1,4 @@
-"""The plan of a supernet run: what it refuses, how stages follow each other, what the recipe table says."""
+"""The plan of a supernet run: what it refuses, how stages follow each other, what the table of phases says."""
 
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,12 @@ from transformers import BertConfig
 
 from ee_scale.config.checks import check_supernet
 from ee_scale.config.compose import compose_config
+from ee_scale.config.supernet import DistillConfig, FactorsConfig, SamplingConfig
 from ee_scale.elastic.order import UnitOrder
 from ee_scale.elastic.subnet import SubnetSpec
 from ee_scale.errors import UserError
-from ee_scale.training.supernet_plan import Recipe, SupernetPlan, plan_supernet, recipe_rows, task_of
+from ee_scale.planning.phases import Phases
+from ee_scale.planning.supernet import SupernetPlan, phase_rows, plan_supernet, task_of
 
 GIVEN = ["model=m", "data=d.txt", "data.seq_length=64"]
 TEACHER, ALL = "{name: t, axes: [], steps: 3, rank: 2}", "{name: a, axes: [hidden, heads, ffn, depth], steps: 4}"
@@ -184,26 +186,24 @@ def test_settings_reach_the_parts_that_read_them():
         "loss_chunk_tokens: 11}",
         "train.seed=9",
     )
-    first, second = made.factor_settings(0), made.factor_settings(1)
-    assert (first.rank, second.rank, first.targets, first.vectors) == (2, 8, ("mlp",), False)
-    sampling, distill = made.sampling, made.distill
-    assert (sampling.smallest, sampling.randoms, sampling.gamma, sampling.seed) == (False, 3, -0.5, 9)
-    assert (distill.teacher, distill.kl_weight, distill.feature_weight) == ("live", 0.25, 0.5)
-    assert (distill.feature_dim, distill.temperature, distill.chunk_tokens) == (7, 2.0, 11)
+    first, second = made.factors(0), made.factors(1)
+    assert (first.rank, second.rank, first.config) == (2, 8, FactorsConfig(["mlp"], vectors=False))
+    assert made.config.sampling == SamplingConfig(smallest=False, randoms=3, gamma=-0.5)
+    assert made.config.distill == DistillConfig("live", 0.25, 0.5, 7, 2.0, 11)
 
 
 def test_stages_follow_each_other():
-    recipe = Recipe(compose(f"stages=[{TEACHER},{TEACHER},{ALL}]").stages)
-    assert (recipe.ends, recipe.total_steps) == ([3, 6, 10], 10)
-    assert [recipe.index_at(step) for step in range(10)] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
-    assert [recipe.start(index) for index in range(3)] == [0, 3, 6]
-    assert recipe.teacher_stages == 2
-    assert Recipe(compose(f"stages=[{ALL}]").stages).teacher_stages == 0
-    assert Recipe(compose(f"stages=[{TEACHER}]").stages).teacher_stages == 1
+    phases = Phases(compose(f"stages=[{TEACHER},{TEACHER},{ALL}]").stages)
+    assert (phases.ends, phases.total_steps) == ([3, 6, 10], 10)
+    assert [phases.index_at(step) for step in range(10)] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
+    assert [phases.start(index) for index in range(3)] == [0, 3, 6]
+    assert phases.of_teacher == 2
+    assert Phases(compose(f"stages=[{ALL}]").stages).of_teacher == 0
+    assert Phases(compose(f"stages=[{TEACHER}]").stages).of_teacher == 1
 
 
-def test_the_recipe_table():
-    rows = recipe_rows(plan(f"stages=[{TEACHER},{ALL}]", "space={hidden: [32], ffn: [64], depth: [5, 2]}"))
+def test_the_table_of_phases():
+    rows = phase_rows(plan(f"stages=[{TEACHER},{ALL}]", "space={hidden: [32], ffn: [64], depth: [5, 2]}"))
     made = plan(f"stages=[{TEACHER},{ALL}]", "space={hidden: [32], ffn: [64], depth: [5, 2]}").map
     full, least = made.parameters(made.shape.full), made.parameters(SubnetSpec(32, 4, 64, (0, 1)))
     # Per layer and rank: q 64+128, k and v 64+64 each, o 128+64, three of the MLP 64+128; the head 64+131; 11 norms.
@@ -214,7 +214,7 @@ def test_the_recipe_table():
     ]
     assert [row[4] for row in rows] == [f"{count:,}" for count in trained]
     assert [row[5] for row in rows] == [f"{full:,} of {full:,}", f"{least:,} of {full:,}"]
-    assert recipe_rows(plan("stages=[{name: w, axes: [ffn], steps: 1, rank: 0}]"))[0][3] == "whole"
+    assert phase_rows(plan("stages=[{name: w, axes: [ffn], steps: 1, rank: 0}]"))[0][3] == "whole"
 
 
 def test_layers_without_anything_to_train_are_refused():

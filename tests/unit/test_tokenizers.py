@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from ee_scale.cli import inputs
-from ee_scale.cli.inputs import load_tokenizer
+from ee_scale.data import inputs
 from ee_scale.data.builtin import train_tokenizer
 from ee_scale.data.corpora import open_tokens
 from ee_scale.data.encode import tokenizer_digest
+from ee_scale.data.inputs import load_tokenizer
 from ee_scale.data.text import prepare_text
 from ee_scale.errors import UserError
 

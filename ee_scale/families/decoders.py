@@ -1,0 +1,52 @@
+"""Decoders. A family is added here: one entry."""
+
+from ee_scale.families.family import FFN, HEAD_DIM, HEADS, HIDDEN, KV, VOCAB, Elastic, Family
+from ee_scale.families.megatron import MegatronNames
+
+MATRICES = {
+    "model.embed_tokens": (VOCAB, HIDDEN),
+    "model.layers.*.self_attn.q_proj": (HEADS, HIDDEN),
+    "model.layers.*.self_attn.k_proj": (KV, HIDDEN),
+    "model.layers.*.self_attn.v_proj": (KV, HIDDEN),
+    "model.layers.*.self_attn.o_proj": (HIDDEN, HEADS),
+    "model.layers.*.mlp.gate_proj": (FFN, HIDDEN),
+    "model.layers.*.mlp.up_proj": (FFN, HIDDEN),
+    "model.layers.*.mlp.down_proj": (HIDDEN, FFN),
+    "model.norm": (HIDDEN,),
+    "lm_head": (VOCAB, HIDDEN),
+}
+Q_NORM, K_NORM = "model.layers.*.self_attn.q_norm", "model.layers.*.self_attn.k_norm"
+
+
+def _norms(*names: str) -> dict[str, tuple[str, ...]]:
+    return {f"model.layers.*.{name}": (HIDDEN,) for name in names}
+
+
+LLAMA = MATRICES | _norms("input_layernorm", "post_attention_layernorm")
+
+DECODERS = (
+    Family("llama", LLAMA, elastic=Elastic(heads_divide_hidden=True), megatron=MegatronNames()),
+    Family("mistral", LLAMA, elastic=Elastic(), megatron=MegatronNames(windowed=True)),
+    Family("qwen2", LLAMA, elastic=Elastic(), megatron=MegatronNames(qkv_bias=True, head_dim=False)),
+    Family(
+        "qwen3",
+        LLAMA | {Q_NORM: (HEAD_DIM,), K_NORM: (HEAD_DIM,)},
+        elastic=Elastic(),
+        megatron=MegatronNames(qk_norms=True),
+    ),
+    Family(
+        "gemma2",
+        LLAMA | _norms("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+        mlp_input_norm="pre_feedforward_layernorm",
+        mlp_output_norm="post_feedforward_layernorm",
+        logit_softcap="final_logit_softcapping",
+        embedding_scale="scalar_embed_scale",
+        neutral_norm=0.0,
+    ),
+    Family(
+        "olmo2",
+        MATRICES | {Q_NORM: (HEADS,), K_NORM: (KV,)} | _norms("post_attention_layernorm", "post_feedforward_layernorm"),
+        mlp_input_norm=None,
+        mlp_output_norm="post_feedforward_layernorm",
+    ),
+)

@@ -1,0 +1,96 @@
+"""The object: what a family's tensors are called, along which axes they lie, and what can be done with it."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedConfig
+
+from ee_scale.families.megatron import MegatronNames
+from ee_scale.modeling.heads import soft_cap
+
+# Axes by name. HEADS, KV and FFN are dealt to tensor ranks; VOCAB is cut by them, but never elastic.
+HIDDEN, HEADS, KV, FFN, VOCAB, HEAD_DIM = "hidden", "heads", "kv", "ffn", "vocab", "head_dim"
+SHARDED = (HEADS, KV, FFN)
+
+
+@dataclass(frozen=True)
+class Elastic:
+    """What binds the sizes of a subnet to one another.
+
+    Attributes:
+        head_dim_is_derived: the config has no head_dim of its own, so hidden = heads x head_dim in every subnet.
+        heads_divide_hidden: the config refuses a width that is not a multiple of its heads, though it has a head_dim.
+    """
+
+    head_dim_is_derived: bool = False
+    heads_divide_hidden: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family by its `model_type`.
+
+    Attributes:
+        task: 'causal_lm' takes exits; 'classify' reads a whole text.
+        axes: module name ('*' for a layer's number) -> axes of its weight; a bias lies along the first.
+        layers: place of the layers in the base model.
+        heads: matrices behind the last layer, the output matrix last.
+        attention, mlp: how names of their modules begin inside a layer.
+        mlp_input_norm: norm whose input is the residual stream and whose output feeds the MLP;
+            None when the MLP reads the residual stream itself.
+        mlp_output_norm: norm between the MLP and the residual addition, or None.
+        logit_softcap: config attribute that caps the final logits, or None.
+        embedding_scale: attribute of the embedding that multiplies its output, or None.
+        neutral_norm: weight of a norm that only normalises (Gemma multiplies by 1 + weight).
+        elastic, megatron: None where it is no supernet, or has no map to Megatron.
+    """
+
+    name: str
+    axes: Mapping[str, tuple[str, ...]] = field(repr=False)
+    task: str = "causal_lm"
+    layers: str = "layers"
+    heads: tuple[str, ...] = ("lm_head",)
+    attention: tuple[str, ...] = ("self_attn.",)
+    mlp: tuple[str, ...] = ("mlp.",)
+    mlp_input_norm: str | None = "post_attention_layernorm"
+    mlp_output_norm: str | None = None
+    logit_softcap: str | None = None
+    embedding_scale: str | None = None
+    neutral_norm: float = 1.0
+    elastic: Elastic | None = None
+    megatron: MegatronNames | None = None
+
+    @property
+    def is_decoder(self) -> bool:
+        """Whether it takes exits."""
+        return self.task == "causal_lm"
+
+    @property
+    def text_heads(self) -> tuple[str, ...]:
+        """Heads that read one vector of a text, not one of each token. A base model may lack them."""
+        return () if self.is_decoder else self.heads
+
+    def axes_of(self, module: str) -> tuple[str, ...] | None:
+        """Of the weight of a module by its full name ('model.layers.3.mlp.up_proj'); None: it is not known."""
+        return self.axes.get(re.sub(r"\.\d+\.", ".*.", module))
+
+    def prefixes(self, targets: Sequence[str]) -> tuple[str, ...]:
+        """How names inside a layer begin that belong to 'attention' or 'mlp', where targets have those."""
+        places = {"attention": self.attention, "mlp": self.mlp}
+        return tuple(prefix for target in targets for prefix in places.get(target, ()))
+
+    def target_of(self, module: str) -> str:
+        """'attention', 'mlp', 'embeddings' or 'head': what a matrix belongs to, by its full name."""
+        inside = re.split(r"\.\d+\.", module)[-1]
+        targets = [target for target in ("attention", "mlp") if inside.startswith(self.prefixes([target]))]
+        return targets[0] if targets else "embeddings" if "embed" in module else "head"
+
+    def softcap(self, config: PreTrainedConfig) -> float | None:
+        """The number that caps the final logits."""
+        return getattr(config, self.logit_softcap) if self.logit_softcap else None
+
+    def cap(self, logits: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
+        """cap x tanh(logits / cap), where there is a cap."""
+        return soft_cap(logits, self.softcap(config))

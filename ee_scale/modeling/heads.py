@@ -1,0 +1,217 @@
+"""An early exit: what it reads from the backbone, the modules it adds, and its logits.
+
+Tensors: B sequences, S positions, D hidden size, V vocabulary (V/tp under tensor parallelism).
+"""
+
+import copy
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .kinds import KINDS, ExitKind, Tap
+
+HEADS = ("tied", "low_rank", "full")
+LARGEST_RANK, LARGEST_CAP = 1 << 20, 1e30
+
+
+@dataclass(frozen=True)
+class ExitSpec:
+    """Everything that is needed to rebuild the exits of a model; stored in its config.json as `early_exit`.
+
+    Attributes:
+        layers: an exit at k reads the hidden state after k layers, k = 1..L.
+        kind: a name of `KINDS`: what is in front of the head.
+        head: `tied` (the frozen lm_head), `low_rank` (lm_head + up(down(x))), `full` (its own matrix).
+        rank: r of the low-rank head.
+        mlp_input_norm, mlp_output_norm, logit_softcap: see `ee_scale.families.family.Family`; the last is a value.
+    """
+
+    layers: tuple[int, ...]
+    kind: str = "mlp"
+    head: str = "low_rank"
+    rank: int = 64
+    mlp_input_norm: str | None = "post_attention_layernorm"
+    mlp_output_norm: str | None = None
+    logit_softcap: float | None = None
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ExitSpec":
+        """From the JSON form. Raises ValueError on values that no exit has, TypeError on unknown keys."""
+        if not isinstance(values, dict) or not isinstance(values.get("layers"), list | tuple):
+            raise ValueError("early_exit: 'layers' is missing or no list")
+        spec = cls(**{**values, "layers": tuple(values["layers"])})
+        kinds = tuple(KINDS)  # unlike a dict it can be asked for anything that JSON holds
+        if spec.kind not in kinds or spec.head not in HEADS:
+            raise ValueError(f"early_exit: kind={spec.kind!r} (of {kinds}), head={spec.head!r} (of {HEADS})")
+        if any(type(k) is not int or k < 1 for k in spec.layers):
+            raise ValueError("early_exit: layers are not whole numbers from 1 on")
+        if type(spec.rank) is not int or not 1 <= spec.rank <= LARGEST_RANK:
+            raise ValueError(f"early_exit: rank is not a number from 1 to {LARGEST_RANK}")
+        for name in ("mlp_input_norm", "mlp_output_norm"):
+            if not isinstance(getattr(spec, name), str | None):
+                raise ValueError(f"early_exit: {name} is not a name")
+        cap = spec.logit_softcap
+        if cap is not None and (type(cap) not in (int, float) or not 0 < cap <= LARGEST_CAP):
+            raise ValueError("early_exit: logit_softcap is not a number above 0")
+        return spec
+
+    @property
+    def exit_kind(self) -> ExitKind:
+        """What `kind` names."""
+        return KINDS[self.kind]
+
+    @property
+    def reads_lm_head(self) -> bool:
+        """Whether its head needs the backbone's output matrix."""
+        return self.head != "full"
+
+    def head_shapes(self, hidden_size: int, rows: int) -> dict[str, tuple[int, int]]:
+        """The head's own tensors for so many rows of the vocabulary, by their names in the exit."""
+        if self.head == "low_rank":
+            return {"head.down.weight": (self.rank, hidden_size), "head.up.weight": (rows, self.rank)}
+        return {"head.weight": (rows, hidden_size)} if self.head == "full" else {}
+
+    def output_norm(self, layer: nn.Module) -> nn.Module | None:
+        """The frozen norm behind the MLP of a backbone's layer, where the family has one."""
+        return getattr(layer, self.mlp_output_norm) if self.mlp_output_norm else None
+
+    def capped(self, logits: torch.Tensor) -> torch.Tensor:
+        """As the model caps its own logits."""
+        return soft_cap(logits, self.logit_softcap)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {**asdict(self), "layers": list(self.layers)}
+
+
+def soft_cap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """cap x tanh(logits / cap) for models that cap their logits (Gemma-2)."""
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+class ExitTaps:
+    """Hooks on the backbone's layers that keep the `Tap` of each exit during a forward pass."""
+
+    def __init__(self, spec: ExitSpec, layers: dict[int, nn.Module], thread: int | None = None):
+        """`layers`: exit layer k -> the k-th decoder layer of the backbone; `thread`: keep what this one runs only."""
+        self.taps: dict[int, Tap] = {}
+        self.thread = thread
+        self.handles = [self._hook(spec, k, layer) for k, layer in layers.items()]
+
+    def _hook(self, spec: ExitSpec, k: int, layer: nn.Module) -> Any:
+        def keep(tap: Tap) -> None:
+            if self.thread in (None, threading.get_ident()):
+                self.taps[k] = tap
+
+        return spec.exit_kind.watch(layer, spec.mlp_input_norm, keep)
+
+    def pop(self) -> dict[int, Tap]:
+        """The taps of the last forward pass; they are forgotten here, so that no activation outlives its use."""
+        taps, self.taps = self.taps, {}
+        return taps
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self.handles:
+            handle.remove()
+
+
+class LowRankHead(nn.Module):
+    """logits = lm_head(x) + up(down(x)): the frozen output matrix plus an update of rank r.
+
+    down [r, D], up [V, r]; up starts at zero, so the head starts as lm_head.
+    """
+
+    def __init__(self, hidden_size: int, vocab_size: int, rank: int):
+        super().__init__()
+        self.down = nn.Linear(hidden_size, rank, bias=False)
+        self.up = nn.Linear(rank, vocab_size, bias=False)
+
+    def forward(self, hidden: torch.Tensor, lm_head: nn.Module) -> torch.Tensor:
+        """[..., D] -> [..., V]."""
+        return lm_head(hidden) + self.up(self.down(hidden))
+
+
+class ExitHead(nn.Module):
+    """The trainable modules of one exit; which of them exist follows from `ExitSpec.kind` and `head`."""
+
+    def __init__(
+        self,
+        spec: ExitSpec,
+        hidden_size: int,
+        vocab_size: int,
+        body: nn.Module | None = None,
+        norm: nn.Module | None = None,
+    ):
+        """body: goes by the name that the kind gives it, 'mlp' or 'layer', here and in files."""
+        super().__init__()
+        self.spec = spec
+        if body is not None:
+            self.add_module(spec.exit_kind.body.name, body)
+        self.norm = norm
+        self.head: nn.Module | None = None
+        if spec.head == "low_rank":
+            self.head = LowRankHead(hidden_size, vocab_size, spec.rank)
+        elif spec.head == "full":
+            self.head = nn.Linear(hidden_size, vocab_size, bias=False)
+
+    @property
+    def body(self) -> nn.Module | None:
+        """What its kind copies of a decoder layer."""
+        body = self.spec.exit_kind.body
+        return None if body is None else getattr(self, body.name)
+
+    def hidden(
+        self,
+        tap: Tap,
+        mlp_output_norm: nn.Module | None = None,
+        run_layer: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Tap -> [B, S, D], ready for the head; see `ExitKind.states`."""
+        hidden = self.spec.exit_kind.states(self.body, tap, mlp_output_norm, run_layer)
+        return hidden if self.norm is None else self.norm(hidden)
+
+    def logits(self, hidden: torch.Tensor, lm_head: nn.Module | None) -> torch.Tensor:
+        """[..., D] -> logits [..., V]; `lm_head` is the backbone's frozen output matrix (not read by `full`)."""
+        if self.head is None:
+            logits = lm_head(hidden)
+        elif isinstance(self.head, LowRankHead):
+            logits = self.head(hidden, lm_head)
+        else:
+            logits = self.head(hidden)
+        return self.spec.capped(logits)
+
+
+def build_exit_heads(spec: ExitSpec, layers: Sequence[nn.Module], norm: nn.Module, vocab_size: int) -> nn.ModuleDict:
+    """The exit heads of a model, keyed by layer, as copies of the backbone's modules (architecture and dtype)."""
+    hidden_size, kind, heads = norm.weight.shape[0], spec.exit_kind, {}
+    for index, k in enumerate(spec.layers):
+        body = copy.deepcopy(kind.body_source(layers, k))
+        if kind.attends:
+            body.self_attn.layer_idx = len(layers) + index  # its place in a cache, behind the model's own layers
+        heads[str(k)] = ExitHead(spec, hidden_size, vocab_size, body, copy.deepcopy(norm) if kind.normed else None)
+    return nn.ModuleDict(heads)
+
+
+def run_single_layer(base: nn.Module, layer: nn.Module, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    """Run one decoder layer as a one-layer model, so that masks and rotary embeddings stay the model's business.
+
+    base: the Hugging Face base model (`LlamaModel`, ...); hidden [B, S, D] -> [B, S, D].
+    """
+    view = copy.copy(base)
+    view._modules = {**base._modules, "layers": nn.ModuleList([layer]), "norm": nn.Identity()}
+    view.config = copy.copy(base.config)
+    view.config.num_hidden_layers = 1
+    if getattr(base.config, "layer_types", None) is not None:
+        view.config.layer_types = [layer_type(layer)]
+    return view(inputs_embeds=hidden, use_cache=False, **kwargs).last_hidden_state
+
+
+def layer_type(layer: nn.Module) -> str:
+    """'sliding_attention' or 'full_attention', as the layer itself was built."""
+    sliding = getattr(layer.self_attn, "sliding_window", None)
+    return "full_attention" if sliding is None else "sliding_attention"

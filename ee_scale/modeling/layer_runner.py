@@ -1,0 +1,307 @@
+"""Runs parts of a model's depth at chosen positions.
+
+A `Block` is q consecutive positions of each of B rows; position and cache column are the same number. The
+modules are transformers' own, called as its `forward` calls them. S columns, D hidden size, V vocabulary.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from threading import get_ident
+from typing import Any
+
+import torch
+from torch import nn
+
+from .heads import ExitTaps, LowRankHead, Tap
+from .position_cache import GROWTH, PositionCache
+from .versions import CACHE
+
+ATTENTION = ("sdpa", "eager")  # kernels that take a mask of our own
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+@dataclass
+class Block:
+    """Where a pass works.
+
+    Attributes:
+        starts: first position of each row.
+        length: q.
+        start: the first position where all rows have the same one, else None.
+        columns: [B, q] positions ([1, q] where all rows have the same).
+        end: columns that are looked at.
+    """
+
+    starts: list[int]
+    length: int
+    start: int | None
+    columns: torch.Tensor
+    end: int
+    rotary: tuple[torch.Tensor, torch.Tensor]
+    masks: dict[str, torch.Tensor | None] = field(default_factory=dict)
+
+
+class LayerRunner:
+    """One generation's view of a model: its cache, its rotary table, and what its exits need to remember.
+
+    Nothing is kept on the model but hooks that are taken off by `close`.
+    """
+
+    def __init__(self, model: Any, exit_layers: tuple[int, ...], batch_size: int, capacity: int):
+        check_model(model)
+        self.model, self.base, self.spec = model, model.base_model, model.exit_spec
+        self.layers, self.num_layers = self.base.layers, len(self.base.layers)
+        self.exit_layers = exit_layers
+        self.device, self.dtype = self.base.embed_tokens.weight.device, self.base.embed_tokens.weight.dtype
+        self.eager = model.config._attn_implementation == "eager"
+        self.window = getattr(model.config, "sliding_window", None)
+        # Families that mix attention types list them; the others have one for all layers.
+        everywhere = "full_attention" if self.window is None else "sliding_attention"
+        self.types = getattr(model.config, "layer_types", None) or [everywhere] * self.num_layers
+        self.cache = PositionCache(self.num_layers + len(self.spec.layers), batch_size, capacity, self.device)
+        # Hidden states after k layers, [B, C, D]: what deeper layers, or an exit's own layer, still have to read.
+        self.states = dict.fromkeys(exit_layers)
+        self.exit_lengths = {k: [0] * batch_size for k in exit_layers}
+        self.taps = None
+        if self.spec.exit_kind.tapped and exit_layers:
+            # Other threads may decode with the same model.
+            self.taps = ExitTaps(self.spec, {k: self.layers[k - 1] for k in exit_layers}, get_ident())
+        self.calls: Counter[tuple[int, int]] = Counter()
+        self.positions: Counter[tuple[int, int]] = Counter()
+        self.checks: Counter[int] = Counter()
+        self._rotary_table(capacity)
+
+    def close(self) -> None:
+        """Take the hooks off."""
+        if self.taps is not None:
+            self.taps.remove()
+
+    def keep_rows(self, rows: torch.Tensor) -> None:
+        """Forget all rows but these."""
+        self.cache.keep_rows(rows)
+        self.states = {k: None if state is None else state[rows] for k, state in self.states.items()}
+        self.exit_lengths = {k: [old[i] for i in rows.tolist()] for k, old in self.exit_lengths.items()}
+
+    # -- passes ----------------------------------------------------------------------------------------------------
+
+    def block(self, starts: list[int], length: int) -> Block:
+        """The block of `length` positions from `starts` on."""
+        first = starts[0]
+        uniform = all(start == first for start in starts)
+        end = max(starts) + length
+        if end > self.cos.shape[1]:
+            self._rotary_table(end + GROWTH)
+        if uniform:
+            columns = self.numbers[None, first : first + length]
+            rotary = self.cos[:, first : first + length], self.sin[:, first : first + length]
+        else:
+            columns = torch.tensor(starts, device=self.device)[:, None] + self.numbers[:length]
+            rotary = self.cos[0][columns], self.sin[0][columns]
+        return Block(starts, length, first if uniform else None, columns, end, rotary)
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[B, q] -> [B, q, D]."""
+        return self.base.embed_tokens(tokens)
+
+    def run(self, hidden: torch.Tensor, block: Block, first: int, last: int) -> torch.Tensor:
+        """Layers first+1..last on hidden states [B, q, D] of a block; states at exits on the way are remembered."""
+        done = first
+        for k in self.exit_layers:
+            if done < k <= last:
+                hidden = self._run(hidden, block, done, k)
+                self._remember(k, hidden, block)
+                done = k
+        return self._run(hidden, block, done, last) if done < last else hidden
+
+    def _run(self, hidden: torch.Tensor, block: Block, first: int, last: int) -> torch.Tensor:
+        self.cache.focus(block.start, block.columns, block.end)
+        for index in range(first, last):
+            hidden = self._layer(self.layers[index], self.types[index], hidden, block)
+        self.calls[first, last] += 1
+        self.positions[first, last] += hidden.shape[0] * hidden.shape[1]
+        return hidden
+
+    def _layer(self, layer: nn.Module, kind: str, hidden: torch.Tensor, block: Block) -> torch.Tensor:
+        return layer(
+            hidden,
+            attention_mask=self._mask(block, kind),
+            position_ids=block.columns,
+            use_cache=True,
+            position_embeddings=block.rotary,
+            **{CACHE: self.cache},
+        )
+
+    def _remember(self, k: int, hidden: torch.Tensor, block: Block) -> None:
+        state = self._state(k, block.end)
+        if block.start is None:
+            state[self.cache.numbers[:, None], block.columns] = hidden
+        else:
+            state[:, block.start : block.start + block.length] = hidden
+
+    def recall(self, k: int, block: Block) -> torch.Tensor:
+        """The remembered hidden states after k layers at a block, [B, q, D]."""
+        state = self._state(k, block.end)
+        if block.start is None:
+            return state[self.cache.numbers[:, None], block.columns]
+        return state[:, block.start : block.start + block.length]
+
+    def _state(self, k: int, end: int) -> torch.Tensor:
+        """The store of states after k layers, with room for positions before `end`."""
+        old = self.states[k]
+        if old is not None and old.shape[1] >= end:
+            return old
+        size = (self.cache.num_rows, max(self.cache.capacity, end + GROWTH), self.model.config.hidden_size)
+        new = torch.zeros(size, dtype=self.dtype, device=self.device)
+        if old is not None:
+            new[:, : old.shape[1]] = old
+        self.states[k] = new
+        return new
+
+    # -- heads -----------------------------------------------------------------------------------------------------
+
+    def final_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., D] after the last layer -> [..., V]."""
+        return self.spec.capped(self.model.get_output_embeddings()(self.base.norm(hidden)))
+
+    def exit_logits(
+        self,
+        k: int,
+        hidden: torch.Tensor,
+        block: Block,
+        at: int | slice,
+        shortlist: "ShortHead | None" = None,
+    ) -> torch.Tensor:
+        """Logits of exit k right after `run` brought `hidden` [B, q, D] to layer k.
+
+        at: which of the q positions: -1, the last -> [B, V], or a slice -> [B, q', V].
+        """
+        self.checks[k] += 1
+        head = self.model.exit_heads[str(k)]
+        if self.spec.exit_kind.attends:
+            states = self._exit_layer(k, head.body, hidden, block)
+            tap = Tap(states[:, at])
+        elif self.taps is not None:
+            tap = self.taps.taps.pop(k).at(at)
+        else:
+            tap = Tap(hidden[:, at])
+        output_norm = self.spec.output_norm(self.layers[k - 1])
+        ready = head.hidden(tap, output_norm, lambda layer, states: states)
+        return head.logits(ready, self.model.get_output_embeddings()) if shortlist is None else shortlist(head, ready)
+
+    def _exit_layer(self, k: int, layer: nn.Module, hidden: torch.Tensor, block: Block) -> torch.Tensor:
+        """The exit's own decoder layer on the block, and on positions before it that it has not seen yet: its states at
+        the block [B, q, D].
+        """
+        wanted = block.length
+        lengths = self.exit_lengths[k]
+        starts = [min(length, start) for length, start in zip(lengths, block.starts, strict=True)]
+        lacks = {start - own for own, start in zip(starts, block.starts, strict=True)}
+        if lacks != {0}:
+            behind = max(lacks)
+            # Where all rows lack as many positions, one pass takes them along; else they have a pass of their own, in
+            # which rows that lack fewer write past them: into columns that the block itself fills next.
+            missing = self.block(starts, behind + block.length if len(lacks) == 1 else behind)
+            if len(lacks) == 1:
+                hidden, block = self.recall(k, missing), missing
+            else:
+                self._exit_layer_pass(layer, self.recall(k, missing), missing)
+        lengths[:] = [start + block.length for start in block.starts]
+        return self._exit_layer_pass(layer, hidden, block)[:, -wanted:]
+
+    def _exit_layer_pass(self, layer: nn.Module, hidden: torch.Tensor, block: Block) -> torch.Tensor:
+        self.cache.focus(block.start, block.columns, block.end)
+        return self._layer(layer, self.types[-1], hidden, block)  # it is a copy of the last layer
+
+    # -- masks and rotary embeddings -------------------------------------------------------------------------------
+
+    def _mask(self, block: Block, kind: str) -> torch.Tensor | None:
+        """[B or 1, 1, q, S]: column c is seen from position p if c <= p (and c > p - window); None: sees all."""
+        window = self.window if kind == "sliding_attention" else None
+        if window is not None and block.end <= window:
+            window = None
+        name = "sliding" if window is not None else "full"
+        if name not in block.masks:
+            block.masks[name] = self._new_mask(block, window)
+        return block.masks[name]
+
+    def _new_mask(self, block: Block, window: int | None) -> torch.Tensor | None:
+        if window is None and block.start is not None:
+            if block.length == 1:
+                return None
+            if block.start == 0 and not self.eager:
+                return None  # sdpa's own causal mask
+        columns, seen_from = self.numbers[: block.end], block.columns[:, None, :, None]
+        mask = columns <= seen_from
+        if window is not None:
+            mask = mask & (columns > seen_from - window)
+        if not self.eager:
+            return mask
+        return torch.zeros(mask.shape, dtype=self.dtype, device=self.device).masked_fill(
+            ~mask, torch.finfo(self.dtype).min
+        )
+
+    def _rotary_table(self, length: int) -> None:
+        self.numbers = torch.arange(max(length, self.cache.num_rows), device=self.device)
+        like = torch.empty(0, device=self.device, dtype=self.dtype)
+        self.cos, self.sin = self.base.rotary_emb(like, position_ids=self.numbers[None, :length])
+
+    # -- counters --------------------------------------------------------------------------------------------------
+
+    def clip(self, lengths: list[int]) -> None:
+        """Take back what the exits' own layers saw at and behind these positions (one per row): rejected drafts, and
+        padding behind prompts.
+        """
+        for own in self.exit_lengths.values():
+            own[:] = [min(old, end) for old, end in zip(own, lengths, strict=True)]
+
+    def layer_calls(self) -> list[int]:
+        """How often each decoder layer ran."""
+        return self._per_layer(self.calls)
+
+    def layer_positions(self) -> list[int]:
+        """How many positions each decoder layer worked on (rows times columns, padding of ragged blocks included)."""
+        return self._per_layer(self.positions)
+
+    def _per_layer(self, counts: Counter[tuple[int, int]]) -> list[int]:
+        totals = [0] * self.num_layers
+        for (first, last), count in counts.items():
+            for index in range(first, last):
+                totals[index] += count
+        return totals
+
+
+class ShortHead:
+    """An exit's head for a shortlist of tokens only. A full head costs several layers where the vocabulary is large."""
+
+    def __init__(self, model: Any, k: int, ids: torch.Tensor):
+        """ids [N]: the tokens, in the order of the logits."""
+        head, lm_head = model.exit_heads[str(k)], model.get_output_embeddings()
+        self.ids = ids
+        self.capped = head.spec.capped
+        self.down = self.up = None
+        if isinstance(head.head, LowRankHead):
+            self.down, self.up = head.head.down, head.head.up.weight[ids]
+        own = head.head is not None and self.down is None
+        self.weight = (head.head if own else lm_head).weight[ids]
+
+    def __call__(self, head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., D] -> [..., N]."""
+        logits = nn.functional.linear(hidden, self.weight)
+        if self.up is not None:
+            logits = logits + nn.functional.linear(self.down(hidden), self.up)
+        return self.capped(logits)
+
+
+def check_model(model: Any) -> None:
+    """Raise ValueError for a model that cannot be driven layer by layer."""
+    attention = model.config._attn_implementation
+    if attention not in ATTENTION:
+        raise ValueError(
+            f"exit_policy: attention '{attention}' takes no mask of ours; open the model with "
+            "attn_implementation='sdpa'"
+        )
+    if len(set((getattr(model, "hf_device_map", None) or {"": 0}).values())) > 1:
+        raise ValueError("exit_policy: the model is spread over several devices; use ee-scale generate parallel.pp=...")
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in LENGTH_DEPENDENT_ROPE:
+        raise ValueError(f"exit_policy: rope_type={rope['rope_type']!r} turns positions by the text's length")

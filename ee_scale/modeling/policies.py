@@ -1,0 +1,312 @@
+"""When a token may leave at an exit.
+
+A decision reads the exit's raw logits (before temperature and other processors) at the last position.
+R rows of a batch, m exits in order of depth, V vocabulary.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import inf, isfinite, isnan
+from typing import Any
+
+import torch
+
+POLICIES = ("off", "threshold", "entropy", "margin", "patience", "fixed", "lossless")
+MAX_DRAFT = 12  # drafts per pass, where their number is not fixed
+# A limit that no score reaches: the exit is never taken (and never computed).
+NEVER = {"threshold": inf, "entropy": -inf, "margin": inf}
+LARGEST_LIMIT, LARGEST_ID = 1e30, 1 << 31
+CALIBRATION_KEY = "early_exit_calibration"  # in generation_config.json
+
+
+@dataclass(frozen=True)
+class ExitPolicy:
+    """A checked policy; `resolve_policy` makes it from what a person passes to `generate`.
+
+    Attributes:
+        name: one of `POLICIES`.
+        layers: the exits that may be looked at, in order of depth.
+        limits: `threshold` (max probability >= limit), `margin` (p1 - p2 >= limit), `entropy` (nats <= limit): for
+            each row, or for all rows in one, a limit per exit of `layers`.
+        patience: `patience`: this many exits in a row with the same most likely token.
+        layer: `fixed`: the exit that is always taken; `lossless`: the drafting exit, None lets measured cost choose.
+        max_pending: tokens whose deeper keys and values may be missing before they are computed.
+        draft_length: `lossless`: tokens per draft, None lets measured cost choose (at most `max_draft`).
+        shortlist: `lossless`: token ids that drafts are chosen among; None is the whole vocabulary.
+    """
+
+    name: str
+    layers: tuple[int, ...]
+    limits: tuple[tuple[float, ...], ...] = ()
+    patience: int = 2
+    layer: int | None = None
+    max_pending: int = 8
+    draft_length: int | None = None
+    max_draft: int = MAX_DRAFT
+    shortlist: tuple[int, ...] | None = None
+
+
+def resolve_policy(
+    name: str | None,
+    spec_layers: Sequence[int],
+    *,
+    calibration: Mapping[str, Any] | None = None,
+    tags: Sequence[str] | None = None,
+    batch_size: int | None = None,
+    threshold: Any = None,
+    patience: int | None = None,
+    layer: int | None = None,
+    min_layer: int | None = None,
+    max_pending: int | None = None,
+    draft_length: int | None = None,
+    shortlist: int | Sequence[int] | None = None,
+    vocab_size: int | None = None,
+) -> ExitPolicy:
+    """Check what a person asked for. Raises ValueError in one line that names the option and the values in conflict.
+
+    threshold: a number, one per exit of the model, one list per row, or {layer: value}; left out, the limits that
+    `ee-scale calibrate` stored (those of a row's tag where there are any).
+    """
+    name = "off" if name is None else name
+    if name not in POLICIES:
+        raise ValueError(f"exit_policy={name!r}: choose one of {', '.join(POLICIES)}")
+    layers = tuple(spec_layers)
+    if calibration is not None:
+        check_calibration(calibration, vocab_size)
+    _check_layers(name, layers, layer, min_layer)
+    patience, max_pending = 2 if patience is None else patience, 8 if max_pending is None else max_pending
+    _check_counts(
+        exit_patience=(patience, 1),
+        exit_max_pending=(max_pending, 0),
+        exit_draft_length=(0 if draft_length is None else draft_length, 0),
+    )
+    if draft_length is not None and name != "lossless":
+        raise ValueError(f"exit_draft_length={draft_length}: only exit_policy=lossless drafts, not {name!r}")
+    chosen = tuple(k for k in layers if min_layer is None or k >= min_layer)
+    limits: tuple[tuple[float, ...], ...] = ()
+    if name in NEVER:
+        rows = _limits(name, threshold, layers, calibration, tags, batch_size)
+        chosen, limits = _reached(name, chosen, [[row[layers.index(k)] for k in chosen] for row in rows])
+    elif threshold is not None:
+        raise ValueError(f"exit_threshold={threshold}: exit_policy={name} has no threshold")
+    if layer is not None:
+        chosen = (layer,)
+    if name == "lossless" and not chosen:
+        raise ValueError(
+            f"exit_min_layer={min_layer}: no exit is left to draft from; the model's are at {_list(layers)}"
+        )
+    return ExitPolicy(
+        name,
+        () if name == "off" else chosen,
+        limits,
+        patience=patience,
+        layer=layer,
+        max_pending=max_pending,
+        draft_length=draft_length,
+        max_draft=max(MAX_DRAFT, draft_length or 0),
+        shortlist=_shortlist(shortlist, name, calibration, vocab_size),
+    )
+
+
+def _reached(
+    name: str, layers: Sequence[int], rows: Sequence[Sequence[float]]
+) -> tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]:
+    """Exits that some row can take, and their limits by row; others are not looked at."""
+    used = [i for i in range(len(layers)) if any(_reachable(name, row[i]) for row in rows)]
+    return tuple(layers[i] for i in used), tuple(tuple(row[i] for i in used) for row in rows)
+
+
+def _check_counts(**counts: tuple[Any, int]) -> None:
+    for option, (value, least) in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{option}={value!r}: give a whole number of at least {least}")
+
+
+def _check_layers(name: str, layers: tuple[int, ...], layer: Any, min_layer: Any) -> None:
+    for option, value in (("exit_layer", layer), ("exit_min_layer", min_layer)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise ValueError(f"{option}={value!r}: give a layer number")
+    if layer is not None and name not in ("fixed", "lossless"):
+        raise ValueError(f"exit_layer={layer}: only exit_policy=fixed and lossless take it, not {name!r}")
+    if layer is not None and layer not in layers:
+        raise ValueError(f"exit_layer={layer}: the model has exits at {_list(layers)}")
+    if name == "fixed" and layer is None:
+        raise ValueError(f"exit_policy=fixed: say which exit with exit_layer, one of {_list(layers)}")
+    if layer is not None and min_layer is not None and layer < min_layer:
+        raise ValueError(f"exit_layer={layer} is above exit_min_layer={min_layer}: leave one of them out")
+
+
+def score(name: str, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [..., V] -> (what `name` compares with its limit, fp32 [...]; the most likely token, int64 [...])."""
+    tokens, p = logits.argmax(-1), logits.float().softmax(-1)
+    if name == "entropy":
+        return torch.special.entr(p).sum(-1), tokens
+    if name == "margin":
+        best, second = p.topk(2, dim=-1).values.unbind(-1)
+        return best - second, tokens
+    return p.gather(-1, tokens[..., None])[..., 0], tokens
+
+
+def passes(name: str, scores: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
+    """Whether scores [R] are good enough for limits [R] (or [1])."""
+    return scores <= limits if name == "entropy" else scores >= limits
+
+
+class Decisions:
+    """The decisions about one token of each row of a batch, asked exit by exit in order of depth."""
+
+    def __init__(self, policy: ExitPolicy, batch_size: int, device: Any = "cpu"):
+        self.policy = policy
+        self.limits = torch.tensor(policy.limits, device=device) if policy.limits else None
+        self.last = torch.full((batch_size,), -1, device=device)
+        self.agreed = torch.zeros(batch_size, dtype=torch.long, device=device)
+
+    def start(self) -> None:
+        """Forget the last token's exits."""
+        if self.policy.name == "patience":
+            self.last.fill_(-1)
+            self.agreed.zero_()
+
+    def ask(self, k: int, logits: torch.Tensor, rows: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        """Exit k of rows `rows` [R] (None: all) with logits [R, V] -> (leave, bool [R]; score [R]; token [R])."""
+        scores, tokens = score(self.policy.name, logits)
+        return self.leave(k, scores, tokens, rows), scores, tokens
+
+    def leave(
+        self, k: int, scores: torch.Tensor | None, tokens: torch.Tensor, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The same for what exit k said: scores [R] (not read by `patience` and `fixed`), tokens [R] -> bool [R]."""
+        policy, name = self.policy, self.policy.name
+        if name in NEVER:
+            limits = self.limits[:, policy.layers.index(k)]
+            if rows is not None and len(limits) > 1:
+                limits = limits[rows]
+            return passes(name, scores, limits)
+        if name == "patience":
+            rows = torch.arange(len(tokens), device=tokens.device) if rows is None else rows
+            same = tokens == self.last[rows]
+            self.agreed[rows] = torch.where(same, self.agreed[rows] + 1, 1)
+            self.last[rows] = tokens
+            return self.agreed[rows] >= policy.patience
+        return torch.full_like(tokens, k == policy.layer, dtype=torch.bool)
+
+    def layers(self, said: Callable[[int], tuple[torch.Tensor | None, torch.Tensor]], num_layers: int) -> torch.Tensor:
+        """The layer at which each row leaves, int64 [R]; `said`: what each exit said, as `leave` reads it."""
+        chosen = torch.full_like(self.agreed, num_layers)
+        for k in self.policy.layers:
+            chosen = torch.where(self.leave(k, *said(k)) & (chosen == num_layers), k, chosen)
+        return chosen
+
+
+def choose_layers(policy: ExitPolicy, exit_logits: Mapping[int, torch.Tensor], num_layers: int) -> torch.Tensor:
+    """The layer at which each of N independent positions leaves: {layer: logits [N, V]} -> int64 [N].
+
+    The same decisions as during decoding, for measuring on given text.
+    """
+    some = next(iter(exit_logits.values()))
+    decisions = Decisions(policy, len(some), some.device)
+    return decisions.layers(lambda k: score(policy.name, exit_logits[k]), num_layers)
+
+
+def _limits(
+    name: str,
+    threshold: Any,
+    layers: tuple[int, ...],
+    calibration: Mapping[str, Any] | None,
+    tags: Sequence[str] | None,
+    batch_size: int | None,
+) -> tuple[tuple[float, ...], ...]:
+    if threshold is None:
+        return _calibrated(name, layers, calibration, tags)
+    if isinstance(threshold, torch.Tensor):
+        threshold = threshold.tolist()
+    if isinstance(threshold, Mapping):
+        by_layer = {int(k) if str(k).isdecimal() else k: value for k, value in threshold.items()}
+        if wrong := sorted(set(by_layer) - set(layers), key=str):
+            raise ValueError(f"exit_threshold: no exit at layer {wrong[0]}; the model has exits at {_list(layers)}")
+        rows = [[by_layer.get(k, NEVER[name]) for k in layers]]
+    elif isinstance(threshold, (list, tuple)):
+        nested = bool(threshold) and all(isinstance(row, (list, tuple)) for row in threshold)
+        rows = list(threshold) if nested else [threshold]
+        if nested and batch_size is not None and len(rows) != batch_size:
+            raise ValueError(f"exit_threshold: {len(rows)} rows of limits for {batch_size} rows in the batch")
+    else:
+        rows = [[threshold] * len(layers)]
+    for row in rows:
+        if len(row) != len(layers):
+            raise ValueError(
+                f"exit_threshold={list(row)}: {len(row)} limits for {len(layers)} exits (at layers {_list(layers)})"
+            )
+        for value in row:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or isnan(value):
+                raise ValueError(f"exit_threshold={list(row)}: {value!r} is not a number")
+    return tuple(tuple(float(value) for value in row) for row in rows)
+
+
+def check_calibration(calibration: Any, vocab_size: int | None = None) -> None:
+    """Raise ValueError for what `ee-scale calibrate` does not write: whoever edits a folder may have put it there."""
+    if not isinstance(calibration, Mapping) or calibration.get("policy") not in tuple(NEVER):
+        raise ValueError(f"{CALIBRATION_KEY}: not an object with a policy of {', '.join(NEVER)}")
+    by_tag = calibration.get("tags")
+    if not isinstance(by_tag, Mapping | None):
+        raise ValueError(f"{CALIBRATION_KEY}: tags is not an object")
+    for table in (calibration, *(by_tag or {}).values()):
+        limits = table.get("thresholds") if isinstance(table, Mapping) else None
+        if not isinstance(limits, Mapping):
+            raise ValueError(f"{CALIBRATION_KEY}: no thresholds by layer in it")
+        for layer, limit in limits.items():
+            if limit is not None and (type(limit) not in (int, float) or not abs(limit) <= LARGEST_LIMIT):
+                raise ValueError(f"{CALIBRATION_KEY}: the threshold of layer {str(layer)[:20]!r} is not a number")
+    ids = calibration.get("shortlist")
+    if ids is not None and not (isinstance(ids, list) and all(type(i) is int and 0 <= i < LARGEST_ID for i in ids)):
+        raise ValueError(f"{CALIBRATION_KEY}: shortlist is not a list of token ids")
+    if ids and (len(set(ids)) < len(ids) or (vocab_size is not None and max(ids) >= vocab_size)):
+        raise ValueError(f"{CALIBRATION_KEY}: shortlist has an id twice, or one that the model's vocabulary has not")
+
+
+def _calibrated(
+    name: str, layers: tuple[int, ...], calibration: Mapping[str, Any] | None, tags: Sequence[str] | None
+) -> tuple[tuple[float, ...], ...]:
+    if not calibration or calibration.get("policy") != name:
+        has = f"; the model is calibrated for {calibration['policy']!r}" if calibration else ""
+        raise ValueError(f"exit_policy={name}: give exit_threshold, or run `ee-scale calibrate` on the model{has}")
+    by_tag = calibration.get("tags") or {}
+    tables = [by_tag.get(tag, calibration) for tag in tags] if tags and by_tag else [calibration]
+    # JSON has no infinity: null is "never".
+    return tuple(
+        tuple(NEVER[name] if (v := table["thresholds"].get(str(k))) is None else float(v) for k in layers)
+        for table in tables
+    )
+
+
+def _reachable(name: str, limit: float) -> bool:
+    return limit >= 0 if name == "entropy" else limit <= 1
+
+
+def _shortlist(
+    wanted: int | Sequence[int] | None, name: str, calibration: Mapping[str, Any] | None, vocab_size: int | None
+) -> tuple[int, ...] | None:
+    if wanted is None:
+        return None
+    if name != "lossless":
+        raise ValueError(f"exit_shortlist: only exit_policy=lossless can draft from a shortlist, not {name!r}")
+    if isinstance(wanted, bool) or (isinstance(wanted, (int, float)) and (not isfinite(wanted) or wanted < 1)):
+        raise ValueError(f"exit_shortlist={wanted!r}: give a number of tokens, or token ids")
+    if isinstance(wanted, int):
+        stored = (calibration or {}).get("shortlist")
+        if not stored:
+            raise ValueError(
+                f"exit_shortlist={wanted}: no shortlist stored; give token ids, or run `ee-scale calibrate`"
+            )
+        return tuple(stored[:wanted])
+    ids = tuple(int(token) for token in wanted)
+    wrong = [token for token in ids if token < 0 or (vocab_size is not None and token >= vocab_size)]
+    if not ids or wrong or len(set(ids)) != len(ids):
+        raise ValueError(
+            f"exit_shortlist: {f'token {wrong[0]} is not in 0..{vocab_size - 1}' if wrong else 'empty or repeated ids'}"
+        )
+    return ids
+
+
+def _list(layers: Sequence[int]) -> str:
+    return ", ".join(map(str, layers)) or "no layer"

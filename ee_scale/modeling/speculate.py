@@ -1,0 +1,291 @@
+"""Lossless decoding: an exit drafts, the full model checks all drafts in one pass.
+
+One cycle (LayerSkip's sharing of early layers, arXiv 2404.16710, with columns that are positions, for any batch):
+early layers run once per drafted token; the deep layers then run on all of them at once, from the hidden states that
+the early layers left; the accepted prefix and one token of the full model are kept. Rejected columns are simply
+overwritten. Greedy: the tokens of the full model. Sampling: its distribution, by the rule of arXiv 2211.17192.
+R rows, g drafts, V vocabulary.
+"""
+
+import time
+from math import nan
+from typing import Any
+
+import torch
+
+from .drafting import SEEN, Drafting
+from .layer_runner import Block, ShortHead
+from .loop import DecodeLoop
+from .policies import score
+from .sequences import looks_back
+
+
+class Speculation(DecodeLoop):
+    """One cycle per step; rows accept different numbers of drafts."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        policy, runner = self.policy, self.runner
+        self.drafting = Drafting(policy.layers, runner.num_layers, policy.max_draft, policy.draft_length)
+        self.short: dict[int, ShortHead] = {}
+        self.ids: torch.Tensor | None = None
+        if policy.shortlist is not None:
+            self.ids = torch.tensor(policy.shortlist, device=runner.device)
+            self.short = {k: ShortHead(runner.model, k, self.ids) for k in policy.layers}
+        self.drafted = self.accepted = self.slot_cycles = 0
+        self.used = dict.fromkeys(policy.layers, 0)
+
+    def step(self) -> None:
+        """Draft, verify, accept."""
+        runner, drafting = self.runner, self.drafting
+        clock = Clock()
+        k, accepted = drafting.start(), self.accepted
+        starts = list(self.next)
+        most = min(max(self.sequences.room(row) for row in self.rows) - 1, drafting.max_draft)
+        tokens, drafts, confidences, q = self.tokens, [], [], []
+        chances = [1.0] * len(starts)
+        more = most > 0 and drafting.goes_on(0, chances)
+        while True:
+            block = runner.block([start + len(drafts) for start in starts], 1)
+            hidden = runner.run(runner.embed(tokens[:, None]), block, 0, k)
+            clock.lap("early")
+            if not more:
+                break
+            tokens, scores, probabilities = self._draft(k, hidden, block, drafts)
+            drafts.append(tokens)
+            q.append(probabilities)
+            values = [nan] * len(starts) if scores is None else scores.tolist()
+            confidences.append(values)
+            if scores is not None:
+                chances = [c * drafting.calibrated(k, value) for c, value in zip(chances, values, strict=True)]
+            more = len(drafts) < most and drafting.goes_on(len(drafts), chances)
+            clock.lap("check")
+        block = runner.block(starts, len(drafts) + 1)
+        states = hidden if not drafts else runner.recall(k, block)
+        hidden = runner.run(states, block, k, runner.num_layers)
+        clock.lap("late")
+        logits = runner.final_logits(hidden)
+        if self.sequences.in_step:
+            new = self._commit_in_step(k, logits, drafts, q, confidences)
+        else:
+            new = self._commit(k, self._verify(logits, drafts, q), drafts, confidences)
+        self.used[k] += 1
+        if drafts:
+            drafting.tried(k, self.accepted - accepted)
+        clock.lap("tail")
+        drafting.took(k, len(drafts), clock["early"], clock["check"], clock["late"], clock["tail"])
+        drafting.cycle_done(new, len(starts), clock.total())
+
+    def _draft(
+        self, k: int, hidden: torch.Tensor, block: Block, drafts: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Next draft of each row: (tokens [R], confidences [R], the distribution they were drawn from [R, V]).
+
+        No confidences where the draft's length is fixed; no distribution where the most likely token is taken.
+        """
+        sequences = self.sequences
+        logits = self.runner.exit_logits(k, hidden, block, -1, self.short.get(k))
+        adaptive = self.drafting.length is None
+        scores, best = score("threshold", logits) if adaptive else (None, logits.argmax(-1))
+        if not sequences.do_sample and not sequences.draft_processors:
+            return (best if self.ids is None else self.ids[best]), scores, None
+        if self.ids is not None:
+            whole = logits.new_full((len(logits), self.runner.model.config.vocab_size), float("-inf"))
+            whole[:, self.ids] = logits
+            logits = whole
+        self._try(drafts)
+        prefixes = [sequences.lengths[row] + len(drafts) for row in self.rows]
+        processed = sequences.process(logits, self.rows, prefixes, draft=True)
+        if not sequences.do_sample:
+            return processed.argmax(-1), scores, None
+        q = processed.softmax(-1)
+        # A processor may forbid the whole shortlist: then any token will do, and is rejected or accepted by the rule.
+        q = torch.where(q.isnan().any(-1, keepdim=True), torch.full_like(q, 1 / q.shape[-1]), q)
+        return torch.multinomial(q, 1)[:, 0], scores, q
+
+    def _try(self, drafts: list[torch.Tensor]) -> None:
+        """Write drafts behind the texts, where processors look for what came before."""
+        sequences = self.sequences
+        if not drafts or not looks_back(sequences.processors):
+            return
+        last = drafts[-1]
+        for slot, row in enumerate(self.rows):
+            sequences.ids[row, sequences.lengths[row] + len(drafts) - 1] = last[slot]
+
+    def _verify(
+        self, logits: torch.Tensor, drafts: list[torch.Tensor], q: list[torch.Tensor | None]
+    ) -> tuple[list[int], list[int], torch.Tensor, torch.Tensor]:
+        """Final logits [R, g+1, V] -> (drafts accepted per row, the token after them, scores, logits)."""
+        sequences, count, scores = self.sequences, len(drafts), logits
+        if sequences.processors or sequences.do_sample:
+            self._try(drafts)
+            rows = [row for row in self.rows for _ in range(count + 1)]
+            prefixes = [sequences.lengths[row] + i for row in self.rows for i in range(count + 1)]
+            scores = sequences.process(logits.flatten(0, 1), rows, prefixes).view(logits.shape)
+        tried = torch.stack(drafts, 1) if drafts else self.tokens.new_zeros(len(self.rows), 0)
+        if not sequences.do_sample:
+            target = scores.argmax(-1)
+            accepted = (tried == target[:, :count]).long().cumprod(1).sum(1)
+            token = target.gather(1, accepted[:, None])[:, 0]
+        else:
+            accepted, token = accept_sampled(scores.float().softmax(-1), tried, q)
+        return accepted.tolist(), token.tolist(), scores, logits
+
+    def _commit(
+        self,
+        k: int,
+        kept: tuple[list[int], list[int], torch.Tensor, torch.Tensor],
+        drafts: list[torch.Tensor],
+        confidences: list[list[float]],
+    ) -> int:
+        """Keep the accepted prefixes; returns the number of new tokens of all rows."""
+        accepted, after, scores, logits = kept
+        sequences, runner, total = self.sequences, self.runner, 0
+        tried = torch.stack(drafts, 1).tolist() if drafts else [[] for _ in self.rows]
+        for slot, row in enumerate(self.rows):
+            m = accepted[slot]
+            values = [value[slot] for value in confidences]
+            if self.drafting.length is None:
+                self.drafting.fared(k, values, m)
+            if sequences.keeps_scores:
+                for i in range(min(m + 1, sequences.room(row))):
+                    sequences.keep_scores(row, sequences.lengths[row] + i, scores[slot, i], logits[slot, i])
+            count = sequences.append(
+                row, [*tried[slot][:m], after[slot]], [k] * m + [runner.num_layers], [*values[:m], nan]
+            )
+            self.next[slot] += count
+            self.drafted += len(drafts)
+            self.accepted += min(m, count)
+            self.slot_cycles += 1
+            total += count
+        runner.clip(self.next)
+        self.tokens = torch.tensor(after, device=runner.device)
+        return total
+
+    def _commit_in_step(
+        self,
+        k: int,
+        logits: torch.Tensor,
+        drafts: list[torch.Tensor],
+        q: list[torch.Tensor | None],
+        confidences: list[list[float]],
+    ) -> int:
+        """Verify and keep, token by token: final logits [R, g+1, V]; returns the number of new tokens of all rows.
+
+        All rows stop where one rejects its draft, so that processors, criteria and streamers are called exactly as in
+        plain decoding: once per token, behind the texts that stand.
+        """
+        sequences, runner, total = self.sequences, self.runner, 0
+        right, read = [0] * len(self.rows), 0
+        for i in range(len(drafts) + 1):
+            slots = [slot for slot, row in enumerate(self.rows) if not sequences.done[row]]
+            if not slots:
+                break
+            index = torch.tensor(slots, device=runner.device)
+            scores = self.scored(logits[index, i], [self.rows[slot] for slot in slots])
+            if i < len(drafts):
+                fine, tokens = self._judge(scores, drafts[i][index], None if q[i] is None else q[i][index])
+                read = i + 1
+            else:
+                fine, tokens = [False] * len(slots), sequences.pick(scores)
+            layers = [k if good else runner.num_layers for good in fine]
+            seen = [confidences[i][slot] if good else nan for slot, good in zip(slots, fine, strict=True)]
+            sequences.append_to_all([self.rows[slot] for slot in slots], tokens.tolist(), layers, seen)
+            self.tokens[index] = tokens
+            total += len(slots)
+            for slot, good in zip(slots, fine, strict=True):
+                self.next[slot] += 1
+                right[slot] += good
+            if not all(fine):
+                break
+        for slot in range(len(self.rows)):
+            if self.drafting.length is None:
+                self.drafting.fared(k, [value[slot] for value in confidences[:read]], right[slot])
+            self.drafted += len(drafts)
+            self.accepted += right[slot]
+            self.slot_cycles += 1
+        runner.clip(self.next)
+        return total
+
+    def _judge(
+        self, scores: torch.Tensor, draft: torch.Tensor, q: torch.Tensor | None
+    ) -> tuple[list[bool], torch.Tensor]:
+        """One draft per row [N] against the full model's scores [N, V]: (accepted, the token that stands [N])."""
+        if not self.sequences.do_sample:
+            target = scores.argmax(-1)
+            return (target == draft).tolist(), target
+        p = scores.softmax(-1)
+        accepted, other = accept_sampled(torch.stack([p, p], 1), draft[:, None], [q])
+        return accepted.bool().tolist(), torch.where(accepted.bool(), draft, other)
+
+    def saw_prompt(self, hidden: torch.Tensor, block: Block) -> None:
+        """First estimates of the exits' acceptance: how often they agree with the final layer on the prompt."""
+        if self.policy.draft_length is not None or block.end < max(self.next):
+            return
+        runner, width = self.runner, min(SEEN, block.length)  # logits are dear
+        last = slice(block.length - width, None)
+        want = runner.final_logits(hidden[:, last]).argmax(-1)
+        ends = torch.tensor(self.next, device=runner.device)[:, None]
+        valid = runner.numbers[block.end - width : block.end] < ends
+        for k in self.policy.layers:
+            tokens = runner.exit_logits(k, runner.recall(k, block), block, last, self.short.get(k)).argmax(-1)
+            tokens = tokens if self.ids is None else self.ids[tokens]
+            self.drafting.foresaw(k, int(((tokens == want) & valid).sum()), int(valid.sum()))
+        runner.clip(self.next)
+
+    def stats(self) -> dict[str, Any]:
+        """Drafts and their fate."""
+        return super().stats() | {
+            "drafted": self.drafted,
+            "accepted": self.accepted,
+            "cycles": self.passes,
+            "slot_cycles": self.slot_cycles,
+            "cycles_by_exit": self.used,
+            "acceptance": self.accepted / self.drafted if self.drafted else 0.0,
+        }
+
+
+def accept_sampled(
+    p: torch.Tensor, drafts: torch.Tensor, q: list[torch.Tensor | None]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Speculative sampling (arXiv 2211.17192), for rows at once.
+
+    p [R, g+1, V]: the full model's distributions; drafts [R, g]; q: g distributions [R, V] that the drafts were drawn
+    from. Accept draft x with probability min(1, p(x) / q(x)); after the first rejection draw from norm(max(0, p - q)),
+    after none from p. Returns (accepted [R], the token after them [R]).
+    """
+    count = drafts.shape[1]
+    # Behind the last draft there is nothing to subtract.
+    q_all = torch.stack([*q, torch.zeros_like(p[:, 0])], 1)
+    p_drafts = p[:, :count].gather(2, drafts[..., None])[..., 0]
+    q_drafts = q_all[:, :count].gather(2, drafts[..., None])[..., 0]
+    # u q < p instead of u < p / q: no division by zero.
+    fine = torch.rand_like(p_drafts) * q_drafts < p_drafts
+    accepted = fine.long().cumprod(1).sum(1)
+    rows = torch.arange(len(p), device=p.device)
+    last = p[rows, accepted]
+    rest = (last - q_all[rows, accepted]).clamp(min=0)
+    # Rounding can leave nothing where p = q: then p itself is right.
+    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, last)
+    return accepted, torch.multinomial(rest, 1)[:, 0]
+
+
+class Clock:
+    """Seconds by name. On a GPU the laps are those of the queue: they are right wherever numbers are read back."""
+
+    def __init__(self):
+        self.begin = self.last = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """Add the time since the last lap."""
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
+        self.last = now
+
+    def total(self) -> float:
+        """Seconds since the start."""
+        return self.last - self.begin
+
+    def __getitem__(self, name: str) -> float:
+        return self.seconds.get(name, 0.0)

@@ -1,0 +1,223 @@
+"""What a plan of any recipe says of itself, and what all of them count alike.
+
+Parameters are counted on transformers' own modules at one rank's sizes, on the meta device (`passes`). FLOPs: 2 per
+multiply-add of a projection; attention is counted as the full square, 4 x S x width per token (PaLM's convention, arXiv
+2204.02311, appendix B); norms, activations and the optimizer are left out. Frozen matrices have no weight gradient, and
+what nothing trained lies in front of has no input gradient.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from transformers import PreTrainedConfig
+
+from ee_scale.backbone.stages import StagePlan
+from ee_scale.config.schema import TrainingConfig
+from ee_scale.errors import UserError
+from ee_scale.grid import Layout
+
+
+@dataclass(frozen=True)
+class StageWork:
+    """FLOPs per token of one stage of one replica, summed over its tensor ranks.
+
+    Attributes:
+        forward, backward: of the layers; of a supernet: of all draws together.
+        exits: forward and backward of what has a loss: exits, and the model's own head where it learns.
+        teacher: forward of a frozen teacher.
+    """
+
+    forward: float
+    backward: float = 0.0
+    exits: float = 0.0
+    teacher: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward + self.exits + self.teacher
+
+
+def mean_work(shares: Sequence[float], works: Sequence[StageWork]) -> StageWork:
+    """Of a stage whose steps are divided like this."""
+    columns = zip(*map(astuple, works), strict=True)
+    return StageWork(*(sum(s * x for s, x in zip(shares, column, strict=True)) for column in columns))
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Of one rank: `frozen` and `trained` numbers, and the largest trained tensor."""
+
+    frozen: int
+    trained: int
+    largest: int = 0
+
+    @property
+    def held(self) -> int:
+        return self.frozen + self.trained
+
+
+# Bytes per trained number of what DeepSpeed's ZeRO-1 keeps: (gradients, whole; optimizer, divided over replicas).
+# bf16: fp32 gradients; fp32 master copy and two moments. fp32: the same, and the gradients' flat copy for a moment.
+STATE_BYTES = (4, 12)
+BUCKET = 50_000_000  # numbers that are reduced over replicas at once (`engine.setup`)
+# What a process holds besides: CUDA context, kernels and NCCL's buffers (assumed); libraries on a CPU (measured,
+# scripts/bench_memory.py).
+OVERHEAD = {"cuda": 1.5 * 2**30, "cpu": 0.4 * 2**30}
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one rank.
+
+    Attributes:
+        activations: of the micro-batches in flight, and what a layer or an exit needs for a moment.
+        logits: of one chunk of tokens, with what its loss needs.
+        buffers: what crosses stages, what reductions and the optimizer step need for a moment.
+        overhead: of the process.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    buffers: float
+    overhead: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(astuple(self))
+
+
+@dataclass(frozen=True)
+class StageTraffic:
+    """What one rank of a stage sends in one optimizer step, bytes; collectives as a ring does them.
+
+    Attributes:
+        stages: hidden states and gradients to the neighbouring stages, and gradients of a matrix with copies there.
+        tensor: all-reduces of hidden states over the tensor group; `tensor_calls` of them.
+        reduce: gradients over the replicas. gather: updated parameters over the replicas.
+    """
+
+    stages: float
+    tensor: float
+    tensor_calls: int
+    reduce: float
+    gather: float
+
+    @property
+    def total(self) -> float:
+        return self.stages + self.tensor + self.reduce + self.gather
+
+
+class Plan(ABC):
+    """What runs where, and what it costs.
+
+    Attributes:
+        layout: the processes that are launched.
+        num_micro_batches: per optimizer step and rank.
+    """
+
+    config: TrainingConfig
+    model_dir: Path
+    model_config: PreTrainedConfig
+    stages: StagePlan
+    layout: Layout
+    num_micro_batches: int
+
+    @abstractmethod
+    def with_config(self, config: Any) -> Self:
+        """The same model under another config of its command. Raises `UserError`."""
+
+    @property
+    @abstractmethod
+    def total_steps(self) -> int: ...
+
+    @abstractmethod
+    def work(self) -> list[StageWork]:
+        """Of each launched stage, over the run's steps on average."""
+
+    @abstractmethod
+    def parameters(self, stage: int) -> Parameters:
+        """Of one rank of a stage, when most is trained."""
+
+    @abstractmethod
+    def memory(self, *, bf16: bool, device: str = "cuda") -> list[RankMemory]:
+        """The most that one rank of each launched stage holds at one time; device: 'cuda' or 'cpu'."""
+
+    @abstractmethod
+    def traffic(self, *, bf16: bool) -> list[StageTraffic]:
+        """Of each launched stage, in the steps that send most."""
+
+    @abstractmethod
+    def bubble(self) -> tuple[float, str]:
+        """(share of a step in which an evenly loaded stage waits, the formula)."""
+
+    def exits(self, stage: int) -> tuple[int, ...]:
+        """Layers of the exits that a stage trains."""
+        return ()
+
+    def reliefs(self) -> Mapping[str, Any]:
+        """Settings, beside grid and batch, that would make a rank need less memory."""
+        return {}
+
+    @property
+    def flops_per_token(self) -> float:
+        """Forward and backward, of a whole replica."""
+        return sum(work.total for work in self.work())
+
+
+def logits_bytes(tokens: int, chunk: int, columns: int, size: int, *, pair: bool, teacher: bool, largest: int) -> float:
+    """Peak of one chunk's logits and loss [chunk, columns]; `pair`: lm_head and low-rank update exist at once."""
+    chunked, chunk = tokens > chunk, min(chunk, tokens)
+    if teacher:  # logits of both, tempered, their logarithms, probabilities and a product (measured)
+        copies = 8 * 4
+    elif size == 4:
+        copies = 4 * (3 if pair else 2)  # lm_head's, the update's, their sum; or logits and softmax
+    else:
+        copies = 2 + 4 + 4  # bf16 logits, fp32 logits, softmax
+    copies += size * chunked  # the last chunk's are dropped when the next one's are there
+    return chunk * columns * copies + size * largest
+
+
+def state_bytes(parameters: Parameters, dp: int, size: int) -> tuple[float, float, float, float]:
+    """Bytes of (weights, gradients, optimizer state, what the reduction and the step need for a moment)."""
+    whole, divided = STATE_BYTES
+    moment = 4 * parameters.trained / dp * (size == 4) + 4 * min(parameters.trained, BUCKET) * (dp > 1)
+    moment = max(moment, 2 * 4 * parameters.largest)
+    trained = parameters.trained
+    return size * parameters.held, whole * trained, divided * trained / dp, moment
+
+
+def ring(bytes_: float, ranks: int) -> float:
+    """Bytes that each rank sends when a ring reduces or gathers `bytes_` (twice that for an all-reduce)."""
+    return bytes_ * (ranks - 1) / ranks
+
+
+def rank_traffic(plan: Plan, crossing: float, calls: int, state: float, trained: int, size: int) -> StageTraffic:
+    """What a rank sends that crosses stages with `crossing` bytes and `calls` all-reduces of `state` bytes per
+    micro-batch, and trains `trained` numbers of `size` bytes."""
+    tp, dp, count = plan.layout.tp, plan.layout.dp, plan.num_micro_batches
+    calls = count * calls * (tp > 1)
+    # bf16 gradients are summed whole in fp32; ZeRO-1 in fp32 reduces each to the replica that owns it.
+    reduce = ring(4 * trained, dp) * (2 if size == 2 else 1)
+    return StageTraffic(count * crossing, calls * 2 * ring(state, tp), calls, reduce, ring(size * trained, dp))
+
+
+def check_lengths(config: TrainingConfig, max_positions: int, num_layers: int) -> None:
+    """Refuse sequences and grids that are too long for the model. Raises `UserError`."""
+    if config.data.seq_length > max_positions:
+        raise UserError(
+            f"data.seq_length={config.data.seq_length} is above the model's max_position_embeddings={max_positions}"
+        )
+    if config.parallel.pp > num_layers:
+        raise UserError(f"parallel.pp={config.parallel.pp}: more stages than the model's {num_layers} layers")
+
+
+def uses_bf16(precision: str, device: torch.device) -> bool:
+    """'auto' means bf16 on a GPU and fp32 on a CPU."""
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda")

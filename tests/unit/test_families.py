@@ -1,0 +1,60 @@
+"""One object per family says what is true of transformers' models, and nobody else says it again."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.models import tiny_config
+from transformers import BertConfig
+
+import ee_scale
+from ee_scale.families.build import meta_model
+from ee_scale.families.decoders import DECODERS
+from ee_scale.families.family import Family
+from ee_scale.families.registry import FAMILIES
+from ee_scale.families.sizes import shape_of, with_layers
+
+ROOT = Path(ee_scale.__file__).parents[1]
+
+
+def config_of(name: str):
+    if name == "bert":
+        return BertConfig(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=96)
+    return tiny_config(name, num_hidden_layers=4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_parameter_lies_along_the_axes_that_the_family_names(name: str) -> None:
+    config, family = config_of(name), FAMILIES[name]
+    lengths, seen = shape_of(config).lengths, set()
+    for full_name, parameter in meta_model(config, torch.float32, task=family.task).named_parameters():
+        module, leaf = full_name.rsplit(".", 1)
+        axes = family.axes_of(module)[:1] if leaf == "bias" else family.axes_of(module)
+        expected = [lengths.get(axis, size) for axis, size in zip(axes, parameter.shape, strict=True)]
+        assert list(parameter.shape) == expected, full_name
+        seen.add(re.sub(r"\.\d+\.", ".*.", module))
+    assert seen == set(family.axes)
+    assert set(family.heads) <= seen
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_config_with_fewer_layers_builds_those(name: str) -> None:
+    config, family = config_of(name), FAMILIES[name]
+    small = with_layers(config, (1, 3))
+    assert config.num_hidden_layers == 4
+    if types := getattr(config, "layer_types", None):
+        assert small.layer_types == [types[1], types[3]]
+    model = meta_model(small, torch.float32, task=family.task)
+    assert len(model.base_model.get_submodule(family.layers)) == 2
+
+
+@pytest.mark.parametrize("family", DECODERS, ids=lambda family: family.name)
+def test_a_layer_counts_its_projections(family: Family) -> None:
+    shape = shape_of(config_of(family.name))
+    layer = [axes for name, axes in family.axes.items() if "*" in name and len(axes) == 2]
+    assert shape.layer_parameters == sum(shape.lengths[out] * shape.lengths[inner] for out, inner in layer)
+
+
+def test_families_with_a_map_to_megatron_have_no_norm_behind_their_mlp() -> None:
+    assert all(family.mlp_output_norm is None for family in FAMILIES.values() if family.megatron)
