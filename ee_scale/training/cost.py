@@ -45,7 +45,7 @@ class StageWork:
 
 
 def flops_per_token(
-    plan: TunePlan | SupernetPlan, config: TrainingConfig = None, recipe_stage: int | None = None
+    plan: TunePlan | SupernetPlan, config: TrainingConfig | None = None, recipe_stage: int | None = None
 ) -> list[float]:
     """FLOPs per token, forward and backward, of each launched stage: one replica, summed over its tensor ranks.
 
@@ -56,7 +56,7 @@ def flops_per_token(
 
 
 def stage_work(
-    plan: TunePlan | SupernetPlan, config: TrainingConfig = None, recipe_stage: int | None = None
+    plan: TunePlan | SupernetPlan, config: TrainingConfig | None = None, recipe_stage: int | None = None
 ) -> list[StageWork]:
     """The same, by kind of work."""
     if isinstance(plan, TunePlan):
@@ -128,7 +128,7 @@ def adapter_parameters(plan: TunePlan) -> int:
     return backbone.rank * sum(ends[target] for target in backbone.targets)
 
 
-def tune_work(plan: TunePlan, config: TuneConfig = None) -> list[StageWork]:
+def tune_work(plan: TunePlan, config: TuneConfig | None = None) -> list[StageWork]:
     """Of a run on exits, the backbone frozen or not."""
     shape, mode = plan.shape, plan.backbone.mode
     seq_length = 0 if config is None else config.data.seq_length
