@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from ee_scale.backbone.loading import load_config
 from ee_scale.backbone.shard import model_tensors
 from ee_scale.backbone.stages import plan_stages
-from ee_scale.config.schema import ExitsConfig, TrainConfig, TuneConfig
+from ee_scale.config.tune import ExitsConfig, TrainConfig, TuneConfig
 from ee_scale.engine.frozen import FrozenPipelineEngine
 from ee_scale.exits.heads import ExitSpec, Tap, build_exit_heads
 from ee_scale.exits.placement import exit_spec

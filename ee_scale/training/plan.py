@@ -10,7 +10,8 @@ from ee_scale.backbone.families import ModelShape, shape_of
 from ee_scale.backbone.shard import tensor_plan
 from ee_scale.backbone.stages import StagePlan, plan_stages
 from ee_scale.config.checks import check_batch, check_tune
-from ee_scale.config.schema import BackboneConfig, TrainingConfig, TuneConfig
+from ee_scale.config.schema import TrainingConfig, TuneConfig
+from ee_scale.config.tune import BackboneConfig
 from ee_scale.errors import UserError
 from ee_scale.exits.heads import ExitSpec
 from ee_scale.exits.joint import FROZEN, FULL, LOW_RANK
