@@ -1,4 +1,4 @@
-# make demo: from nothing to early exits in a few minutes.   make test: the whole suite.   make lint: ruff.
+# make demo: from nothing to early exits in a few minutes.   make test: the whole suite.   make lint: ruff, mypy.
 # make lock: write the newest versions that pyproject.toml allows into constraints.txt; `make install` installs those.
 # make test-newest, make test-oldest: numbers, decoding and exports with the newest and the oldest that it allows. The
 # environment of each takes several GB: these torch wheels bring the CUDA libraries, unless pip has a CPU index.
@@ -41,6 +41,7 @@ test-newest test-oldest: test-%: $(UV)
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 lock: $(UV)
 	printf 'pip\nsetuptools\nuv\nwheel\n' | $(UV) pip compile --quiet --upgrade --no-annotate --universal --python-version 3.11 \

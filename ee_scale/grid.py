@@ -156,8 +156,9 @@ def join_grid(
     if not dist.is_initialized():
         alone = init_method is None and launch_info() is None
         store = dist.HashStore() if alone else None
-        where = {"rank": 0 if alone else rank, "world_size": layout.world_size} if alone or rank is not None else {}
-        dist.init_process_group(backend, init_method=init_method, store=store, timeout=timeout, **where)
+        rank = 0 if alone else -1 if rank is None else rank
+        size = -1 if rank == -1 else layout.world_size  # -1: as the launcher says
+        dist.init_process_group(backend, init_method, timeout, size, rank, store)
     if dist.get_world_size() != layout.world_size:
         raise UserError(world_size_message(layout, dist.get_world_size()))
     _join_deepspeed(device)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.backbone.shard import model_tensors
 from ee_scale.backbone.stages import plan_stages
-from ee_scale.config.schema import ExitsConfig, TrainConfig, TuneConfig
+from ee_scale.config.tune import ExitsConfig, TrainConfig, TuneConfig
 from ee_scale.engine.frozen import FrozenPipelineEngine
 from ee_scale.exits.placement import exit_spec
 from ee_scale.exits.stage import build_stage, load_stage

@@ -3,8 +3,8 @@
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from ee_scale.config.schema import TuneConfig
 from ee_scale.config.supernet import SupernetConfig
+from ee_scale.config.tune import TuneConfig
 from ee_scale.errors import UserError
 
 

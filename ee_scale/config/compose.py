@@ -1,10 +1,11 @@
 """Compose a command's config from `configs/`, the schema and the command line."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, fields, is_dataclass, replace
+from copy import copy
+from dataclasses import asdict, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, TypeVar, cast, overload
 
 import yaml
 from hydra import compose, initialize, initialize_config_dir
@@ -14,8 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ee_scale.config.checks import check_rules
-from ee_scale.config.schema import GONE, VERBS, Config, EvaluateConfig, TuneConfig
+from ee_scale.config.schema import GONE, VERBS, Config, EvaluateConfig
 from ee_scale.config.supernet import SupernetConfig
+from ee_scale.config.tune import TuneConfig
 from ee_scale.config.words import find_field, literal, read_word
 from ee_scale.errors import UserError
 
@@ -53,7 +55,7 @@ def compose_config(verb: str, overrides: Sequence[str] = ()) -> Config:
         if missing := sorted(OmegaConf.missing_keys(config)):
             shorthands = {path: short for short, path in PATH_SHORTHANDS.items()}
             raise UserError(f"missing value: {', '.join(shorthands.get(key, key) for key in missing)} (give key=value)")
-        composed = OmegaConf.to_object(config)
+        composed = cast(Config, OmegaConf.to_object(config))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error, verb)) from error
     check_rules(composed)
@@ -82,7 +84,7 @@ def group_options(verb: str) -> dict[str, list[str]]:
     """The groups that a verb is built from, with the options that fit its schema, by name."""
     root, known = config_dir(), {field.name for field in fields(VERBS[verb])}
     defaults = OmegaConf.load(root / f"{verb}.yaml").defaults
-    groups = sorted({"debug", *(name for entry in defaults if isinstance(entry, DictConfig) for name in entry)})
+    groups = sorted({"debug", *(str(name) for entry in defaults if isinstance(entry, DictConfig) for name in entry)})
     found = {}
     for group in groups:
         paths = sorted((root / group).glob("*.yaml"))
@@ -151,13 +153,15 @@ def from_yaml(schema: type[C], text: str) -> C:
         group, _, name = key.partition(".")
         if isinstance(found := values.get(group), dict) and name in found and is_gone(schema, key, str(found[name])):
             del found[name]
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), _literal(values)))
+    return cast(C, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), _literal(values))))
 
 
 def with_value(config: C, key: str, value: Any) -> C:
     """A copy of a config with another value of a dotted key."""
     group, _, rest = key.partition(".")
-    return replace(config, **{group: with_value(getattr(config, group), rest, value) if rest else value})
+    changed = copy(config)
+    setattr(changed, group, with_value(getattr(config, group), rest, value) if rest else value)
+    return changed
 
 
 def _literal(value: Any) -> Any:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.schedule import ForwardPass, LoadMicroBatch, OptimizerStep
 
-from ee_scale.config.schema import ExitsConfig, TuneConfig
+from ee_scale.config.tune import ExitsConfig, TuneConfig
 from ee_scale.engine.clipping import clip_groups
 from ee_scale.engine.guard import UpdateGuard
 from ee_scale.engine.observed import ObservedEngine

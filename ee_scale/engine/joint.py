@@ -17,7 +17,7 @@ from deepspeed.runtime.pipe.schedule import (
     ReduceTiedGrads,
 )
 
-from ee_scale.config.schema import TuneConfig
+from ee_scale.config.tune import TuneConfig
 from ee_scale.engine.clipping import ALL, COPY
 from ee_scale.engine.frozen import loss_settings
 from ee_scale.engine.schedule import JointSchedule

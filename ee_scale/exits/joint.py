@@ -8,7 +8,7 @@ from ee_scale.backbone.digest import bit_digest
 from ee_scale.backbone.parallel import sum_partial_gradients
 from ee_scale.backbone.shard import tensor_plan
 from ee_scale.backbone.stages import StagePlan
-from ee_scale.config.schema import BackboneConfig
+from ee_scale.config.tune import BackboneConfig
 from ee_scale.exits.stage import TuningStage
 from ee_scale.grid import Grid
 from ee_scale.modeling.heads import ExitSpec

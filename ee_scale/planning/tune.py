@@ -15,7 +15,7 @@ from ee_scale.backbone.parallel import padded_vocab
 from ee_scale.backbone.shard import tensor_plan
 from ee_scale.backbone.stages import StagePlan, plan_stages
 from ee_scale.config.checks import check_batch, check_tune
-from ee_scale.config.schema import BackboneConfig, TuneConfig
+from ee_scale.config.tune import BackboneConfig, TuneConfig
 from ee_scale.exits.joint import FROZEN, FULL, LOW_RANK, output_copies
 from ee_scale.exits.placement import exit_cost, exit_spec, resolve_loss_weights
 from ee_scale.families.family import Family

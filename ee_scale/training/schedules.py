@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from ee_scale.config.groups import OptimConfig
-from ee_scale.config.schema import ExitsConfig
+from ee_scale.config.tune import ExitsConfig
 from ee_scale.exits.losses import loss_weight
 
 

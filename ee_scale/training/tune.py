@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from ee_scale.backbone.hub import find_model
 from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.backbone.shard import model_tensors
-from ee_scale.config.schema import TuneConfig
+from ee_scale.config.tune import TuneConfig
 from ee_scale.data.builtin import TINY, tiny_model
 from ee_scale.data.inputs import check_run_text, run_dataset
 from ee_scale.data.loader import batches

@@ -20,9 +20,9 @@ from helpers.tuning import build_engine, my_micro_batches
 
 from ee_scale.artifact import save
 from ee_scale.artifact.checkpoint import checkpoints, read_checkpoint
-from ee_scale.files import file_digest
 from ee_scale.artifact.writer import CheckpointWriter
 from ee_scale.errors import RunError
+from ee_scale.files import file_digest
 from ee_scale.grid import Grid, Layout, join_grid, leave_grid
 from ee_scale.log import log
 from ee_scale.training.tune import TuneRun

@@ -69,7 +69,7 @@ def test_unsupported_architecture(tmp_path: Path) -> None:
     GPT2Config(n_layer=2, n_embd=16, n_head=2).save_pretrained(tmp_path)
     text = "'gpt2' is not supported; supported: llama, mistral, qwen2, qwen3, gemma2, olmo2"
     with pytest.raises(UserError, match=text):
-        ModelFolder(tmp_path).decoder_config
+        _ = ModelFolder(tmp_path).decoder_config
 
 
 def test_world_of_another_size(tmp_path: Path) -> None:

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from ee_scale.backbone.loading import read_config
 from ee_scale.backbone.stages import plan_stages
 from ee_scale.elastic.architecture import ElasticMap
-from ee_scale.families.build import AUTO_CLASS
 from ee_scale.elastic.importance import measure_order
 from ee_scale.elastic.order import FIELDS, UnitOrder
 from ee_scale.elastic.stage import ElasticStage, base_tensors
 from ee_scale.elastic.subnet import drop_order
+from ee_scale.families.build import AUTO_CLASS
 from ee_scale.grid import Grid, Layout, join_grid, leave_grid
 
 TASKS = {"llama": "causal_lm", "bert": "classify"}

@@ -15,8 +15,6 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from ee_scale.backbone.model_folder import ModelFolder
-from helpers.tuning import stage_backbone
-from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.backbone.stages import plan_stages
 from ee_scale.grid import Layout, join_grid
 

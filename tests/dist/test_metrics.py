@@ -141,17 +141,17 @@ def test_mfu_is_of_two_devices(slow: int, found: list[dict]) -> None:
 def test_numbers_of_all_stages_meet_on_rank_0(found: list[dict]) -> None:
     runs = [found[stage]["slow"][0] for stage in (0, 1)]
     assert [metrics.step for metrics in runs[0]["metrics"]] == [1, 2, 3, 4]
-    for metrics, *mine in zip(runs[0]["metrics"], *(run["mine"] for run in runs), strict=True):
+    for told, *mine in zip(runs[0]["metrics"], *(run["mine"] for run in runs), strict=True):
         known = mine[0] | mine[1]
         assert set(known) == set(JOB.exit_layers)
-        assert metrics.grad_norms == pytest.approx({k: norm for k, (_, norm) in known.items()})
-        last = metrics.step == JOB.steps
+        assert told.grad_norms == pytest.approx({k: norm for k, (_, norm) in known.items()})
+        last = told.step == JOB.steps
         kept = [k for k in known if not (last and k == LAST)]
-        assert {k: metrics.values["loss"][k] for k in kept} == pytest.approx({k: known[k][0] for k in kept})
-        assert metrics.to_json()["loss"][LAST] is None if last else metrics.to_json()["loss"][LAST] > 0
-        assert metrics.skipped == ({LAST: 1} if last else {})
-        assert set(metrics.stages["memory_gib"]) == {0, 1}
-        assert all(0.05 < gib < 100 for gib in metrics.stages["memory_gib"].values())
+        assert {k: told.values["loss"][k] for k in kept} == pytest.approx({k: known[k][0] for k in kept})
+        assert told.to_json()["loss"][LAST] is None if last else told.to_json()["loss"][LAST] > 0
+        assert told.skipped == ({LAST: 1} if last else {})
+        assert set(told.stages["memory_gib"]) == {0, 1}
+        assert all(0.05 < gib < 100 for gib in told.stages["memory_gib"].values())
 
 
 def test_no_stage_waits_for_a_late_one(found: list[dict]) -> None:

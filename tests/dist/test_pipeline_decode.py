@@ -15,12 +15,12 @@ from torch.nn import functional
 from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.errors import UserError
 from ee_scale.exits.placement import exit_spec
-from ee_scale.modeling.policies import resolve_policy
 from ee_scale.grid import Layout, join_grid, leave_grid
 from ee_scale.inference.model import EarlyExitForCausalLM, untrained_exits
 from ee_scale.inference.pipeline import Decoded, PipelineDecoder, check_pipeline
 from ee_scale.inference.pipeline_model import load_decoding_stage, plan_decoding
 from ee_scale.inference.pipeline_rows import row_seed
+from ee_scale.modeling.policies import resolve_policy
 
 LAYERS = 5
 EXITS = (1, 2, 4)

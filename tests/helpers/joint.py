@@ -16,7 +16,7 @@ from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.backbone.shard import model_tensors
 from ee_scale.backbone.stages import plan_stages
 from ee_scale.config.groups import OptimConfig
-from ee_scale.config.schema import BackboneConfig, ExitsConfig, TrainConfig, TuneConfig
+from ee_scale.config.tune import BackboneConfig, ExitsConfig, TrainConfig, TuneConfig
 from ee_scale.engine import two_way
 from ee_scale.engine.joint import FINAL, JointPipelineEngine
 from ee_scale.exits.joint import JointStage, output_copies

@@ -14,7 +14,7 @@ from ee_scale.backbone.parallel import cut_dim
 from ee_scale.backbone.shard import BackboneStage, model_tensors
 from ee_scale.backbone.stages import StagePlan, plan_stages
 from ee_scale.config.groups import OptimConfig
-from ee_scale.config.schema import ExitsConfig, TrainConfig, TuneConfig
+from ee_scale.config.tune import ExitsConfig, TrainConfig, TuneConfig
 from ee_scale.engine import frozen
 from ee_scale.engine.frozen import FrozenPipelineEngine
 from ee_scale.exits.placement import exit_spec

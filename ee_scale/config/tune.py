@@ -1,0 +1,95 @@
+"""Settings of `ee-scale tune`."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ee_scale.config.groups import (
+    BatchConfig,
+    Choices,
+    DataConfig,
+    LauncherConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    above,
+    at_least,
+    one_of,
+    setting,
+)
+from ee_scale.modeling.kinds import KINDS
+
+
+@dataclass
+class ExitsConfig:
+    layers: Any = setting(
+        [0.25, 0.5, 0.75],
+        "where exits sit: layer numbers [3,6,9] (an exit at k reads the hidden state after k layers), "
+        "fractions of the depth [0.25,0.5], or 'stages' for every stage boundary",
+    )
+    kind: str = setting("mlp", "what an exit trains before its head", rule=Choices(KINDS))
+    head: str = setting(
+        "low_rank",
+        "output head: the frozen lm_head (tied), lm_head plus a low-rank update, or an own copy (full)",
+        rule=one_of("tied", "low_rank", "full"),
+    )
+    rank: int = setting(64, "rank r of the low-rank head", rule=at_least(1))
+    init: str = setting("copy", "start from the backbone's own modules, or random", rule=one_of("copy", "random"))
+    loss_weights: Any = setting(1.0, "weight of the exits' losses: one number, or one per exit")
+    loss_weight_init: float = setting(0.0, "loss weight at step 0 of the weight warm-up")
+    loss_weight_warmup_steps: int = setting(
+        0, "steps until the loss weights reach their value; 0: from the start", rule=at_least(0)
+    )
+    loss_weight_warmup_style: str = setting("linear", "shape of the weight warm-up", rule=one_of("linear", "cosine"))
+    confidence_weighting: bool = setting(
+        False, "weight each token's loss by the exit's own confidence (costs one more head pass)"
+    )
+    kl_weight: float = setting(
+        0.0,
+        "weight of KL(final layer || exit); needs every stage, and stages wait for the final layer",
+        rule=at_least(0),
+    )
+    kl_temperature: float = setting(1.0, "temperature of both distributions in the KL term", rule=above(0))
+    loss_chunk_tokens: int = setting(1024, "tokens whose logits exist at the same time", rule=at_least(1))
+
+
+@dataclass
+class BackboneConfig:
+    mode: str = setting(
+        "frozen",
+        "what trains beside the exits: nothing, low-rank adapters on the backbone, or all of it (EE-LLM); "
+        "choose with backbone=",
+        rule=one_of("frozen", "low_rank", "full"),
+    )
+    rank: int = setting(8, "rank r of the adapters", rule=at_least(1))
+    targets: list[str] = setting(["attention", "mlp"], "projections that get an adapter, of attention and mlp")
+    final_weight: float = setting(1.0, "weight of the model's own loss beside those of the exits", rule=at_least(0))
+    activation_checkpointing: bool = setting(
+        False, "keep only each layer's input for the backward pass and compute the rest again"
+    )
+
+    @property
+    def trains(self) -> bool:
+        """Whether gradients cross stages; then all stages run, and the model's own loss counts."""
+        return self.mode != "frozen"
+
+
+@dataclass
+class TrainConfig(BatchConfig):
+    steps: int = setting(1000, "optimizer steps", rule=at_least(1))
+
+
+@dataclass
+class TuneConfig:
+    """Train early exits on a frozen Hugging Face model, or together with it."""
+
+    out: str = setting("runs/tune", "output folder of the run")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    exits: ExitsConfig = field(default_factory=ExitsConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
