@@ -99,10 +99,10 @@ def measure(arguments: list[str], rank: int, world: int, rendezvous: str) -> dic
 
 def _plan(arguments: list[str]) -> tuple[Any, Any]:
     from ee_scale.config.compose import compose_config
-    from ee_scale.training.recipes import RECIPES
+    from ee_scale.training.recipe import recipe_of
 
     config = compose_config(arguments[0], arguments[1:])
-    return config, RECIPES[arguments[0]].of(config).plan
+    return config, recipe_of(arguments[0]).of(config).plan
 
 
 def _tune(config: Any, plan: Any, grid: Any) -> int:

@@ -12,14 +12,14 @@ from ee_scale.cli.console import console
 from ee_scale.config.schema import VERBS, TrainingConfig
 from ee_scale.planning.estimates import Plan
 from ee_scale.planning.fits import GIB, bytes_text, check_fits, device_type, is_bf16, room_of
-from ee_scale.training.recipes import RECIPES
+from ee_scale.training.recipe import recipe_of
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "overhead")
 
 
 def run(verb: str, config: TrainingConfig, overrides: Sequence[str]) -> int:
     """Print the plan. Raises `UserError` if a rank needs more memory than its device has."""
-    plan, terminal = RECIPES[verb].of(config).plan, console()
+    plan, terminal = recipe_of(verb).of(config).plan, console()
     print_settings(terminal, verb, config)
     print_stages(terminal, plan)
     print_traffic(terminal, plan)

@@ -22,7 +22,7 @@ from ee_scale.files import write_text
 from ee_scale.grid import Layout
 from ee_scale.log import configure_logging, log
 from ee_scale.planning.fits import check_fits
-from ee_scale.training.recipes import RECIPES
+from ee_scale.training.recipe import recipe_of
 
 TORCHRUN, SBATCH = "torchrun.sh", "slurm.sbatch"
 JOB = {"torchrun": "job.sh", "slurm": "job.sbatch"}  # their names in <out>/launch
@@ -59,7 +59,7 @@ def run(verb: str, config: TrainingConfig, overrides: Sequence[str]) -> int:
 def check_task(verb: str, config: TrainingConfig, overrides: Sequence[str]) -> Task:
     """The run that a config asks for. Raises `UserError` for what its launcher, its model or its grid refuses."""
     check_launcher(config.launcher)
-    recipe = RECIPES[verb].of(config)
+    recipe = recipe_of(verb).of(config)
     if config.launcher.kind == "local" or config.parallel.device_memory_gb is not None:
         check_fits(recipe.plan)  # this machine may not be like those that the run is for
     layout = recipe.plan.layout

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from ee_scale.cli.help import overview, prefix_help, verb_help
 from ee_scale.config.compose import compose_config, to_yaml
-from ee_scale.config.schema import PREFIXES, TRAINING_VERBS, VERBS
+from ee_scale.config.schema import PREFIXES, RECIPES, VERBS
 from ee_scale.errors import BAD_INPUT, FAILED, REQUEUE, Requeue, RunError, UserError
 from ee_scale.launching.signals import STOPPING
 from ee_scale.log import spelled
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         _prepare_libraries()
         _pick_accelerator(config)
-        if verb in TRAINING_VERBS:
+        if verb in RECIPES:
             return importlib.import_module(f"ee_scale.cli.{prefix or 'train'}").run(verb, config, rest) or 0
         return importlib.import_module(f"ee_scale.cli.{verb}").run(config, rest) or 0
     except KeyboardInterrupt:
@@ -77,8 +77,8 @@ def split_command(arguments: Sequence[str]) -> tuple[str | None, str | None, lis
         if not rest or rest[0] in ("-h", "--help"):
             return prefix, None, []
         first, *rest = rest
-        if first not in TRAINING_VERBS:
-            raise UserError(f"ee-scale {prefix} {first}: give a command that trains: {' or '.join(TRAINING_VERBS)}")
+        if first not in RECIPES:
+            raise UserError(f"ee-scale {prefix} {first}: give a command that trains: {' or '.join(RECIPES)}")
     if first not in VERBS:
         raise UserError(f"unknown command '{first}'; choose one of {', '.join([*VERBS, *PREFIXES])}")
     return prefix, first, rest

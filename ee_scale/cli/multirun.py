@@ -16,7 +16,7 @@ from rich.table import Table
 from ee_scale.cli.console import console
 from ee_scale.cli.launch import Task, check_task, start
 from ee_scale.config.compose import PATH_SHORTHANDS, compose_config, find_setting
-from ee_scale.config.schema import TRAINING_VERBS, TrainingConfig
+from ee_scale.config.schema import RECIPES, TrainingConfig
 from ee_scale.config.words import is_text, sweep_values, write_word
 from ee_scale.errors import FAILED, REQUEUE, UserError
 from ee_scale.launching.signals import passing_on
@@ -42,8 +42,8 @@ def run(prefix: str | None, verb: str, arguments: Sequence[str]) -> int:
 
     All of them are composed and checked (`UserError`) before the first one starts.
     """
-    if verb not in TRAINING_VERBS or prefix not in (None, "launch"):
-        raise UserError(f"-m: goes with {', '.join(TRAINING_VERBS)} and launch, not with {prefix or verb}")
+    if verb not in RECIPES or prefix not in (None, "launch"):
+        raise UserError(f"-m: goes with {', '.join(RECIPES)} and launch, not with {prefix or verb}")
     combinations = expand(verb, [word for word in arguments if word not in FLAGS])
     config = combinations[0].config
     configure_logging(0, config.logging.level)

@@ -25,8 +25,7 @@ from ee_scale.grid import Grid, join_grid, launch_info
 from ee_scale.launching.job import log_as_rank, rank_device
 from ee_scale.launching.ranks import run_ranks
 from ee_scale.reading import write_json
-from ee_scale.training.recipe import Recipe
-from ee_scale.training.recipes import RECIPES
+from ee_scale.training.recipe import Recipe, recipe_of
 
 FOLDER = "trace"
 
@@ -35,7 +34,7 @@ def run(verb: str, config: TrainingConfig, overrides: Sequence[str]) -> int:
     """Trace the command `verb`. The ranks are started like those of the command itself."""
     log_as_rank(config)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # lines of torch's profiler about itself
-    recipe = RECIPES[verb].of(replace(config, train=replace(config.train, verify_frozen=False)))  # it takes time
+    recipe = recipe_of(verb).of(replace(config, train=replace(config.train, verify_frozen=False)))  # it takes time
     layout, launched = recipe.plan.layout, launch_info()
     _check_window(config.logging, recipe.last_phase_steps)
     device = rank_device(config.parallel, layout, launched)

@@ -7,14 +7,13 @@ from rich.table import Table
 from ee_scale.cli.console import console
 from ee_scale.config.schema import TrainingConfig
 from ee_scale.launching.job import log_as_rank, run_job
-from ee_scale.training.recipe import Words
-from ee_scale.training.recipes import RECIPES
+from ee_scale.training.recipe import Words, recipe_of
 
 
 def run(verb: str, config: TrainingConfig, overrides: Sequence[str]) -> int:
     """Train."""
     log_as_rank(config)
-    recipe = RECIPES[verb].of(config)
+    recipe = recipe_of(verb).of(config)
     return run_job(recipe, overrides, lambda: show(recipe.words()))
 
 

@@ -267,7 +267,8 @@ PREFIXES = {
     "trace": "Run a few steps and write what every stage did when: Chrome traces and a timeline.",
     "launch": "Start a run here, on several machines, or as a SLURM job (launcher=local|torchrun|slurm).",
 }
-TRAINING_VERBS = ("tune", "supernet")
+# The commands that train, with the class of each recipe (by name: its import takes torch).
+RECIPES = {"tune": "ee_scale.training.tune.Tune", "supernet": "ee_scale.training.supernet.Supernet"}
 TrainingConfig = TuneConfig | SupernetConfig
 Config = (
     TrainingConfig

@@ -1,9 +1,10 @@
 """A way of training: what is decided before any process starts, and what each rank then does.
 
 `launching.job` drives every recipe through its run: prepare once, build on each rank, step, save, go on. `ee-scale
-check` and `ee-scale trace` ask the same objects. A recipe is added in `training.recipes`.
+check` and `ee-scale trace` ask the same objects. A recipe is added in `config.schema.RECIPES`.
 """
 
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 import torch
 from torch import nn
 
-from ee_scale.config.schema import TrainingConfig
+from ee_scale.config.schema import RECIPES, TrainingConfig
 from ee_scale.engine.observed import ObservedEngine
 from ee_scale.grid import Grid
 from ee_scale.planning.estimates import Plan
@@ -180,3 +181,9 @@ class Recipe(ABC, Generic[ConfigType, PlanType]):
     @abstractmethod
     def words(self) -> Words:
         """The plan, for a person."""
+
+
+def recipe_of(verb: str) -> type[Recipe[Any, Any]]:
+    """The recipe that a command runs."""
+    module, _, name = RECIPES[verb].rpartition(".")
+    return getattr(importlib.import_module(module), name)

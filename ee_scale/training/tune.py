@@ -186,8 +186,10 @@ def optimizer_name(k: int) -> str:
     return f"optimizer_{k:03d}.safetensors"
 
 
-def start_run(plan: TunePlan, grid: Grid, dataset: Dataset | None = None) -> TuneRun:
-    """Build and load this rank's stage and wrap it in the engine. All ranks call it."""
+def start_run(
+    plan: TunePlan, grid: Grid, dataset: Dataset | None = None, joint: type[JointStage] = JointStage
+) -> TuneRun:
+    """Build and load this rank's stage and wrap it in the engine; all ranks call it. `joint`: where it trains."""
     config = plan.config
     bf16 = uses_bf16(config.train.precision, grid.device)
     stage = build_stage(
@@ -199,7 +201,7 @@ def start_run(plan: TunePlan, grid: Grid, dataset: Dataset | None = None) -> Tun
         attn_implementation=config.model.attn_implementation,
         teacher=config.exits.kl_weight > 0,
         decoding=plan.backbone.trains,
-        cls=JointStage if plan.backbone.trains else TuningStage,
+        cls=joint if plan.backbone.trains else TuningStage,
     )
     tensors = model_tensors(plan.model_dir, plan.model_config)
     load_stage(stage, tensors, grid, init=config.exits.init, seed=config.train.seed)

@@ -16,8 +16,8 @@ import torch
 from helpers.deprecations import forbid_deprecated_calls
 from helpers.spawn import CHILD_ENVIRONMENT, PRELOAD
 
-VERBS = ("tune", "supernet", "palette", "export", "evaluate", "generate")
-MODULES = [*PRELOAD, *(f"ee_scale.cli.{verb}" for verb in VERBS)]
+COMMANDS = ("train", "palette", "export", "evaluate", "generate")
+MODULES = [*PRELOAD, *(f"ee_scale.cli.{command}" for command in COMMANDS)]
 
 
 @dataclass(frozen=True)
