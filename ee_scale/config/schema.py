@@ -21,6 +21,7 @@ from ee_scale.config.groups import (
 from ee_scale.config.supernet import PaletteConfig, SupernetConfig
 from ee_scale.config.tune import TuneConfig
 from ee_scale.modeling.kinds import KINDS
+from ee_scale.modeling.policy_names import POLICIES, SCORED
 
 FINITE = Rule("must be above 0", lambda value: 0 < value < inf)
 SHARE = Rule("must be between 0 and 1", lambda value: 0 < value < 1)
@@ -69,9 +70,7 @@ class EvaluateConfig:
         None, "field of a .jsonl line that names the group of the text (task, customer): figures per group as well"
     )
     sweep: bool = setting(False, "try 21 limits, the lossless mode and the calibrated limits: quality against speed")
-    policy: str = setting(
-        "threshold", "what the sweep's limits apply to", rule=one_of("threshold", "entropy", "margin")
-    )
+    policy: str = setting("threshold", "what the sweep's limits apply to", rule=Choices(SCORED))
     prompts: int = setting(
         8,
         "prompts of the sweep's timed decoding; 0: no timing",
@@ -99,7 +98,7 @@ class CalibrateConfig:
     )
     loss_increase: float | None = setting(None, "instead: how much the mean loss may grow, nats per token")
     confidence: float = setting(0.95, "chance, over the choice of the text, that the bound holds")
-    policy: str = setting("threshold", "what the limits apply to", rule=one_of("threshold", "entropy", "margin"))
+    policy: str = setting("threshold", "what the limits apply to", rule=Choices(SCORED))
     unit: str = setting(
         "window",
         "what counts as drawn independently: windows (every token weighs the same), or only whole documents "
@@ -203,7 +202,7 @@ class GenerateConfig:
         "off",
         "when a token leaves at an exit: never, by a limit on its score, after agreeing exits, always at one; "
         "lossless: exits draft and the model verifies, same output",
-        rule=one_of("off", "threshold", "entropy", "margin", "patience", "fixed", "lossless"),
+        rule=Choices(POLICIES),
     )
     threshold: Any = setting(None, "limit of the policy's score: a number, or one per exit; null: as calibrated")
     layer: int | None = setting(None, "the exit of fixed; the drafting exit of lossless (null: by measured cost)")

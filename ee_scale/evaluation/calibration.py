@@ -16,7 +16,7 @@ import torch
 
 from ee_scale.errors import UserError
 from ee_scale.evaluation.records import Outcome, Records, outcome, simulate
-from ee_scale.modeling.policies import NEVER, ExitPolicy
+from ee_scale.modeling.policies import NEVER, SCORES, ExitPolicy
 
 PATH_POINTS = 100
 LEARN_SHARE = 0.25  # of the units choose the candidates, the others test them
@@ -175,7 +175,7 @@ def threshold_path(records: Records, goal: Goal, points: int = PATH_POINTS) -> l
         result = Outcome(records.matches[at], records.losses[at], records.units)
         harm = goal.harm(result, records.final_losses)
         scores = records.scores[goal.policy][at].double()
-        order = torch.argsort(scores if goal.policy == "entropy" else -scores)
+        order = torch.argsort(scores if SCORES[goal.policy].low else -scores)
         scores, counts = scores[order], torch.arange(1, len(order) + 1)
         ends = counts >= MIN_SHARE * len(order)
         ends[:-1] &= scores[1:] != scores[:-1]  # tokens with the same score pass together

@@ -54,7 +54,7 @@ def sweep_limits(records: Records, policy: str) -> list[float]:
     """21 limits from never leaving (or nearly so) to always leaving at the first exit: 1.00, 0.95, .. 0 for
     probabilities; quantiles of the entropies that were seen, smallest first.
     """
-    if policy == "entropy":
+    if SCORES[policy].low:
         steps = torch.linspace(0, 1, SWEEP_POINTS, dtype=torch.float64)
         return torch.quantile(_sampled(records.scores[policy]).double(), steps).tolist()
     return [1 - i / (SWEEP_POINTS - 1) for i in range(SWEEP_POINTS)]

@@ -11,12 +11,37 @@ from typing import Any
 
 import torch
 
-POLICIES = ("off", "threshold", "entropy", "margin", "patience", "fixed", "lossless")
+from .policy_names import POLICIES
+
 MAX_DRAFT = 12  # drafts per pass, where their number is not fixed
-# A limit that no score reaches: the exit is never taken (and never computed).
-NEVER = {"threshold": inf, "entropy": -inf, "margin": inf}
 LARGEST_LIMIT, LARGEST_ID = 1e30, 1 << 31
 CALIBRATION_KEY = "early_exit_calibration"  # in generation_config.json
+
+
+@dataclass(frozen=True)
+class Score:
+    """What the limits of a policy apply to.
+
+    Attributes:
+        of: probabilities [..., V] -> [...]; low: whether a token leaves at a limit and below, not at and above.
+    """
+
+    of: Callable[[torch.Tensor], torch.Tensor]
+    low: bool = False
+
+
+def _margin(p: torch.Tensor) -> torch.Tensor:
+    best, second = p.topk(2, dim=-1).values.unbind(-1)
+    return best - second
+
+
+SCORES = {
+    "threshold": Score(lambda p: p.amax(-1)),
+    "entropy": Score(lambda p: torch.special.entr(p).sum(-1), low=True),
+    "margin": Score(_margin),
+}
+# A limit that no score reaches: the exit is never taken (and never computed).
+NEVER = {name: -inf if score.low else inf for name, score in SCORES.items()}
 
 
 @dataclass(frozen=True)
@@ -137,19 +162,16 @@ def _check_layers(name: str, layers: tuple[int, ...], layer: Any, min_layer: Any
 
 
 def score(name: str, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [..., V] -> (what `name` compares with its limit, fp32 [...]; the most likely token, int64 [...])."""
-    tokens, p = logits.argmax(-1), logits.float().softmax(-1)
-    if name == "entropy":
-        return torch.special.entr(p).sum(-1), tokens
-    if name == "margin":
-        best, second = p.topk(2, dim=-1).values.unbind(-1)
-        return best - second, tokens
-    return p.gather(-1, tokens[..., None])[..., 0], tokens
+    """Logits [..., V] -> (what `name` compares with its limit, fp32 [...]; the most likely token, int64 [...]).
+
+    Of a policy without limits: the highest probability.
+    """
+    return SCORES.get(name, SCORES["threshold"]).of(logits.float().softmax(-1)), logits.argmax(-1)
 
 
 def passes(name: str, scores: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
     """Whether scores [R] are good enough for limits [R] (or [1])."""
-    return scores <= limits if name == "entropy" else scores >= limits
+    return scores <= limits if SCORES[name].low else scores >= limits
 
 
 class Decisions:
