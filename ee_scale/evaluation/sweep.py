@@ -12,6 +12,7 @@ from ee_scale.errors import UserError, one_line
 from ee_scale.evaluation.calibration import Limits, calibrated_layers, limit_policy
 from ee_scale.evaluation.per_exit import Gap, largest_gap
 from ee_scale.evaluation.records import Outcome, Records, outcome, simulate
+from ee_scale.modeling.policies import SCORES
 
 SWEEP_POINTS = 21
 BATCH_SIZES = (1, 8)
