@@ -14,7 +14,7 @@ from ee_scale.elastic.architecture import ElasticMap, TensorAxes
 from ee_scale.elastic.order import undeal
 from ee_scale.elastic.stage import ElasticStage
 from ee_scale.elastic.subnet import SubnetSpec
-from ee_scale.families.family import SHARDED, VOCAB
+from ee_scale.families.family import HEAD_DIM, SHARDED, VOCAB
 
 TARGETS = ("attention", "mlp", "embeddings", "head")
 
@@ -80,7 +80,7 @@ class FactorSet(nn.Module):
             local = stage.local(start, tensor, None).to(stage.grid.device, stage.dtype).contiguous()
             parameter = nn.Parameter(local)
             _mark_cut(parameter, tensor)
-            if tensor.axes == ("whole",) and stage.grid.layout.tp > 1:
+            if tensor.axes == (HEAD_DIM,) and stage.grid.layout.tp > 1:
                 _sum_gradient(parameter, stage)
             stage.elastic[module].trained.setdefault(index, {})[leaf] = parameter
             self.axes[name], self.named[name] = tensor, parameter
