@@ -41,8 +41,8 @@ from ee_scale.elastic.factors import FactorPlan
 from ee_scale.elastic.order import UnitOrder
 from ee_scale.elastic.sampling import RANDOM, Draw
 from ee_scale.elastic.subnet import SubnetSpec
-from ee_scale.evaluation.supernet import Judge
 from ee_scale.grid import Grid, Layout, join_grid
+from ee_scale.palettes.judge import Judge
 from ee_scale.training.loop import Loop
 from ee_scale.training.schedules import LearningRate
 from ee_scale.training.supernet import (

@@ -20,8 +20,8 @@ from ee_scale.config.schema import CalibrateConfig
 from ee_scale.data.inputs import load_tokenizer, sources
 from ee_scale.errors import UserError
 from ee_scale.evaluation.calibration import LOSS_CAP, Calibrated, Goal, calibrate, shortlist
+from ee_scale.evaluation.quality_report import calibration_table, tag_calibration_table
 from ee_scale.evaluation.records import Records, Window, batched, collect
-from ee_scale.evaluation.report import calibration_table, tag_calibration_table
 from ee_scale.evaluation.tags import document_windows
 from ee_scale.files import write_text
 from ee_scale.grid import pick_device

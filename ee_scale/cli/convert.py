@@ -8,12 +8,12 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from ee_scale.cli.console import console
 from ee_scale.config.convert import ConvertConfig
-from ee_scale.convert.copying import differing_copies
-from ee_scale.convert.job import Conversion
-from ee_scale.convert.job import run as write_files
-from ee_scale.convert.plan import make_conversion, open_result
-from ee_scale.convert.show import plan_lines, summary
-from ee_scale.convert.verify import TOKENS, verify
+from ee_scale.conversion.check.verify import TOKENS, verify
+from ee_scale.conversion.copying import differing_copies
+from ee_scale.conversion.execute import Conversion
+from ee_scale.conversion.execute import run as write_files
+from ee_scale.conversion.plan import make_conversion, open_result
+from ee_scale.conversion.show import plan_lines, summary
 from ee_scale.errors import UserError
 from ee_scale.log import configure_logging
 

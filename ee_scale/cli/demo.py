@@ -23,7 +23,7 @@ from ee_scale.data.loader import batches
 from ee_scale.data.text import prepare_text
 from ee_scale.evaluation.colours import coloured_text, first_agreeing_exits, legend
 from ee_scale.evaluation.per_exit import ExitQuality
-from ee_scale.evaluation.report import plot_quality, quality_table
+from ee_scale.evaluation.quality_report import plot_quality, quality_table
 from ee_scale.files import published, remove_folder
 from ee_scale.inference.model import EarlyExitForCausalLM
 from ee_scale.log import configure_logging

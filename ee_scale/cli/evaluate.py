@@ -17,7 +17,7 @@ from ee_scale.data.encode import without_row
 from ee_scale.data.inputs import load_tokenizer, sources
 from ee_scale.data.text import prepare_text
 from ee_scale.errors import UserError
-from ee_scale.evaluation import report
+from ee_scale.evaluation import quality_report
 from ee_scale.evaluation.per_exit import ExitQuality, exit_qualities
 from ee_scale.evaluation.records import Records, Window, batched, collect
 from ee_scale.evaluation.sweep import SweepPoint, calibrated_point, sweep, time_points
@@ -47,17 +47,17 @@ def run(config: EvaluateConfig, overrides: Sequence[str]) -> int:
     records = collect(model, with_progress(batched(windows, config.batch_size), "measuring"), sorted(policies))
     out, rows, tokens = console(), exit_qualities(records), len(records.units)
     title = f"{config.model} on {config.data}, {tokens:,} tokens"
-    out.print(report.quality_table(rows, title))
+    out.print(quality_report.quality_table(rows, title))
     facts = {"model": str(config.model), "data": sources(config.data), "tokens": tokens, **_tags(records, out)}
     points = _points(config, model, records, calibration, prompts)
     if points:
         title = f"leaving early: {tokens:,} tokens given the true text before them"
-        out.print(report.sweep_table(points, title + (", and greedy decoding" if points[-1].speed else "")))
+        out.print(quality_report.sweep_table(points, title + (", and greedy decoding" if points[-1].speed else "")))
     if points and points[0].tags:
-        out.print(report.tag_sweep_table(points, "leaving early, per tag"))
-        out.print(report.match_gap_sentence(points), highlight=False)
+        out.print(quality_report.tag_sweep_table(points, "leaving early, per tag"))
+        out.print(quality_report.match_gap_sentence(points), highlight=False)
     if config.out:
-        report.write_report(Path(config.out).expanduser(), rows, facts, points)
+        quality_report.write_report(Path(config.out).expanduser(), rows, facts, points)
     return 0
 
 
@@ -143,8 +143,8 @@ def _tags(records: Records, out: Any) -> dict[str, Any]:
     if not by_tag:
         return {}
     rows, tokens = ({tag: item[i] for tag, item in by_tag.items()} for i in (0, 1))
-    out.print(report.tag_table(rows, tokens, "per tag"))
-    out.print(report.agreement_gap_sentence(rows), highlight=False)
+    out.print(quality_report.tag_table(rows, tokens, "per tag"))
+    out.print(quality_report.agreement_gap_sentence(rows), highlight=False)
     values = {tag: {"tokens": tokens[tag], "exits": [row.to_json() for row in rows[tag]]} for tag in rows}
     return {"tags": values}
 

@@ -8,14 +8,14 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from ee_scale.cli.console import console
-from ee_scale.cli.generate_job import Job, check_config, check_model, check_prompts
-from ee_scale.cli.generate_run import Answers, decode_here, decode_on_grid
 from ee_scale.config.schema import GenerateConfig
 from ee_scale.data.inputs import load_tokenizer
 from ee_scale.errors import UserError
 from ee_scale.evaluation.colours import PieceStreamer, legend, paint
 from ee_scale.files import write_text
 from ee_scale.grid import Layout, launch_info, pick_device, world_size_message
+from ee_scale.inference.request import Job, check_config, check_model, check_prompts
+from ee_scale.inference.run import Answers, decode_here, decode_on_grid
 from ee_scale.launching.ranks import run_ranks
 from ee_scale.log import configure_logging, visible
 

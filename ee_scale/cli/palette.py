@@ -11,9 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from yaml import YAMLError
 
-from ee_scale.artifact.manifest import Device, Manifest, Member, Tried, write_manifest
 from ee_scale.artifact.run_folder import CONFIG
-from ee_scale.artifact.subnet import TrainedSupernet, read_supernet, subnet_model, write_subnet
 from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.cli.console import console
 from ee_scale.config.compose import from_yaml
@@ -26,16 +24,18 @@ from ee_scale.data.loader import windows
 from ee_scale.data.text import prepare_text
 from ee_scale.elastic.extract import is_tied
 from ee_scale.elastic.order import UnitOrder
-from ee_scale.elastic.search import Candidate, pareto, search, verified
 from ee_scale.elastic.stage import base_tensors
 from ee_scale.elastic.subnet import SearchSpace, SubnetSpec
 from ee_scale.errors import UserError, one_line
-from ee_scale.evaluation.edge import EdgeMeasure, measure_edge
-from ee_scale.evaluation.palette_report import palette_table, recommendations, write_palette_report
-from ee_scale.evaluation.supernet import Judge, PartTimes
 from ee_scale.files import new_folder, remove_folder
 from ee_scale.grid import Layout, join_grid, pick_device
 from ee_scale.log import configure_logging
+from ee_scale.palettes.cut_out import TrainedSupernet, read_supernet, subnet_model, write_subnet
+from ee_scale.palettes.edge import EdgeMeasure, measure_edge
+from ee_scale.palettes.judge import Judge, PartTimes
+from ee_scale.palettes.manifest import Device, Manifest, Member, Tried, write_manifest
+from ee_scale.palettes.recommend import palette_table, recommendations, write_palette_report
+from ee_scale.palettes.search import Candidate, pareto, search, verified
 from ee_scale.planning.supernet import SupernetPlan, plan_supernet
 from ee_scale.training.supernet import ORDER, build_stage, open_phases, start_run
 from ee_scale.training.supernet_data import encode_labelled

@@ -124,7 +124,7 @@ def _rank(
 
 def _measure_here() -> None:
     from ee_scale.cli import palette
-    from ee_scale.evaluation import edge
+    from ee_scale.palettes import edge
 
     def measure(folder: Path, task: str, **options: Any) -> edge.EdgeMeasure:
         found = edge._measure(str(folder), task, **options)
