@@ -43,8 +43,9 @@ COMMANDS = {
 def no_ranks(tmp_path, monkeypatch):
     """An empty working directory, where nothing may start."""
     monkeypatch.chdir(tmp_path)
-    for module, name in (("job", "run_ranks"), ("job", "join_grid"), ("trace", "run_ranks"), ("trace", "join_grid")):
-        monkeypatch.setattr(f"ee_scale.cli.{module}.{name}", lambda *_: pytest.fail("a rank was started"))
+    for module in ("launching.job", "cli.trace"):
+        for name in ("run_ranks", "join_grid"):
+            monkeypatch.setattr(f"ee_scale.{module}.{name}", lambda *_: pytest.fail("a rank was started"))
 
 
 def refused(arguments: list[str], capsys) -> str:

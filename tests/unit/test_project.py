@@ -25,6 +25,7 @@ SOURCES = sorted((ROOT / "ee_scale").rglob("*.py"))
 ORDER = [
     "errors",
     "log",
+    "progress",
     "files",
     "reading",
     "modeling",
