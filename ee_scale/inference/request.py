@@ -22,7 +22,7 @@ OPTIONS = ("threshold", "patience", "layer", "min_layer", "max_pending", "draft_
 
 
 @dataclass(frozen=True)
-class Job:
+class Request:
     """A checked command.
 
     Attributes:
@@ -101,7 +101,7 @@ def check_model(config: GenerateConfig) -> ModelFolder:
     return folder
 
 
-def check_prompts(config: GenerateConfig, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase) -> Job:
+def check_prompts(config: GenerateConfig, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase) -> Request:
     """Read and encode the prompts. Raises `UserError`."""
     texts = read_prompts(config)
     prompts = encode_prompts(texts, tokenizer, folder.config, config)
@@ -114,7 +114,7 @@ def check_prompts(config: GenerateConfig, folder: ModelFolder, tokenizer: PreTra
     streams = len(texts) == 1 and config.out is None and (folder.generation_config().num_beams or 1) == 1
     if config.show_exits and not streams:
         raise UserError(f"show_exits=true: colours one answer on the terminal, not {len(texts)} prompts or a file")
-    return Job(config, folder, tokenizer, texts, prompts, tags, streams)
+    return Request(config, folder, tokenizer, texts, prompts, tags, streams)
 
 
 def read_policy(

@@ -16,7 +16,7 @@ from ee_scale.grid import Grid, Layout, join_grid
 from ee_scale.inference.model import open_model
 from ee_scale.inference.pipeline import PipelineDecoder
 from ee_scale.inference.pipeline_model import load_decoding_stage, plan_decoding
-from ee_scale.inference.request import Job, plain_words, policy_options
+from ee_scale.inference.request import Request, plain_words, policy_options
 from ee_scale.inference.settings import end_marks, new_lengths, stop_criterion
 from ee_scale.modeling.decision_log import DecisionLog
 from ee_scale.modeling.trail import request_names
@@ -42,20 +42,25 @@ class Answers:
                 self.stats[name] = self.stats.get(name, 0) + stats[name]
 
 
-def decode_here(job: Job, device: torch.device, streamer: Any = None) -> Answers:
+def decode_here(request: Request, device: torch.device, streamer: Any = None) -> Answers:
     """All batches in this process, through the model's own `generate`."""
-    config, answers = job.config, Answers()
-    model = open_model(job.folder.path, dtype=DTYPES.get(config.dtype, "auto")).to(device).eval()
+    config, answers = request.config, Answers()
+    model = open_model(request.folder.path, dtype=DTYPES.get(config.dtype, "auto")).to(device).eval()
     options = policy_options(config)
-    settings = {**job.sampling(), "return_dict_in_generate": True, "streamer": streamer, "tokenizer": job.tokenizer}
+    settings = {
+        **request.sampling(),
+        "return_dict_in_generate": True,
+        "streamer": streamer,
+        "tokenizer": request.tokenizer,
+    }
     log = DecisionLog(Path(config.log).expanduser()) if config.log else None
-    if job.folder.exits is not None:
+    if request.folder.exits is not None:
         settings |= {"exit_policy": config.policy, **{f"exit_{name}": value for name, value in options.items()}}
     torch.manual_seed(config.seed)
-    ends, stop = end_marks(model.generation_config), stop_criterion(model.generation_config, job.tokenizer)
-    pad = token_with_row(job.folder.config.vocab_size, job.tokenizer.pad_token_id, *sorted(ends))
+    ends, stop = end_marks(model.generation_config), stop_criterion(model.generation_config, request.tokenizer)
+    pad = token_with_row(request.folder.config.vocab_size, request.tokenizer.pad_token_id, *sorted(ends))
     start = time.perf_counter()
-    for prompts, tags in job.batches():
+    for prompts, tags in request.batches():
         width = max(map(len, prompts))
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -68,7 +73,7 @@ def decode_here(job: Job, device: torch.device, streamer: Any = None) -> Answers
         lengths = new_lengths(output.sequences, width, model.generation_config, stop)
         tokens = [row[width : width + n].tolist() for row, n in zip(output.sequences, lengths, strict=True)]
         layers = getattr(output, "exit_layers", None)
-        layers = [[job.num_layers] * len(row) for row in tokens] if layers is None else layers.tolist()
+        layers = [[request.num_layers] * len(row) for row in tokens] if layers is None else layers.tolist()
         layers = [own[: len(row)] for own, row in zip(layers, tokens, strict=True)]
         answers.add(tokens, layers, getattr(output, "exit_stats", None) or {})
     answers.seconds = time.perf_counter() - start
@@ -80,21 +85,21 @@ def decode_here(job: Job, device: torch.device, streamer: Any = None) -> Answers
 def decode_on_grid(
     config: GenerateConfig,
     folder: ModelFolder,
-    job: Job | None,
+    request: Request | None,
     layout: Layout,
     device: torch.device,
     streamer: Any = None,
 ) -> Answers:
-    """All batches, as one rank of the grid; rank 0 has the job and gets the answers."""
+    """All batches, as one rank of the grid; rank 0 has the request and gets the answers."""
     grid = join_grid(layout, device, config.parallel.timeout_minutes)
-    prompts, tags = grid.from_rank_0((job.prompts, job.tags) if job else None)
-    job = job or Job(config, folder, None, [], prompts, tags, streams=False)
-    decoder = _decoder(job, grid)
+    prompts, tags = grid.from_rank_0((request.prompts, request.tags) if request else None)
+    request = request or Request(config, folder, None, [], prompts, tags, streams=False)
+    decoder = _decoder(request, grid)
     tokenizer = load_tokenizer(folder.base, "model") if folder.generation_config().stop_strings else None
     log = DecisionLog(Path(config.log).expanduser()) if config.log and grid.rank == 0 else None
     answers, start = Answers(), time.perf_counter()
-    for number, (rows, tags) in enumerate(job.batches()):
-        first, policy = number * config.batch_size, job.policy(tags, len(rows))
+    for number, (rows, tags) in enumerate(request.batches()):
+        first, policy = number * config.batch_size, request.policy(tags, len(rows))
         decoded = decoder.generate(
             rows,
             policy,
@@ -102,13 +107,13 @@ def decode_on_grid(
             first_row=first,
             streamer=streamer,
             tokenizer=tokenizer,
-            **job.sampling(),
+            **request.sampling(),
         )
         if decoded is None:
             continue
         answers.add(decoded.tokens, decoded.exit_layers, {})
         if log is not None:
-            log.describe(job.num_layers, policy.layers, policy.name)
+            log.describe(request.num_layers, policy.layers, policy.name)
             names = request_names(len(rows))
             for row, layers in enumerate(decoded.exit_layers):
                 for index, layer in enumerate(layers):
@@ -120,10 +125,10 @@ def decode_on_grid(
     return answers
 
 
-def _decoder(job: Job, grid: Grid) -> PipelineDecoder:
-    config, folder, parallel = job.config, job.folder, job.config.parallel
+def _decoder(request: Request, grid: Grid) -> PipelineDecoder:
+    config, folder, parallel = request.config, request.folder, request.config.parallel
     # All exits that some prompt may take.
-    layers = {k for rows, tags in job.batches() for k in job.policy(tags, len(rows)).layers}
+    layers = {k for rows, tags in request.batches() for k in request.policy(tags, len(rows)).layers}
     plan = plan_decoding(folder, parallel.tp, parallel.pp, sorted(layers), parallel.stages)
     dtype = DTYPES.get(config.dtype) or getattr(folder.config, "dtype", None) or torch.float32
     stage = load_decoding_stage(folder, plan, grid, dtype)

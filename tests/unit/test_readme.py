@@ -9,8 +9,8 @@ import pytest
 import ee_scale
 from ee_scale.cli.main import main, split_command
 from ee_scale.cli.models import model_rows
-from ee_scale.cli.multirun import expand
 from ee_scale.config.compose import compose_config
+from ee_scale.launching.multirun import expand
 
 ROOT = Path(ee_scale.__file__).parents[1]
 README = (ROOT / "README.md").read_text()
