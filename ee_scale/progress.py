@@ -24,7 +24,7 @@ T = TypeVar("T")
 def tracked(items: Sequence[T], text: str) -> Iterator[T]:
     """The items, with a bar."""
     terminal = Terminal(stderr=True)
-    yield from track(items, text, console=terminal, transient=True, disable=not shows(terminal))
+    yield from track(items, text, console=terminal, transient=True, disable=not _shows(terminal))
 
 
 @contextmanager
@@ -49,7 +49,7 @@ def stages() -> Iterator[Callable[[str, float], None]]:
         yield lambda what, share: bar.update(bar.task_ids[0], description=what, completed=share)
 
 
-def shows(terminal: Terminal) -> bool:
+def _shows(terminal: Terminal) -> bool:
     """Whether somebody looks at it while it changes."""
     return terminal.is_terminal or terminal.is_jupyter
 
@@ -57,6 +57,6 @@ def shows(terminal: Terminal) -> bool:
 @contextmanager
 def _bar(total: float, *columns: ProgressColumn) -> Iterator[Progress]:
     terminal = Terminal(stderr=True)
-    with Progress(*columns, console=terminal, transient=True, disable=not shows(terminal)) as bar:
+    with Progress(*columns, console=terminal, transient=True, disable=not _shows(terminal)) as bar:
         bar.add_task("", total=total)
         yield bar

@@ -1,11 +1,8 @@
 """`ee-scale generate`: continue prompts on one device, or on a grid of stages and tensor ranks."""
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerBase
 
 from ee_scale.cli.console import console
 from ee_scale.config.schema import GenerateConfig
@@ -15,7 +12,7 @@ from ee_scale.evaluation.colours import PieceStreamer, legend, paint
 from ee_scale.files import write_text
 from ee_scale.grid import Layout, launch_info, pick_device, world_size_message
 from ee_scale.inference.request import Request, check_config, check_model, check_prompts
-from ee_scale.inference.run import Answers, decode_here, decode_on_grid
+from ee_scale.inference.run import Answers, answer_lines, decode_here, decode_on_grid
 from ee_scale.launching.ranks import run_ranks
 from ee_scale.log import configure_logging, visible
 
@@ -49,16 +46,11 @@ def run(config: GenerateConfig, overrides: Sequence[str]) -> int:
 def finish(request: Request, answers: Answers) -> None:
     """Write what was not streamed, then one line of numbers to stderr."""
     if not request.streams:
-        lines = []
-        for text, tokens, layers in zip(request.texts, answers.tokens, answers.layers, strict=True):
-            line = {"prompt": text, "text": _decode(request.tokenizer, tokens), "tokens": len(tokens)}
-            if request.config.policy != "off":
-                line["exit_layers"] = layers
-            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        lines = answer_lines(request, answers)
         if request.config.out is None:
-            sys.stdout.write(_for_stdout("".join(lines)))
+            sys.stdout.write(_for_stdout(lines))
         else:
-            write_text(Path(request.config.out).expanduser(), "".join(lines))
+            write_text(Path(request.config.out).expanduser(), lines)
     flat, err = [k for layers in answers.layers for k in layers], console(stderr=True)
     if request.config.show_exits:
         shown = [None if k == request.num_layers else k for k in flat]
@@ -107,7 +99,3 @@ def open_stream(request: Request) -> Stream:
 def _for_stdout(text: str) -> str:
     """A pipe or file gets the text as it is; on a terminal it must not give commands."""
     return visible(text) if sys.stdout.isatty() else text
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
-    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)

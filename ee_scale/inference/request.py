@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.config.schema import GenerateConfig
+from ee_scale.data.inputs import load_tokenizer
 from ee_scale.errors import UserError, one_line
 from ee_scale.inference.pipeline import check_pipeline
 from ee_scale.inference.pipeline_model import plan_decoding
@@ -115,6 +116,13 @@ def check_prompts(config: GenerateConfig, folder: ModelFolder, tokenizer: PreTra
     if config.show_exits and not streams:
         raise UserError(f"show_exits=true: colours one answer on the terminal, not {len(texts)} prompts or a file")
     return Request(config, folder, tokenizer, texts, prompts, tags, streams)
+
+
+def checked_request(config: GenerateConfig) -> Request:
+    """Everything that a config asks for, with its prompts. Raises `UserError`."""
+    check_config(config)
+    folder = check_model(config)
+    return check_prompts(config, folder, load_tokenizer(folder.base, "model"))
 
 
 def read_policy(

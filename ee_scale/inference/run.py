@@ -1,5 +1,6 @@
 """Run a checked `generate` command: on one device, or as one rank of a grid."""
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -40,6 +41,18 @@ class Answers:
         for name in ("drafted", "accepted", "audited", "agreed"):
             if name in stats:
                 self.stats[name] = self.stats.get(name, 0) + stats[name]
+
+
+def answer_lines(request: Request, answers: Answers) -> str:
+    """A JSON object per prompt, each in a line."""
+    lines = []
+    for text, tokens, layers in zip(request.texts, answers.tokens, answers.layers, strict=True):
+        said = request.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        line = {"prompt": text, "text": said, "tokens": len(tokens)}
+        if request.config.policy != "off":
+            line["exit_layers"] = layers
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    return "".join(lines)
 
 
 def decode_here(request: Request, device: torch.device, streamer: Any = None) -> Answers:

@@ -52,14 +52,15 @@ class ProgressLine:
     def __init__(self, steps: int, start: int, every: int, keyed_by: str, *, enabled: bool):
         self._steps, self._every, self._keyed_by = steps, every, keyed_by
         self._bar = None
-        if enabled and sys.stderr.isatty():
+        terminal = Terminal(stderr=True)
+        if enabled and (sys.stderr.isatty() or terminal.is_jupyter):
             columns = (
                 TextColumn("training"),
                 BarColumn(bar_width=20),
                 MofNCompleteColumn(),
                 TextColumn("{task.description}"),
             )
-            self._bar = Progress(*columns, TimeRemainingColumn(), console=Terminal(stderr=True))
+            self._bar = Progress(*columns, TimeRemainingColumn(), console=terminal)
             self._task = self._bar.add_task("", total=steps, completed=start)
             self._bar.start()
 

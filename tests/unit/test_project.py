@@ -26,6 +26,7 @@ ORDER = [
     "errors",
     "log",
     "progress",
+    "libraries",
     "files",
     "reading",
     "modeling",
@@ -45,6 +46,7 @@ ORDER = [
     "inference",
     "evaluation",
     "launching",
+    "api",
     "cli",
     "__main__",
 ]
