@@ -3,17 +3,17 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from ee_scale import api
 from ee_scale.cli.console import console
 from ee_scale.config.supernet import PaletteConfig
 from ee_scale.log import configure_logging
-from ee_scale.palettes.make import make_palette
 from ee_scale.palettes.recommend import palette_table, recommendations
 
 
 def run(config: PaletteConfig, overrides: Sequence[str]) -> int:
     """Write the folder `out`, print the table and what to take."""
     configure_logging()
-    manifest, terminal = make_palette(config), console()
+    manifest, terminal = api.palette(config), console()
     terminal.print(palette_table(manifest, f"{len(manifest.members)} sizes of {Path(manifest.base_model).name}"))
     for line in recommendations(manifest):
         terminal.print(line, highlight=False)

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,11 @@ def test_command(command: str):
         assert words[3:] in ([], ["-c", "constraints.txt"])
 
 
+def _take(given: dict, name: str, result: object, config: object) -> object:
+    given[name] = checked(config)
+    return result
+
+
 def test_the_example_in_python(monkeypatch):
     """It says names and settings that there are; the functions themselves are tested in tests/e2e/test_api.py."""
     (code,) = (block for block in re.findall(r"```python\n(.*?)```", README, flags=re.S) if "ee_scale.tune" in block)
@@ -51,8 +57,7 @@ def test_the_example_in_python(monkeypatch):
     results = {"tune": TrainedRun(Path("runs/a"), 200, {}), "export": Exported(Path("my-model"))}
     results["evaluate"] = Evaluation([ExitQuality(2, False, 1.0, 2.7, 0.5)], 10)
     for name, result in results.items():
-        take = lambda config, name=name, result=result: given.update({name: checked(config)}) or result
-        monkeypatch.setattr(ee_scale, name, take, raising=False)
+        monkeypatch.setattr(ee_scale, name, partial(_take, given, name, result), raising=False)
     exec(code, {})
     assert given["tune"].parallel.pp == 2
     assert given["export"].src == "runs/a"
