@@ -1,15 +1,18 @@
 """Early exits and edge-size subnets for frozen Hugging Face models.
 
 model = ee_scale.EarlyExitForCausalLM.from_pretrained("folder")
+
+`ee_scale.tune(config)` and the other commands as functions: see `ee_scale.api`.
 """
 
 import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["EarlyExitForCausalLM", "UserError"]
-
+_FUNCTIONS = ("calibrate", "convert", "evaluate", "export", "generate", "palette", "supernet", "tune")
 _HOMES = {"EarlyExitForCausalLM": "ee_scale.inference.model", "UserError": "ee_scale.errors"}
+_HOMES |= dict.fromkeys(_FUNCTIONS, "ee_scale.api")
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:

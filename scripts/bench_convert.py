@@ -42,8 +42,8 @@ def write_source(folder: str, gigabytes: float) -> None:
 def convert(source: str, out: str, to: str, tp: int, pp: int, workers: int) -> dict[str, float]:
     """One conversion in this process: seconds, bytes, peak and idle memory in MB."""
     from ee_scale.config.convert import ConvertConfig
-    from ee_scale.convert.job import run
-    from ee_scale.convert.plan import make_conversion
+    from ee_scale.conversion.execute import run
+    from ee_scale.conversion.plan import make_conversion
 
     torch.set_num_threads(1)
     idle = memory()

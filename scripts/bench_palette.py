@@ -35,14 +35,14 @@ from _palette_report import plot, print_tables
 from rich.console import Console
 from transformers import logging
 
-from ee_scale.cli.palette import held_out
 from ee_scale.config.compose import compose_config
 from ee_scale.elastic.factors import FactorPlan
 from ee_scale.elastic.order import UnitOrder
 from ee_scale.elastic.sampling import RANDOM, Draw
 from ee_scale.elastic.subnet import SubnetSpec
-from ee_scale.evaluation.supernet import Judge
 from ee_scale.grid import Grid, Layout, join_grid
+from ee_scale.palettes.judge import Judge
+from ee_scale.palettes.make import held_out
 from ee_scale.training.loop import Loop
 from ee_scale.training.schedules import LearningRate
 from ee_scale.training.supernet import (

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import LlamaForCausalLM
 
 from ee_scale.artifact.export import export_early_exit
-from ee_scale.cli import evaluate, train
+from ee_scale.cli import train
 from ee_scale.cli.console import console
 from ee_scale.config.compose import compose_config
 from ee_scale.config.schema import DemoConfig
@@ -22,8 +22,9 @@ from ee_scale.data.inputs import load_tokenizer
 from ee_scale.data.loader import batches
 from ee_scale.data.text import prepare_text
 from ee_scale.evaluation.colours import coloured_text, first_agreeing_exits, legend
+from ee_scale.evaluation.evaluate import measure, open_for_measuring
 from ee_scale.evaluation.per_exit import ExitQuality
-from ee_scale.evaluation.report import plot_quality, quality_table
+from ee_scale.evaluation.quality_report import plot_quality, quality_table
 from ee_scale.files import published, remove_folder
 from ee_scale.inference.model import EarlyExitForCausalLM
 from ee_scale.log import configure_logging
@@ -104,8 +105,8 @@ def _measure(model: Path, config: DemoConfig, **settings: str) -> tuple[list[Exi
     given = {"model": model, "data": "python:valid", "seq_length": SEQ_LENGTH, "max_tokens": 40_000, **settings}
     given["cache_dir"] = _cache(config) / "data"
     plan = compose_config("evaluate", [f"{key}={value}" for key, value in given.items()])
-    opened = evaluate.open_for_measuring(plan)
-    return evaluate.measure(plan, opened, load_tokenizer(model, "model"), model)
+    opened = open_for_measuring(plan)
+    return measure(plan, opened, load_tokenizer(model, "model"), model)
 
 
 def _show_text(folder: Path, config: DemoConfig, terminal: Console) -> None:

@@ -1,21 +1,18 @@
 """`ee-scale generate`: continue prompts on one device, or on a grid of stages and tensor ranks."""
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
 from ee_scale.cli.console import console
-from ee_scale.cli.generate_job import Job, check_config, check_model, check_prompts
-from ee_scale.cli.generate_run import Answers, decode_here, decode_on_grid
 from ee_scale.config.schema import GenerateConfig
 from ee_scale.data.inputs import load_tokenizer
 from ee_scale.errors import UserError
 from ee_scale.evaluation.colours import PieceStreamer, legend, paint
 from ee_scale.files import write_text
 from ee_scale.grid import Layout, launch_info, pick_device, world_size_message
+from ee_scale.inference.request import Request, check_config, check_model, check_prompts
+from ee_scale.inference.run import Answers, answer_lines, decode_here, decode_on_grid
 from ee_scale.launching.ranks import run_ranks
 from ee_scale.log import configure_logging, visible
 
@@ -35,50 +32,45 @@ def run(config: GenerateConfig, overrides: Sequence[str]) -> int:
         if config.prompt != "-":  # that one is for rank 0 to read
             check_prompts(config, folder, tokenizer)
         return run_ranks("generate", overrides, layout.world_size, device)
-    job = check_prompts(config, folder, load_tokenizer(folder.base, "model")) if leader else None
-    streamer = open_stream(job) if leader and job.streams else None
+    request = check_prompts(config, folder, load_tokenizer(folder.base, "model")) if leader else None
+    streamer = open_stream(request) if leader and request.streams else None
     if layout.world_size == 1:
-        answers = decode_here(job, device, streamer)
+        answers = decode_here(request, device, streamer)
     else:
-        answers = decode_on_grid(config, folder, job, layout, device, streamer)
+        answers = decode_on_grid(config, folder, request, layout, device, streamer)
     if leader:
-        finish(job, answers)
+        finish(request, answers)
     return 0
 
 
-def finish(job: Job, answers: Answers) -> None:
+def finish(request: Request, answers: Answers) -> None:
     """Write what was not streamed, then one line of numbers to stderr."""
-    if not job.streams:
-        lines = []
-        for text, tokens, layers in zip(job.texts, answers.tokens, answers.layers, strict=True):
-            line = {"prompt": text, "text": _decode(job.tokenizer, tokens), "tokens": len(tokens)}
-            if job.config.policy != "off":
-                line["exit_layers"] = layers
-            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-        if job.config.out is None:
-            sys.stdout.write(_for_stdout("".join(lines)))
+    if not request.streams:
+        lines = answer_lines(request, answers)
+        if request.config.out is None:
+            sys.stdout.write(_for_stdout(lines))
         else:
-            write_text(Path(job.config.out).expanduser(), "".join(lines))
+            write_text(Path(request.config.out).expanduser(), lines)
     flat, err = [k for layers in answers.layers for k in layers], console(stderr=True)
-    if job.config.show_exits:
-        shown = [None if k == job.num_layers else k for k in flat]
-        err.print(legend(shown, job.exit_layers, job.num_layers, "layer of each token"))
+    if request.config.show_exits:
+        shown = [None if k == request.num_layers else k for k in flat]
+        err.print(legend(shown, request.exit_layers, request.num_layers, "layer of each token"))
     depth = ""
-    if job.config.policy not in ("off", "lossless"):  # in lossless mode every layer has seen every token
-        depth = f", mean depth {sum(flat) / len(flat):.1f} of {job.num_layers}"
+    if request.config.policy not in ("off", "lossless"):  # in lossless mode every layer has seen every token
+        depth = f", mean depth {sum(flat) / len(flat):.1f} of {request.num_layers}"
     err.print(
         f"{len(flat)} tokens in {answers.seconds:.2f} s: {len(flat) / answers.seconds:.1f} tokens/s{depth}"
-        + _policy_words(job, flat, answers.stats),
+        + _policy_words(request, flat, answers.stats),
         highlight=False,
     )
 
 
-def _policy_words(job: Job, layers: list[int], stats: dict[str, float]) -> str:
+def _policy_words(request: Request, layers: list[int], stats: dict[str, float]) -> str:
     if "drafted" in stats:
         return f", {stats['accepted']} of {stats['drafted']} drafts accepted"
-    if job.config.policy == "off":
+    if request.config.policy == "off":
         return ""
-    words = f", {sum(k < job.num_layers for k in layers) / len(layers):.0%} of the tokens left early"
+    words = f", {sum(k < request.num_layers for k in layers) / len(layers):.0%} of the tokens left early"
     if "audited" in stats:
         words += f", {stats['agreed']} of {stats['audited']} audited ones agree with the whole model"
     return words
@@ -92,22 +84,18 @@ class Stream(PieceStreamer):
         self.write("\n", None)
 
 
-def open_stream(job: Job) -> Stream:
-    """The streamer of a job's one answer; on a terminal with `show_exits`, in colours."""
-    coloured = job.config.show_exits and console().is_terminal
+def open_stream(request: Request) -> Stream:
+    """The streamer of a request's one answer; on a terminal with `show_exits`, in colours."""
+    coloured = request.config.show_exits and console().is_terminal
 
     def write(piece: str, layer: int | None) -> None:
         piece = _for_stdout(piece)
-        sys.stdout.write(paint(piece, job.exit_layers, layer) if coloured else piece)
+        sys.stdout.write(paint(piece, request.exit_layers, layer) if coloured else piece)
         sys.stdout.flush()
 
-    return Stream(job.tokenizer, write)
+    return Stream(request.tokenizer, write)
 
 
 def _for_stdout(text: str) -> str:
     """A pipe or file gets the text as it is; on a terminal it must not give commands."""
     return visible(text) if sys.stdout.isatty() else text
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
-    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)

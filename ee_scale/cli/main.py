@@ -2,17 +2,17 @@
 
 import errno
 import importlib
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 from ee_scale.cli.help import overview, prefix_help, verb_help
-from ee_scale.config.compose import compose_config, to_yaml
-from ee_scale.config.schema import PREFIXES, RECIPES, VERBS
+from ee_scale.config.compose import compose_config, read_config, to_yaml
+from ee_scale.config.schema import PREFIXES, RECIPES, VERBS, Config
 from ee_scale.errors import BAD_INPUT, FAILED, REQUEUE, Requeue, RunError, UserError
 from ee_scale.launching.signals import STOPPING
+from ee_scale.libraries import prepare_libraries
 from ee_scale.log import spelled
 from ee_scale.reading import shown
 
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         overview()
         return 0
     if arguments == ["--models"]:
-        _prepare_libraries()
+        prepare_libraries()
         importlib.import_module("ee_scale.cli.models").run()
         return 0
     try:
@@ -40,15 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             verb_help(verb)
             return 0
         if "-m" in rest or "--multirun" in rest:
-            _prepare_libraries()
+            prepare_libraries()
             return importlib.import_module("ee_scale.cli.multirun").run(prefix, verb, rest)
         shows = _take_cfg_flag(rest)
-        config = compose_config(verb, rest)
+        config = _given_config(verb, rest)
         if shows:
             sys.stdout.write(to_yaml(config))
             return 0
-        _prepare_libraries()
-        _pick_accelerator(config)
+        prepare_libraries(config)
         if verb in RECIPES:
             return importlib.import_module(f"ee_scale.cli.{prefix or 'train'}").run(verb, config, rest) or 0
         return importlib.import_module(f"ee_scale.cli.{verb}").run(config, rest) or 0
@@ -101,6 +100,15 @@ def _speaks() -> bool:
     return _is_first() or (torch is not None and torch.distributed.is_initialized())
 
 
+def _given_config(verb: str, words: Sequence[str]) -> Config:
+    """Of the words, or of the file in `--config <file>` (as a run's config.yaml), which stands alone."""
+    if not words or words[0] != "--config":
+        return compose_config(verb, words)
+    if len(words) != 2:
+        raise UserError("--config: give one file, and no other setting beside it")
+    return read_config(verb, Path(words[1]))
+
+
 def _take_cfg_flag(arguments: list[str]) -> bool:
     """`--cfg job` (Hydra's flag) or `--cfg`: print the resolved config and stop."""
     if "--cfg" not in arguments:
@@ -108,19 +116,3 @@ def _take_cfg_flag(arguments: list[str]) -> bool:
     at = arguments.index("--cfg")
     del arguments[at : at + 2 if arguments[at + 1 : at + 2] == ["job"] else at + 1]
     return True
-
-
-def _prepare_libraries() -> None:
-    """Settings that libraries read when they are imported; silence for what they say and no user can act on."""
-    warnings.filterwarnings("ignore", module="megatron")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # Threads that spin while they wait make CPU runs 20 times slower as soon as the machine has other work.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
-
-
-def _pick_accelerator(config: object) -> None:
-    """DeepSpeed chooses its accelerator when it is imported; a run that asks for the CPU must say so before."""
-    if "cpu" in (getattr(config, "device", None), getattr(getattr(config, "parallel", None), "device", None)):
-        os.environ["DS_ACCELERATOR"] = "cpu"

@@ -1,11 +1,11 @@
 """`ee-scale probe`: is early exit worth it for this model on this machine, before or after training."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ee_scale.backbone.exit_layers import resolve_exit_layers
@@ -25,6 +25,7 @@ from ee_scale.grid import pick_device
 from ee_scale.inference.model import open_model, untrained_exits
 from ee_scale.log import configure_logging
 from ee_scale.modeling.kinds import KINDS
+from ee_scale.progress import stages
 
 MOST_EXITS = 11
 
@@ -36,13 +37,9 @@ def run(config: ProbeConfig, overrides: Sequence[str]) -> int:
     folder = Path(model.config.name_or_path)
     tokenizer = load_tokenizer(folder, "model")
     batches = _text(config, model, tokenizer, folder)
-    err = console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn())
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task("reading text", total=1.0)
-        readings, repeated = _read(config, model, tokenizer, batches, lambda what, share: _show(bar, task, what, share))
-        timed = lambda share: _show(bar, task, "timing the parts", share)  # noqa: E731
-        parts = measure_parts(model, config.context, config.seconds, advance=timed)
+    with stages() as show:
+        readings, repeated = _read(config, model, tokenizer, batches, show)
+        parts = measure_parts(model, config.context, config.seconds, advance=partial(show, "timing the parts"))
     rows = outlook(parts, readings)
     sentences = verdict(rows, parts, untrained, repeated, config.agreement)
     out = console()
@@ -135,7 +132,3 @@ def _passing(items: Any, total: int, advance: Callable[[float], None]) -> Any:
     for index, item in enumerate(items):
         advance(index / total)
         yield item
-
-
-def _show(bar: Progress, task: Any, what: str, share: float) -> None:
-    bar.update(task, description=what, completed=share)

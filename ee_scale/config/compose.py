@@ -19,7 +19,7 @@ from ee_scale.config.schema import GONE, VERBS, Config, EvaluateConfig
 from ee_scale.config.supernet import SupernetConfig
 from ee_scale.config.tune import TuneConfig
 from ee_scale.config.words import find_field, literal, read_word
-from ee_scale.errors import UserError
+from ee_scale.errors import UserError, one_line
 
 # A person writes model=<folder>; Hydra reads model=<option of the group>. A value that is no option means the path.
 PATH_SHORTHANDS = {"model": "model.path", "data": "data.path"}
@@ -52,12 +52,29 @@ def compose_config(verb: str, overrides: Sequence[str] = ()) -> Config:
         arguments = [word for word in (expand_shorthand(verb, text) for text in overrides) if not _gone(verb, word)]
         with _hydra(verb):
             config = compose(verb if has_groups(verb) else f"{verb}_schema", overrides=arguments)
-        if missing := sorted(OmegaConf.missing_keys(config)):
-            shorthands = {path: short for short, path in PATH_SHORTHANDS.items()}
-            raise UserError(f"missing value: {', '.join(shorthands.get(key, key) for key in missing)} (give key=value)")
-        composed = cast(Config, OmegaConf.to_object(config))
+        return cast(Config, _finished(config))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error, verb)) from error
+
+
+def checked(config: C) -> C:
+    """A config made in Python, as the command line makes it: complete, of the schema's types, within its rules.
+
+    Raises `UserError` in one line.
+    """
+    verb = next(name for name, schema in VERBS.items() if isinstance(config, schema))
+    try:
+        return _finished(OmegaConf.merge(OmegaConf.structured(type(config)), _literal(asdict(config))))
+    except OmegaConfBaseException as error:
+        raise UserError(_one_line(error, verb)) from error
+
+
+def _finished(config: Any) -> Any:
+    """The dataclass of what was composed, if nothing is missing and every field's rule holds."""
+    if missing := sorted(OmegaConf.missing_keys(config)):
+        shorthands = {path: short for short, path in PATH_SHORTHANDS.items()}
+        raise UserError(f"missing value: {', '.join(shorthands.get(key, key) for key in missing)} (give key=value)")
+    composed = OmegaConf.to_object(config)
     check_rules(composed)
     return composed
 
@@ -156,6 +173,14 @@ def from_yaml(schema: type[C], text: str) -> C:
     return cast(C, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), _literal(values))))
 
 
+def read_config(verb: str, path: Path) -> Config:
+    """The config of `verb` that `to_yaml` wrote to a file. Raises `UserError`."""
+    try:
+        return checked(from_yaml(VERBS[verb], path.read_text(encoding="utf-8")))
+    except (OSError, yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: no config of {verb} ({one_line(error)})") from error
+
+
 def with_value(config: C, key: str, value: Any) -> C:
     """A copy of a config with another value of a dotted key."""
     group, _, rest = key.partition(".")
@@ -169,7 +194,7 @@ def _literal(value: Any) -> Any:
         return {key: _literal(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_literal(item) for item in value]
-    return literal(value) if isinstance(value, str) else value
+    return literal(str(value)) if isinstance(value, (str, Path)) else value
 
 
 def known_keys(schema: type, prefix: str = "") -> list[str]:

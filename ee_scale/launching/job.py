@@ -23,7 +23,7 @@ from ee_scale.reading import Count, check_fields, read_object
 from ee_scale.training.loop import Loop
 from ee_scale.training.metrics import StepMetrics
 from ee_scale.training.recipe import Recipe
-from ee_scale.training.report import MetricsFile, ProgressLine, Reporter, WandbSink
+from ee_scale.training.sinks import MetricsFile, ProgressLine, Reporter, WandbSink
 from ee_scale.training.watchdog import Watchdog
 
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")  # gloo's words

@@ -23,10 +23,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from ee_scale.config.convert import ConvertConfig
-from ee_scale.convert import job
-from ee_scale.convert.job import run
-from ee_scale.convert.plan import make_conversion
-from ee_scale.convert.unpickle import TRUST
+from ee_scale.conversion import execute
+from ee_scale.conversion.execute import run
+from ee_scale.conversion.plan import make_conversion
+from ee_scale.conversion.unpickle import TRUST
 from ee_scale.errors import UserError
 
 TAG, RANKS, LAYERS = "step2", 2, 2
@@ -476,7 +476,7 @@ def test_scale_of_the_loss_in_fp16(copy: Any, saves: Any, tmp_path: Path):
 
 def test_no_room(saves: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     conversion = make_conversion(settings(saves[0] / "bf16-2", tmp_path / "out", saves[0] / "config"))
-    usage = shutil.disk_usage(tmp_path)._replace(free=job.SLACK + conversion.nbytes + 1000)
+    usage = shutil.disk_usage(tmp_path)._replace(free=execute.SLACK + conversion.nbytes + 1000)
     with monkeypatch.context() as patch, refused("GB of disk", "put the parts of ZeRO together", f"out={tmp_path}/out"):
         patch.setattr(shutil, "disk_usage", lambda path: usage)
         run(conversion, 1, lambda size: None)
@@ -495,7 +495,7 @@ def test_an_interrupted_run_goes_on(copy: Any, saves: Any, tmp_path: Path):
     """Gathered anew, and only for what is missing; not with another source."""
     src, folder = copy("bf16-2"), tmp_path / "parent"
 
-    def conversion() -> job.Conversion:
+    def conversion() -> execute.Conversion:
         return make_conversion(settings(src, folder / "out", saves[0] / "config", shard_gb=1e-4))
 
     def stop(folder: Path) -> None:

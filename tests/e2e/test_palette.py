@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from ee_scale.artifact.checkpoint import checkpoints
-from ee_scale.artifact.manifest import Manifest, Member, read_manifest
+from ee_scale.palettes.manifest import Manifest, Member, read_manifest
 
 COMMON = ["seconds=0.02", "tokens=16", "new_tokens=2", "device=cpu"]
 REPORT = {"manifest.json", "report.md", "palette.png"}

@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from ee_scale.artifact.checkpoint import checkpoints
-from ee_scale.artifact.subnet import read_supernet, subnet_model
 from ee_scale.backbone.loading import read_config
 from ee_scale.elastic.architecture import ElasticMap
 from ee_scale.elastic.order import UnitOrder
 from ee_scale.elastic.stage import base_tensors
 from ee_scale.elastic.subnet import SubnetSpec
 from ee_scale.files import file_digest
+from ee_scale.palettes.cut_out import read_supernet, subnet_model
 
 ENDS = (3, 6, 10)
 

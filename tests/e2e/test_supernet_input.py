@@ -14,8 +14,8 @@ from ee_scale.cli.main import main
 def no_ranks(tmp_path, monkeypatch):
     """An empty working directory, where nothing may start."""
     monkeypatch.chdir(tmp_path)
-    for module, name in (("launching.job", "run_ranks"), ("launching.job", "join_grid"), ("cli.palette", "join_grid")):
-        monkeypatch.setattr(f"ee_scale.{module}.{name}", lambda *_: pytest.fail("a rank was started"))
+    for name in ("launching.job.run_ranks", "launching.job.join_grid", "palettes.make.join_grid"):
+        monkeypatch.setattr(f"ee_scale.{name}", lambda *_: pytest.fail("a rank was started"))
 
 
 def refused(arguments: list[str], capsys) -> str:

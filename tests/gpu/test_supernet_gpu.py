@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ee_scale.artifact.manifest import read_manifest
+from ee_scale.palettes.manifest import read_manifest
 
 pytestmark = [
     pytest.mark.gpu,

@@ -123,14 +123,13 @@ def _rank(
 
 
 def _measure_here() -> None:
-    from ee_scale.cli import palette
-    from ee_scale.evaluation import edge
+    from ee_scale.palettes import edge, make
 
     def measure(folder: Path, task: str, **options: Any) -> edge.EdgeMeasure:
         found = edge._measure(str(folder), task, **options)
         return replace(found, memory_mb=2 * found.weights_mb)
 
-    palette.measure_edge = measure
+    make.measure_edge = measure
 
 
 def _kill_after(owner: Any, name: str, when: Any) -> None:

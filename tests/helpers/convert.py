@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from ee_scale.config.convert import ConvertConfig
-from ee_scale.convert.job import run
-from ee_scale.convert.plan import make_conversion
+from ee_scale.conversion.execute import run
+from ee_scale.conversion.plan import make_conversion
 
 
 def convert(src: Path, out: Path, to: str, **changes: Any) -> Path:

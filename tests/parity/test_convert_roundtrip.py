@@ -10,7 +10,7 @@ from helpers.models import VOCAB, tiny_config
 from safetensors.torch import load_file, save_file
 
 from ee_scale.backbone.loading import TensorFolder
-from ee_scale.convert.model import Model
+from ee_scale.conversion.model import Model
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 SIZES = (1, 2, 4)

@@ -18,10 +18,10 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 import ee_scale
 from ee_scale.backbone.loading import TensorFolder
 from ee_scale.config.convert import ConvertConfig
-from ee_scale.convert.copying import Source, differing_copies
-from ee_scale.convert.job import run
-from ee_scale.convert.plan import make_conversion, open_checkpoint, open_result
-from ee_scale.convert.verify import verify
+from ee_scale.conversion.check.verify import verify
+from ee_scale.conversion.copying import Source, differing_copies
+from ee_scale.conversion.execute import run
+from ee_scale.conversion.plan import make_conversion, open_checkpoint, open_result
 from ee_scale.errors import UserError
 from ee_scale.exits.placement import exit_spec
 from ee_scale.inference.model import open_model, untrained_exits

@@ -17,7 +17,6 @@ from helpers.supernet import SupernetJob, scrambled_order, start_noise, write_ba
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertModel, LlamaModel
 
-from ee_scale.artifact.subnet import TrainedSupernet, subnet_model, write_subnet
 from ee_scale.backbone.loading import read_config
 from ee_scale.backbone.stages import plan_stages
 from ee_scale.config.supernet import FactorsConfig
@@ -29,6 +28,7 @@ from ee_scale.elastic.subnet import SubnetSpec
 from ee_scale.errors import UserError
 from ee_scale.families.build import AUTO_CLASS
 from ee_scale.grid import Grid, Layout, join_grid, leave_grid
+from ee_scale.palettes.cut_out import TrainedSupernet, subnet_model, write_subnet
 
 TOLERANCE = 1e-5
 SLIDING, FULL = "sliding_attention", "full_attention"

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ee_scale.backbone.loading import TensorFolder
-from ee_scale.convert.args import to_args, to_config
+from ee_scale.conversion.args import to_args, to_config
 from ee_scale.errors import UserError
 
 VOCAB, LAYERS, LENGTH = 250, 4, 40

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from ee_scale.backbone.loading import TensorFolder
 from ee_scale.cli.main import main
-from ee_scale.convert.mp_rank_reader import _chunks
-from ee_scale.convert.unpickle import load_safely
+from ee_scale.conversion.formats.mp_rank_reader import _chunks
+from ee_scale.conversion.unpickle import load_safely
 from ee_scale.errors import UserError
 
 LAYERS, VOCAB, DIVISOR = 6, 131, 64

@@ -14,7 +14,6 @@ from helpers.spawn import spawn
 from helpers.tuning import build_engine, pipeline_logits, train_on_grid
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
-from ee_scale.artifact.subnet import TrainedSupernet, subnet_model, write_subnet
 from ee_scale.backbone.loading import read_config
 from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.backbone.shard import model_tensors
@@ -23,6 +22,7 @@ from ee_scale.elastic.order import UnitOrder
 from ee_scale.elastic.stage import base_tensors, read_tensor
 from ee_scale.exits.stage import gather_whole
 from ee_scale.grid import Layout, join_grid, leave_grid
+from ee_scale.palettes.cut_out import TrainedSupernet, subnet_model, write_subnet
 
 TOLERANCE = 1e-5
 GRIDS = [(1, 1), (2, 1), (1, 2), (2, 2)]

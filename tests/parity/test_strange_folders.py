@@ -21,8 +21,8 @@ from ee_scale.backbone.model_folder import SIDECAR_CONFIG, SIDECAR_WEIGHTS, Mode
 from ee_scale.cli.main import main
 from ee_scale.config.compose import from_yaml, to_yaml
 from ee_scale.config.schema import VERBS
-from ee_scale.convert.folders import TRACKER, iteration_folder
-from ee_scale.convert.torch_dist_reader import _Files
+from ee_scale.conversion.folders import TRACKER, iteration_folder
+from ee_scale.conversion.formats.torch_dist_reader import _Files
 from ee_scale.errors import UserError
 from ee_scale.exits.placement import exit_spec
 from ee_scale.files import file_digest, named_file, own_file

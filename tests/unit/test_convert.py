@@ -22,10 +22,10 @@ from transformers import AutoConfig
 
 from ee_scale.backbone.loading import TensorFolder
 from ee_scale.config.convert import ConvertConfig
-from ee_scale.convert import copying, job
-from ee_scale.convert.job import run
-from ee_scale.convert.plan import make_conversion, open_result
-from ee_scale.convert.verify import verify
+from ee_scale.conversion import copying, execute
+from ee_scale.conversion.check.verify import verify
+from ee_scale.conversion.execute import run
+from ee_scale.conversion.plan import make_conversion, open_result
 from ee_scale.errors import UserError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -398,7 +398,7 @@ def test_an_index_cannot_name_files_elsewhere(copy, tmp_path: Path):
 # -- full disks and interruptions --------------------------------------------------------------------------------------
 
 
-def shards(hf: Path, out: Path, **changes: Any) -> job.Conversion:
+def shards(hf: Path, out: Path, **changes: Any) -> execute.Conversion:
     """Into six files and more."""
     return make_conversion(ConvertConfig(src=hf, out=out, to="hf", shard_gb=4e-5, **changes))
 
@@ -494,7 +494,7 @@ def test_an_interrupted_run_is_taken_up(hf: Path, tmp_path: Path, error: type[Ba
     same(convert(out, tmp_path / "back", "hf"), hf)
 
 
-def interrupted(conversion: job.Conversion) -> Path:
+def interrupted(conversion: execute.Conversion) -> Path:
     """The folder that a run leaves which stopped behind some files."""
     seen = 0
 
@@ -563,7 +563,7 @@ def test_the_record_holds_the_digest_of_every_file(formats: dict[str, Path]):
         names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
         assert set(record) == names - {"conversion.json"}
         for name, digest in record.items():
-            assert job.file_digest(folder / name) == digest
+            assert execute.file_digest(folder / name) == digest
 
 
 # -- number types, shards, blocks --------------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ from transformers import AutoConfig, BertConfig, BertForSequenceClassification
 
 from ee_scale.elastic.architecture import ElasticMap
 from ee_scale.errors import UserError
-from ee_scale.evaluation import edge
-from ee_scale.evaluation.edge import Timings, measure_edge, time_forward
-from ee_scale.evaluation.energy import EnergyMeter, find_meter
+from ee_scale.palettes import edge
+from ee_scale.palettes.edge import Timings, measure_edge, time_forward
+from ee_scale.palettes.energy import EnergyMeter, find_meter
 
 
 @pytest.fixture(scope="module")

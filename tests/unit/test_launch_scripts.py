@@ -13,13 +13,13 @@ import pytest
 from helpers.launcher import noted, recorder
 
 import ee_scale
-from ee_scale.cli.launch import seconds, split_grid
 from ee_scale.cli.main import main
 from ee_scale.config.groups import LauncherConfig
 from ee_scale.errors import Requeue, RunError, UserError
 from ee_scale.grid import Layout
 from ee_scale.launching.ranks import Ended, exit_code
 from ee_scale.launching.ranks import main as main_of_ranks
+from ee_scale.launching.scripts import seconds, split_grid
 from ee_scale.launching.signals import STOPPING
 
 ROOT = Path(ee_scale.__file__).parents[1]
@@ -109,7 +109,7 @@ def test_launched_torchrun_starts_the_script(tmp_path, monkeypatch):
         started.append(words)
         raise SystemExit(0)
 
-    monkeypatch.setattr("ee_scale.cli.launch.os.execvp", execvp)
+    monkeypatch.setattr("ee_scale.launching.scripts.os.execvp", execvp)
     settings = ["launcher=torchrun", "launcher.nodes=2", "launcher.head=n0", "launcher.port=4000", "out=r"]
     with pytest.raises(SystemExit):
         main([*TUNE, *settings, python(recorder(tmp_path / "python"))])

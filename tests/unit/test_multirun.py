@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from ee_scale.cli import multirun
 from ee_scale.cli.main import main
-from ee_scale.cli.multirun import expand, folder_name, last_losses
 from ee_scale.errors import UserError
+from ee_scale.launching import multirun
+from ee_scale.launching.multirun import expand, folder_name, last_losses
 
 DEBUG = ["+debug=cpu", "parallel.pp=1"]
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from ee_scale.cli.launch import Task, job_script
 from ee_scale.cli.main import main
-from ee_scale.cli.multirun import expand
 from ee_scale.config.compose import compose_config, find_setting, from_yaml, known_keys, to_yaml
 from ee_scale.config.schema import VERBS
 from ee_scale.config.words import is_text, quote, read_list, write_word
 from ee_scale.errors import UserError
+from ee_scale.launching.multirun import expand
+from ee_scale.launching.scripts import Task, job_script
 
 NUMBERS = [
     "1",

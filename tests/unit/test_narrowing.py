@@ -14,10 +14,10 @@ from ee_scale.backbone.adapters import merged
 from ee_scale.backbone.loading import LoadTask, TensorFolder, load_tensors
 from ee_scale.backbone.narrowing import NarrowingError, fill, narrowed
 from ee_scale.cli.main import main
-from ee_scale.convert.copying import Source, blocks_of
-from ee_scale.convert.files import safetensors_extents
-from ee_scale.convert.huggingface import whole_piece
-from ee_scale.convert.tensors import Piece, Span, Stored, TensorInfo
+from ee_scale.conversion.copying import Source, blocks_of
+from ee_scale.conversion.formats.huggingface import whole_piece
+from ee_scale.conversion.target_files import safetensors_extents
+from ee_scale.conversion.tensors import Piece, Span, Stored, TensorInfo
 from ee_scale.inference.model import open_model
 
 HUGE = {  # what it holds -> where it is to go

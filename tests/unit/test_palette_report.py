@@ -13,11 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.image import imread
 from rich.console import Console
 
-from ee_scale.artifact.manifest import MANIFEST, Device, Manifest, Member, Tried, read_manifest, write_manifest
 from ee_scale.elastic.subnet import SubnetSpec
 from ee_scale.errors import UserError
-from ee_scale.evaluation import palette_plot
-from ee_scale.evaluation.palette_report import (
+from ee_scale.palettes import plot
+from ee_scale.palettes.manifest import MANIFEST, Device, Manifest, Member, Tried, read_manifest, write_manifest
+from ee_scale.palettes.recommend import (
     PLOT,
     REPORT,
     palette_markdown,
@@ -274,7 +274,7 @@ def test_labels_cover_neither_each_other_nor_a_point(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: float
 ) -> None:
     found = []
-    real = palette_plot._name_points
+    real = plot._name_points
 
     def watch(canvas, axis: Axes, names, panel, heights):
         places = real(canvas, axis, names, panel, heights)
@@ -282,9 +282,9 @@ def test_labels_cover_neither_each_other_nor_a_point(
         found.append((axis, places, spots, {text.get_text() for text in axis.texts}))
         return places
 
-    monkeypatch.setattr(palette_plot, "_name_points", watch)
+    monkeypatch.setattr(plot, "_name_points", watch)
     made = crowd(9, step)
-    palette_plot.plot_palette(tmp_path / "plot.png", made)
+    plot.plot_palette(tmp_path / "plot.png", made)
     assert len(found) == 2
     for axis, places, spots, texts in found:
         assert texts == {one.folder for one in made.members}
@@ -301,11 +301,11 @@ def drawn(axis: Axes) -> dict[str, list[tuple[float, float]]]:
 
 def test_what_a_panel_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, manifest: Manifest) -> None:
     axes: list[Axes] = []
-    monkeypatch.setattr(palette_plot, "_name_points", lambda canvas, axis, *rest: axes.append(axis))
+    monkeypatch.setattr(plot, "_name_points", lambda canvas, axis, *rest: axes.append(axis))
     odd = member("odd", 9_000_000, 0.85, 4.0)  # beaten at its size, not at its speed
     unknown = Tried(FULL, {"loss": 1.0}, {"params": 5.0, "latency_ms": 3.0})
     made = replace(manifest, members=[*manifest.members, odd], tried=[*manifest.tried, unknown])
-    palette_plot.plot_palette(tmp_path / "plot.png", made)
+    plot.plot_palette(tmp_path / "plot.png", made)
     sizes, latencies = map(drawn, axes)
     assert sizes["full model"] == [(10_000_000, 90.0)]
     assert sizes["palette"] == [(2e6, 80.0), (4e6, 88.0), (8e6, 89.5), (9e6, 85.0)]
@@ -320,8 +320,8 @@ def test_what_a_panel_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, man
 
 
 def test_plot_of_the_full_model_alone_and_of_losses(tmp_path: Path) -> None:
-    palette_plot.plot_palette(tmp_path / "one.png", palette([member("full", 10_000_000, 0.9, 8.0)]))
+    plot.plot_palette(tmp_path / "one.png", palette([member("full", 10_000_000, 0.9, 8.0)]))
     members = [member("a", 500_000, 3.5, 0.8, "loss"), member("b", 900_000, 3.2, 1.6, "loss")]
-    palette_plot.plot_palette(tmp_path / "two.png", palette(members, "loss", limits={"latency_ms": 100.0}))
+    plot.plot_palette(tmp_path / "two.png", palette(members, "loss", limits={"latency_ms": 100.0}))
     assert (tmp_path / "one.png").stat().st_size > 5000
     assert (tmp_path / "two.png").stat().st_size > 5000

@@ -25,6 +25,8 @@ SOURCES = sorted((ROOT / "ee_scale").rglob("*.py"))
 ORDER = [
     "errors",
     "log",
+    "progress",
+    "libraries",
     "files",
     "reading",
     "modeling",
@@ -39,10 +41,12 @@ ORDER = [
     "engine",
     "training",
     "artifact",
-    "convert",
+    "palettes",
+    "conversion",
     "inference",
     "evaluation",
     "launching",
+    "api",
     "cli",
     "__main__",
 ]

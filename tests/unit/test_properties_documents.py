@@ -23,22 +23,22 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from ee_scale.artifact.checkpoint import STATE, read_checkpoint
-from ee_scale.artifact.manifest import MANIFEST, Device, Manifest, Member, Tried, read_manifest, write_manifest
 from ee_scale.artifact.run_folder import IDENTITY, METRICS, read_run, trim_metrics
 from ee_scale.backbone.exit_layers import read_spec
 from ee_scale.backbone.model_folder import SIDECAR_CONFIG, SIDECAR_WEIGHTS, ModelFolder, read_sidecar
 from ee_scale.backbone.small_files import GENERATION_CONFIG
-from ee_scale.cli.multirun import last_losses
-from ee_scale.cli.prompts import read_prompts
 from ee_scale.elastic.subnet import SubnetSpec
 from ee_scale.errors import UserError
 from ee_scale.evaluation.log_report import report_table, warnings, write_log_report
 from ee_scale.evaluation.log_summary import summarise
 from ee_scale.files import file_digest
+from ee_scale.inference.prompts import read_prompts
+from ee_scale.launching.multirun import last_losses
 from ee_scale.modeling.decision_log import DecisionLog
 from ee_scale.modeling.heads import HEADS, ExitSpec
 from ee_scale.modeling.kinds import KINDS
 from ee_scale.modeling.policies import CALIBRATION_KEY, NEVER, ExitPolicy, resolve_policy
+from ee_scale.palettes.manifest import MANIFEST, Device, Manifest, Member, Tried, read_manifest, write_manifest
 from ee_scale.reading import DEEPEST, parse_json, read_json, read_object, write_json
 
 SPEC = ExitSpec((2, 4), "mlp", "low_rank", 8).to_dict()

@@ -17,8 +17,8 @@ from ee_scale.backbone.loading import INDEX_NAME, SINGLE_NAME, TensorFolder, wei
 from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.backbone.shard import tensor_plan
 from ee_scale.backbone.stages import plan_stages
-from ee_scale.convert.args import check_config, to_args
-from ee_scale.convert.files import ST_DTYPES, safetensors_extents
+from ee_scale.conversion.args import check_config, to_args
+from ee_scale.conversion.target_files import ST_DTYPES, safetensors_extents
 from ee_scale.elastic.architecture import ElasticMap
 from ee_scale.elastic.order import UnitOrder
 from ee_scale.elastic.subnet import ElasticShape

@@ -22,13 +22,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ee_scale.backbone.loading import TensorFolder
 from ee_scale.config.convert import ConvertConfig
-from ee_scale.convert import deepspeed, mp_rank_reader, torch_dist_reader
-from ee_scale.convert.archive import Part, walk
-from ee_scale.convert.files import tensor_extent
-from ee_scale.convert.folders import iteration_folder
-from ee_scale.convert.model import Opened
-from ee_scale.convert.plan import make_conversion
-from ee_scale.convert.unpickle import load_index, load_safely
+from ee_scale.conversion.archive import Part, walk
+from ee_scale.conversion.folders import iteration_folder
+from ee_scale.conversion.formats import deepspeed, mp_rank_reader, torch_dist_reader
+from ee_scale.conversion.model import Opened
+from ee_scale.conversion.plan import make_conversion
+from ee_scale.conversion.target_files import tensor_extent
+from ee_scale.conversion.unpickle import load_index, load_safely
 
 VALUE = {
     "w": torch.arange(6.0).reshape(2, 3),

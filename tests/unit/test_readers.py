@@ -11,11 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from ee_scale.cli.prompts import read_prompts
 from ee_scale.data.corpora import open_source
 from ee_scale.data.labelled import read_labelled
 from ee_scale.errors import UserError
 from ee_scale.evaluation.tags import tagged_windows
+from ee_scale.inference.prompts import read_prompts
 
 # Ends of lines that Unicode knows, and a file's mark: all of them stand inside of texts.
 ODD = "one\u2028two\u2029three\u0085four\x0cfive\x1csix\x0bseven \ufeff"

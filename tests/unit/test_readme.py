@@ -2,15 +2,19 @@
 
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import ee_scale
+from ee_scale.api import Exported, TrainedRun
 from ee_scale.cli.main import main, split_command
 from ee_scale.cli.models import model_rows
-from ee_scale.cli.multirun import expand
-from ee_scale.config.compose import compose_config
+from ee_scale.config.compose import checked, compose_config
+from ee_scale.evaluation.evaluate import Evaluation
+from ee_scale.evaluation.per_exit import ExitQuality
+from ee_scale.launching.multirun import expand
 
 ROOT = Path(ee_scale.__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -39,6 +43,25 @@ def test_command(command: str):
     else:
         assert words[:3] == ["pip", "install", "."]
         assert words[3:] in ([], ["-c", "constraints.txt"])
+
+
+def _take(given: dict, name: str, result: object, config: object) -> object:
+    given[name] = checked(config)
+    return result
+
+
+def test_the_example_in_python(monkeypatch):
+    """It says names and settings that there are; the functions themselves are tested in tests/e2e/test_api.py."""
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", README, flags=re.S) if "ee_scale.tune" in block)
+    given = {}
+    results = {"tune": TrainedRun(Path("runs/a"), 200, {}), "export": Exported(Path("my-model"))}
+    results["evaluate"] = Evaluation([ExitQuality(2, False, 1.0, 2.7, 0.5)], 10)
+    for name, result in results.items():
+        monkeypatch.setattr(ee_scale, name, partial(_take, given, name, result), raising=False)
+    exec(code, {})
+    assert given["tune"].parallel.pp == 2
+    assert given["export"].src == "runs/a"
+    assert given["evaluate"].model == "my-model"
 
 
 def test_commands_were_found():

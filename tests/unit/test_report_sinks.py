@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from ee_scale.log import log
-from ee_scale.training import report
+from ee_scale.training import sinks
 from ee_scale.training.metrics import StepMetrics
-from ee_scale.training.report import MetricsFile, ProgressLine, WandbSink
+from ee_scale.training.sinks import MetricsFile, ProgressLine, WandbSink
 
 SETTINGS = SimpleNamespace(wandb="online", wandb_project="exits", wandb_name=None, wandb_group="sweep")
 
@@ -54,7 +54,7 @@ class Server:
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Server:
     fake = Server()
-    monkeypatch.setattr(report, "wandb", fake)
+    monkeypatch.setattr(sinks, "wandb", fake)
     return fake
 
 

@@ -8,11 +8,11 @@ from math import inf, log, nan, sin
 import optuna
 import pytest
 
-from ee_scale.elastic import search as module
-from ee_scale.elastic.limits import check_limits, keeps, nearest_miss, number
-from ee_scale.elastic.search import Candidate, pareto, search, spread, verified
 from ee_scale.elastic.subnet import ElasticShape, SearchSpace, SubnetSpec
 from ee_scale.errors import UserError
+from ee_scale.palettes import search as module
+from ee_scale.palettes.limits import check_limits, keeps, nearest_miss, number
+from ee_scale.palettes.search import Candidate, pareto, search, spread, verified
 
 
 def make_space(steps: int = 4, depth: int = 4, *, groups: bool = True, exits: tuple[int, ...] = ()) -> SearchSpace:

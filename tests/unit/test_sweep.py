@@ -8,8 +8,8 @@ import torch
 
 from ee_scale.errors import UserError
 from ee_scale.evaluation.per_exit import agreement_gap, exit_qualities, largest_gap
+from ee_scale.evaluation.quality_report import match_gap_sentence, write_report
 from ee_scale.evaluation.records import Records
-from ee_scale.evaluation.report import match_gap_sentence, write_report
 from ee_scale.evaluation.sweep import PLAIN, calibrated_point, match_gap, sweep, sweep_limits, time_points
 
 CALIBRATION = {

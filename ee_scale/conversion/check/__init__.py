@@ -1,0 +1,1 @@
+"""Whether a result computes what its source does: both are run, layer by layer."""

@@ -1,0 +1,1 @@
+"""The layouts that are read and written, one file each."""

@@ -1,0 +1,193 @@
+"""Megatron's `mp_rank_TT_PPP/model_optim_rng.pt`, one file of torch.save per tensor and pipeline rank.
+
+`classes`: whose state dict lies in it. `core`: GPTModel, a flat dict. `legacy`: the language_model classes of
+Megatron-LM before 0.18, nested; EE-LLM's exits exist there only. The names are in `families/megatron.py` and
+`exits.py`.
+"""
+
+from argparse import Namespace
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ee_scale.conversion.formats.ee_llm import exit_args, exit_rows, head_spans, own_heads
+from ee_scale.conversion.model import Model
+from ee_scale.conversion.target_files import PickleFile
+from ee_scale.conversion.tensors import Piece
+from ee_scale.errors import UserError
+from ee_scale.families.megatron import EMBEDDING, EXTRA_STATE, FINAL_NORM, HEAD, Row, Rule
+
+FILE = "model_optim_rng.pt"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a checkpoint is spread: `tp` x `pp` files, `chunks` virtual stages in each; whose classes, whose norms.
+
+    Attributes:
+        counts: layers of each chunk in the order of the layers, chunk by chunk and in each stage by stage.
+        exit_numbers: EE-LLM's exit layers in the order of the file; shift: 1 where they are in `pre` position.
+    """
+
+    tp: int
+    pp: int
+    counts: tuple[int, ...]
+    chunks: int = 1
+    classes: str = "core"
+    spec: str = "te"
+    exit_numbers: tuple[int, ...] = ()
+    shift: int = 0
+
+    def layers(self, stage: int, chunk: int) -> tuple[int, int]:
+        """Number (from 0) of the first layer of a chunk, and how many there are; some hold an embedding alone."""
+        place = chunk * self.pp + stage
+        return sum(self.counts[:place]), self.counts[place]
+
+
+def target_files(model: Model, layout: Layout, args: Namespace, iteration: str) -> list[PickleFile]:
+    """A file per tensor and pipeline rank."""
+    check_layout(model, layout)
+    if model.exits:
+        vars(args).update(exit_args(model))
+    files = []
+    for rank in range(layout.tp):
+        for stage in range(layout.pp):
+            place = f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if layout.pp > 1 else "")
+            pieces = list(rank_pieces(model, layout, rank, stage))
+            builder = _Builder(args, layout.classes)
+            files.append(PickleFile(f"{iteration}/{place}/{FILE}", pieces, builder))
+    return files
+
+
+def check_layout(model: Model, layout: Layout) -> None:
+    """Raise `UserError` if the model cannot be spread like this."""
+    model.map.check_tensor_parallel(layout.tp)
+    if layout.classes == "legacy":
+        nameless = [row.core for row in model.map.layer_rows if row.legacy is None]
+        if nameless:
+            raise UserError(
+                f"classes=legacy: {model.config.model_type} has {nameless[0]}, which those classes lack; "
+                "use classes=core"
+            )
+        if model.map.shape.num_kv_heads % layout.tp:
+            raise UserError(
+                f"tp={layout.tp}: classes=legacy needs tp to divide num_key_value_heads={model.map.shape.num_kv_heads}"
+            )
+        if model.exits and model.exits.exit_kind.ee_llm is None:
+            raise UserError(f"classes=legacy: EE-LLM has no exits of kind '{model.exits.kind}'")
+    elif model.exits:
+        raise UserError("classes=core: Megatron-Core has no exits; use classes=legacy (EE-LLM), or drop the exits")
+
+
+def rank_pieces(model: Model, layout: Layout, rank: int, stage: int, chunk: int = 0) -> Iterator[Piece]:
+    """The tensors of one rank (of one virtual chunk) by their flat names."""
+    names = _Names(layout)
+    first, count = layout.layers(stage, chunk)
+    hosted = hosted_exits(model, layout, first, count)
+    at_start, at_end = (stage, chunk) == (0, 0), (stage, chunk) == (layout.pp - 1, layout.chunks - 1)
+    mine = lambda row, key, prefix="": _piece(model, row, key, prefix, rank, layout.tp)  # noqa: E731
+    if at_start:
+        yield mine(EMBEDDING, names.top(EMBEDDING))
+    for local in range(count):
+        here = [k for k, place, _ in hosted if place == local]
+        for row in model.map.layer_rows:
+            key = names.layer(row)
+            if here:
+                key = model.exits.exit_kind.ee_llm_layer_key(key)
+            yield mine(row, f"{names.layers}{local}.{key}", f"model.layers.{first + local}.")
+        for k in here:
+            for key, row, prefix in exit_rows(model.exits, model.map.layer_rows, k):
+                yield mine(row, f"{names.layers}{local}.{key}", prefix)
+    if at_end:
+        yield mine(FINAL_NORM, names.top(FINAL_NORM))
+    yield from _heads(model, layout, names, rank, hosted, at_start, at_end)
+
+
+def _heads(
+    model: Model, layout: Layout, names: "_Names", rank: int, hosted: list, at_start: bool, at_end: bool
+) -> Iterator[Piece]:
+    """Output matrices: the model's own, copies of a tied embedding, the exits' own."""
+    tied = model.config.tie_word_embeddings
+    if at_end and not tied:
+        yield _piece(model, HEAD, names.top(HEAD), "", rank, layout.tp)
+    if tied and not at_start and (at_end or hosted):
+        yield _piece(model, EMBEDDING, names.tied_head, "", rank, layout.tp, copy=True)
+    if hosted and own_heads(model):
+        for k, _, index in hosted:
+            spans = model.map.cut_vocab(head_spans(model, k), rank, layout.tp)
+            rows = model.padded_vocab // layout.tp
+            key = f"language_model.exit_output_layer.{index}.weight"
+            yield Piece(key, 0, spans, (rows, model.map.shape.hidden_size))
+
+
+def hosted_exits(model: Model, layout: Layout, first: int, count: int) -> list[tuple[int, int, int]]:
+    """(our layer k, local layer it sits at, number of its output matrix) of exits in layers [first, first + count)."""
+    numbers = [n for n in layout.exit_numbers if first < n <= first + count]
+    return [(n - layout.shift, n - 1 - first, index) for index, n in enumerate(numbers)]
+
+
+class _Names:
+    """Flat names of the tensors of a rank."""
+
+    def __init__(self, layout: Layout):
+        self.legacy, self.local = layout.classes == "legacy", layout.spec == "local"
+        self.layers = "language_model.encoder.layers." if self.legacy else "decoder.layers."
+        self.tied_head = "word_embeddings_for_head.weight" if self.legacy else HEAD.core
+
+    def layer(self, row: Row) -> str:
+        """Name inside a layer."""
+        if self.legacy:
+            return row.legacy
+        return row.local if self.local and row.local else row.core
+
+    def top(self, row: Row) -> str:
+        """Name outside the layers."""
+        return f"language_model.{row.legacy}" if self.legacy else row.core
+
+
+def _piece(model: Model, row: Row, key: str, prefix: str, rank: int, tp: int, copy: bool = False) -> Piece:
+    spans = model.map.rank_spans(row, prefix, rank, tp)
+    shape = list(model.map.stored_shape(row))
+    shape[row.dim] = sum(map(len, spans))
+    return Piece(key, row.dim, spans, tuple(shape), copy=copy or (row.rule is Rule.WHOLE and rank > 0))
+
+
+class _Builder:
+    """What torch.save gets: plain Python around the tensors."""
+
+    def __init__(self, args: Namespace, classes: str):
+        self.args, self.legacy = args, classes == "legacy"
+
+    def __call__(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        model = _nested(tensors) if self.legacy else _with_extra_state(tensors)
+        return {"args": self.args, "checkpoint_version": 3.0, "iteration": 1, "model": model}
+
+
+def _with_extra_state(tensors: Mapping[str, torch.Tensor]) -> OrderedDict:
+    """Flat, with the empty entries that Megatron-Core's modules write and strict loading asks for."""
+    found: OrderedDict[str, Any] = OrderedDict()
+    for key, tensor in tensors.items():
+        found[key] = tensor
+        module, _, kind = key.rpartition(".")
+        if kind == "weight" and module.endswith(EXTRA_STATE):
+            found[f"{module}._extra_state"] = None
+    if FINAL_NORM.core in found:  # the last stage: a tied model may have no matrix there, the module it has
+        found["output_layer._extra_state"] = None
+    return found
+
+
+def _nested(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """The legacy classes keep modules apart, and layers flat below `encoder`."""
+    found: dict[str, Any] = {"language_model": {}}
+    for key, tensor in tensors.items():
+        parts = key.split(".")
+        if parts[0] == "word_embeddings_for_head":
+            found.setdefault(parts[0], {})["weight"] = tensor
+        elif parts[1] == "embedding":
+            found["language_model"]["embedding"] = {parts[2]: OrderedDict({parts[3]: tensor})}
+        else:
+            found["language_model"].setdefault(parts[1], OrderedDict())[".".join(parts[2:])] = tensor
+    return found

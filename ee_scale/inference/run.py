@@ -1,0 +1,148 @@
+"""Run a checked `generate` command: on one device, or as one rank of a grid."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ee_scale.backbone.model_folder import ModelFolder
+from ee_scale.config.schema import GenerateConfig
+from ee_scale.data.encode import token_with_row
+from ee_scale.data.inputs import load_tokenizer
+from ee_scale.grid import Grid, Layout, join_grid
+from ee_scale.inference.model import open_model
+from ee_scale.inference.pipeline import PipelineDecoder
+from ee_scale.inference.pipeline_model import load_decoding_stage, plan_decoding
+from ee_scale.inference.request import Request, plain_words, policy_options
+from ee_scale.inference.settings import end_marks, new_lengths, stop_criterion
+from ee_scale.modeling.decision_log import DecisionLog
+from ee_scale.modeling.trail import request_names
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Answers:
+    """What was generated, prompt by prompt: token ids, the layer of each, and numbers of the whole run."""
+
+    tokens: list[list[int]] = field(default_factory=list)
+    layers: list[list[int]] = field(default_factory=list)
+    seconds: float = 0.0
+    stats: dict[str, float] = field(default_factory=dict)
+
+    def add(self, tokens: Sequence[list[int]], layers: Sequence[list[int]], stats: dict[str, Any]) -> None:
+        """The answers of a batch."""
+        self.tokens += tokens
+        self.layers += layers
+        for name in ("drafted", "accepted", "audited", "agreed"):
+            if name in stats:
+                self.stats[name] = self.stats.get(name, 0) + stats[name]
+
+
+def answer_lines(request: Request, answers: Answers) -> str:
+    """A JSON object per prompt, each in a line."""
+    lines = []
+    for text, tokens, layers in zip(request.texts, answers.tokens, answers.layers, strict=True):
+        said = request.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        line = {"prompt": text, "text": said, "tokens": len(tokens)}
+        if request.config.policy != "off":
+            line["exit_layers"] = layers
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    return "".join(lines)
+
+
+def decode_here(request: Request, device: torch.device, streamer: Any = None) -> Answers:
+    """All batches in this process, through the model's own `generate`."""
+    config, answers = request.config, Answers()
+    model = open_model(request.folder.path, dtype=DTYPES.get(config.dtype, "auto")).to(device).eval()
+    options = policy_options(config)
+    settings = {
+        **request.sampling(),
+        "return_dict_in_generate": True,
+        "streamer": streamer,
+        "tokenizer": request.tokenizer,
+    }
+    log = DecisionLog(Path(config.log).expanduser()) if config.log else None
+    if request.folder.exits is not None:
+        settings |= {"exit_policy": config.policy, **{f"exit_{name}": value for name, value in options.items()}}
+    torch.manual_seed(config.seed)
+    ends, stop = end_marks(model.generation_config), stop_criterion(model.generation_config, request.tokenizer)
+    pad = token_with_row(request.folder.config.vocab_size, request.tokenizer.pad_token_id, *sorted(ends))
+    start = time.perf_counter()
+    for prompts, tags in request.batches():
+        width = max(map(len, prompts))
+        ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        extra = {"exit_log": log, "exit_tags": tags, "exit_audit": config.audit}
+        extra = {name: value for name, value in extra.items() if value is not None}
+        if config.audit:  # the seed is that of sampling: commands of one seed do not all audit the same places
+            extra["exit_requests"] = request_names(len(prompts))
+        with plain_words():
+            output = model.generate(ids, attention_mask=mask, pad_token_id=pad, **settings, **extra)
+        lengths = new_lengths(output.sequences, width, model.generation_config, stop)
+        tokens = [row[width : width + n].tolist() for row, n in zip(output.sequences, lengths, strict=True)]
+        layers = getattr(output, "exit_layers", None)
+        layers = [[request.num_layers] * len(row) for row in tokens] if layers is None else layers.tolist()
+        layers = [own[: len(row)] for own, row in zip(layers, tokens, strict=True)]
+        answers.add(tokens, layers, getattr(output, "exit_stats", None) or {})
+    answers.seconds = time.perf_counter() - start
+    if log is not None:
+        log.close()
+    return answers
+
+
+def decode_on_grid(
+    config: GenerateConfig,
+    folder: ModelFolder,
+    request: Request | None,
+    layout: Layout,
+    device: torch.device,
+    streamer: Any = None,
+) -> Answers:
+    """All batches, as one rank of the grid; rank 0 has the request and gets the answers."""
+    grid = join_grid(layout, device, config.parallel.timeout_minutes)
+    prompts, tags = grid.from_rank_0((request.prompts, request.tags) if request else None)
+    request = request or Request(config, folder, None, [], prompts, tags, streams=False)
+    decoder = _decoder(request, grid)
+    tokenizer = load_tokenizer(folder.base, "model") if folder.generation_config().stop_strings else None
+    log = DecisionLog(Path(config.log).expanduser()) if config.log and grid.rank == 0 else None
+    answers, start = Answers(), time.perf_counter()
+    for number, (rows, tags) in enumerate(request.batches()):
+        first, policy = number * config.batch_size, request.policy(tags, len(rows))
+        decoded = decoder.generate(
+            rows,
+            policy,
+            seed=config.seed,
+            first_row=first,
+            streamer=streamer,
+            tokenizer=tokenizer,
+            **request.sampling(),
+        )
+        if decoded is None:
+            continue
+        answers.add(decoded.tokens, decoded.exit_layers, {})
+        if log is not None:
+            log.describe(request.num_layers, policy.layers, policy.name)
+            names = request_names(len(rows))
+            for row, layers in enumerate(decoded.exit_layers):
+                for index, layer in enumerate(layers):
+                    score = decoded.exit_confidences[row][index]
+                    log.add(names[row], index, layer, score, tags[row] if tags else None)
+    answers.seconds = time.perf_counter() - start
+    if log is not None:
+        log.close()
+    return answers
+
+
+def _decoder(request: Request, grid: Grid) -> PipelineDecoder:
+    config, folder, parallel = request.config, request.folder, request.config.parallel
+    # All exits that some prompt may take.
+    layers = {k for rows, tags in request.batches() for k in request.policy(tags, len(rows)).layers}
+    plan = plan_decoding(folder, parallel.tp, parallel.pp, sorted(layers), parallel.stages)
+    dtype = DTYPES.get(config.dtype) or getattr(folder.config, "dtype", None) or torch.float32
+    stage = load_decoding_stage(folder, plan, grid, dtype)
+    return PipelineDecoder(stage, plan, grid, folder.generation_config())

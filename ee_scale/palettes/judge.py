@@ -1,0 +1,80 @@
+"""How good a subnet is, asked inside the supernet; and what its parts cost on this machine."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+
+from ee_scale.elastic.architecture import ElasticMap
+from ee_scale.elastic.extract import subnet_config
+from ee_scale.elastic.stage import ElasticStage
+from ee_scale.elastic.subnet import SubnetSpec
+from ee_scale.families.build import AUTO_CLASS
+from ee_scale.palettes.edge import time_forward
+
+CHUNK = 1024  # tokens whose logits exist at the same time
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Quality of subnets on held-out batches (as for training), in one process."""
+
+    stage: ElasticStage
+    batches: Sequence[dict[str, torch.Tensor]]
+
+    @property
+    def metric(self) -> str:
+        """The entry of `figures` that decides."""
+        return "accuracy" if self.stage.map.family.task == "classify" else "loss"
+
+    @torch.no_grad()
+    def figures(self, spec: SubnetSpec) -> dict[str, float]:
+        """Mean loss in nats, and accuracy (classes) or perplexity (text)."""
+        self.stage.select(spec)
+        loss = correct = count = 0.0
+        for batch in self.batches:
+            batch = {name: tensor.to(self.stage.grid.device) for name, tensor in batch.items()}
+            final, _ = self.stage(batch["tokens"], batch)
+            states, labels = final.flatten(0, -2), batch["labels"].flatten()
+            for states_part, labels_part in zip(states.split(CHUNK), labels.split(CHUNK), strict=True):
+                logits = self.stage.head(states_part).float()
+                loss += float(F.cross_entropy(logits, labels_part, reduction="sum"))
+                correct += float((logits.argmax(-1) == labels_part).sum())
+            count += len(labels)
+        if self.metric == "accuracy":
+            return {"accuracy": correct / count, "loss": loss / count}
+        return {"loss": loss / count, "perplexity": float(torch.tensor(loss / count).exp())}
+
+    def lower_is_better(self, figures: dict[str, float]) -> float:
+        """For the search."""
+        return 1 - figures["accuracy"] if self.metric == "accuracy" else figures["loss"]
+
+
+class PartTimes:
+    """Latency by look-up: one layer of each shape is timed once, on stock modules with random weights."""
+
+    def __init__(self, elastic_map: ElasticMap, tokens: int, seconds: float, device: torch.device, dtype: torch.dtype):
+        self.map, self.tokens, self.seconds, self.device, self.dtype = elastic_map, tokens, seconds, device, dtype
+        self._parts = lru_cache(maxsize=None)(self._measure)
+
+    def milliseconds(self, spec: SubnetSpec) -> float:
+        """Of one forward over `tokens` tokens at batch 1: everything outside the layers, plus depth x one layer."""
+        outside, layer = self._parts(spec.hidden, spec.groups, spec.ffn)
+        return outside + spec.depth * layer
+
+    def _measure(self, hidden: int, groups: int, ffn: int) -> tuple[float, float]:
+        few, many = 1, max(2, min(4, self.map.shape.num_layers))
+        times = [self._time(SubnetSpec(hidden, groups, ffn, tuple(range(depth)))) for depth in (few, many)]
+        layer = max((times[1] - times[0]) / (many - few), 0.0)
+        return max(times[0] - few * layer, 0.0), layer
+
+    def _time(self, spec: SubnetSpec) -> float:
+        config = subnet_config(self.map, spec, tied=False)
+        with torch.device(self.device):
+            model = AUTO_CLASS[self.map.family.task].from_config(config, dtype=self.dtype).eval()
+            ids = torch.randint(config.vocab_size, (1, self.tokens))
+        forward: Callable[[], object] = lambda: model(input_ids=ids)  # noqa: E731
+        with torch.no_grad():
+            return time_forward(forward, self.seconds)

@@ -1,0 +1,270 @@
+"""Make a palette: search, cut out, measure, recommend."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from ee_scale.artifact.run_folder import CONFIG
+from ee_scale.backbone.model_folder import ModelFolder
+from ee_scale.config.compose import from_yaml
+from ee_scale.config.groups import ParallelConfig
+from ee_scale.config.supernet import PaletteConfig, SupernetConfig
+from ee_scale.data.dataset import check_tokens
+from ee_scale.data.inputs import load_tokenizer, sources
+from ee_scale.data.labelled import check_labels, evaluation_batches, read_labelled
+from ee_scale.data.loader import windows
+from ee_scale.data.text import prepare_text
+from ee_scale.elastic.extract import is_tied
+from ee_scale.elastic.order import UnitOrder
+from ee_scale.elastic.stage import base_tensors
+from ee_scale.elastic.subnet import SearchSpace, SubnetSpec
+from ee_scale.errors import UserError, one_line
+from ee_scale.files import new_folder, remove_folder
+from ee_scale.grid import Layout, join_grid, pick_device
+from ee_scale.palettes.cut_out import TrainedSupernet, read_supernet, subnet_model, write_subnet
+from ee_scale.palettes.edge import EdgeMeasure, measure_edge
+from ee_scale.palettes.judge import Judge, PartTimes
+from ee_scale.palettes.manifest import Device, Manifest, Member, Tried, write_manifest
+from ee_scale.palettes.recommend import write_palette_report
+from ee_scale.palettes.search import Candidate, pareto, search, verified
+from ee_scale.planning.supernet import SupernetPlan, plan_supernet
+from ee_scale.progress import shares
+from ee_scale.training.supernet import ORDER, build_stage, open_phases, start_run
+from ee_scale.training.supernet_data import encode_labelled
+
+LIMITS = ("params", "flops", "latency_ms", "memory_mb")
+MEGABYTE = 1e6
+
+
+def make_palette(config: PaletteConfig) -> Manifest:
+    """Write the folder `out`: a stock model per size, manifest.json, report.md and palette.png. Raises `UserError`."""
+    if config.samples < 0 or config.seconds <= 0:
+        raise UserError(f"samples={config.samples}, seconds={config.seconds}: must be at least 0 and above 0")
+    src, out = Path(config.src).expanduser(), Path(config.out).expanduser()
+    if config.onnx:
+        import ee_scale.artifact.onnx  # noqa: F401  (says now that packages are missing)
+    supernet = read_supernet(src, config.step)
+    plan = stored_plan(src, supernet, config)
+    check_length(config, plan)
+    batches = held_out(config, plan)
+    with new_folder(out) as folder:
+        manifest = Palette(config, src, supernet, plan, batches, folder).make()
+        write_manifest(folder, manifest)
+        write_palette_report(folder, manifest)
+    return manifest
+
+
+def check_length(config: PaletteConfig, plan: SupernetPlan) -> None:
+    """Refuse to measure texts that the model cannot read. Raises `UserError`."""
+    most, decoded = plan.map.config.max_position_embeddings, config.new_tokens if plan.task == "causal_lm" else 0
+    if config.tokens + decoded > most:
+        texts = f"tokens={config.tokens}" + (f" and new_tokens={decoded}" if decoded else "")
+        raise UserError(f"{texts}: the model reads at most max_position_embeddings={most} tokens")
+
+
+def limits_of(config: PaletteConfig) -> dict[str, float]:
+    """The limits that were given, by cost."""
+    given = {name: getattr(config, f"max_{name}") for name in LIMITS}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def stored_plan(src: Path, supernet: TrainedSupernet, config: PaletteConfig) -> SupernetPlan:
+    """The run's own plan, in one process on this device."""
+    try:
+        stored = from_yaml(SupernetConfig, (src / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{src / CONFIG}: not the config of a supernet run ({one_line(error)})") from error
+    stored = replace(
+        stored,
+        space=replace(stored.space, depth_parts=supernet.identity["parts"]),
+        # Sizes were checked against the grid that trained; one process has none.
+        parallel=ParallelConfig(),
+        train=replace(stored.train, micro_batch_size=1, global_batch_size=1, precision="auto"),
+    )
+    plan = plan_supernet(stored, supernet.base, ModelFolder(supernet.base).config, supernet.identity["labels"])
+    base_tensors(supernet.base, plan.map)  # said before anything is judged
+    return plan
+
+
+def held_out(config: PaletteConfig, plan: SupernetPlan) -> list[dict[str, torch.Tensor]]:
+    """Batches to judge quality on. Raises `UserError`."""
+    stored, given = plan.config.data, config.data if config.data is not None else plan.config.data.valid
+    if given is None:
+        raise UserError("data: the run has no data.valid; give data=<held-out file>")
+    tokenizer, names = load_tokenizer(plan.model_dir), sources(given)
+    limit = config.samples or None
+    if plan.task == "classify":
+        if len(names) != 1:
+            raise UserError(f"data={names}: labelled data is one file")
+        examples = read_labelled(names[0], stored.text_key, stored.label_key, stored.pair_key, fields="")
+        check_labels(plan.labels, examples, names[0], fields="")
+        if limit is not None and limit < len(examples):
+            keep = torch.randperm(len(examples), generator=torch.Generator().manual_seed(config.seed))[:limit]
+            examples = [examples[i] for i in keep.tolist()]
+        data = encode_labelled(plan, examples, tokenizer, "")
+        return list(evaluation_batches(data, config.batch_size))
+    prefixes = prepare_text(names, tokenizer, plan.model_dir, config.cache_dir, stored.text_key, True, fields="")
+    check_tokens(prefixes, plan.map.config.vocab_size, 1, names=names, fields="", tokenizer=tokenizer)
+    found = windows(prefixes, stored.seq_length, config.batch_size, (limit or 0) * stored.seq_length)
+    return [{"tokens": rows[:, :-1], "labels": rows[:, 1:]} for rows in found]
+
+
+class Palette:
+    """One search from the trained supernet to the manifest."""
+
+    def __init__(
+        self,
+        config: PaletteConfig,
+        src: Path,
+        supernet: TrainedSupernet,
+        plan: SupernetPlan,
+        batches: list[dict[str, torch.Tensor]],
+        folder: Path,
+    ):
+        self.config, self.src, self.supernet, self.plan, self.folder = config, src, supernet, plan, folder
+        self.device = pick_device(config.device)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self.order = UnitOrder.load(src / ORDER, plan.map.shape)
+        self.base = base_tensors(supernet.base, plan.map)
+        grid = join_grid(Layout(), self.device)
+        run = start_run(plan, grid, build_stage(plan, grid), self.order)
+        open_phases(run, supernet.recipe_stages - 1)
+        with torch.no_grad():
+            for factors in run.factors:
+                for name, parameter in factors.named.items():
+                    parameter.copy_(supernet.trained[name])
+        self.space: SearchSpace = run.space
+        self.judge = Judge(run.stage, batches)
+        # Numbers per unit of width that a tied model has not: training gave the output matrix values of its own.
+        tied = plan.map.config.tie_word_embeddings and plan.task == "causal_lm"
+        self.untied = plan.map.config.vocab_size * (tied and not is_tied(plan.map, supernet.trained))
+        self.limits = limits_of(config)
+        self.times = PartTimes(plan.map, config.tokens, 0.1, self.device, run.stage.dtype)
+        self.figures: dict[SubnetSpec, dict[str, float]] = {}
+        self.measures: dict[SubnetSpec, EdgeMeasure] = {}
+
+    def make(self) -> Manifest:
+        """Search, cut out and measure. Raises `UserError` where nothing keeps the limits."""
+        config, full = self.config, self.plan.map.shape.full
+        with shares("judging subnets") as progress:
+            found = search(
+                self.space,
+                self._quality,
+                self._estimate,
+                self.limits,
+                method=config.method,
+                trials=config.trials,
+                objective=config.objective,
+                seed=config.seed,
+                progress=progress,
+            )
+        front = pareto(found, config.objective)
+        with shares("cutting out and measuring") as progress:
+            chosen = verified(front, config.count, self._measure, self.limits, config.objective, progress)
+            self._measure_spec(full)
+        manifest = Manifest(
+            base_model=str(self.supernet.base),
+            base_fingerprint=self.supernet.identity["base_fingerprint"],
+            run=str(self.src.resolve()),
+            task=self.plan.task,
+            device=Device.here(config.threads),
+            limits=self.limits,
+            objective=config.objective,
+            latency="prefill_ms",
+            metric=self.judge.metric,
+            full=self._member(full, "full"),
+            members=[self._member(candidate.spec, self._name(candidate.spec)) for candidate in chosen],
+            tried=[Tried(c.spec, self.figures[c.spec], dict(c.estimates)) for c in found],
+        )
+        self._keep_only({member.folder for member in manifest.members})
+        return manifest
+
+    def _quality(self, spec: SubnetSpec) -> float:
+        if spec not in self.figures:
+            self.figures[spec] = self.judge.figures(spec)
+        return self.judge.lower_is_better(self.figures[spec])
+
+    def _estimate(self, spec: SubnetSpec) -> dict[str, float]:
+        """Exact parameters and FLOPs; latency by look-up and memory by weights, where they are asked for."""
+        params = self.plan.map.parameters(spec) + self.untied * spec.hidden
+        costs = {"params": params, "flops": self.plan.map.flops(spec, self.config.tokens)}
+        wanted = {*self.limits, self.config.objective}
+        if "latency_ms" in wanted:
+            costs["latency_ms"] = self.times.milliseconds(spec)
+        if "memory_mb" in wanted:
+            costs["memory_mb"] = params * self.judge.stage.dtype.itemsize / MEGABYTE
+        return costs
+
+    def _measure(self, candidate: Candidate) -> Mapping[str, float]:
+        measure = self._measure_spec(candidate.spec)
+        return {
+            "params": measure.parameters,
+            "flops": self.plan.map.flops(candidate.spec, measure.tokens),
+            "latency_ms": measure.prefill_ms,
+            "memory_mb": measure.memory_mb,
+        }
+
+    def _measure_spec(self, spec: SubnetSpec) -> EdgeMeasure:
+        """Cut a subnet out into its folder and measure that folder."""
+        if spec not in self.measures:
+            folder = self.folder / self._name(spec)
+            self._quality(spec)
+            facts = ", ".join(f"{name} {value:.4g}" for name, value in self.figures[spec].items())
+            model = subnet_model(self.plan.map, self.base, self.order, self.supernet, spec)
+            write_subnet(folder, model, self.supernet, spec, f"On held-out data: {facts}.")
+            self.measures[spec] = measure_edge(
+                folder,
+                self.plan.task,
+                tokens=self.config.tokens,
+                new_tokens=self.config.new_tokens,
+                seconds=self.config.seconds,
+                device=self.device.type,
+                threads=self.config.threads,
+            )
+        return self.measures[spec]
+
+    def _member(self, spec: SubnetSpec, folder: str) -> Member:
+        measure = self.measures[spec]
+        joules = measure.joules_per_token if measure.joules_per_token is not None else measure.energy
+        return Member(
+            folder=folder,
+            spec=spec,
+            params=measure.parameters,
+            layer_params=self.plan.map.parameters(spec, layers_only=True),
+            flops=self.plan.map.flops(spec, measure.tokens),
+            prefill_ms=measure.prefill_ms,
+            token_ms=measure.token_ms,
+            memory_mb=measure.memory_mb,
+            file_mb=measure.weights_mb,
+            joules_per_token=joules,
+            quality=self.figures[spec],
+            estimated_ms=self.times.milliseconds(spec),
+            onnx=self._onnx(folder) if self.config.onnx and folder != "full" else {},
+        )
+
+    def _onnx(self, name: str) -> dict[str, dict[str, float]]:
+        from ee_scale.artifact.onnx import export_onnx
+
+        found = {}
+        for variant, int8 in (("fp32", False), ("int8", True)):
+            report = export_onnx(self.folder / name, self.folder / name / f"onnx-{variant}", self.plan.task, int8=int8)
+            found[variant] = {
+                "file_mb": sum(report.files.values()) / MEGABYTE,
+                "latency_ms": report.onnx_ms,
+                "agreement": report.agreement,
+            }
+        return found
+
+    def _name(self, spec: SubnetSpec) -> str:
+        """Folder of a subnet; an early exit may have the sizes of a member that keeps other layers."""
+        return f"{spec.name}-exit" if spec in self.space.exit_members() else spec.name
+
+    def _keep_only(self, names: set[str]) -> None:
+        for path in list(self.folder.iterdir()):
+            if path.is_dir() and path.name not in names:
+                remove_folder(path)
