@@ -20,7 +20,7 @@ AXES = {
 CACHE = {0: BATCH, 2: PAST}
 
 
-def declare_shapes(graph: Any) -> None:
+def declare_shapes(graph: onnx_ir.Graph) -> None:
     """Give all values of an `onnx_ir.Graph` shapes of numbers and of these names; inputs are called as they will be."""
     decoder = any(value.name.startswith("past_key_values.") for value in graph.inputs)
     mask = {0: BATCH, 1: TOTAL if decoder else LENGTH}
@@ -36,17 +36,17 @@ def declare_shapes(graph: Any) -> None:
             value.shape = onnx_ir.Shape([_dimension(size, names) for size in value.shape])
 
 
-def _values(graph: Any) -> Iterator[Any]:
+def _values(graph: onnx_ir.Graph) -> Iterator[Any]:
     yield from graph.inputs
     for node in graph.all_nodes():
         yield from node.outputs
 
 
-def _symbol(size: Any) -> int | str | None:
+def _symbol(size: int | onnx_ir.SymbolicDim) -> int | str | None:
     return size if isinstance(size, int) else size.value
 
 
-def _dimension(size: Any, names: dict[str, str]) -> int | str | None:
+def _dimension(size: int | onnx_ir.SymbolicDim, names: dict[str, str]) -> int | str | None:
     """'4' -> 4, 's53' -> 'batch_size', 's70 + s85' -> 'past_sequence_length + sequence_length'."""
     symbol = _symbol(size)
     if not isinstance(symbol, str):

@@ -134,7 +134,7 @@ def trim_metrics(path: Path, step: int) -> None:
 
 
 def _check_same(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    def refuse(name: str, there: Any, here: Any) -> None:
+    def refuse(name: str, there: object, here: object) -> None:
         raise UserError(f"out={out}: holds another run ({name}={there} there, {here} here); choose another out")
 
     if old.get("kind", "tune") != new["kind"]:

@@ -1,10 +1,11 @@
 """`ee-scale evaluate`: loss, perplexity and agreement per exit; with `sweep`, quality against speed; per group."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -137,7 +138,7 @@ def with_progress(batches: Sequence[Any], text: str) -> Iterator[Any]:
     yield from track(batches, text, total=len(batches), console=err, transient=True, disable=not err.is_terminal)
 
 
-def _tags(records: Records, out: Any) -> dict[str, Any]:
+def _tags(records: Records, out: Console) -> dict[str, Any]:
     """Print the figures per tag, and return them."""
     by_tag = {tag: (exit_qualities(own), len(own.units)) for tag, own in records.by_tag().items()}
     if not by_tag:
@@ -150,7 +151,11 @@ def _tags(records: Records, out: Any) -> dict[str, Any]:
 
 
 def _points(
-    config: EvaluateConfig, model: PreTrainedModel, records: Records, calibration: Any, prompts: list[Window] | None
+    config: EvaluateConfig,
+    model: PreTrainedModel,
+    records: Records,
+    calibration: Mapping[str, Any] | None,
+    prompts: list[Window] | None,
 ) -> list[SweepPoint]:
     """The sweep, timed if there are prompts; without a sweep, what the stored limits do (if there are any)."""
     if not config.sweep:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.generation.streamers import BaseStreamer
 
 from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.cli.generate_job import Job, plain_words, policy_options
@@ -42,7 +43,7 @@ class Answers:
                 self.stats[name] = self.stats.get(name, 0) + stats[name]
 
 
-def decode_here(job: Job, device: torch.device, streamer: Any = None) -> Answers:
+def decode_here(job: Job, device: torch.device, streamer: BaseStreamer | None = None) -> Answers:
     """All batches in this process, through the model's own `generate`."""
     config, answers = job.config, Answers()
     model = open_model(job.folder.path, dtype=DTYPES.get(config.dtype, "auto")).to(device).eval()
@@ -83,7 +84,7 @@ def decode_on_grid(
     job: Job | None,
     layout: Layout,
     device: torch.device,
-    streamer: Any = None,
+    streamer: BaseStreamer | None = None,
 ) -> Answers:
     """All batches, as one rank of the grid; rank 0 has the job and gets the answers."""
     grid = join_grid(layout, device, config.parallel.timeout_minutes)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.progress import track
 
@@ -10,7 +9,7 @@ from ee_scale.cli.console import console
 from ee_scale.config.schema import ReportConfig
 from ee_scale.data.inputs import sources
 from ee_scale.evaluation.log_report import report_table, warnings, write_log_report
-from ee_scale.evaluation.log_summary import NO_TAG, bucket_seconds, log_files, summarise
+from ee_scale.evaluation.log_summary import NO_TAG, LogSummary, bucket_seconds, log_files, summarise
 
 
 def run(config: ReportConfig, overrides: Sequence[str]) -> int:
@@ -31,7 +30,7 @@ def run(config: ReportConfig, overrides: Sequence[str]) -> int:
     return 0
 
 
-def _notes(summary: Any) -> list[str]:
+def _notes(summary: LogSummary) -> list[str]:
     total, notes = summary.by(None)[None], []
     if summary.skipped:
         notes.append(f"{summary.skipped} lines are not whole records and were left out")

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ee_scale.config.checks import check_rules
+from ee_scale.config.groups import Settings
 from ee_scale.config.schema import GONE, VERBS, Config, EvaluateConfig
 from ee_scale.config.supernet import SupernetConfig
 from ee_scale.config.tune import TuneConfig
@@ -136,7 +137,7 @@ def find_setting(verb: str, key: str) -> tuple[str, Any]:
     return key, find_field(VERBS[verb], key)
 
 
-def to_yaml(config: Any) -> str:
+def to_yaml(config: Settings) -> str:
     """A config as it is stored beside a run."""
     return OmegaConf.to_yaml(OmegaConf.create(_literal(asdict(config))), resolve=True)
 
@@ -156,7 +157,7 @@ def from_yaml(schema: type[C], text: str) -> C:
     return cast(C, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), _literal(values))))
 
 
-def with_value(config: C, key: str, value: Any) -> C:
+def with_value(config: C, key: str, value: object) -> C:
     """A copy of a config with another value of a dotted key."""
     group, _, rest = key.partition(".")
     changed = copy(config)
@@ -164,7 +165,7 @@ def with_value(config: C, key: str, value: Any) -> C:
     return changed
 
 
-def _literal(value: Any) -> Any:
+def _literal(value: object) -> Any:
     if isinstance(value, dict):
         return {key: _literal(item) for key, item in value.items()}
     if isinstance(value, list):
