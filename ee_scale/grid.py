@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
@@ -132,9 +132,9 @@ class Grid:
                 mine = group if self.rank in ranks else mine
         return mine
 
-    def from_rank_0(self, value: T) -> T:
+    def from_rank_0(self, value: T | None) -> T:
         """A small Python value of rank 0, on every rank."""
-        box = [value]
+        box: list[Any] = [value]
         dist.broadcast_object_list(box, src=0, group=self.metrics_group)
         return box[0]
 

@@ -131,7 +131,7 @@ def _converted(model: PreTrainedModel, task: str, own_head: bool) -> Any:
         # A table that is read as a matrix too would stay in fp32: quantized they differ, so each gets its own.
         head = model.get_output_embeddings()
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
-    inputs = {"input_ids": torch.ones(EXPORTED, dtype=torch.long)}
+    inputs: dict[str, Any] = {"input_ids": torch.ones(EXPORTED, dtype=torch.long)}
     length = EXPORTED[1]
     if task == "causal_lm":
         # Without a config the cache keeps every position of every layer; sliding windows are the mask's business.
@@ -142,7 +142,7 @@ def _converted(model: PreTrainedModel, task: str, own_head: bool) -> Any:
         length += PAST
     inputs["attention_mask"] = torch.ones((EXPORTED[0], length), dtype=torch.long)
     try:
-        exported = OnnxExporter().export(model, inputs, OnnxConfig(dynamic=True))
+        exported: Any = OnnxExporter().export(model, inputs, OnnxConfig(dynamic=True))
         program = exported.program if hasattr(exported, "program") else exported.model  # older: torch's ONNXProgram
     except Exception as error:  # torch and onnxscript raise anything
         raise UserError(f"format=onnx: {type(model).__name__} cannot be exported ({one_line(error)})") from error
@@ -155,7 +155,7 @@ def _name_cache(graph: onnx_ir.Graph) -> None:
     """input.past_key_values.layers.0.keys -> past_key_values.0.key, as other tools call it; outputs: present.0.key."""
     for values, name in ((graph.inputs, "past_key_values"), (graph.outputs, "present")):
         for value in values:
-            parts = value.name.split(".")
+            parts = (value.name or "").split(".")
             if parts[-1] in ("keys", "values"):
                 value.name = f"{name}.{parts[-2]}.{parts[-1].removesuffix('s')}"
 

@@ -43,7 +43,8 @@ class OpenedRun:
 
 def run_identity(recipe: Recipe[Any, Any], data: dict[str, Any]) -> dict[str, Any]:
     """What must be equal for a run to go on: settings that shape the result, the base model and the data."""
-    values, settings = asdict(recipe.config), {}
+    values: dict[str, Any] = asdict(recipe.config)
+    settings: dict[str, Any] = {}
     for key in recipe.identity:
         found = values
         for part in key.split("."):

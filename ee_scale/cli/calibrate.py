@@ -73,10 +73,10 @@ def goal_of(config: CalibrateConfig) -> Goal:
 def _windows(config: CalibrateConfig, model: PreTrainedModel) -> list[Window]:
     """Windows of the data that do not cross documents, in random order. Raises `UserError`."""
     check_length(config, model)
-    folder = Path(model.config.name_or_path)
+    folder = Path(str(model.config.name_or_path))
     tokenizer = load_tokenizer(folder, "model")
     if config.tag_key is not None:
-        return read_tagged(config, model, tokenizer, config.unit)
+        return read_tagged(config, config.tag_key, model, tokenizer, config.unit)
     prefixes = read_prefixes(config, model, tokenizer, folder)
     eos_id = -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     return document_windows(prefixes, eos_id, config.seq_length, config.max_tokens, config.unit)

@@ -90,7 +90,7 @@ def read_windows(
     """The windows of an evaluate config: with tags, whole documents; else the text as one stream."""
     check_length(config, model)
     if config.tag_key is not None:
-        return read_tagged(config, model, tokenizer)
+        return read_tagged(config, config.tag_key, model, tokenizer)
     prefixes = read_prefixes(config, model, tokenizer, tokenizer_dir)
     return stream_windows(prefixes, config.seq_length, config.max_tokens)
 
@@ -119,13 +119,14 @@ def read_prefixes(
 
 def read_tagged(
     config: EvaluateConfig | CalibrateConfig,
+    tag_key: str,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     unit: str = "window",
 ) -> list[Window]:
     """The tagged documents of a config as windows whose ids the model knows. Raises `UserError`."""
-    keys = (config.text_key, config.tag_key, config.seq_length, config.max_tokens, unit)
-    windows = tagged_windows(sources(config.data), tokenizer, *keys)
+    given = sources(config.data)
+    windows = tagged_windows(given, tokenizer, config.text_key, tag_key, config.seq_length, config.max_tokens, unit)
     largest = max(int(window.tokens.max()) for window in windows)
     if largest >= model.config.vocab_size:
         raise UserError(f"data: {without_row(tokenizer, largest, model.config.vocab_size)}")
@@ -140,10 +141,11 @@ def with_progress(batches: Sequence[Any], text: str) -> Iterator[Any]:
 
 def _tags(records: Records, out: Console) -> dict[str, Any]:
     """Print the figures per tag, and return them."""
-    by_tag = {tag: (exit_qualities(own), len(own.units)) for tag, own in records.by_tag().items()}
+    by_tag = records.by_tag()
     if not by_tag:
         return {}
-    rows, tokens = ({tag: item[i] for tag, item in by_tag.items()} for i in (0, 1))
+    rows = {tag: exit_qualities(own) for tag, own in by_tag.items()}
+    tokens = {tag: len(own.units) for tag, own in by_tag.items()}
     out.print(report.tag_table(rows, tokens, "per tag"))
     out.print(report.agreement_gap_sentence(rows), highlight=False)
     values = {tag: {"tokens": tokens[tag], "exits": [row.to_json() for row in rows[tag]]} for tag in rows}
@@ -165,7 +167,8 @@ def _points(
         ids = torch.stack([window.tokens[: config.prompt_tokens] for window in prompts]).to(model.device)
         tags = [window.tag for window in prompts] if records.tag_names else None
         shown = lambda steps: with_progress(steps, "timing")  # noqa: E731
-        time_points(points, model.generate, ids, config.new_tokens, config.rounds, tags=tags, track=shown)
+        generate = model.generate
+        time_points(points, generate, ids, config.new_tokens, config.rounds, tags=tags, track=shown)  # type: ignore[arg-type]
     return points
 
 

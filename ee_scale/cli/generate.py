@@ -36,12 +36,12 @@ def run(config: GenerateConfig, overrides: Sequence[str]) -> int:
             check_prompts(config, folder, tokenizer)
         return run_ranks("generate", overrides, layout.world_size, device)
     job = check_prompts(config, folder, load_tokenizer(folder.base, "model")) if leader else None
-    streamer = open_stream(job) if leader and job.streams else None
-    if layout.world_size == 1:
+    streamer = open_stream(job) if job is not None and job.streams else None
+    if job is not None and layout.world_size == 1:
         answers = decode_here(job, device, streamer)
     else:
         answers = decode_on_grid(config, folder, job, layout, device, streamer)
-    if leader:
+    if job is not None:
         finish(job, answers)
     return 0
 
@@ -110,4 +110,4 @@ def _for_stdout(text: str) -> str:
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
-    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))

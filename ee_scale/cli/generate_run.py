@@ -89,7 +89,7 @@ def decode_on_grid(
     """All batches, as one rank of the grid; rank 0 has the job and gets the answers."""
     grid = join_grid(layout, device, config.parallel.timeout_minutes)
     prompts, tags = grid.from_rank_0((job.prompts, job.tags) if job else None)
-    job = job or Job(config, folder, None, [], prompts, tags, streams=False)
+    job = job or Job(config, folder, None, [], prompts, tags, streams=False)  # type: ignore[arg-type]
     decoder = _decoder(job, grid)
     tokenizer = load_tokenizer(folder.base, "model") if folder.generation_config().stop_strings else None
     log = DecisionLog(Path(config.log).expanduser()) if config.log and grid.rank == 0 else None

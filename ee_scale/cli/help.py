@@ -132,5 +132,5 @@ def _settings(schema: type, prefix: str = "") -> list[tuple[str, str, str]]:
 
 
 def _default(field: Field[Any]) -> str:
-    value = field.default_factory() if field.default is MISSING else field.default
+    value = field.default if field.default_factory is MISSING else field.default_factory()
     return {"???": "required", "None": "null"}.get(str(value), str(value))

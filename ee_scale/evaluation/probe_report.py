@@ -58,7 +58,7 @@ class Outlook:
     needed: float | None
 
 
-def outlook(parts: PartTimes, readings: dict[str, Sequence[Reading]]) -> list[Outlook]:
+def outlook(parts: PartTimes, readings: Mapping[str, Sequence[Reading]]) -> list[Outlook]:
     """Join costs and readings (TEXTS -> one reading per exit), exit by exit."""
     rows = []
     for index, reading in enumerate(readings["sampled"]):
