@@ -7,13 +7,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 from ee_scale.errors import UserError
 
 
-def named_file(folder: Path, name: Any, place: Path) -> Path:
+def named_file(folder: Path, name: object, place: Path) -> Path:
     """The file of `folder` that `place`, a file in it, names. Raises `UserError` for what is no name of such a file."""
     if not isinstance(name, str) or not name or name in (".", "..") or re.search(r"[/\\\0]", name):
         raise UserError(f"{place}: names {name!r}, which is no name of a file beside it")

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
@@ -16,6 +16,8 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from megatron.core import parallel_state
 
 from ee_scale.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,8 @@ class Grid:
     layout: Layout
     rank: int
     device: torch.device
-    metrics_group: Any  # gloo over all ranks: small CPU messages beside the training traffic
-    save_group: Any  # the same for the thread that writes checkpoints
+    metrics_group: dist.ProcessGroup  # gloo over all ranks: small CPU messages beside the training traffic
+    save_group: dist.ProcessGroup  # the same for the thread that writes checkpoints
 
     @property
     def stage(self) -> int:
@@ -130,9 +132,9 @@ class Grid:
                 mine = group if self.rank in ranks else mine
         return mine
 
-    def from_rank_0(self, value: Any) -> Any:
+    def from_rank_0(self, value: T | None) -> T:
         """A small Python value of rank 0, on every rank."""
-        box = [value]
+        box: list[Any] = [value]
         dist.broadcast_object_list(box, src=0, group=self.metrics_group)
         return box[0]
 

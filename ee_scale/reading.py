@@ -71,7 +71,7 @@ def check_files(folder: Path, digests: dict[str, str]) -> None:
             raise UserError(f"{path}: its content does not match its digest; it was cut off or edited")
 
 
-def checked(kind: Any, value: Any, here: Any) -> Any:
+def checked(kind: object, value: object, here: str | Path) -> Any:
     """A JSON value as `kind`: a type with its parts (`dict[str, str]`, `Count`) or a dataclass; nothing is converted.
 
     `here` names the value. Raises `UserError` that names the part which is missing or wrong.
@@ -85,7 +85,7 @@ def checked(kind: Any, value: Any, here: Any) -> Any:
         raise UserError(f"{here}{place}{found}: {first['msg'].lower()}") from error
 
 
-def check_fields(values: dict[str, Any], here: Any, **kinds: Any) -> None:
+def check_fields(values: dict[str, Any], here: str | Path, **kinds: object) -> None:
     """Raise `UserError` naming the first field that is missing or not of its kind (see `checked`)."""
     for name, kind in kinds.items():
         if name not in values:
@@ -93,7 +93,7 @@ def check_fields(values: dict[str, Any], here: Any, **kinds: Any) -> None:
         checked(kind, values[name], f"{here}: {name}")
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value in a message: on one line, and not longer than a person reads."""
     text = repr(value)
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."

@@ -108,7 +108,7 @@ def _copy_base(base: TrainedBase, folder: Path, copied: Callable[[int], None]) -
     """Copy weights; returns tensor name -> file. A single file gets a shard's name, because
     transformers reads `model.safetensors` alone wherever it finds one. Exits that the base has stay behind.
     """
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for path in weight_files(base.folder):
         name = "model-00001-of-00001.safetensors" if path.name == SINGLE_NAME else path.name
         stored = [key for key, file in base.files.items() if file == path]

@@ -29,7 +29,9 @@ def write_beside(
     `values`: of the config, if not those of `base`; what they say of exits, of loading code and of where they come from
     is left out, and `own` is added. `same_exits`: see `copy_small_files`.
     """
-    values = read_object(base / "config.json") if values is None else values
+    if values is None:
+        assert base is not None  # one of both says what the model is
+        values = read_object(base / "config.json")
     kept = {name: value for name, value in values.items() if name not in OF_THE_SOURCE}
     write_text(folder / "config.json", json.dumps(kept | own, indent=2) + "\n")
     if base is not None:

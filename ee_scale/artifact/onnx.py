@@ -131,7 +131,7 @@ def _converted(model: PreTrainedModel, task: str, own_head: bool) -> Any:
         # A table that is read as a matrix too would stay in fp32: quantized they differ, so each gets its own.
         head = model.get_output_embeddings()
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
-    inputs = {"input_ids": torch.ones(EXPORTED, dtype=torch.long)}
+    inputs: dict[str, Any] = {"input_ids": torch.ones(EXPORTED, dtype=torch.long)}
     length = EXPORTED[1]
     if task == "causal_lm":
         # Without a config the cache keeps every position of every layer; sliding windows are the mask's business.
@@ -142,7 +142,7 @@ def _converted(model: PreTrainedModel, task: str, own_head: bool) -> Any:
         length += PAST
     inputs["attention_mask"] = torch.ones((EXPORTED[0], length), dtype=torch.long)
     try:
-        exported = OnnxExporter().export(model, inputs, OnnxConfig(dynamic=True))
+        exported: Any = OnnxExporter().export(model, inputs, OnnxConfig(dynamic=True))
         program = exported.program if hasattr(exported, "program") else exported.model  # older: torch's ONNXProgram
     except Exception as error:  # torch and onnxscript raise anything
         raise UserError(f"format=onnx: {type(model).__name__} cannot be exported ({one_line(error)})") from error
@@ -151,11 +151,11 @@ def _converted(model: PreTrainedModel, task: str, own_head: bool) -> Any:
     return program
 
 
-def _name_cache(graph: Any) -> None:
+def _name_cache(graph: onnx_ir.Graph) -> None:
     """input.past_key_values.layers.0.keys -> past_key_values.0.key, as other tools call it; outputs: present.0.key."""
     for values, name in ((graph.inputs, "past_key_values"), (graph.outputs, "present")):
         for value in values:
-            parts = value.name.split(".")
+            parts = (value.name or "").split(".")
             if parts[-1] in ("keys", "values"):
                 value.name = f"{name}.{parts[-2]}.{parts[-1].removesuffix('s')}"
 
@@ -174,7 +174,7 @@ def _quantize(path: Path) -> None:
     onnx.save(quantizer.model.model, path, save_as_external_data=True, location=f"{FILE}.data", size_threshold=1024)
 
 
-def _quantize_tables(graph: Any) -> None:
+def _quantize_tables(graph: onnx.GraphProto) -> None:
     """table[ids] -> table_int8[ids] x scale[ids], one scale per row: a row is 127 times its scale at its largest."""
     tables = {tensor.name: tensor for tensor in graph.initializer if len(tensor.dims) == 2}
     readers = [node.input[0] for node in graph.node if node.op_type == "Gather" and node.input[0] in tables]
@@ -192,7 +192,7 @@ def _quantize_tables(graph: Any) -> None:
             graph.initializer.remove(tables[name])
 
 
-def _dequantize_after(graph: Any, name: str) -> None:
+def _dequantize_after(graph: onnx.GraphProto, name: str) -> None:
     """Every read of rows of table `name` reads int8 rows and their scales."""
     nodes = []
     for node in graph.node:

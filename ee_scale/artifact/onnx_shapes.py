@@ -5,7 +5,6 @@ torch.export gives every axis of every input a symbol of its own, also to those 
 
 import re
 from collections.abc import Iterator
-from typing import Any
 
 import onnx_ir
 
@@ -20,15 +19,15 @@ AXES = {
 CACHE = {0: BATCH, 2: PAST}
 
 
-def declare_shapes(graph: Any) -> None:
+def declare_shapes(graph: onnx_ir.Graph) -> None:
     """Give all values of an `onnx_ir.Graph` shapes of numbers and of these names; inputs are called as they will be."""
-    decoder = any(value.name.startswith("past_key_values.") for value in graph.inputs)
+    decoder = any(map(_is_cache, graph.inputs))
     mask = {0: BATCH, 1: TOTAL if decoder else LENGTH}
     names: dict[str, str] = {}
     for value in graph.inputs:
-        cache = CACHE if value.name.startswith("past_key_values.") else {}
-        for axis, name in (AXES | {"attention_mask": mask}).get(value.name, cache).items():
-            symbol = _symbol(value.shape[axis])
+        cache = CACHE if _is_cache(value) else {}
+        for axis, name in (AXES | {"attention_mask": mask}).get(value.name or "", cache).items():
+            symbol = _symbol(value.shape[axis]) if value.shape is not None else None
             if isinstance(symbol, str) and not symbol.isdigit():
                 names[symbol] = name
     for value in _values(graph):
@@ -36,17 +35,21 @@ def declare_shapes(graph: Any) -> None:
             value.shape = onnx_ir.Shape([_dimension(size, names) for size in value.shape])
 
 
-def _values(graph: Any) -> Iterator[Any]:
+def _is_cache(value: onnx_ir.Value) -> bool:
+    return (value.name or "").startswith("past_key_values.")
+
+
+def _values(graph: onnx_ir.Graph) -> Iterator[onnx_ir.Value]:
     yield from graph.inputs
     for node in graph.all_nodes():
         yield from node.outputs
 
 
-def _symbol(size: Any) -> int | str | None:
+def _symbol(size: int | onnx_ir.SymbolicDim) -> int | str | None:
     return size if isinstance(size, int) else size.value
 
 
-def _dimension(size: Any, names: dict[str, str]) -> int | str | None:
+def _dimension(size: int | onnx_ir.SymbolicDim, names: dict[str, str]) -> int | str | None:
     """'4' -> 4, 's53' -> 'batch_size', 's70 + s85' -> 'past_sequence_length + sequence_length'."""
     symbol = _symbol(size)
     if not isinstance(symbol, str):

@@ -43,7 +43,8 @@ class OpenedRun:
 
 def run_identity(recipe: Recipe[Any, Any], data: dict[str, Any]) -> dict[str, Any]:
     """What must be equal for a run to go on: settings that shape the result, the base model and the data."""
-    values, settings = asdict(recipe.config), {}
+    values: dict[str, Any] = asdict(recipe.config)
+    settings: dict[str, Any] = {}
     for key in recipe.identity:
         found = values
         for part in key.split("."):
@@ -134,7 +135,7 @@ def trim_metrics(path: Path, step: int) -> None:
 
 
 def _check_same(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    def refuse(name: str, there: Any, here: Any) -> None:
+    def refuse(name: str, there: object, here: object) -> None:
         raise UserError(f"out={out}: holds another run ({name}={there} there, {here} here); choose another out")
 
     if old.get("kind", "tune") != new["kind"]:

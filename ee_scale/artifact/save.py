@@ -50,7 +50,8 @@ def take_snapshot(run: Run, facts: dict[str, Any]) -> Snapshot:
     writes = run.grid.writes_stage()
     files: dict[str, dict[str, torch.Tensor]] = {}
     for part in run.saved_parts():
-        parameters, moments = {}, {}
+        parameters: dict[str, torch.Tensor] = {}
+        moments: dict[str, torch.Tensor] = {}
         for name, parameter in part.frozen:
             whole = run.gather(name, parameter, parameter.detach().float())
             if writes:

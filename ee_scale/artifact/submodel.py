@@ -115,7 +115,7 @@ def _write_weights(folder: Path, submodel: Submodel) -> None:
     embedding = submodel.base.read("model.embed_tokens.weight", 0, 0, 1).dtype
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     groups = shards(shapes, lambda name: prod(shapes[name]) * embedding.itemsize, SHARD_BYTES)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for file, names in zip(shard_names(len(groups)), groups, strict=True):
         tensors = {name: submodel.read(name, embedding).contiguous() for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})

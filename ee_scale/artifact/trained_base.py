@@ -35,8 +35,8 @@ class TrainedBase(ModelTensors):
         if self._key(name) in self._trained:
             whole = narrowed(self._trained.read(self._key(name)), super().read(name, 0, 0, 1).dtype, name)
         else:
-            pair = (self._trained.read(name.removesuffix(".weight") + part) for part in (DOWN, UP))
-            whole = merged(super().read(name), *pair, name)
+            down, up = (self._trained.read(name.removesuffix(".weight") + part) for part in (DOWN, UP))
+            whole = merged(super().read(name), down, up, name)
         return whole if dim is None else whole[(slice(None),) * dim + (slice(start, stop),)]
 
     def _key(self, name: str) -> str:

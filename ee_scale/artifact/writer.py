@@ -63,7 +63,7 @@ class CheckpointWriter(AbstractContextManager):
 
     def poll(self) -> None:
         """Tell, on rank 0 and once, how the last write ended."""
-        if self.busy or self._told:
+        if self.busy or self._told or self._outcome is None:
             return
         self._told = True
         if self._grid.rank == 0 and self._outcome.failure:

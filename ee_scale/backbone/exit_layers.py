@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
+from pathlib import Path
+
+from transformers import PreTrainedConfig
 
 from ee_scale.backbone.stages import balanced_bounds
 from ee_scale.errors import UserError, one_line
 from ee_scale.modeling.heads import ExitSpec
 
 
-def read_spec(values: Any, here: Any, num_layers: int | None = None) -> ExitSpec:
+def read_spec(values: object, here: str | Path, num_layers: int | None = None) -> ExitSpec:
     """`early_exit` as some file says it. Raises `UserError` for what no exit is, or a model of `num_layers` has not."""
     try:
         spec = ExitSpec.from_dict(values)
@@ -20,13 +22,15 @@ def read_spec(values: Any, here: Any, num_layers: int | None = None) -> ExitSpec
     return spec
 
 
-def exits_of(here: Any, config: Any) -> ExitSpec | None:
+def exits_of(here: str | Path, config: PreTrainedConfig) -> ExitSpec | None:
     """The exits that a config names; None without any. Raises `UserError` as `read_spec`."""
     values = getattr(config, "early_exit", None)
     return read_spec(values, here, config.num_hidden_layers) if values else None
 
 
-def resolve_exit_layers(wanted: Any, num_layers: int, pp: int = 1, stages: Sequence[int] | None = None) -> list[int]:
+def resolve_exit_layers(
+    wanted: str | float | Sequence[float], num_layers: int, pp: int = 1, stages: Sequence[int] | None = None
+) -> list[int]:
     """`exits.layers` as sorted layer numbers 1..num_layers.
 
     Integers are layers, fractions (0 < x <= 1.0, written with a point) are shares of the depth, 'stages' is every

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ee_scale.backbone.narrowing import fill
@@ -31,7 +31,7 @@ SAVE_AS_SAFETENSORS = (
 USUAL_LAYERS = 200
 
 
-def read_config(folder: Path, *, alone: bool = False) -> Any:
+def read_config(folder: Path, *, alone: bool = False) -> PreTrainedConfig:
     """The transformers config of a folder, of whatever architecture; its `tie_word_embeddings` says what is true of
     the weights beside it (`is_tied`), unless it counts `alone`: for weights that lie elsewhere.
 
@@ -56,7 +56,7 @@ def read_config(folder: Path, *, alone: bool = False) -> Any:
     return config
 
 
-def _check_encoding(folder: Path, config: Any) -> None:
+def _check_encoding(folder: Path, config: PreTrainedConfig) -> None:
     for key in ("quantization_config", "compression_config"):
         if (values := getattr(config, key, None)) is not None:
             values = values if isinstance(values, dict) else {"quant_method": values}
@@ -79,7 +79,7 @@ def _check_adapter(folder: Path) -> None:
         )
 
 
-def is_tied(folder: Path, config: Any) -> bool:
+def is_tied(folder: Path, config: PreTrainedConfig) -> bool:
     """Whether the output matrix of a causal language model whose config ties it is the embedding.
 
     As in transformers 5: it is, unless the folder has both matrices and they differ; then both count.
@@ -89,7 +89,7 @@ def is_tied(folder: Path, config: Any) -> bool:
     return pair is None or tensors.equal(*pair)
 
 
-def check_claims(folder: Path, config: Any) -> None:
+def check_claims(folder: Path, config: PreTrainedConfig) -> None:
     """Refuse a config that asks for far more than the weights beside it, before anything of its size is made.
 
     `check_sizes` says of each setting alone what no model has; this, of matrices and layers, what these files have not.

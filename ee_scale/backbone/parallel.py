@@ -6,7 +6,6 @@ Megatron's attributes `tensor_model_parallel` and `partition_dim`, which loading
 
 from collections.abc import Mapping
 from math import ceil
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -97,7 +96,9 @@ def layer_plan(plan: Mapping[str, str] | None) -> dict[str, str]:
     return {name: style for name, style in (plan or {}).items() if name.startswith("layers.")}
 
 
-def swap_projections(module: nn.Module, plan: Mapping[str, str], prefix: str, group: Any, dtype: torch.dtype) -> None:
+def swap_projections(
+    module: nn.Module, plan: Mapping[str, str], prefix: str, group: dist.ProcessGroup, dtype: torch.dtype
+) -> None:
     """Swap the projections of `module` in place; the new weights are empty, on the current default device.
 
     `plan` is by the name inside a decoder layer; `prefix` is the place of `module` there ('mlp.' for an MLP alone).
@@ -111,7 +112,7 @@ def swap_projections(module: nn.Module, plan: Mapping[str, str], prefix: str, gr
             )
 
 
-def sum_partial_gradients(module: nn.Module, plan: Mapping[str, str], prefix: str, group: Any) -> None:
+def sum_partial_gradients(module: nn.Module, plan: Mapping[str, str], prefix: str, group: dist.ProcessGroup) -> None:
     """Sum over the group the gradients of parameters whose copies each see a part of the heads (Qwen3 q/k norms)."""
 
     def all_reduce(gradient: torch.Tensor) -> torch.Tensor:
@@ -134,7 +135,9 @@ def materialise(module: nn.Module, device: torch.device) -> None:
                 child.register_parameter(name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
 
 
-def column_linear(in_features: int, out_features: int, bias: bool, group: Any, dtype: torch.dtype) -> ColumnLinear:
+def column_linear(
+    in_features: int, out_features: int, bias: bool, group: dist.ProcessGroup, dtype: torch.dtype
+) -> ColumnLinear:
     """A linear layer whose outputs are cut over the group."""
     layer = ColumnLinear(
         in_features, out_features, bias=bias, config=_config(group, dtype), init_method=_no_init, tp_group=group
@@ -143,7 +146,9 @@ def column_linear(in_features: int, out_features: int, bias: bool, group: Any, d
     return layer
 
 
-def row_linear(in_features: int, out_features: int, bias: bool, group: Any, dtype: torch.dtype) -> RowLinear:
+def row_linear(
+    in_features: int, out_features: int, bias: bool, group: dist.ProcessGroup, dtype: torch.dtype
+) -> RowLinear:
     """A linear layer whose inputs are cut over the group; the bias is whole on every rank."""
     layer = RowLinear(
         in_features,
@@ -159,7 +164,9 @@ def row_linear(in_features: int, out_features: int, bias: bool, group: Any, dtyp
     return layer
 
 
-def vocab_embedding(whole: nn.Embedding, scale: float | None, group: Any, dtype: torch.dtype) -> nn.Module:
+def vocab_embedding(
+    whole: nn.Embedding, scale: float | None, group: dist.ProcessGroup, dtype: torch.dtype
+) -> nn.Module:
     """An embedding like `whole` whose rows are cut over the group, padded to a multiple of tp."""
     rows, config = padded_vocab(whole.num_embeddings, group.size()), _config(group, dtype)
     embedding = VocabEmbedding(rows, whole.embedding_dim, init_method=_no_init, config=config, tp_group=group)
@@ -169,7 +176,7 @@ def vocab_embedding(whole: nn.Embedding, scale: float | None, group: Any, dtype:
 
 
 def low_rank_update(
-    x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, style: str | None, group: Any
+    x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, style: str | None, group: dist.ProcessGroup
 ) -> torch.Tensor:
     """up (down x), the update beside a projection of that style (COLUMN, ROW, None: whole everywhere): [..., out].
 
@@ -190,7 +197,7 @@ def cut_dim(parameter: torch.Tensor) -> int | None:
     return parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
 
 
-def _config(group: Any, dtype: torch.dtype) -> ModelParallelConfig:
+def _config(group: dist.ProcessGroup, dtype: torch.dtype) -> ModelParallelConfig:
     return ModelParallelConfig(
         tensor_model_parallel_size=group.size(),
         params_dtype=dtype,

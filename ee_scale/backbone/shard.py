@@ -1,11 +1,10 @@
 """This rank's frozen part of a Hugging Face model: build on the meta device, cut, swap, load slices."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from ee_scale.backbone.loading import LoadTask, TensorFolder, load_tensors
 from ee_scale.backbone.model_tensors import ModelTensors
@@ -28,7 +27,7 @@ from ee_scale.families.sizes import shape_of, with_layers
 from ee_scale.grid import Grid
 
 
-def tensor_plan(config: Any, tp: int) -> dict[str, str]:
+def tensor_plan(config: PreTrainedConfig, tp: int) -> dict[str, str]:
     """The tensor-parallel plan inside a decoder layer, checked against the sizes. Raises `UserError`."""
     plan = layer_plan(config.base_model_tp_plan)
     check_tensor_parallel(tp, shape_of(config), plan, config.model_type)
@@ -41,7 +40,7 @@ def takes_tensor_parallel(family: Family) -> bool:
     return family.is_decoder and bool(plan) and set(plan.values()) <= set(STYLES)
 
 
-def model_tensors(folder: Path, config: Any) -> ModelTensors:
+def model_tensors(folder: Path, config: PreTrainedConfig) -> ModelTensors:
     """The weights of a causal language model; `config`: its own. Raises `UserError` unless they fit it."""
     return ModelTensors(folder, meta_model(config, torch.float32))
 
@@ -121,7 +120,7 @@ class BackboneStage(nn.Module):
             parts[2] = str(self.layer_indices[int(parts[2])])
         return ".".join(["model", *parts[1:]])
 
-    def forward(self, x: torch.Tensor, **options: Any) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, **options: object) -> torch.Tensor:
         """options: those of transformers' base model. A `Cache` for this stage's layers is extended; x continues it."""
         inputs = {"inputs_embeds": x} if x.is_floating_point() else {"input_ids": x}
         return self.base(**inputs, **{"use_cache": False, **options}).last_hidden_state

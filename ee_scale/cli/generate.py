@@ -33,12 +33,12 @@ def run(config: GenerateConfig, overrides: Sequence[str]) -> int:
             check_prompts(config, folder, tokenizer)
         return run_ranks("generate", overrides, layout.world_size, device)
     request = check_prompts(config, folder, load_tokenizer(folder.base, "model")) if leader else None
-    streamer = open_stream(request) if leader and request.streams else None
-    if layout.world_size == 1:
+    streamer = open_stream(request) if request is not None and request.streams else None
+    if request is not None and layout.world_size == 1:
         answers = decode_here(request, device, streamer)
     else:
         answers = decode_on_grid(config, folder, request, layout, device, streamer)
-    if leader:
+    if request is not None:
         finish(request, answers)
     return 0
 

@@ -1,6 +1,6 @@
 """`--help`: what each command does and every setting, from the schema's own help lines."""
 
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
 
 from rich.table import Table
@@ -131,6 +131,6 @@ def _settings(schema: type, prefix: str = "") -> list[tuple[str, str, str]]:
     return rows
 
 
-def _default(field: Any) -> str:
-    value = field.default_factory() if field.default is MISSING else field.default
+def _default(field: Field[Any]) -> str:
+    value = field.default if field.default_factory is MISSING else field.default_factory()
     return {"???": "required", "None": "null"}.get(str(value), str(value))

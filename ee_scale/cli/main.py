@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return REQUEUE
         prefix, verb, rest = split_command(arguments)
         if verb is None:
+            assert prefix is not None  # of a command that trains; alone, it asks for help
             prefix_help(prefix)
             return 0
         if "-h" in rest or "--help" in rest:

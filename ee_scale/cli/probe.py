@@ -1,6 +1,6 @@
 """`ee-scale probe`: is early exit worth it for this model on this machine, before or after training."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from ee_scale.data.inputs import load_tokenizer, sources
 from ee_scale.data.loader import windows
 from ee_scale.data.text import prepare_text
 from ee_scale.errors import UserError
-from ee_scale.evaluation.probe import Reading, given_text, own_text, read_exits, repeated_share
+from ee_scale.evaluation.probe import Passage, Reading, given_text, own_text, read_exits, repeated_share
 from ee_scale.evaluation.probe_report import cost_lines, outlook, outlook_table, verdict, write_probe
 from ee_scale.evaluation.timing import measure_parts
 from ee_scale.exits.placement import exit_spec
@@ -128,7 +128,7 @@ def _read(
     return readings, repeated
 
 
-def _passing(items: Any, total: int, advance: Callable[[float], None]) -> Any:
+def _passing(items: Iterable[Passage], total: int, advance: Callable[[float], None]) -> Iterator[Passage]:
     for index, item in enumerate(items):
         advance(index / total)
         yield item

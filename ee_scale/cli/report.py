@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ee_scale.cli.console import console
 from ee_scale.config.schema import ReportConfig
 from ee_scale.data.inputs import sources
 from ee_scale.evaluation.log_report import report_table, warnings, write_log_report
-from ee_scale.evaluation.log_summary import NO_TAG, bucket_seconds, log_files, summarise
+from ee_scale.evaluation.log_summary import NO_TAG, LogSummary, bucket_seconds, log_files, summarise
 from ee_scale.progress import tracked
 
 
@@ -30,7 +29,7 @@ def run(config: ReportConfig, overrides: Sequence[str]) -> int:
     return 0
 
 
-def _notes(summary: Any) -> list[str]:
+def _notes(summary: LogSummary) -> list[str]:
     total, notes = summary.by(None)[None], []
     if summary.skipped:
         notes.append(f"{summary.skipped} lines are not whole records and were left out")

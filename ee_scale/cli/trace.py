@@ -5,7 +5,6 @@ Writes <out>/trace and nothing else: no checkpoint, no run.
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from rich.table import Table
 
 from ee_scale.cli.console import console
+from ee_scale.config.compose import with_value
 from ee_scale.config.groups import LoggingConfig
 from ee_scale.config.schema import TrainingConfig
 from ee_scale.engine.observed import ObservedEngine
@@ -34,7 +34,7 @@ def run(verb: str, config: TrainingConfig, overrides: Sequence[str]) -> int:
     """Trace the command `verb`. The ranks are started like those of the command itself."""
     log_as_rank(config)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # lines of torch's profiler about itself
-    recipe = recipe_of(verb).of(replace(config, train=replace(config.train, verify_frozen=False)))  # it takes time
+    recipe = recipe_of(verb).of(with_value(config, "train.verify_frozen", False))  # it takes time
     layout, launched = recipe.plan.layout, launch_info()
     _check_window(config.logging, recipe.last_phase_steps)
     device = rank_device(config.parallel, layout, launched)

@@ -1,26 +1,31 @@
 """Checks between the fields of a config, with the numbers in the message. Pure: no torch, no files."""
 
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import TypeGuard
 
+from ee_scale.config.groups import Settings
 from ee_scale.config.supernet import SupernetConfig
 from ee_scale.config.tune import TuneConfig
 from ee_scale.errors import UserError
 
 
-def check_rules(config: Any, prefix: str = "") -> None:
+def check_rules(config: Settings, prefix: str = "") -> None:
     """Refuse a value that the rule of its field refuses, naming both. Raises `UserError`."""
     for field in fields(config):
         value, key = getattr(config, field.name), prefix + field.metadata.get("written", field.name)
         rule = field.metadata.get("rule")
-        if is_dataclass(value):
+        if _is_group(value):
             check_rules(value, f"{key}.")
         elif isinstance(value, list):
             for number, item in enumerate(value):
-                if is_dataclass(item):
+                if _is_group(item):
                     check_rules(item, f"{key}[{number}].")
         if rule is not None and value is not None and not rule.holds(value):
             raise UserError(f"{key}={value}: {rule.words}")
+
+
+def _is_group(value: object) -> TypeGuard[Settings]:
+    return is_dataclass(value)
 
 
 def check_tune(config: TuneConfig) -> None:

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ee_scale.config.checks import check_rules
+from ee_scale.config.groups import Settings
 from ee_scale.config.schema import GONE, VERBS, Config, EvaluateConfig
 from ee_scale.config.supernet import SupernetConfig
 from ee_scale.config.tune import TuneConfig
@@ -153,7 +154,7 @@ def find_setting(verb: str, key: str) -> tuple[str, Any]:
     return key, find_field(VERBS[verb], key)
 
 
-def to_yaml(config: Any) -> str:
+def to_yaml(config: Settings) -> str:
     """A config as it is stored beside a run."""
     return OmegaConf.to_yaml(OmegaConf.create(_literal(asdict(config))), resolve=True)
 
@@ -181,7 +182,7 @@ def read_config(verb: str, path: Path) -> Config:
         raise UserError(f"--config {path}: no config of {verb} ({one_line(error)})") from error
 
 
-def with_value(config: C, key: str, value: Any) -> C:
+def with_value(config: C, key: str, value: object) -> C:
     """A copy of a config with another value of a dotted key."""
     group, _, rest = key.partition(".")
     changed = copy(config)
@@ -189,7 +190,7 @@ def with_value(config: C, key: str, value: Any) -> C:
     return changed
 
 
-def _literal(value: Any) -> Any:
+def _literal(value: object) -> Any:
     if isinstance(value, dict):
         return {key: _literal(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,10 +1,19 @@
 """Settings that several commands share."""
 
 from collections.abc import Callable, Collection
+from copy import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from omegaconf import MISSING
+
+T = TypeVar("T")
+
+
+class Settings(Protocol):
+    """A dataclass: the config of a command, or a group in it."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,7 @@ class Choices:
     def words(self) -> str:
         return f"choose one of {', '.join(self.choices)}"
 
-    def holds(self, value: Any) -> bool:
+    def holds(self, value: object) -> bool:
         return value in self.choices
 
 
@@ -44,7 +53,7 @@ def one_of(*choices: str) -> Choices:
     return Choices(choices)
 
 
-def setting(default: Any, text: str, **metadata: Any) -> Any:
+def setting(default: T, text: str, **metadata: object) -> T:
     """A dataclass field with a help line; lists and dicts become default factories.
 
     metadata: `rule` of its value; `written`: its name on the command line where that is a word of Python; `texts`:
@@ -52,7 +61,7 @@ def setting(default: Any, text: str, **metadata: Any) -> Any:
     """
     metadata["help"] = text
     if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: default.copy(), metadata=metadata)
+        return field(default_factory=lambda: copy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 

@@ -5,7 +5,7 @@ Hydra would read a name such as 1e5, 007 or a=b as a number or as syntax, and Om
 
 import re
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from itertools import pairwise
 from typing import Any, get_args, get_origin
 
@@ -28,25 +28,27 @@ def find_field(schema: type, key: str) -> Any:
     return next((field for field in fields(schema) if field.name == name), None)
 
 
-def is_text(field: Any) -> bool:
+def is_text(field: Field[Any] | None) -> bool:
     """Whether the values of a field (None: no setting) are text: one, or a list of them."""
     return field is not None and (field.type in (str, str | None, list[str]) or "texts" in field.metadata)
 
 
-def read_word(key: str, value: str, field: Any) -> str:
+def read_word(key: str, value: str, field: Field[Any] | None) -> str:
     """`key=value` for Hydra; `field` is the key's (None: of no setting). Text becomes a quoted string, as it was typed.
 
     Quotes around the whole value, or around an item of a list, do not belong to it; `null` is none where that is the
     default. Raises `UserError` for a name that is empty.
     """
-    kind, texts = (None, None) if field is None else (field.type, field.metadata.get("texts"))
+    kind, texts, default = (
+        (None, None, None) if field is None else (field.type, field.metadata.get("texts"), field.default)
+    )
     if texts == "prose":
         items = None if kind is str else _list_of_hydra(value)
         return f"{key}={quote(value) if items is None else _quote_list(items)}"
     items = read_list(value) if kind == list[str] or texts else None
     if items or (items is not None and kind == list[str]):
         return f"{key}={_quote_list(items)}"
-    if (kind in (str, str | None) or texts) and not (value == "null" and field.default is None):
+    if (kind in (str, str | None) or texts) and not (value == "null" and default is None):
         text = unquote(value)
         if not text:
             raise UserError(f"{key}=: empty; give a name")

@@ -44,7 +44,7 @@ class Part(io.RawIOBase):
         self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence])
         return self._at
 
-    def readinto(self, buffer: Any, /) -> int:
+    def readinto(self, buffer: bytearray | memoryview, /) -> int:
         self._file.seek(self._offset + self._at)
         count = max(0, min(len(buffer), self._length - self._at))
         data = self._file.read(count)
@@ -111,7 +111,7 @@ def check_pickle(file: IO[bytes], size: int) -> None:
     _check_cost(machine.made, size)
 
 
-def check_places(content: Any, records: Mapping[int, int]) -> None:
+def check_places(content: object, records: Mapping[int, int]) -> None:
     """Raise ValueError if a tensor that was loaded under FakeTensorMode is not one entry's bytes, or part of them."""
     for tensor in walk(content):
         storage = tensor.untyped_storage()
@@ -123,7 +123,7 @@ def check_places(content: Any, records: Mapping[int, int]) -> None:
             raise ValueError(f"a tensor of {storage.nbytes()} bytes at byte {start}, where no entry of that size is")
 
 
-def walk(content: Any) -> Iterator[torch.Tensor]:
+def walk(content: object) -> Iterator[torch.Tensor]:
     """The tensors of nested dicts and lists, in order."""
     if isinstance(content, torch.Tensor):
         yield content
@@ -173,7 +173,7 @@ class _Machine:
         self._marks: list[int] = []
         self._memo: dict[int, _Node] = {}
 
-    def step(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
+    def step(self, opcode: pickletools.OpcodeInfo, argument: int | float | str | bytes | None) -> None:
         """One opcode."""
         name = opcode.name
         if name == "MARK":
@@ -197,7 +197,7 @@ class _Machine:
         else:
             self._make(opcode, argument)
 
-    def _make(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
+    def _make(self, opcode: pickletools.OpcodeInfo, argument: int | float | str | bytes | None) -> None:
         taken = self._arguments(opcode)
         node = _Node(taken)
         if isinstance(argument, int):

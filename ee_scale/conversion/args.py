@@ -1,10 +1,11 @@
 """The `args` of a Megatron checkpoint and the config of the Hugging Face model: one told in the words of the other."""
 
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from ee_scale.errors import UserError, one_line
 from ee_scale.families.family import Family
@@ -43,7 +44,7 @@ NEEDED = (
 )
 
 
-def check_config(config: Any) -> None:
+def check_config(config: PreTrainedConfig) -> None:
     """Raise `UserError` for a Hugging Face config that Megatron's GPT model cannot compute."""
     for name in ("attention_bias", "mlp_bias"):
         if getattr(config, name, False):
@@ -67,12 +68,12 @@ def check_config(config: Any) -> None:
     window_of(config)
 
 
-def rope_of(config: Any) -> dict[str, Any]:
+def rope_of(config: PreTrainedConfig) -> dict[str, Any]:
     """rope_parameters of a config as transformers 5 normalises them: at least rope_type and rope_theta."""
     return {"rope_type": "default", "rope_theta": 10000.0, **(config.rope_parameters or {})}
 
 
-def window_of(config: Any) -> int | None:
+def window_of(config: PreTrainedConfig) -> int | None:
     """Width of the sliding window that every layer has; None: none. Raises `UserError` if layers differ."""
     window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or [])
@@ -87,7 +88,7 @@ def window_of(config: Any) -> int | None:
 
 
 def to_args(
-    config: Any,
+    config: PreTrainedConfig,
     dtype: torch.dtype,
     tp: int,
     pp: int,
@@ -218,7 +219,7 @@ AGREEING = (
 )
 
 
-def check_agrees(args: Namespace, config: Any, place: Any) -> None:
+def check_agrees(args: Namespace, config: PreTrainedConfig, place: Path) -> None:
     """Raise `UserError` if a checkpoint's `args`, where they say something, describe another model than `config`."""
     wanted = vars(to_args(config, torch.float32, 1, 1, 0, 1))
     names = [*AGREEING, *(["num_query_groups"] if getattr(args, "group_query_attention", False) else [])]
@@ -244,7 +245,7 @@ def family_of_args(args: Namespace) -> Family:
     return next((family for family in fitting if family.megatron.windowed == window), fitting[0])
 
 
-def flags_to_pass(config: Any, uneven: tuple[int | None, int | None] = (None, None)) -> list[str]:
+def flags_to_pass(config: PreTrainedConfig, uneven: tuple[int | None, int | None] = (None, None)) -> list[str]:
     """Settings that Megatron-LM's `--use-checkpoint-args` does not restore, as command line flags."""
     rope, window = rope_of(config), window_of(config)
     flags = [f"--norm-epsilon {config.rms_norm_eps:g}"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from transformers import PreTrainedConfig
 
 from ee_scale.conversion.args import check_config
 from ee_scale.conversion.names import ModelMap
@@ -121,7 +122,9 @@ def padded(words: int, divisor: int, tp: int) -> int:
     return -(-words // multiple) * multiple
 
 
-def check_words(place: Path, config: Any, args: Namespace | None, rows: Sequence[tuple[str, Sequence[int]]]) -> None:
+def check_words(
+    place: Path, config: PreTrainedConfig, args: Namespace | None, rows: Sequence[tuple[str, Sequence[int]]]
+) -> None:
     """Raise `UserError` if the vocabulary matrices of a Megatron checkpoint are not of this config.
 
     `rows`: of each such matrix (each stage has its own of a name), those of every tensor rank, padding included.

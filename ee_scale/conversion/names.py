@@ -1,6 +1,6 @@
 """The tensors of one model as Megatron's: which spans of the model's each holds, and each rank's part of it."""
 
-from typing import Any
+from transformers import PreTrainedConfig
 
 from ee_scale.conversion.tensors import Span, TensorInfo, cut
 from ee_scale.errors import UserError
@@ -12,7 +12,7 @@ from ee_scale.families.sizes import ModelShape, shape_of
 class ModelMap:
     """The spans of every Megatron tensor of one model."""
 
-    def __init__(self, config: Any, padded_vocab: int):
+    def __init__(self, config: PreTrainedConfig, padded_vocab: int):
         """`config`: of transformers; `padded_vocab`: rows of Megatron's vocabulary matrices. Raises `UserError`."""
         family = megatron_family(config)
         self.shape: ModelShape = shape_of(config)

@@ -145,7 +145,7 @@ class ArchivesFile:
             for piece, extent in zip(self.pieces, extents, strict=True)
         ]
 
-    def _append(self, file: IO[bytes], value: Any) -> tuple[int, int]:
+    def _append(self, file: IO[bytes], value: object) -> tuple[int, int]:
         start = file.tell()
         _save(value, file)
         return start, file.tell() - start
@@ -193,7 +193,7 @@ def reserve(file: int, size: int) -> None:
         os.posix_fallocate(file, 0, size)
 
 
-def _save(value: Any, target: Path | IO[bytes]) -> None:
+def _save(value: object, target: Path | IO[bytes]) -> None:
     """torch.save that leaves out the bytes of tensors. Raises OSError."""
     try:
         with skip_data(materialize_fake_tensors=True):

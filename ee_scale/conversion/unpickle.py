@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch.distributed.checkpoint import metadata, planner
@@ -27,7 +27,7 @@ TRUST = "trust=true runs the code that the file names; give it only for files of
 class StandIn:
     """Takes the place of a class that only labels something (enums of Megatron in `args`)."""
 
-    def __init__(self, *values: Any):
+    def __init__(self, *values: object):
         self.values = values
 
 
@@ -75,6 +75,7 @@ INDEX_STAND_INS = ("MCoreMetadata", "MCoreSavePlan")
 
 
 T = TypeVar("T")
+P = ParamSpec("P")
 _LOCK = threading.Lock()
 
 
@@ -107,13 +108,13 @@ def load_safely(file: Path | IO[bytes], path: Path, *, trust: bool = False, allo
         raise UserError(f"{path}: not a whole file of torch.save ({_line(error)})") from error
 
 
-def reads_strangers(open_folder: Callable[..., T]) -> Callable[..., T]:
+def reads_strangers(open_folder: Callable[Concatenate[Path, P], T]) -> Callable[Concatenate[Path, P], T]:
     """For what opens a folder of pickles: their objects hold values of any type under any name, and code that counts on
     others fails in many ways. It then raises `UserError` that names the folder and what was met.
     """
 
     @wraps(open_folder)
-    def opened(folder: Path, *args: Any, **kwargs: Any) -> T:
+    def opened(folder: Path, /, *args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return open_folder(folder, *args, **kwargs)
         except (UserError, OSError):

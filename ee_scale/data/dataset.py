@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import get_bin_path, get_idx_path
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from ee_scale.data.corpora import num_tokens, open_tokens, read_tokens
 from ee_scale.data.encode import without_row
@@ -37,7 +38,7 @@ def check_tokens(
     *,
     names: list[str] | None = None,
     fields: str = "data",
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[str]:
     """Refuse (`UserError`) a dataset too short for one sequence, or with an id outside the model's vocabulary.
 
@@ -138,7 +139,9 @@ class _Builder(BlendedMegatronDatasetBuilder):
     """Megatron's builder, which can also blend in a process without torch.distributed."""
 
     @staticmethod
-    def build_generic_dataset(cls: Any, is_built_on_rank: Any, synchronize_ranks: bool, *args: Any) -> Any:
+    def build_generic_dataset(
+        cls: type, is_built_on_rank: Callable[[], bool], synchronize_ranks: bool, *args: Any
+    ) -> Any:
         """BlendedDataset asks for its rank before it writes its index; without a cache folder it does not ask."""
         if cls is BlendedDataset and not torch.distributed.is_initialized():
             *args, config = args

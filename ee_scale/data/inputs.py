@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ee_scale.errors import UserError, one_line
 PACKAGES = re.compile(r"sentencepiece|tiktoken|protobuf|blobfile|sacremoses|fugashi|mistral_common|rjieba|jinja2")
 
 
-def sources(path: Any) -> list[str]:
+def sources(path: str | Sequence[str]) -> list[str]:
     """`data.path` as a list."""
     return [str(path)] if isinstance(path, str) else [str(item) for item in path]
 

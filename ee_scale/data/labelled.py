@@ -90,7 +90,7 @@ def _example(row: dict[str, Any], text_key: str, label_key: str, pair_key: str |
     return Example(_text(row[text_key], text_key, here), pair, label)
 
 
-def _text(value: Any, key: str, here: str) -> str:
+def _text(value: object, key: str, here: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"{here}: field '{key}' is not text but {type(value).__name__}")
     if not value.strip():

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import prod
-from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from ee_scale.backbone.parallel import padded_vocab
 from ee_scale.elastic.subnet import ElasticShape, SubnetSpec
@@ -18,7 +18,7 @@ from ee_scale.families.registry import elastic_family
 from ee_scale.families.sizes import shape_of
 
 
-def elastic_shape(config: Any) -> ElasticShape:
+def elastic_shape(config: PreTrainedConfig) -> ElasticShape:
     """The full sizes that subnets are cut from."""
     shape, elastic = shape_of(config), elastic_family(config).elastic
     return ElasticShape(
@@ -53,7 +53,7 @@ class TensorAxes:
 class ElasticMap:
     """Every parameter of a model with its axes: what loading, extraction and counting read."""
 
-    def __init__(self, config: Any, task: str):
+    def __init__(self, config: PreTrainedConfig, task: str):
         """Raises `UserError` where the architecture is not elastic or has a tensor that is not known."""
         self.config, self.family, self.shape = config, elastic_family(config, task), elastic_shape(config)
         self._parameters = {

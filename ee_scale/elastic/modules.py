@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region as copy_to,
@@ -52,7 +53,12 @@ class ElasticModule(nn.Module):
     """
 
     def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor | None, axes: tuple[str, ...], active: Active, group: Any
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        axes: tuple[str, ...],
+        active: Active,
+        group: dist.ProcessGroup,
     ):
         super().__init__()
         self.axes, self.active, self.group = axes, active, group
@@ -107,10 +113,10 @@ class ElasticLinear(ElasticModule):
     COLUMN: outputs are dealt to the tensor ranks, ROW: inputs are, summed over the group; None: whole everywhere.
     """
 
-    def __init__(self, *args: Any):
-        super().__init__(*args)
+    @property
+    def style(self) -> str | None:
         column = self.axes[0] in (*SHARDED, VOCAB)
-        self.style = COLUMN if column else ROW if self.axes[1] in SHARDED else None
+        return COLUMN if column else ROW if self.axes[1] in SHARDED else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The frozen part, and the pairs as `low_rank_update` adds them."""

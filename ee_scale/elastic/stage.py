@@ -27,7 +27,7 @@ from ee_scale.grid import Grid
 class Given(nn.Module):
     """Stands for the embeddings on later stages, where the hidden state comes from the stage before."""
 
-    def forward(self, inputs_embeds: torch.Tensor, **_: Any) -> torch.Tensor:
+    def forward(self, inputs_embeds: torch.Tensor, **_: object) -> torch.Tensor:
         """[B, S, D'] as it came."""
         return inputs_embeds
 

@@ -6,16 +6,17 @@ where DeepSpeed's two optimizers keep them between the reduction and the step.
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from ee_scale.backbone.parallel import cut_dim
 from ee_scale.engine.guard import UpdateGuard
 from ee_scale.grid import Grid
 
+Optimizer = BF16_Optimizer | DeepSpeedZeroOptimizer  # of DeepSpeed, in bf16 and in fp32
 CLIP_KEY = "clip_group"  # key of a param group: groups with the same number (an exit's layer) share one norm
 COPY = "is_copy"  # attribute of a parameter whose original lies on another stage
 ALL, TOGETHER = 0, "all"  # number of the one group where everything belongs together; its key in metrics
@@ -23,7 +24,7 @@ ALL, TOGETHER = 0, "all"  # number of the one group where everything belongs tog
 
 @torch.no_grad()
 def clip_groups(
-    optimizer: Any,
+    optimizer: Optimizer,
     max_norm: float,
     grid: Grid,
     guard: UpdateGuard,
@@ -66,7 +67,7 @@ def clip_groups(
     return norms
 
 
-def _gradients(optimizer: Any, index: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _gradients(optimizer: Optimizer, index: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(parameter, averaged gradient) of a group: whole on every replica (bf16), or this replica's part (fp32 ZeRO)."""
     if isinstance(optimizer, BF16_Optimizer):
         return zip(optimizer.bf16_groups[index], optimizer.fp32_groups_gradients[index], strict=True)

@@ -3,11 +3,13 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.schedule import PipeSchedule
 
+Mark = TypeVar("Mark")
 # What waits for another stage. A send does too: gloo and NCCL hand a tensor over when the other side takes it.
 WAITS = ("RecvActivation", "RecvGrad", "SendActivation", "SendGrad", "ShareFinalHidden")
 
@@ -23,12 +25,12 @@ class Observer(Protocol):
 class ObservedEngine(PipelineEngine):
     """Runs a schedule as DeepSpeed does, telling `observers` (a list that is there from the start)."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: object, **kwargs: object):
         self.observers: list[Observer] = []
         super().__init__(*args, **kwargs)
 
     @contextmanager
-    def during(self, name: str, **fields: Any) -> Iterator[None]:
+    def during(self, name: str, **fields: object) -> Iterator[None]:
         """Observers see the block as an instruction of this name."""
         for observer in self.observers:
             observer.begin(name, fields)
@@ -36,7 +38,7 @@ class ObservedEngine(PipelineEngine):
         for observer in self.observers:
             observer.end(name)
 
-    def _exec_schedule(self, pipe_schedule: Any) -> None:
+    def _exec_schedule(self, pipe_schedule: PipeSchedule) -> None:
         self._reserve_pipe_buffers(pipe_schedule.num_pipe_buffers())
         for commands in pipe_schedule:
             for command in commands:
@@ -44,14 +46,14 @@ class ObservedEngine(PipelineEngine):
                     self._INSTRUCTION_MAP[type(command)](self, **command.kwargs)
 
 
-class Clock(Protocol):
+class Clock(Protocol[Mark]):
     """Marks in what a device does, in order; read when it has got there."""
 
-    def mark(self) -> Any: ...
+    def mark(self) -> Mark: ...
 
-    def reached(self, mark: Any) -> bool: ...
+    def reached(self, mark: Mark) -> bool: ...
 
-    def seconds(self, start: Any, end: Any) -> float:
+    def seconds(self, start: Mark, end: Mark) -> float:
         """Between two marks that were reached."""
 
 
@@ -83,6 +85,6 @@ class DeviceClock:
         return start.elapsed_time(end) / 1e3
 
 
-def clock_of(device: torch.device) -> Clock:
+def clock_of(device: torch.device) -> Clock[Any]:
     """The clock that tells when a device did what."""
     return DeviceClock() if device.type == "cuda" else HostClock()

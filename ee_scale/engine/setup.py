@@ -3,12 +3,14 @@
 import contextlib
 import io
 import logging
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
+from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from torch import nn
 
 from ee_scale.config.checks import check_batch
@@ -22,7 +24,7 @@ EngineType = TypeVar("EngineType", bound=PipelineEngine)
 class GuardedAdamW(torch.optim.AdamW):
     """AdamW that leaves out the groups marked `skipped`: their weights, moments and step counts stay as they are."""
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> None:
         """One update of the other groups."""
         left_out = [p for group in self.param_groups if group.get("skipped") for p in group["params"]]
         gradients = [parameter.grad for parameter in left_out]
@@ -56,7 +58,7 @@ class StageMpu:
     With its own view (tensor x pipeline), the norm and the overflow check of every step would wait for all stages.
     """
 
-    def __init__(self, grid: Any):
+    def __init__(self, grid: PipelineParallelGrid):
         self._grid = grid
 
     def __getattr__(self, name: str) -> Any:

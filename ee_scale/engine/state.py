@@ -1,7 +1,6 @@
 """Trained state as whole fp32 tensors, whatever the grid: out of DeepSpeed's partitions and back."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import torch
 from deepspeed.utils import (
@@ -12,7 +11,7 @@ from deepspeed.utils import (
 )
 from torch import nn
 
-from ee_scale.engine.clipping import CLIP_KEY
+from ee_scale.engine.clipping import CLIP_KEY, Optimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -21,7 +20,7 @@ Gather = Callable[[str, nn.Parameter, torch.Tensor], torch.Tensor]
 Local = Callable[[str, nn.Parameter, torch.Tensor], torch.Tensor]
 
 
-def start_moments(optimizer: Any, updates: Callable[[int], int] = lambda group: 0) -> None:
+def start_moments(optimizer: Optimizer, updates: Callable[[int], int] = lambda group: 0) -> None:
     """Give AdamW its moments now, and tell DeepSpeed where they lie. `updates`: made so far, by clip group.
 
     DeepSpeed links them after the first step of the first group, when those of later groups do not exist yet.
@@ -53,7 +52,7 @@ def restore_tensors(
     parameters: Iterable[tuple[str, nn.Parameter]],
     read: Callable[[str, str], torch.Tensor],
     local: Local,
-    optimizer: Any,
+    optimizer: Optimizer,
     updates: Callable[[int], int],
 ) -> None:
     """Fill all parameters of a stage and their moments from `read(name, 'param' | 'exp_avg' | 'exp_avg_sq')`, whole."""

@@ -159,7 +159,7 @@ class TimelineRecorder:
         ]
         return StageTimeline(stage, rank, socket.gethostname(), events, steps)
 
-    def _ns(self, mark: Any) -> int:
+    def _ns(self, mark: int | torch.cuda.Event) -> int:
         return self._origin_ns + round(self.clock.seconds(self._origin, mark) * 1e9)
 
     def _synchronize(self) -> None:

@@ -7,6 +7,7 @@ from rich.color import ColorSystem
 from rich.style import Style
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 COLOURS = ("green", "cyan", "blue", "magenta", "red", "bright_yellow", "bright_cyan", "bright_magenta")
 
@@ -61,7 +62,7 @@ def paint(text: str, layers: Sequence[int], k: int | None) -> str:
     return Style.parse(_colour(layers, k)).render(text, color_system=ColorSystem.STANDARD)
 
 
-class PieceStreamer:
+class PieceStreamer(BaseStreamer):
     """A streamer for `generate` that hands on text as soon as it is whole, with the layer that it came from.
 
     The pieces together are the decoded text: what is kept back is a character whose bytes have not all come.
@@ -75,7 +76,7 @@ class PieceStreamer:
         self.layers: list[int | None] = []
         self.in_prompt = True
 
-    def put_exits(self, token_ids: Sequence[int], layers: Sequence[int]) -> None:
+    def put_exits(self, token_ids: Sequence[int], layers: Sequence[int | None]) -> None:
         """Where the tokens of the next `put` come from."""
         self.layers = list(layers)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.data.encode import token_with_row
@@ -39,7 +39,7 @@ class EarlyExitLM(HFLM):
     options. Limits that differ by exit are joined by colons: exit_threshold=0.9:0.8.
     """
 
-    def __init__(self, pretrained: str, tokenizer: Any = None, **kwargs: Any):
+    def __init__(self, pretrained: str, tokenizer: PreTrainedTokenizerBase | None = None, **kwargs: object):
         """Raises ValueError (`UserError`) for a folder or options that do not fit."""
         self.exit_options = {key: _value(kwargs.pop(key)) for key in list(kwargs) if key.startswith(OPTIONS)}
         if "exit_layer" in self.exit_options:
@@ -51,10 +51,10 @@ class EarlyExitLM(HFLM):
             self.tokenizer.pad_token_id = token_with_row(rows, self.tokenizer.eos_token_id)
         self.policy = self._policy()
 
-    def _get_config(self, pretrained: str, **kwargs: Any) -> None:
+    def _get_config(self, pretrained: str, **kwargs: object) -> None:
         super()._get_config(str(ModelFolder.named(pretrained, "pretrained").base), **kwargs)
 
-    def _create_model(self, pretrained: str, dtype: Any = "auto", **kwargs: Any) -> None:
+    def _create_model(self, pretrained: str, dtype: str | torch.dtype = "auto", **kwargs: object) -> None:
         for name in ELSEWHERE:
             if kwargs.get(name):
                 raise UserError(f"{name}={kwargs[name]}: not supported by --model ee-scale")
@@ -72,7 +72,9 @@ class EarlyExitLM(HFLM):
         calibration = getattr(self.model.generation_config, CALIBRATION_KEY, None)
         return resolve_policy(name, layers, calibration=calibration, **chosen)
 
-    def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:
+    def _model_call(
+        self, inps: torch.Tensor, attn_mask: torch.Tensor | None = None, labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Token ids [B, S] -> logits [B, S, V]."""
         mixed = self.mixed_precision_dtype
         with torch.no_grad(), torch.autocast(self.device.type, dtype=mixed, enabled=mixed is not None):
@@ -89,7 +91,9 @@ class EarlyExitLM(HFLM):
                 logits = torch.where((chosen == k)[..., None], values, logits)
         return logits
 
-    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
+    def _model_generate(
+        self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: object
+    ) -> torch.Tensor:
         """Token ids [B, P] -> [B, P + new]. kwargs come from the task's file, which names no file to write."""
         if own := [key for key in kwargs if key.startswith(OPTIONS)]:
             raise UserError(f"{own[0]}: in generation_kwargs of the task; give it in --model_args")
@@ -111,16 +115,16 @@ class EarlyExitLM(HFLM):
 class StopTexts(StoppingCriteria):
     """Ends a row whose new text contains a stop text."""
 
-    def __init__(self, tokenizer: Any, stop: list[str], prompt_length: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: list[str], prompt_length: int):
         self.tokenizer, self.stop, self.prompt_length = tokenizer, stop, prompt_length
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
         """[R, S] -> bool [R]."""
         texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :])
         return torch.tensor([any(end in text for end in self.stop) for text in texts], device=input_ids.device)
 
 
-def _value(value: Any) -> Any:
+def _value(value: object) -> Any:
     """lm-eval splits its arguments at commas; a list comes with colons."""
     return [float(part) for part in value.split(":")] if isinstance(value, str) and ":" in value else value
 

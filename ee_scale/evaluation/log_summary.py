@@ -127,7 +127,7 @@ def log_files(wanted: Sequence[str]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def bucket_seconds(every: Any) -> float:
+def bucket_seconds(every: str | float) -> float:
     """'hour', 'day', 'minute' or a number of minutes -> seconds. Raises `UserError`."""
     named = {"minute": 60.0, "hour": 3600.0, "day": 86400.0}
     if str(every) in named:
@@ -200,7 +200,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
     return {**record, "tag": NO_TAG if tag is None else _tag(tag, line)}
 
 
-def _tag(tag: Any, line: bytes) -> str:
+def _tag(tag: object, line: bytes) -> str:
     """A tag as text; a number as it was written."""
     if isinstance(tag, float):
         tag = json.loads(line, parse_float=str)["tag"]
@@ -208,5 +208,5 @@ def _tag(tag: Any, line: bytes) -> str:
     return text.encode("utf-8", "replace").decode()  # half a surrogate pair can be logged, and not written
 
 
-def _is_number(value: Any, kind: Any, least: float, most: float) -> bool:
+def _is_number(value: object, kind: type, least: float, most: float) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most

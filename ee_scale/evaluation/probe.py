@@ -2,10 +2,9 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ee_scale.errors import UserError
 from ee_scale.evaluation.states import exit_states
@@ -56,7 +55,7 @@ def own_text(
     new_tokens: int,
     temperature: float | None,
     seed: int,
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Passage:
     """The model's continuation of prompts [B, P] by its final layer (None: greedy), each up to its end.
 

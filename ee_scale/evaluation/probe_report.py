@@ -1,7 +1,7 @@
 """What a probe found, joined with the cost model: a table, a verdict in words, JSON and a plot."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class Outlook:
     needed: float | None
 
 
-def outlook(parts: PartTimes, readings: dict[str, Sequence[Reading]]) -> list[Outlook]:
+def outlook(parts: PartTimes, readings: Mapping[str, Sequence[Reading]]) -> list[Outlook]:
     """Join costs and readings (TEXTS -> one reading per exit), exit by exit."""
     rows = []
     for index, reading in enumerate(readings["sampled"]):
@@ -210,5 +210,5 @@ def plot_outlook(path: Path, rows: Sequence[Outlook], costs: Costs) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _by_rows(times: Any) -> dict[str, float]:
+def _by_rows(times: Mapping[int, float]) -> dict[str, float]:
     return {str(key): times[key] for key in sorted(times)}

@@ -3,9 +3,8 @@
 N predicted tokens, m exits in order of depth, U units (windows or documents that the tokens belong to).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -16,6 +15,7 @@ from ee_scale.evaluation.states import exit_states
 from ee_scale.families.registry import decoder_family
 from ee_scale.modeling.policies import NEVER, Decisions, ExitPolicy, score
 
+Head = Callable[[torch.Tensor], torch.Tensor]
 CHUNK_LOGITS = 1 << 25  # logits of one exit that exist at the same time (128 MiB in fp32)
 
 
@@ -200,7 +200,9 @@ def _read(model: PreTrainedModel, rows: list[torch.Tensor], policies: Sequence[s
     return found
 
 
-def _measure(hidden: torch.Tensor, head: Any, labels: torch.Tensor, policies: Sequence[str]) -> dict[str, torch.Tensor]:
+def _measure(
+    hidden: torch.Tensor, head: Head, labels: torch.Tensor, policies: Sequence[str]
+) -> dict[str, torch.Tensor]:
     """hidden [n, D], labels [n] -> tokens int32 [n], losses fp32 [n], and the scores of `policies` fp32 [n]."""
     found: dict[str, list[torch.Tensor]] = {key: [] for key in ("tokens", "losses", *policies)}
     for states, targets in _chunks(hidden, labels, head):
@@ -212,6 +214,6 @@ def _measure(hidden: torch.Tensor, head: Any, labels: torch.Tensor, policies: Se
     return {key: torch.cat(values) for key, values in found.items()}
 
 
-def _chunks(hidden: torch.Tensor, labels: torch.Tensor, head: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _chunks(hidden: torch.Tensor, labels: torch.Tensor, head: Head) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     size = max(1, CHUNK_LOGITS // head(hidden[:1]).shape[-1])
     return zip(hidden.split(size), labels.split(size), strict=True)

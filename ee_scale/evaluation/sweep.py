@@ -107,7 +107,7 @@ def time_points(
     new_tokens: int,
     rounds: int,
     *,
-    tags: Sequence[str] | None = None,
+    tags: Sequence[str | None] | None = None,
     track: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     clock: Callable[[], float] = perf_counter,
 ) -> None:

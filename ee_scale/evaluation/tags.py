@@ -1,7 +1,7 @@
 """Windows of held-out text that know which document and which group (tag) they belong to."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -88,7 +88,7 @@ def _split(prefix: str, eos_id: int) -> Iterator[torch.Tensor]:
         start = end
 
 
-def _cut(documents: Any, seq_length: int, tags: list[str] | None = None) -> list[Window]:
+def _cut(documents: Iterable[torch.Tensor], seq_length: int, tags: list[str] | None = None) -> list[Window]:
     """Windows of documents [n] that share no predicted token; `unit` is the document."""
     found = []
     for number, ids in enumerate(documents):

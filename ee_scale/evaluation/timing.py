@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
@@ -46,7 +47,7 @@ class FilledCache:
         self.length, self.most_rows = length, most_rows
         self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple:
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_: object, **__: object) -> tuple:
         """[B, H, n, D] of the new positions -> [B, H, length + n, D]."""
         end = self.length + keys.shape[2]
         if layer_idx not in self.layers:
@@ -98,7 +99,7 @@ def measure_parts(
 
 
 def layer_pass(
-    base: Any, cache: FilledCache, hidden: torch.Tensor, layers: Sequence[Any] | None = None
+    base: nn.Module, cache: FilledCache, hidden: torch.Tensor, layers: Sequence[Any] | None = None
 ) -> Callable[[], Any]:
     """A pass of [B, n, D] through layers; by default all, so that each finds its weights as far away as in decoding."""
     n, start = hidden.shape[1], cache.length

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
+
+from transformers import PreTrainedConfig
 
 from ee_scale.errors import UserError
 from ee_scale.families.registry import decoder_family
@@ -11,7 +12,7 @@ from ee_scale.modeling.heads import ExitSpec
 from ee_scale.modeling.kinds import KINDS
 
 
-def resolve_loss_weights(weights: Any, exit_layers: Sequence[int]) -> dict[int, float]:
+def resolve_loss_weights(weights: float | Sequence[float], exit_layers: Sequence[int]) -> dict[int, float]:
     """`exits.loss_weights` by exit layer. Raises `UserError` if the counts differ or a weight is negative."""
     values = [float(weights)] * len(exit_layers) if isinstance(weights, int | float) else [float(w) for w in weights]
     if len(values) != len(exit_layers):
@@ -21,7 +22,7 @@ def resolve_loss_weights(weights: Any, exit_layers: Sequence[int]) -> dict[int, 
     return dict(zip(exit_layers, values, strict=True))
 
 
-def exit_spec(model_config: Any, layers: Sequence[int], kind: str, head: str, rank: int) -> ExitSpec:
+def exit_spec(model_config: PreTrainedConfig, layers: Sequence[int], kind: str, head: str, rank: int) -> ExitSpec:
     """The spec of these exits on this model. Raises `UserError` if nothing would be trained."""
     if not KINDS[kind].trains and head == "tied":
         raise UserError(f"exits.kind={kind} with exits.head=tied has nothing to train; use head=low_rank or full")

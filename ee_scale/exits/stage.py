@@ -3,11 +3,12 @@
 import re
 from collections.abc import Callable
 from math import sqrt
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import Cache, PreTrainedConfig
 
 from ee_scale.backbone.digest import bit_digest, named_generator
 from ee_scale.backbone.loading import LoadTask, TensorFolder, load_tensors
@@ -69,7 +70,7 @@ class TuningStage(nn.Module):
         for k, layer in self._layers[0].items():
             layer.register_forward_hook(lambda module, args, output, k=k: call(k, self._taps[0].taps.pop(k)))
 
-    def exit_hidden(self, k: int, tap: Tap, cache: Any = None) -> torch.Tensor:
+    def exit_hidden(self, k: int, tap: Tap, cache: Cache | None = None) -> torch.Tensor:
         """[B, S, D], ready for the head of exit k, with the graph of its modules.
 
         `cache`: keys and values of an exit that attends, which the tap continues.
@@ -91,7 +92,7 @@ class TuningStage(nn.Module):
 
 
 def build_stage(
-    config: Any,
+    config: PreTrainedConfig,
     plan: StagePlan,
     spec: ExitSpec,
     grid: Grid,
@@ -120,7 +121,7 @@ def build_stage(
     return cls(backbone, heads, spec)
 
 
-def _shard_exit(head: ExitHead, plan: dict[str, str], config: Any, grid: Grid, dtype: torch.dtype) -> None:
+def _shard_exit(head: ExitHead, plan: dict[str, str], config: PreTrainedConfig, grid: Grid, dtype: torch.dtype) -> None:
     rows = padded_vocab(config.vocab_size, grid.layout.tp)
     kind, body = head.spec.exit_kind, head.body
     with torch.device(grid.device):
@@ -183,7 +184,7 @@ def whole_low_rank(name: str, parameter: torch.Tensor, vocab_size: int, seed: in
     return torch.empty(parameter.shape).uniform_(-bound, bound, generator=named_generator(name, seed))
 
 
-def whole_random(name: str, source: str, tensors: TensorFolder, config: Any, seed: int) -> torch.Tensor:
+def whole_random(name: str, source: str, tensors: TensorFolder, config: PreTrainedConfig, seed: int) -> torch.Tensor:
     """Whole tensor of a randomly initialised exit (EE-LLM's rules).
 
     Matrices N(0, std); output projections N(0, std / sqrt(2 k)) for an exit at layer k; biases zero; norms neutral.

@@ -3,8 +3,7 @@
 import copy
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from ee_scale.errors import UserError, one_line
 
@@ -17,7 +16,7 @@ def meta_model(
     attn_implementation: str | None = None,
     *,
     task: str = "causal_lm",
-) -> nn.Module:
+) -> PreTrainedModel:
     """The whole model as transformers builds it, on the meta device. Raises `UserError` if it cannot."""
     extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
     try:

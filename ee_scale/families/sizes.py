@@ -4,6 +4,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -28,7 +29,7 @@ POSITIVE = ("rms_norm_eps", "layer_norm_eps", "rope_theta", "factor", "final_log
 MAY_BE_NULL = ("num_key_value_heads", "head_dim", "intermediate_size")
 
 
-def check_sizes(values: Mapping[str, Any], here: Any) -> None:
+def check_sizes(values: Mapping[str, Any], here: str | Path) -> None:
     """Refuse (`UserError`) sizes that no model has, before anything is built or counted by them.
 
     `values`: config.json; what it leaves out, transformers fills in.

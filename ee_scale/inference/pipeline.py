@@ -8,11 +8,11 @@ fill their caches with this one. The rows of a batch are separate streams that f
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from ee_scale.backbone.stages import StagePlan
 from ee_scale.errors import UserError
@@ -71,9 +71,9 @@ class PipelineDecoder:
         *,
         seed: int = 0,
         first_row: int = 0,
-        streamer: Any = None,
-        tokenizer: Any = None,
-        **settings: Any,
+        streamer: BaseStreamer | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **settings: object,
     ) -> Decoded | None:
         """Continue each prompt (token ids, any lengths). Returns the texts on the ranks of the first stage, else None.
 
@@ -105,7 +105,7 @@ class PipelineDecoder:
             return Decoded([row.tokens for row in rows], [row.layers for row in rows], [row.scores for row in rows])
         return None
 
-    def _lead(self, rows: list[Row], settings: GenerationConfig, streamer: Any) -> None:
+    def _lead(self, rows: list[Row], settings: GenerationConfig, streamer: BaseStreamer | None) -> None:
         """The first stage: one token of each row is in flight, and the oldest is waited for."""
         if streamer is not None:
             streamer.put(rows[0].ids.cpu())

@@ -59,7 +59,7 @@ class Outbox:
         self.size = size
         self.sends: deque[tuple[Any, torch.Tensor]] = deque()
 
-    def send(self, tensor: torch.Tensor, destination: int, group: Any, tag: int) -> None:
+    def send(self, tensor: torch.Tensor, destination: int, group: dist.ProcessGroup, tag: int) -> None:
         """Start a send; the tensor is kept until it is out."""
         self.sends.append((dist.isend(tensor, destination, group=group, tag=tag), tensor))
         self.wait(self.size)

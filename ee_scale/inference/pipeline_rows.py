@@ -6,7 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+)
 
 from ee_scale.backbone.digest import named_seed
 from ee_scale.errors import UserError
@@ -59,7 +65,7 @@ def row_seed(seed: int, row: int) -> int:
 class RowMaker:
     """Reads the settings of `generate` as transformers does, with its own code on a model without memory."""
 
-    def __init__(self, model_config: Any, generation_config: GenerationConfig, device: torch.device):
+    def __init__(self, model_config: PreTrainedConfig, generation_config: GenerationConfig, device: torch.device):
         self.owner = meta_model(model_config, torch.float32)
         self.owner.generation_config = generation_config
         self.device = device
@@ -70,7 +76,7 @@ class RowMaker:
         seed: int,
         first_row: int,
         changes: dict[str, Any],
-        tokenizer: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> tuple[list[Row], GenerationConfig]:
         """The rows of a batch, and their settings. Raises `UserError` for what several devices cannot do."""
         settings, unknown = self.owner._prepare_generation_config(None, **{"max_new_tokens": 20, **changes})

@@ -63,7 +63,8 @@ def encode_prompts(
 def _in_template(text: str, tokenizer: PreTrainedTokenizerBase, config: GenerateConfig) -> list[int]:
     message = [{"role": "user", "content": text}]
     try:
-        return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
+        encoded: Any = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
+        return encoded["input_ids"]
     except Exception as error:  # jinja2 missing, or whatever a template does
         raise UserError(f"chat=true: the chat template of {config.model}: {one_line(error)}") from error
 

@@ -60,7 +60,7 @@ class Request:
     def sampling(self) -> dict[str, Any]:
         """Settings of transformers' `generate`."""
         config = self.config
-        chosen = {"max_new_tokens": config.max_new_tokens, "do_sample": config.temperature > 0}
+        chosen: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "do_sample": config.temperature > 0}
         if config.temperature > 0:
             values = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
             chosen |= {name: value for name, value in values.items() if value is not None}

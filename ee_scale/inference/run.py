@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.generation.streamers import BaseStreamer
 
 from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.config.schema import GenerateConfig
@@ -55,7 +56,7 @@ def answer_lines(request: Request, answers: Answers) -> str:
     return "".join(lines)
 
 
-def decode_here(request: Request, device: torch.device, streamer: Any = None) -> Answers:
+def decode_here(request: Request, device: torch.device, streamer: BaseStreamer | None = None) -> Answers:
     """All batches in this process, through the model's own `generate`."""
     config, answers = request.config, Answers()
     model = open_model(request.folder.path, dtype=DTYPES.get(config.dtype, "auto")).to(device).eval()
@@ -101,12 +102,12 @@ def decode_on_grid(
     request: Request | None,
     layout: Layout,
     device: torch.device,
-    streamer: Any = None,
+    streamer: BaseStreamer | None = None,
 ) -> Answers:
     """All batches, as one rank of the grid; rank 0 has the request and gets the answers."""
     grid = join_grid(layout, device, config.parallel.timeout_minutes)
     prompts, tags = grid.from_rank_0((request.prompts, request.tags) if request else None)
-    request = request or Request(config, folder, None, [], prompts, tags, streams=False)
+    request = request or Request(config, folder, None, [], prompts, tags, streams=False)  # type: ignore[arg-type]
     decoder = _decoder(request, grid)
     tokenizer = load_tokenizer(folder.base, "model") if folder.generation_config().stop_strings else None
     log = DecisionLog(Path(config.log).expanduser()) if config.log and grid.rank == 0 else None

@@ -160,8 +160,9 @@ def _listens() -> bool:
 @contextmanager
 def our_agent(grace: float) -> Iterator[None]:
     """torchrun makes agents of this kind while the block runs."""
-    theirs, api.LocalElasticAgent = api.LocalElasticAgent, partial(Agent, grace)
+    theirs = api.LocalElasticAgent
+    api.LocalElasticAgent = partial(Agent, grace)  # type: ignore[misc, assignment]
     try:
         yield
     finally:
-        api.LocalElasticAgent = theirs
+        api.LocalElasticAgent = theirs  # type: ignore[misc]

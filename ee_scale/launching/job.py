@@ -47,7 +47,7 @@ def run_job(recipe: Recipe[Any, Any], overrides: Sequence[str], show: Callable[[
     device = rank_device(config.parallel, layout, launched)
     # Under torchrun the other ranks wait for rank 0 in join_grid; bad input ends the job before they train.
     opened = prepare_run(recipe) if launched is None or launched.rank == 0 else None
-    if launched is None:
+    if launched is None and opened is not None:
         show()
         if (step := opened.state.get("step", 0)) >= recipe.plan.total_steps:
             log.info("%s is finished (step %d); more steps would go on from there", config.out, step)
@@ -78,9 +78,9 @@ def prepare_run(recipe: Recipe[Any, Any]) -> OpenedRun:
     return opened
 
 
-def train_rank(recipe: Recipe[Any, Any], grid: Grid, opened: OpenedRun | None) -> None:
-    """This rank's whole run. `opened` is known on rank 0 only."""
-    opened = grid.from_rank_0(opened)
+def train_rank(recipe: Recipe[Any, Any], grid: Grid, prepared: OpenedRun | None) -> None:
+    """This rank's whole run. `prepared` is known on rank 0 only."""
+    opened = grid.from_rank_0(prepared)
     run = recipe.build(grid, opened.out)
     if opened.checkpoint is not None:
         run.reopen(opened.state)

@@ -146,7 +146,7 @@ def _quieten() -> None:
 
 
 def _tells_a_failure(record: logging.LogRecord) -> bool:
-    return not (record.args and record.args[0] in (REQUEUE, BAD_INPUT))
+    return not (isinstance(record.args, tuple) and record.args and record.args[0] in (REQUEUE, BAD_INPUT))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,7 +14,6 @@ import time
 from collections.abc import Sequence
 from math import isfinite
 from pathlib import Path
-from typing import Any
 
 AGREES = {None: "null", True: "true", False: "false"}
 
@@ -102,10 +101,10 @@ class DecisionLog:
     def __enter__(self) -> "DecisionLog":
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _text(self, value: Any) -> str:
+    def _text(self, value: object) -> str:
         """JSON of a request or tag; a request's name comes once per token, so the last ones are kept."""
         value = str(value)
         text = self._texts.get(value)

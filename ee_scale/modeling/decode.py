@@ -6,12 +6,14 @@ from numbers import Integral
 from typing import Any
 
 import torch
-from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
 from .early_exits import EarlyExits
+from .heads import ModelWithExits
 from .layer_runner import LayerRunner
 from .policies import CALIBRATION_KEY, ExitPolicy, resolve_policy
 from .position_cache import fill_dynamic_cache
@@ -53,17 +55,17 @@ class EarlyExitGenerateOutput(GenerateDecoderOnlyOutput):
 class ExitDecoding:
     """The callable that `generate(custom_generate=...)` runs; one object per call, nothing stays on the model."""
 
-    def __init__(self, options: dict[str, Any], streamer: Any = None):
+    def __init__(self, options: dict[str, Any], streamer: BaseStreamer | None = None):
         """options: the `exit_*` arguments of `generate`."""
         self.options, self.streamer = options, streamer
 
     def __call__(
         self,
-        model: Any,
+        model: ModelWithExits,
         input_ids: torch.Tensor,
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
-        generation_config: Any,
+        generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> EarlyExitGenerateOutput | torch.Tensor:
         """Called by transformers with everything prepared. Raises ValueError in one line."""
@@ -139,7 +141,7 @@ def per_row(options: dict[str, Any], batch_size: int, copies: int) -> dict[str, 
     return options
 
 
-def check_name(key: str, name: Any) -> str | int | None:
+def check_name(key: str, name: object) -> str | int | None:
     """A request or tag as the log writes it; tags are text there and in a calibration. Raises ValueError."""
     if name is None or isinstance(name, str):
         return name
@@ -148,7 +150,9 @@ def check_name(key: str, name: Any) -> str | int | None:
     return str(int(name)) if key == "exit_tags" else int(name)
 
 
-def choose_policy(options: dict[str, Any], model: Any, generation_config: Any, batch_size: int) -> ExitPolicy:
+def choose_policy(
+    options: dict[str, Any], model: ModelWithExits, generation_config: GenerationConfig, batch_size: int
+) -> ExitPolicy:
     """The checked policy for these `exit_*` arguments."""
     return resolve_policy(
         spec_layers=model.exit_spec.layers,
@@ -160,7 +164,7 @@ def choose_policy(options: dict[str, Any], model: Any, generation_config: Any, b
     )
 
 
-def take_options(kwargs: dict[str, Any], *configs: Any) -> dict[str, Any]:
+def take_options(kwargs: dict[str, Any], *configs: GenerationConfig | None) -> dict[str, Any]:
     """Take the `exit_*` arguments out of generate's; those not given come from the generation configs, first first.
 
     Not so what is logged, and where: a generation config may come from strangers, with a model or with a request.
@@ -180,7 +184,7 @@ def take_options(kwargs: dict[str, Any], *configs: Any) -> dict[str, Any]:
     return options
 
 
-def settle_cache(kwargs: dict[str, Any], given: Any, own: Any) -> None:
+def settle_cache(kwargs: dict[str, Any], given: GenerationConfig | None, own: GenerationConfig | None) -> None:
     """Exits keep a cache of their own: raise ValueError for another kind that generate's kwargs or the `given`
     generation config ask for; where only the model's `own` config does, which changes no token, it gives way.
     """
@@ -203,7 +207,7 @@ def settle_cache(kwargs: dict[str, Any], given: Any, own: Any) -> None:
         kwargs["cache_implementation"] = "dynamic"
 
 
-def take_stop_strings(kwargs: dict[str, Any], *configs: Any) -> None:
+def take_stop_strings(kwargs: dict[str, Any], *configs: GenerationConfig | None) -> None:
     """transformers hands no tokenizer on to a custom loop, so the criterion for `stop_strings` is made here.
 
     kwargs are generate's; strings that are not among them come from the generation configs, first first.
@@ -221,7 +225,7 @@ def take_stop_strings(kwargs: dict[str, Any], *configs: Any) -> None:
         kwargs["stopping_criteria"] = StoppingCriteriaList([*criteria, StopStringCriteria(tokenizer, strings)])
 
 
-def check_request(config: Any, model_kwargs: dict[str, Any]) -> None:
+def check_request(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
     """Raise ValueError for what `generate` can do without exits only."""
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):

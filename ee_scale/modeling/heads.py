@@ -7,10 +7,11 @@ import copy
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from .kinds import KINDS, ExitKind, Tap
 
@@ -86,6 +87,22 @@ class ExitSpec:
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
         return {**asdict(self), "layers": list(self.layers)}
+
+
+class ModelWithExits(Protocol):
+    """What decoding asks of a causal language model with exits."""
+
+    config: PreTrainedConfig
+    exit_spec: ExitSpec
+    exit_heads: nn.ModuleDict
+
+    @property
+    def base_model(self) -> nn.Module: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def get_output_embeddings(self) -> nn.Module: ...
 
 
 def soft_cap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
@@ -197,7 +214,7 @@ def build_exit_heads(spec: ExitSpec, layers: Sequence[nn.Module], norm: nn.Modul
     return nn.ModuleDict(heads)
 
 
-def run_single_layer(base: nn.Module, layer: nn.Module, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+def run_single_layer(base: nn.Module, layer: nn.Module, hidden: torch.Tensor, **kwargs: object) -> torch.Tensor:
     """Run one decoder layer as a one-layer model, so that masks and rotary embeddings stay the model's business.
 
     base: the Hugging Face base model (`LlamaModel`, ...); hidden [B, S, D] -> [B, S, D].

@@ -7,12 +7,11 @@ modules are transformers' own, called as its `forward` calls them. S columns, D 
 from collections import Counter
 from dataclasses import dataclass, field
 from threading import get_ident
-from typing import Any
 
 import torch
 from torch import nn
 
-from .heads import ExitTaps, LowRankHead, Tap
+from .heads import ExitTaps, LowRankHead, ModelWithExits, Tap
 from .position_cache import GROWTH, PositionCache
 from .versions import CACHE
 
@@ -47,7 +46,7 @@ class LayerRunner:
     Nothing is kept on the model but hooks that are taken off by `close`.
     """
 
-    def __init__(self, model: Any, exit_layers: tuple[int, ...], batch_size: int, capacity: int):
+    def __init__(self, model: ModelWithExits, exit_layers: tuple[int, ...], batch_size: int, capacity: int):
         check_model(model)
         self.model, self.base, self.spec = model, model.base_model, model.exit_spec
         self.layers, self.num_layers = self.base.layers, len(self.base.layers)
@@ -273,7 +272,7 @@ class LayerRunner:
 class ShortHead:
     """An exit's head for a shortlist of tokens only. A full head costs several layers where the vocabulary is large."""
 
-    def __init__(self, model: Any, k: int, ids: torch.Tensor):
+    def __init__(self, model: ModelWithExits, k: int, ids: torch.Tensor):
         """ids [N]: the tokens, in the order of the logits."""
         head, lm_head = model.exit_heads[str(k)], model.get_output_embeddings()
         self.ids = ids
@@ -292,7 +291,7 @@ class ShortHead:
         return self.capped(logits)
 
 
-def check_model(model: Any) -> None:
+def check_model(model: ModelWithExits) -> None:
     """Raise ValueError for a model that cannot be driven layer by layer."""
     attention = model.config._attn_implementation
     if attention not in ATTENTION:

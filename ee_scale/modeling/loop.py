@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .layer_runner import LayerRunner
+from .layer_runner import Block, LayerRunner
 from .policies import ExitPolicy
 from .sequences import Sequences
 from .trail import Trail
@@ -101,7 +101,7 @@ class DecodeLoop:
         self.next = [self.next[slot] for slot in keep]
         self.tokens = self.tokens[index]
 
-    def saw_prompt(self, hidden: torch.Tensor, block: Any) -> None:
+    def saw_prompt(self, hidden: torch.Tensor, block: Block) -> None:
         """After each chunk of the prompt."""
 
     def step(self) -> None:

@@ -10,20 +10,22 @@ from .versions import CACHE, name_cache  # before all that an old transformers l
 import inspect
 import re
 import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, Cache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .decode import LOG_OPTIONS, ExitDecoding, settle_cache, take_options, take_stop_strings
 from .heads import ExitSpec, ExitTaps, build_exit_heads, run_single_layer
-from .kinds import ExitKind
+from .kinds import ExitKind, Tap
 
 PREFIX = "exit_heads."
 AUTO_MAP = {"AutoModelForCausalLM": "modeling_early_exit.EarlyExitForCausalLM"}
@@ -39,7 +41,7 @@ class EarlyExitOutput(CausalLMOutputWithPast):
 class EarlyExitMixin:
     """Goes in front of a `...ForCausalLM` class: its logits stay exactly as they are, exits come on top."""
 
-    def __init__(self, config: Any, *args: Any, **kwargs: Any):
+    def __init__(self, config: PreTrainedConfig, *args: object, **kwargs: object):
         super().__init__(config, *args, **kwargs)
         self.exit_spec = ExitSpec.from_dict(config.early_exit)
         self.exit_heads = build_exit_heads(
@@ -52,14 +54,14 @@ class EarlyExitMixin:
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        cache: Any = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         output_exit_logits: bool = True,
-        past_key_values: Any = None,
-        **kwargs: Any,
+        past_key_values: Cache | None = None,
+        **kwargs: object,
     ) -> EarlyExitOutput:
         """As the base model's forward; `output_exit_logits=False` leaves the exits out (and costs nothing).
 
@@ -94,7 +96,7 @@ class EarlyExitMixin:
         exit_logits = {k: self._exit_logits(k, tap, masks, logits_to_keep) for k, tap in taps.pop().items()}
         return EarlyExitOutput(**output, exit_logits=exit_logits)
 
-    def _exit_logits(self, k: int, tap: Any, masks: dict[str, Any], logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    def _exit_logits(self, k: int, tap: Tap, masks: dict[str, Any], logits_to_keep: int | torch.Tensor) -> torch.Tensor:
         def run_layer(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
             return run_single_layer(self.base_model, layer, hidden, **masks)
 
@@ -102,7 +104,7 @@ class EarlyExitMixin:
         hidden = slice_logits_to_keep(head.hidden(tap, output_norm, run_layer), logits_to_keep)
         return head.logits(hidden, self.get_output_embeddings())
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | PathLike[str], *args: object, **kwargs: object) -> None:
         """As the base class, plus the code that `trust_remote_code=True` needs, less what is logged and where."""
         for key in LOG_OPTIONS:
             if hasattr(self.generation_config, key):
@@ -141,7 +143,7 @@ class EarlyExitMixin:
         decoding = ExitDecoding(options, kwargs.get("streamer"))
         return super().generate(inputs, custom_generate=decoding, **kwargs)
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self, *args: object, **kwargs: object) -> dict[str, Any]:
         """Plain generation reads the final layer only."""
         return {**super().prepare_inputs_for_generation(*args, **kwargs), "output_exit_logits": False}
 
@@ -179,7 +181,7 @@ def copy_code(spec: ExitSpec, folder: Path) -> None:
     (folder / home.name).write_text(f"{text}\n{opener}")
 
 
-def early_exit_class(config: Any) -> type:
+def early_exit_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The early-exit version of the stock class for this config. Raises ValueError if transformers has none."""
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"transformers has no causal language model for '{config.model_type}'")
@@ -194,12 +196,14 @@ class EarlyExitForCausalLM:
     _auto_class: str | None = None
 
     @classmethod
-    def register_for_auto_class(cls, auto_class: Any = "AutoModelForCausalLM") -> None:
+    def register_for_auto_class(cls, auto_class: str | type = "AutoModelForCausalLM") -> None:
         """Called by transformers' AutoModel."""
         cls._auto_class = auto_class if isinstance(auto_class, str) else auto_class.__name__
 
     @classmethod
-    def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, path: str | PathLike[str], *args: object, config: PreTrainedConfig | None = None, **kwargs: Any
+    ) -> Any:
         """As `PreTrainedModel.from_pretrained`. Raises ValueError if the folder has no exits, or not exactly those
         that its config names: a missing exit head is never filled with random numbers.
         """
@@ -215,7 +219,7 @@ class EarlyExitForCausalLM:
         return (model, info) if wants_info else model
 
 
-def check_exit_keys(path: Any, info: Any) -> None:
+def check_exit_keys(path: str | PathLike[str], info: Mapping[str, Iterable[str]]) -> None:
     """Raise ValueError if exit heads are missing from the files, or in them without being in the config."""
     for what in ("missing", "unexpected"):
         keys = sorted(key for key in info[f"{what}_keys"] if key.startswith(PREFIX))

@@ -18,6 +18,10 @@ LARGEST_LIMIT, LARGEST_ID = 1e30, 1 << 31
 CALIBRATION_KEY = "early_exit_calibration"  # in generation_config.json
 
 
+# One limit; one per exit; one list per row of a batch; or by layer.
+Threshold = float | Sequence[float] | Sequence[Sequence[float]] | Mapping[int | str, float] | torch.Tensor
+
+
 @dataclass(frozen=True)
 class Score:
     """What the limits of a policy apply to.
@@ -78,7 +82,7 @@ def resolve_policy(
     calibration: Mapping[str, Any] | None = None,
     tags: Sequence[str] | None = None,
     batch_size: int | None = None,
-    threshold: Any = None,
+    threshold: Threshold | None = None,
     patience: int | None = None,
     layer: int | None = None,
     min_layer: int | None = None,
@@ -147,7 +151,7 @@ def _check_counts(**counts: tuple[Any, int]) -> None:
             raise ValueError(f"{option}={value!r}: give a whole number of at least {least}")
 
 
-def _check_layers(name: str, layers: tuple[int, ...], layer: Any, min_layer: Any) -> None:
+def _check_layers(name: str, layers: tuple[int, ...], layer: int | None, min_layer: int | None) -> None:
     for option, value in (("exit_layer", layer), ("exit_min_layer", min_layer)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise ValueError(f"{option}={value!r}: give a layer number")
@@ -177,7 +181,7 @@ def passes(name: str, scores: torch.Tensor, limits: torch.Tensor) -> torch.Tenso
 class Decisions:
     """The decisions about one token of each row of a batch, asked exit by exit in order of depth."""
 
-    def __init__(self, policy: ExitPolicy, batch_size: int, device: Any = "cpu"):
+    def __init__(self, policy: ExitPolicy, batch_size: int, device: torch.device | str = "cpu"):
         self.policy = policy
         self.limits = torch.tensor(policy.limits, device=device) if policy.limits else None
         self.last = torch.full((batch_size,), -1, device=device)
@@ -232,7 +236,7 @@ def choose_layers(policy: ExitPolicy, exit_logits: Mapping[int, torch.Tensor], n
 
 def _limits(
     name: str,
-    threshold: Any,
+    threshold: Threshold | None,
     layers: tuple[int, ...],
     calibration: Mapping[str, Any] | None,
     tags: Sequence[str] | None,
@@ -265,7 +269,7 @@ def _limits(
     return tuple(tuple(float(value) for value in row) for row in rows)
 
 
-def check_calibration(calibration: Any, vocab_size: int | None = None) -> None:
+def check_calibration(calibration: object, vocab_size: int | None = None) -> None:
     """Raise ValueError for what `ee-scale calibrate` does not write: whoever edits a folder may have put it there."""
     if not isinstance(calibration, Mapping) or calibration.get("policy") not in tuple(NEVER):
         raise ValueError(f"{CALIBRATION_KEY}: not an object with a policy of {', '.join(NEVER)}")

@@ -6,10 +6,8 @@ layers may lag behind one another. The masks that make this safe are those of `l
 B rows, H key/value heads, C columns, D head size, q columns of one pass.
 """
 
-from typing import Any
-
 import torch
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
 GROWTH = 256  # columns
@@ -28,7 +26,7 @@ class PositionLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write [B, H, q, D] at the place of this pass; return all columns that it may look at."""
         if not self.is_initialized:
@@ -58,7 +56,7 @@ class PositionLayer(CacheLayerMixin):
 class PositionCache(Cache):
     """The layers' keys and values; `focus` says where the next pass writes and how far it looks."""
 
-    def __init__(self, num_layers: int, batch_size: int, capacity: int, device: Any):
+    def __init__(self, num_layers: int, batch_size: int, capacity: int, device: torch.device | str):
         super().__init__(layers=[PositionLayer(self) for _ in range(num_layers)])
         self.num_rows, self.capacity = batch_size, capacity
         self.numbers = torch.arange(batch_size, device=device)
@@ -86,7 +84,10 @@ class PositionCache(Cache):
 
 
 def fill_dynamic_cache(
-    target: DynamicCache, config: Any, rows: list[list[tuple[torch.Tensor, torch.Tensor]]], offsets: list[int]
+    target: DynamicCache,
+    config: PreTrainedConfig,
+    rows: list[list[tuple[torch.Tensor, torch.Tensor]]],
+    offsets: list[int],
 ) -> None:
     """Give `target` the keys and values of left-padded rows, as transformers' own loop would have left them.
 

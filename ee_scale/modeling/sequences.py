@@ -6,18 +6,20 @@ Rows of a batch may have different lengths, because drafts are accepted row by r
 from collections import defaultdict
 from inspect import isfunction
 from itertools import chain
-from types import CodeType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
 from transformers import (
     EosTokenCriteria,
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     MaxLengthCriteria,
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers.generation.streamers import BaseStreamer
 
 # transformers' processors that do not look at the text before: one call for any number of positions.
 WITHOUT_HISTORY = {
@@ -51,12 +53,12 @@ WITHOUT_MEMORY = WITHOUT_HISTORY | {
 CRITERIA_WITHOUT_MEMORY = {"MaxTimeCriteria", "StopStringCriteria"}
 
 
-def known(part: Any, names: set[str], base: type) -> bool:
+def known(part: LogitsProcessor | StoppingCriteria, names: set[str], base: type) -> bool:
     """Whether a processor or criterion is one of transformers' own, and not a class that somebody made of it."""
     return type(part).__module__ == base.__module__ and type(part).__name__ in names
 
 
-def remembers(part: Any, names: set[str], base: type) -> bool:
+def remembers(part: LogitsProcessor | StoppingCriteria, names: set[str], base: type) -> bool:
     """Whether a processor or criterion may act by what it was called with before."""
     if known(part, names, base):
         return False
@@ -66,7 +68,7 @@ def remembers(part: Any, names: set[str], base: type) -> bool:
     return bool(vars(part)) or not all(isfunction(value) and keeps_nothing(value) for value in held)
 
 
-def keeps_nothing(function: Any) -> bool:
+def keeps_nothing(function: FunctionType) -> bool:
     """Whether a function has no place to keep anything in: all that it reads from outside is torch."""
     code, there = function.__code__, function.__globals__
     places = [function.__closure__, function.__defaults__, function.__kwdefaults__]
@@ -92,8 +94,8 @@ class Sequences:
         input_ids: torch.Tensor,
         processors: LogitsProcessorList,
         criteria: StoppingCriteriaList,
-        config: Any,
-        streamer: Any = None,
+        config: GenerationConfig,
+        streamer: BaseStreamer | None = None,
         draft_room: int = 0,
     ):
         """config: a prepared GenerationConfig; draft_room: columns behind the longest text, for tokens on trial."""

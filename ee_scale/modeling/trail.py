@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .decision_log import DecisionLog
+from .heads import ModelWithExits
 from .policies import ExitPolicy
 from .sequences import Sequences
 
@@ -55,7 +56,7 @@ def request_names(count: int) -> list[str]:
 class Trail:
     """What is written to the decision log, and which tokens are compared with the full model."""
 
-    def __init__(self, options: dict[str, Any], policy: ExitPolicy, prompts: torch.Tensor, model: Any):
+    def __init__(self, options: dict[str, Any], policy: ExitPolicy, prompts: torch.Tensor, model: ModelWithExits):
         """prompts: token ids [B, S]. Raises ValueError for a share that is none."""
         batch_size = len(prompts)
         self.log = options.get("exit_log")

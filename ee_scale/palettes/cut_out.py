@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from ee_scale.artifact.checkpoint import checkpoints, read_checkpoint
 from ee_scale.artifact.hf_folder import write_beside
@@ -60,7 +60,7 @@ def read_supernet(run: Path, step: int | None = None) -> TrainedSupernet:
 
 def subnet_model(
     elastic_map: ElasticMap, base: TensorFolder, order: UnitOrder, supernet: TrainedSupernet, spec: SubnetSpec
-) -> nn.Module:
+) -> PreTrainedModel:
     """The stock transformers model of a subnet, on the CPU."""
     tied = is_tied(elastic_map, supernet.trained)
     config = subnet_config(elastic_map, spec, tied=tied)
@@ -76,7 +76,7 @@ def subnet_model(
     return model.eval()
 
 
-def write_subnet(folder: Path, model: nn.Module, supernet: TrainedSupernet, spec: SubnetSpec, facts: str) -> None:
+def write_subnet(folder: Path, model: PreTrainedModel, supernet: TrainedSupernet, spec: SubnetSpec, facts: str) -> None:
     """Weights, config, tokenizer files and a model card into a new folder."""
     folder.mkdir()
     model.save_pretrained(folder)
@@ -85,7 +85,9 @@ def write_subnet(folder: Path, model: nn.Module, supernet: TrainedSupernet, spec
     write_text(folder / "README.md", "\n".join(_model_card(folder.name, model, supernet, spec, facts)) + "\n")
 
 
-def _model_card(name: str, model: nn.Module, supernet: TrainedSupernet, spec: SubnetSpec, facts: str) -> Iterator[str]:
+def _model_card(
+    name: str, model: PreTrainedModel, supernet: TrainedSupernet, spec: SubnetSpec, facts: str
+) -> Iterator[str]:
     config = model.config
     auto = AUTO_CLASS[supernet.identity["task"]].__name__
     yield from ("---", "library_name: transformers", "tags: [ee_scale, supernet]", "---", f"# {name}", "")

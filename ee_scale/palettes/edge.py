@@ -21,7 +21,8 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
 
 from ee_scale.backbone.loading import weight_bytes
 from ee_scale.errors import UserError
@@ -158,13 +159,13 @@ def _measure(
     )
 
 
-def _check_length(config: Any, length: int) -> None:
+def _check_length(config: PreTrainedConfig, length: int) -> None:
     most = getattr(config, "max_position_embeddings", None)
     if most is not None and length > most:
         raise UserError(f"tokens: {length} with the decoded ones, but the model reads at most {most}")
 
 
-def _warm_up(config: Any, task: str, ids: torch.Tensor, steps: int) -> None:
+def _warm_up(config: PreTrainedConfig, task: str, ids: torch.Tensor, steps: int) -> None:
     """Run one layer of zeros: code, and buffers of libraries, that the first model brings in are no memory of it."""
     with torch.device("meta"):
         model = AUTO_CLASS[task].from_config(with_layers(config, range(1))).eval()
@@ -197,7 +198,7 @@ def _round(model: PreTrainedModel, ids: torch.Tensor, steps: int, timings: Timin
         timings.token.append(spent)
 
 
-def _next_token(model: PreTrainedModel, last: Any) -> Any:
+def _next_token(model: PreTrainedModel, last: ModelOutput) -> ModelOutput:
     """One greedy step: the token of `last`'s logits goes through the model behind `last`'s cache."""
     token = last.logits[:, -1:].argmax(-1)
     return model(token, use_cache=True, **{CACHE: last[CACHE]})

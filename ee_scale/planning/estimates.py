@@ -10,15 +10,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Generic, TypeVar
 
 import torch
-from transformers import PreTrainedConfig
 
 from ee_scale.backbone.stages import StagePlan
 from ee_scale.config.schema import TrainingConfig
 from ee_scale.errors import UserError
 from ee_scale.grid import Layout
+
+ConfigType = TypeVar("ConfigType", bound=TrainingConfig)
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class StageTraffic:
         return self.stages + self.tensor + self.reduce + self.gather
 
 
-class Plan(ABC):
+class Plan(ABC, Generic[ConfigType]):
     """What runs where, and what it costs.
 
     Attributes:
@@ -122,15 +123,14 @@ class Plan(ABC):
         num_micro_batches: per optimizer step and rank.
     """
 
-    config: TrainingConfig
+    config: ConfigType
     model_dir: Path
-    model_config: PreTrainedConfig
     stages: StagePlan
     layout: Layout
     num_micro_batches: int
 
     @abstractmethod
-    def with_config(self, config: Any) -> Self:
+    def with_config(self, config: ConfigType) -> "Plan[ConfigType]":
         """The same model under another config of its command. Raises `UserError`."""
 
     @property

@@ -104,7 +104,7 @@ def changes(plan: Plan) -> Iterator[tuple[str, Plan]]:
             continue
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -1,21 +1,24 @@
 """What one module's passes keep and need, watched on the meta device: no formula per family, and no memory taken."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._ops import OpOverload
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, PreTrainedConfig
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from ee_scale.families.build import meta_model
 from ee_scale.families.registry import FAMILIES
 from ee_scale.families.sizes import with_layers
 
+LayerCall = Callable[[torch.Tensor], torch.Tensor]
 FUSED = "ee_scale_fused_sizes"  # attention that keeps what fused kernels keep, and computes nothing
 
 
@@ -30,7 +33,13 @@ class LiveBytes(TorchDispatchMode):
         self._seen: dict[int, tuple[StorageWeakRef, int]] = {}
         self.peak = self.moved = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         given, new = {t.untyped_storage()._cdata for t in inputs}, []
@@ -56,20 +65,20 @@ class _Fused(torch.autograd.Function):
     """Flash attention's tensors: keeps q, k, v, the output and the log-sum-exp of each row."""
 
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: FunctionCtx, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         rows, heads, length, _ = q.shape
         out = q.new_empty(rows, length, heads, v.shape[-1]).transpose(1, 2)
         ctx.save_for_backward(q, k, v, out, q.new_empty(rows, heads, length, dtype=torch.float32))
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def backward(ctx: BackwardCFunction, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
 def _fused(
-    module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any
-) -> tuple[Any, None]:
+    module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object, **__: object
+) -> tuple[torch.Tensor, None]:
     return _Fused.apply(q, k, v).transpose(1, 2), None
 
 
@@ -96,7 +105,7 @@ class Passes:
 
 def local_model(
     config: PreTrainedConfig, tp: int, dtype: torch.dtype, attn_implementation: str | None = None
-) -> nn.Module:
+) -> PreTrainedModel:
     """The model with one decoder layer at one tensor rank's sizes, on the meta device (vocabulary matrices whole)."""
     config = with_layers(config, range(1))
     if tp > 1:
@@ -112,19 +121,28 @@ def local_model(
     return model
 
 
-def layer_call(model: nn.Module, rows: int, length: int) -> tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
+def first_layer(model: PreTrainedModel) -> nn.Module:
+    return model.base_model.get_submodule(FAMILIES[model.config.model_type].layers).get_submodule("0")
+
+
+def final_norm(model: PreTrainedModel) -> nn.Module:
+    """Of a decoder."""
+    return model.base_model.get_submodule("norm")
+
+
+def layer_call(model: PreTrainedModel, rows: int, length: int) -> tuple[nn.Module, LayerCall]:
     """(the model's layer, a function [rows, length, D] -> [rows, length, D] that runs it on the meta device)."""
-    base = model.base_model
-    layer = base.get_submodule(FAMILIES[model.config.model_type].layers)[0]
-    if not hasattr(base, "rotary_emb"):
+    layer = first_layer(model)
+    if not hasattr(model.base_model, "rotary_emb"):
         return layer, lambda x: _first(layer(x))
     with torch.device("meta"):
         positions = torch.arange(length)[None]
-        rotary = base.rotary_emb(torch.empty(rows, length, 1, dtype=model.dtype), positions)
+        rotary_emb = model.base_model.get_submodule("rotary_emb")
+        rotary = rotary_emb(torch.empty(rows, length, 1, dtype=model.dtype), positions)
     return layer, lambda x: _first(layer(x, position_embeddings=rotary, attention_mask=None, position_ids=positions))
 
 
-def watch(call: Callable[[torch.Tensor], torch.Tensor], module: nn.Module, x: torch.Tensor, needs: bool) -> Passes:
+def watch(call: LayerCall, module: nn.Module, x: torch.Tensor, needs: bool) -> Passes:
     """Run `call` without and with a graph; `needs`: the input wants a gradient too."""
     for parameter in module.parameters():
         parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
@@ -139,7 +157,7 @@ def watch(call: Callable[[torch.Tensor], torch.Tensor], module: nn.Module, x: to
     return Passes(forward.peak, kept, max(0, live.peak - kept), forward.moved, live.moved)
 
 
-def _first(out: Any) -> torch.Tensor:
+def _first(out: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
@@ -167,7 +185,13 @@ def add_pairs(layer: nn.Module, rank: int, prefixes: tuple[str, ...]) -> nn.Para
 
 
 def layer_passes(
-    local: nn.Module, rows: int, length: int, prefixes: tuple[str, ...] | None, rank: int, *, vectors: bool = False
+    local: PreTrainedModel,
+    rows: int,
+    length: int,
+    prefixes: tuple[str, ...] | None,
+    rank: int,
+    *,
+    vectors: bool = False,
 ) -> Passes:
     """One decoder layer: all of it trains (`prefixes` None), or pairs of this rank beside the projections named."""
     layer, call = layer_call(local, rows, length)

@@ -1,15 +1,14 @@
 """What a phase of a supernet run costs: FLOPs, parameters, memory, traffic."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from math import prod
 from random import Random
-from typing import Any
 
 import torch
 
 from ee_scale.backbone.parallel import padded_vocab
-from ee_scale.elastic.architecture import local_length
+from ee_scale.elastic.architecture import TensorAxes, local_length
 from ee_scale.elastic.distill import FROZEN
 from ee_scale.elastic.factors import FactorPlan
 from ee_scale.elastic.order import UnitOrder
@@ -135,7 +134,7 @@ def _space(plan: SupernetSetup) -> SearchSpace:
 def phase_parameters(plan: SupernetSetup, index: int, stage: int) -> Parameters:
     """What one rank of a stage holds and trains in phase `index`, the finished stages' factors included."""
 
-    def mine(named: Any) -> list[int]:
+    def mine(named: Iterable[tuple[str, TensorAxes]]) -> list[int]:
         return [_local_size(plan, tensor) for name, tensor in named if stage in _stages_of(plan, name, tensor.layer)]
 
     frozen = sum(mine(plan.map.matrices.items()))
@@ -153,7 +152,7 @@ def _stages_of(plan: SupernetSetup, name: str, layer: int | None) -> Sequence[in
     return [0] if "embed" in name else [plan.stages.launched - 1]
 
 
-def _local_size(plan: SupernetSetup, tensor: Any) -> int:
+def _local_size(plan: SupernetSetup, tensor: TensorAxes) -> int:
     return prod(local_length(axis, n, plan.layout.tp) for axis, n in zip(tensor.axes, tensor.shape, strict=True))
 
 

@@ -15,6 +15,7 @@ from ee_scale.elastic.order import UnitOrder
 from ee_scale.elastic.sampling import Draw, draw_stream
 from ee_scale.elastic.subnet import SearchSpace, SubnetSpec, resolve_space
 from ee_scale.grid import Layout
+from ee_scale.planning.estimates import Plan
 
 
 class Phases(tuple[RecipeStage, ...]):
@@ -44,7 +45,7 @@ class Phases(tuple[RecipeStage, ...]):
 
 
 @dataclass(frozen=True)
-class SupernetSetup:
+class SupernetSetup(Plan[SupernetConfig]):
     """What runs where.
 
     Attributes:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Self
 
 import torch
 from transformers import PreTrainedConfig
@@ -18,7 +17,7 @@ from ee_scale.elastic.subnet import AXES, SearchSpace
 from ee_scale.errors import UserError
 from ee_scale.families.registry import elastic_family
 from ee_scale.grid import Layout
-from ee_scale.planning.estimates import Parameters, Plan, RankMemory, StageTraffic, StageWork, check_lengths, mean_work
+from ee_scale.planning.estimates import Parameters, RankMemory, StageTraffic, StageWork, check_lengths, mean_work
 from ee_scale.planning.phase_costs import (
     draws_per_micro_batch,
     phase_memory,
@@ -30,10 +29,10 @@ from ee_scale.planning.phases import Phases, SupernetSetup
 
 
 @dataclass(frozen=True)
-class SupernetPlan(SupernetSetup, Plan):
+class SupernetPlan(SupernetSetup):
     """What runs where, and what it costs."""
 
-    def with_config(self, config: SupernetConfig) -> Self:
+    def with_config(self, config: SupernetConfig) -> "SupernetPlan":
         return plan_supernet(config, self.model_dir, self.model_config, self.labels)
 
     @property
@@ -124,7 +123,7 @@ def _check_axes(plan: SupernetPlan, space: SearchSpace) -> None:
 def phase_rows(plan: SupernetPlan) -> list[tuple[str, ...]]:
     """The table of the phases: name, what may shrink, steps, rank, trained parameters of full and smallest net."""
     space, full = plan.space(UnitOrder.identity(plan.map.shape)), plan.map.shape.full
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for index, stage in enumerate(plan.phases):
         factors = plan.factors(index)
         smallest = space.smallest(stage.axes)

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ee_scale.backbone.exit_layers import resolve_exit_layers
 from ee_scale.backbone.parallel import padded_vocab
@@ -37,14 +37,24 @@ from ee_scale.planning.estimates import (
     ring,
     state_bytes,
 )
-from ee_scale.planning.passes import Passes, add_pairs, count, layer_call, layer_passes, local_model, watch
+from ee_scale.planning.passes import (
+    Passes,
+    add_pairs,
+    count,
+    final_norm,
+    first_layer,
+    layer_call,
+    layer_passes,
+    local_model,
+    watch,
+)
 
 # Passes over a layer's matrices per token: forward; and gradient of the input; and gradient of the weights.
 LAYER_PASSES = {FROZEN: 1.0, LOW_RANK: 2.0, FULL: 3.0}
 
 
 @dataclass(frozen=True)
-class TunePlan(Plan):
+class TunePlan(Plan[TuneConfig]):
     """What runs where, and what it costs.
 
     Attributes:
@@ -68,7 +78,7 @@ class TunePlan(Plan):
         """What trains beside the exits."""
         return self.config.backbone
 
-    def with_config(self, config: TuneConfig) -> Self:
+    def with_config(self, config: TuneConfig) -> "TunePlan":
         return plan_tune(config, self.model_dir, self.model_config)
 
     @property
@@ -143,7 +153,7 @@ class TunePlan(Plan):
 
     def parameters(self, stage: int) -> Parameters:
         local = local_model(self.model_config, self.layout.tp, torch.float32)
-        layer, norm, spec = local.base_model.layers[0], local.base_model.norm, self.spec
+        layer, norm, spec = first_layer(local), final_norm(local), self.spec
         mode, last = self.backbone.mode, stage == self.stages.launched - 1
         layers, exits = len(self.stages.layers(stage)), len(self.stages.exits(stage))
         width, rows = self.shape.hidden_size, padded_vocab(self.shape.vocab_size, self.layout.tp) // self.layout.tp
@@ -302,10 +312,10 @@ def exit_flops(
     return body + head + vocabulary * teacher + once * confidence
 
 
-def exit_passes(local: nn.Module, spec: ExitSpec, rows: int, length: int, *, through: bool) -> Passes:
+def exit_passes(local: PreTrainedModel, spec: ExitSpec, rows: int, length: int, *, through: bool) -> Passes:
     """The modules of one exit in front of its head."""
     layer, call = layer_call(local, rows, length)
-    kind, norm = spec.exit_kind, local.base_model.norm
+    kind, norm = spec.exit_kind, final_norm(local)
     body = kind.body_in(layer)
     parts = nn.ModuleList(part for part in (body, norm if kind.normed else None) if part is not None)
 

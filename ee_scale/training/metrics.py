@@ -58,7 +58,7 @@ class StepMetrics:
         return _finite(record)
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not isfinite(value) else value

@@ -4,6 +4,7 @@ import signal
 from collections import deque
 from dataclasses import dataclass
 from math import ceil
+from types import FrameType
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: Any) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         self.number = number
 
 

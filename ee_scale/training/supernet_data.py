@@ -1,6 +1,6 @@
 """The data of a supernet run: text for a causal LM, labelled texts for a classifier."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -38,7 +38,7 @@ def read_labels(config: SupernetConfig) -> list[str]:
     return labels
 
 
-def _one_file(path: Any, name: str) -> list[str]:
+def _one_file(path: str | Sequence[str], name: str) -> list[str]:
     found = sources(path)
     if len(found) != 1:
         raise UserError(f"{name}={found}: labelled data is one file")

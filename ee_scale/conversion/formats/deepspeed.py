@@ -19,9 +19,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import torch
+from transformers import PreTrainedConfig
 
 from ee_scale.artifact.hf_folder import write_index
 from ee_scale.artifact.trained_base import EMBEDDING, HEAD
@@ -104,7 +105,7 @@ class Staging:
         newest = max(path.stat().st_mtime_ns for path in self.tag.glob("*_states.pt"))
         os.utime(self.file, ns=(newest, newest))
 
-    def _gather(self, file: Any) -> None:
+    def _gather(self, file: IO[bytes]) -> None:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
         try:
@@ -212,7 +213,7 @@ def _renamed(tag: Path, extents: dict[str, Extent]) -> dict[str, Extent]:
     return found
 
 
-def _model(tag: Path, config: Any, extents: dict[str, Extent]) -> Model | Bare:
+def _model(tag: Path, config: PreTrainedConfig | None, extents: dict[str, Extent]) -> Model | Bare:
     """What the weights are, checked against the config; takes a tied head out of `extents`. Raises `UserError`."""
     floats = [extent.dtype for extent in extents.values() if extent.dtype.is_floating_point]
     dtype = reduce(torch.promote_types, floats) if floats else torch.float32

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from ee_scale.conversion.args import rope_of, window_of
 from ee_scale.conversion.model import Model, body_rows
 from ee_scale.conversion.tensors import Span
@@ -23,7 +25,7 @@ from ee_scale.modeling.modeling_early_exit import PREFIX
 NORM = Row(("norm.weight",), "", "exit_norm.weight", Rule.WHOLE)
 
 
-def spec_of_args(args: Namespace, config: Any) -> ExitSpec | None:
+def spec_of_args(args: Namespace, config: PreTrainedConfig) -> ExitSpec | None:
     """The exits that a checkpoint's `args` describe; a file of plain Megatron has none. Raises `UserError`."""
     numbers = list(getattr(args, "exit_layer_nums", None) or [])
     if not numbers:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from ee_scale.artifact.hf_folder import (
     shard_names,
@@ -51,7 +52,7 @@ def open_folder(folder: ModelFolder) -> Opened:
     return Opened("hf", base, model, stored, small=base, exits_from=folder.path if folder.exits else None)
 
 
-def _by_parameter(folder: Path, config: Any, files: list[Path]) -> dict[str, Extent]:
+def _by_parameter(folder: Path, config: PreTrainedConfig, files: list[Path]) -> dict[str, Extent]:
     """Where each parameter lies, by transformers' own names; tied matrices once. Raises `UserError`."""
     stored = {name: extent for path in files for name, extent in safetensors_extents(path).items()}
     try:

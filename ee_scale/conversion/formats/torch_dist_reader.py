@@ -211,7 +211,7 @@ class _Files:
     def __enter__(self) -> "_Files":
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         for file in self._open.values():
             file.close()
 
