@@ -67,8 +67,8 @@ def step_seconds(plan: Any, config: Any, machine: Machine, *, bf16: bool) -> Cal
     """(stage, instruction, index) -> seconds on this machine."""
     import torch
 
+    from ee_scale.planning.exit_costs import exit_passes
     from ee_scale.planning.passes import layer_passes, local_model
-    from ee_scale.planning.tune import exit_passes
 
     tp, shape, joint = plan.layout.tp, plan.shape, plan.backbone.trains
     rows, length = config.train.micro_batch_size, config.data.seq_length

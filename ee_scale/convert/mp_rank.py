@@ -88,21 +88,24 @@ def rank_pieces(model: Model, layout: Layout, rank: int, stage: int, chunk: int 
     first, count = layout.layers(stage, chunk)
     hosted = hosted_exits(model, layout, first, count)
     at_start, at_end = (stage, chunk) == (0, 0), (stage, chunk) == (layout.pp - 1, layout.chunks - 1)
-    mine = lambda row, key, prefix="": _piece(model, row, key, prefix, rank, layout.tp)  # noqa: E731
+
+    def piece(row: Row, key: str, prefix: str = "") -> Piece:
+        return _piece(model, row, key, prefix, rank, layout.tp)
+
     if at_start:
-        yield mine(EMBEDDING, names.top(EMBEDDING))
+        yield piece(EMBEDDING, names.top(EMBEDDING))
     for local in range(count):
         here = [k for k, place, _ in hosted if place == local]
         for row in model.map.layer_rows:
             key = names.layer(row)
             if here:
                 key = model.exits.exit_kind.ee_llm_layer_key(key)
-            yield mine(row, f"{names.layers}{local}.{key}", f"model.layers.{first + local}.")
+            yield piece(row, f"{names.layers}{local}.{key}", f"model.layers.{first + local}.")
         for k in here:
             for key, row, prefix in exit_rows(model.exits, model.map.layer_rows, k):
-                yield mine(row, f"{names.layers}{local}.{key}", prefix)
+                yield piece(row, f"{names.layers}{local}.{key}", prefix)
     if at_end:
-        yield mine(FINAL_NORM, names.top(FINAL_NORM))
+        yield piece(FINAL_NORM, names.top(FINAL_NORM))
     yield from _heads(model, layout, names, rank, hosted, at_start, at_end)
 
 

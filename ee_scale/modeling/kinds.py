@@ -172,7 +172,7 @@ class ExitKind:
         return 0
 
     def training_flops(self, shape: Shape, seq_length: int, *, through: bool, pre_norm: bool) -> float:
-        """Of the body, per token. See `ee_scale.planning.tune.exit_flops`."""
+        """Of the body, per token. See `ee_scale.planning.exit_costs.exit_flops`."""
         return 0.0
 
     def all_reduces(self, through: bool) -> int:

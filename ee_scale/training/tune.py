@@ -198,7 +198,7 @@ def start_run(plan: TunePlan, grid: Grid, dataset: Dataset | None = None) -> Tun
         torch.bfloat16 if bf16 else torch.float32,
         attn_implementation=config.model.attn_implementation,
         teacher=config.exits.kl_weight > 0,
-        decoding=plan.backbone.trains,
+        own_logits=plan.backbone.trains,
         cls=JointStage if plan.backbone.trains else TuningStage,
     )
     tensors = model_tensors(plan.model_dir, plan.model_config)
