@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from ee_scale.artifact.hf_folder import write_calibration
 from ee_scale.backbone.model_folder import ModelFolder
-from ee_scale.cli.console import console
-from ee_scale.cli.evaluate import check_length, read_prefixes, read_tagged, with_progress
+from ee_scale.cli.console import console, with_progress
+from ee_scale.cli.evaluate import check_length, read_prefixes, read_tagged
 from ee_scale.config.schema import CalibrateConfig
 from ee_scale.data.inputs import load_tokenizer, sources
 from ee_scale.errors import UserError

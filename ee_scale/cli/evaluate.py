@@ -1,17 +1,17 @@
 """`ee-scale evaluate`: loss, perplexity and agreement per exit; with `sweep`, quality against speed; per group."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ee_scale.backbone.exit_layers import resolve_exit_layers
 from ee_scale.backbone.model_folder import ModelFolder
-from ee_scale.cli.console import console
-from ee_scale.config.schema import CalibrateConfig, EvaluateConfig
+from ee_scale.cli.console import console, with_progress
+from ee_scale.config.schema import CalibrateConfig, EvaluateConfig, ProbeConfig
 from ee_scale.data.dataset import check_tokens
 from ee_scale.data.encode import without_row
 from ee_scale.data.inputs import load_tokenizer, sources
@@ -104,7 +104,7 @@ def check_length(config: EvaluateConfig | CalibrateConfig, model: PreTrainedMode
 
 
 def read_prefixes(
-    config: EvaluateConfig | CalibrateConfig,
+    config: EvaluateConfig | CalibrateConfig | ProbeConfig,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tokenizer_dir: Path,
@@ -131,12 +131,6 @@ def read_tagged(
     return windows
 
 
-def with_progress(batches: Sequence[Any], text: str) -> Iterator[Any]:
-    """The items, with a progress bar on a terminal."""
-    err = console(stderr=True)
-    yield from track(batches, text, total=len(batches), console=err, transient=True, disable=not err.is_terminal)
-
-
 def _tags(records: Records, out: Any) -> dict[str, Any]:
     """Print the figures per tag, and return them."""
     by_tag = {tag: (exit_qualities(own), len(own.units)) for tag, own in records.by_tag().items()}
@@ -159,8 +153,8 @@ def _points(
     if prompts is not None:
         ids = torch.stack([window.tokens[: config.prompt_tokens] for window in prompts]).to(model.device)
         tags = [window.tag for window in prompts] if records.tag_names else None
-        shown = lambda steps: with_progress(steps, "timing")  # noqa: E731
-        time_points(points, model.generate, ids, config.new_tokens, config.rounds, tags=tags, track=shown)
+        track = partial(with_progress, text="timing")
+        time_points(points, model.generate, ids, config.new_tokens, config.rounds, tags=tags, track=track)
     return points
 
 

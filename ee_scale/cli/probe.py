@@ -1,6 +1,7 @@
 """`ee-scale probe`: is early exit worth it for this model on this machine, before or after training."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,10 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from ee_scale.backbone.exit_layers import resolve_exit_layers
 from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.cli.console import console
+from ee_scale.cli.evaluate import read_prefixes
 from ee_scale.config.schema import ProbeConfig
-from ee_scale.data.dataset import check_tokens
 from ee_scale.data.inputs import load_tokenizer, sources
 from ee_scale.data.loader import windows
-from ee_scale.data.text import prepare_text
 from ee_scale.errors import UserError
 from ee_scale.evaluation.probe import Reading, given_text, own_text, read_exits, repeated_share
 from ee_scale.evaluation.probe_report import cost_lines, outlook, outlook_table, verdict, write_probe
@@ -40,9 +40,9 @@ def run(config: ProbeConfig, overrides: Sequence[str]) -> int:
     columns = (TextColumn("{task.description}"), BarColumn())
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task("reading text", total=1.0)
-        readings, repeated = _read(config, model, tokenizer, batches, lambda what, share: _show(bar, task, what, share))
-        timed = lambda share: _show(bar, task, "timing the parts", share)  # noqa: E731
-        parts = measure_parts(model, config.context, config.seconds, advance=timed)
+        show = partial(_show, bar, task)
+        readings, repeated = _read(config, model, tokenizer, batches, show)
+        parts = measure_parts(model, config.context, config.seconds, advance=partial(show, "timing the parts"))
     rows = outlook(parts, readings)
     sentences = verdict(rows, parts, untrained, repeated, config.agreement)
     out = console()
@@ -100,9 +100,7 @@ def _text(
     config: ProbeConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> list[torch.Tensor]:
     """Windows [B, S+1] of the data; each is longer than a prompt. Raises `UserError`."""
-    names = sources(config.data)
-    prefixes = prepare_text(names, tokenizer, folder, config.cache_dir, config.text_key, True, fields="")
-    check_tokens(prefixes, model.config.vocab_size, 1, names=names, fields="", tokenizer=tokenizer)
+    prefixes = read_prefixes(config, model, tokenizer, folder)
     length = min(config.prompt_tokens + config.new_tokens, model.config.max_position_embeddings)
     found = list(windows(prefixes, length, 4, max(config.max_tokens, length * config.prompts)))
     if found[0].shape[1] <= config.prompt_tokens:
@@ -118,8 +116,8 @@ def _read(
     show: Callable[[str, float], None],
 ) -> tuple[dict[str, list[Reading]], float]:
     """Readings on the text, on greedy and on sampled text; how much of the greedy text repeats itself."""
-    read = lambda passages: read_exits(model, passages, config.temperature, config.agreement)  # noqa: E731
-    readings = {"text": read(_passing(given_text(batches), len(batches), lambda s: show("reading text", s)))}
+    read = partial(read_exits, model, temperature=config.temperature, bound=config.agreement)
+    readings = {"text": read(_passing(given_text(batches), len(batches), partial(show, "reading text")))}
     prompts = torch.cat(batches)[: config.prompts, : config.prompt_tokens]
     repeated = 0.0
     for name, temperature in (("greedy", None), ("sampled", config.temperature)):

@@ -1,12 +1,10 @@
 """`ee-scale report`: decision logs summed over time and per tag."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.progress import track
-
-from ee_scale.cli.console import console
+from ee_scale.cli.console import console, with_progress
 from ee_scale.config.schema import ReportConfig
 from ee_scale.data.inputs import sources
 from ee_scale.evaluation.log_report import report_table, warnings, write_log_report
@@ -17,7 +15,7 @@ def run(config: ReportConfig, overrides: Sequence[str]) -> int:
     """Print the tables and warnings; with `out`, write JSON, CSV and a plot too."""
     every, files = bucket_seconds(config.every), log_files(sources(config.log))
     tag = None if config.tag is None else str(config.tag)
-    summary = summarise(_with_progress(files), every, tag)
+    summary = summarise(with_progress(files, "reading"), every, tag)
     out = console()
     out.print(report_table(summary, None, "all decisions", config.confidence))
     out.print(report_table(summary, 0, f"every {config.every}", config.confidence))
@@ -43,8 +41,3 @@ def _notes(summary: Any) -> list[str]:
     if not total.audited:
         notes.append("no token was compared with the full model; decode with exit_audit to know the agreement")
     return notes
-
-
-def _with_progress(files: Iterable[Path]) -> Iterator[Path]:
-    err = console(stderr=True)
-    yield from track(files, "reading", console=err, transient=True, disable=not err.is_terminal)
