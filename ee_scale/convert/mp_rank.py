@@ -24,7 +24,7 @@ FILE = "model_optim_rng.pt"
 
 
 @dataclass(frozen=True)
-class Layout:
+class MegatronLayout:
     """How a checkpoint is spread: `tp` x `pp` files, `chunks` virtual stages in each; whose classes, whose norms.
 
     Attributes:
@@ -47,7 +47,7 @@ class Layout:
         return sum(self.counts[:place]), self.counts[place]
 
 
-def target_files(model: Model, layout: Layout, args: Namespace, iteration: str) -> list[PickleFile]:
+def target_files(model: Model, layout: MegatronLayout, args: Namespace, iteration: str) -> list[PickleFile]:
     """A file per tensor and pipeline rank."""
     check_layout(model, layout)
     if model.exits:
@@ -62,7 +62,7 @@ def target_files(model: Model, layout: Layout, args: Namespace, iteration: str) 
     return files
 
 
-def check_layout(model: Model, layout: Layout) -> None:
+def check_layout(model: Model, layout: MegatronLayout) -> None:
     """Raise `UserError` if the model cannot be spread like this."""
     model.map.check_tensor_parallel(layout.tp)
     if layout.classes == "legacy":
@@ -82,7 +82,7 @@ def check_layout(model: Model, layout: Layout) -> None:
         raise UserError("classes=core: Megatron-Core has no exits; use classes=legacy (EE-LLM), or drop the exits")
 
 
-def rank_pieces(model: Model, layout: Layout, rank: int, stage: int, chunk: int = 0) -> Iterator[Piece]:
+def rank_pieces(model: Model, layout: MegatronLayout, rank: int, stage: int, chunk: int = 0) -> Iterator[Piece]:
     """The tensors of one rank (of one virtual chunk) by their flat names."""
     names = _Names(layout)
     first, count = layout.layers(stage, chunk)
@@ -110,7 +110,7 @@ def rank_pieces(model: Model, layout: Layout, rank: int, stage: int, chunk: int 
 
 
 def _heads(
-    model: Model, layout: Layout, names: "_Names", rank: int, hosted: list, at_start: bool, at_end: bool
+    model: Model, layout: MegatronLayout, names: "_Names", rank: int, hosted: list, at_start: bool, at_end: bool
 ) -> Iterator[Piece]:
     """Output matrices: the model's own, copies of a tied embedding, the exits' own."""
     tied = model.config.tie_word_embeddings
@@ -126,7 +126,7 @@ def _heads(
             yield Piece(key, 0, spans, (rows, model.map.shape.hidden_size))
 
 
-def hosted_exits(model: Model, layout: Layout, first: int, count: int) -> list[tuple[int, int, int]]:
+def hosted_exits(model: Model, layout: MegatronLayout, first: int, count: int) -> list[tuple[int, int, int]]:
     """(our layer k, local layer it sits at, number of its output matrix) of exits in layers [first, first + count)."""
     numbers = [n for n in layout.exit_numbers if first < n <= first + count]
     return [(n - layout.shift, n - 1 - first, index) for index, n in enumerate(numbers)]
@@ -135,7 +135,7 @@ def hosted_exits(model: Model, layout: Layout, first: int, count: int) -> list[t
 class _Names:
     """Flat names of the tensors of a rank."""
 
-    def __init__(self, layout: Layout):
+    def __init__(self, layout: MegatronLayout):
         self.legacy, self.local = layout.classes == "legacy", layout.spec == "local"
         self.layers = "language_model.encoder.layers." if self.legacy else "decoder.layers."
         self.tied_head = "word_embeddings_for_head.weight" if self.legacy else HEAD.core
