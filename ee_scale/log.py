@@ -3,12 +3,13 @@
 import logging
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.logging import RichHandler
 from rich.segment import Segment
+from rich.table import Table
 
 log = logging.getLogger("ee_scale")
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -24,6 +25,16 @@ class Terminal(Console):
         """As the base class; a control character becomes a sign for it."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+
+def titled_table(title: str, right: Sequence[str], *, left: Sequence[str] = ()) -> Table:
+    """A table without rows: columns of text, then columns of numbers."""
+    table = Table(title=title, title_justify="left")
+    for column in left:
+        table.add_column(column)
+    for column in right:
+        table.add_column(column, justify="right")
+    return table
 
 
 def visible(text: str) -> str:

@@ -67,8 +67,8 @@ def step_seconds(plan: Any, config: Any, machine: Machine, *, bf16: bool) -> Cal
     """(stage, instruction, index) -> seconds on this machine."""
     import torch
 
+    from ee_scale.planning.exit_costs import exit_passes
     from ee_scale.planning.passes import layer_passes, local_model
-    from ee_scale.planning.tune import exit_passes
 
     tp, shape, joint = plan.layout.tp, plan.shape, plan.backbone.trains
     rows, length = config.train.micro_batch_size, config.data.seq_length
@@ -82,7 +82,7 @@ def step_seconds(plan: Any, config: Any, machine: Machine, *, bf16: bool) -> Cal
     table: list[dict[str, float]] = []
     for stage, cost in enumerate(work):
         layers, exits = len(plan.stages.layers(stage)), len(plan.stages.exits(stage))
-        heads = exits + (joint and stage == plan.stages.launched - 1)
+        heads = exits + (1 if joint and plan.stages.is_last(stage) else 0)
         forward = cost.forward * tokens / tp / machine.flops + layers * layer.moved / machine.memory
         trained = plan.parameters(stage).trained
         reduces = traffic[stage].tensor_calls / plan.num_micro_batches

@@ -26,26 +26,34 @@ def add_adapters(
     """
     adapters: dict[str, nn.Parameter] = {}
     for name, projection in _projections(backbone, targets):
-        style = COLUMN if isinstance(projection, ColumnLinear) else ROW if isinstance(projection, RowLinear) else None
-        out, inner = projection.weight.shape
-        tp = grid.layout.tp if style == ROW else 1
-        whole = torch.empty(rank, inner * tp)
-        whole.uniform_(-1 / sqrt(inner * tp), 1 / sqrt(inner * tp), generator=named_generator(name + DOWN, seed))
-        options = {"device": grid.device, "dtype": projection.weight.dtype}
-        start = grid.tp_rank * inner if style == ROW else 0
-        down = nn.Parameter(whole.narrow(1, start, inner).to(**options).contiguous())
-        up = nn.Parameter(torch.zeros(out, rank, **options))
-        if style == ROW:
-            set_tensor_model_parallel_attributes(down, True, 1, 1)
-        if style == COLUMN:
-            set_tensor_model_parallel_attributes(up, True, 0, 1)
-        projection.register_forward_hook(
-            lambda module, args, output, down=down, up=up, style=style: (
-                output + low_rank_update(args[0], down, up, style, grid.tp_group)
-            )
-        )
-        adapters |= {name + DOWN: down, name + UP: up}
+        adapters |= _add_adapter(name, projection, rank, grid, seed)
     return adapters
+
+
+def _add_adapter(name: str, projection: nn.Module, rank: int, grid: Grid, seed: int) -> dict[str, nn.Parameter]:
+    style = _style(projection)
+    out, inner = projection.weight.shape
+    tp, tp_rank = (grid.layout.tp, grid.tp_rank) if style == ROW else (1, 0)
+    bound = 1 / sqrt(inner * tp)
+    whole = torch.empty(rank, inner * tp).uniform_(-bound, bound, generator=named_generator(name + DOWN, seed))
+    options = {"device": grid.device, "dtype": projection.weight.dtype}
+    down = nn.Parameter(whole.narrow(1, tp_rank * inner, inner).to(**options).contiguous())
+    up = nn.Parameter(torch.zeros(out, rank, **options))
+    if style == ROW:
+        set_tensor_model_parallel_attributes(down, True, 1, 1)
+    if style == COLUMN:
+        set_tensor_model_parallel_attributes(up, True, 0, 1)
+    projection.register_forward_hook(
+        lambda _, args, output: output + low_rank_update(args[0], down, up, style, grid.tp_group)
+    )
+    return {name + DOWN: down, name + UP: up}
+
+
+def _style(projection: nn.Module) -> str | None:
+    """How the tensor group holds it; None: whole everywhere."""
+    if isinstance(projection, ColumnLinear):
+        return COLUMN
+    return ROW if isinstance(projection, RowLinear) else None
 
 
 def merged(weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, name: str) -> torch.Tensor:

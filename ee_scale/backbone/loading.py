@@ -122,8 +122,7 @@ class TensorFolder:
         self.files: dict[str, Path] = {}
         self._open: dict[Path, Any] = {}
         for path in weight_files(folder) if files is None else files:
-            for name in self._handle(path).keys():  # noqa: SIM118 (a safetensors handle, not a dict)
-                self.files[name] = path
+            self.files |= dict.fromkeys(self._handle(path).keys(), path)
 
     def __contains__(self, name: str) -> bool:
         return name in self.files

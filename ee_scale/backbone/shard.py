@@ -67,7 +67,7 @@ class BackboneStage(nn.Module):
         self.model_config = model.config
         self.family = decoder_family(model.config)
         self.layer_indices = plan.layers(grid.stage)
-        self.base = self._cut(model, final_norm and grid.stage == plan.launched - 1)
+        self.base = self._cut(model, final_norm and plan.is_last(grid.stage))
         self._swap(grid, dtype, with_lm_head=lm_head)
         self.requires_grad_(False)
 

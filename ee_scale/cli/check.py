@@ -10,6 +10,7 @@ from rich.text import Text
 
 from ee_scale.cli.console import console
 from ee_scale.config.schema import VERBS, TrainingConfig
+from ee_scale.log import titled_table
 from ee_scale.planning.estimates import Plan
 from ee_scale.planning.fits import GIB, bytes_text, check_fits, device_type, is_bf16, room_of
 from ee_scale.training.recipe import recipe_of
@@ -74,16 +75,8 @@ def print_stages(terminal: Console, plan: Plan) -> None:
 
 def print_traffic(terminal: Console, plan: Plan) -> None:
     """What one rank of each stage sends in a step."""
-    table = Table(title="what one rank sends per step", title_justify="left")
-    for column in (
-        "stage",
-        "to stages",
-        "tensor all-reduce",
-        "calls",
-        "gradients to replicas",
-        "parameters to replicas",
-    ):
-        table.add_column(column, justify="right")
+    columns = ("to stages", "tensor all-reduce", "calls", "gradients to replicas", "parameters to replicas")
+    table = titled_table("what one rank sends per step", ("stage", *columns))
     for stage, traffic in enumerate(plan.traffic(bf16=is_bf16(plan.config))):
         sent = [bytes_text(value) for value in (traffic.stages, traffic.tensor, traffic.reduce, traffic.gather)]
         table.add_row(str(stage), sent[0], sent[1], str(traffic.tensor_calls), *sent[2:])

@@ -74,7 +74,10 @@ def demo_backbone(config: DemoConfig, terminal: Console) -> Path:
     columns = (TextColumn("training a backbone"), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     with Progress(*columns, console=console(stderr=True)) as bar:
         task = bar.add_task("", total=1.0)
-        show = lambda share, loss: bar.update(task, completed=share, description=f"loss {loss:.2f}")  # noqa: E731
+
+        def show(share: float, loss: float) -> None:
+            bar.update(task, completed=share, description=f"loss {loss:.2f}")
+
         pretrain(model, data, 60 * config.pretrain_minutes, show)
     with published(folder) as temporary:
         model.save_pretrained(temporary)

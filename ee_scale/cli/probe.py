@@ -12,11 +12,10 @@ from ee_scale.backbone.exit_layers import resolve_exit_layers
 from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.cli.console import console
 from ee_scale.config.schema import ProbeConfig
-from ee_scale.data.dataset import check_tokens
 from ee_scale.data.inputs import load_tokenizer, sources
 from ee_scale.data.loader import windows
-from ee_scale.data.text import prepare_text
 from ee_scale.errors import UserError
+from ee_scale.evaluation.evaluate import read_prefixes
 from ee_scale.evaluation.probe import Passage, Reading, given_text, own_text, read_exits, repeated_share
 from ee_scale.evaluation.probe_report import cost_lines, outlook, outlook_table, verdict, write_probe
 from ee_scale.evaluation.timing import measure_parts
@@ -97,9 +96,7 @@ def _text(
     config: ProbeConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> list[torch.Tensor]:
     """Windows [B, S+1] of the data; each is longer than a prompt. Raises `UserError`."""
-    names = sources(config.data)
-    prefixes = prepare_text(names, tokenizer, folder, config.cache_dir, config.text_key, True, fields="")
-    check_tokens(prefixes, model.config.vocab_size, 1, names=names, fields="", tokenizer=tokenizer)
+    prefixes = read_prefixes(config, model, tokenizer, folder)
     length = min(config.prompt_tokens + config.new_tokens, model.config.max_position_embeddings)
     found = list(windows(prefixes, length, 4, max(config.max_tokens, length * config.prompts)))
     if found[0].shape[1] <= config.prompt_tokens:
@@ -115,8 +112,8 @@ def _read(
     show: Callable[[str, float], None],
 ) -> tuple[dict[str, list[Reading]], float]:
     """Readings on the text, on greedy and on sampled text; how much of the greedy text repeats itself."""
-    read = lambda passages: read_exits(model, passages, config.temperature, config.agreement)  # noqa: E731
-    readings = {"text": read(_passing(given_text(batches), len(batches), lambda s: show("reading text", s)))}
+    read = partial(read_exits, model, temperature=config.temperature, bound=config.agreement)
+    readings = {"text": read(_passing(given_text(batches), len(batches), partial(show, "reading text")))}
     prompts = torch.cat(batches)[: config.prompts, : config.prompt_tokens]
     repeated = 0.0
     for name, temperature in (("greedy", None), ("sampled", config.temperature)):

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.table import Table
 
 from ee_scale.cli.console import console
 from ee_scale.config.compose import with_value
@@ -24,6 +23,7 @@ from ee_scale.files import remove_folder
 from ee_scale.grid import Grid, join_grid, launch_info
 from ee_scale.launching.job import log_as_rank, rank_device
 from ee_scale.launching.ranks import run_ranks
+from ee_scale.log import titled_table
 from ee_scale.reading import write_json
 from ee_scale.training.recipe import Recipe, recipe_of
 
@@ -104,9 +104,8 @@ def _write(folder: Path, timelines: list[StageTimeline], offsets: dict[int, tupl
     write_json(folder / "timeline.json", chrome_trace(timelines, clock))
     plot_timeline(folder / "timeline.png", timelines)
     steps = timelines[0].steps
-    table = Table(title=f"steps {steps[0].step} to {steps[-1].step} ({clock})", title_justify="left")
-    for column in ("stage", "seconds", "busy", "waiting for others", "idle share"):
-        table.add_column(column, justify="right")
+    title = f"steps {steps[0].step} to {steps[-1].step} ({clock})"
+    table = titled_table(title, ("stage", "seconds", "busy", "waiting for others", "idle share"))
     for timeline in timelines:
         seconds = (f"{value:.3f}" for value in (timeline.wall, timeline.busy, timeline.waiting))
         table.add_row(str(timeline.stage), *seconds, f"{timeline.idle:.1%}")

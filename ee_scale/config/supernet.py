@@ -38,7 +38,7 @@ class SpaceConfig:
 
 
 @dataclass
-class RecipeStage:
+class PhaseConfig:
     name: str = setting(MISSING, "name of the stage")
     axes: list[str] = setting([], "what may shrink: hidden, heads, ffn, depth; none: the full model alone (teacher)")
     steps: int = setting(MISSING, "optimizer steps", rule=at_least(1))
@@ -111,7 +111,7 @@ class SupernetConfig:
     )
     model: ModelConfig = field(default_factory=ModelConfig)
     space: SpaceConfig = field(default_factory=SpaceConfig)
-    stages: list[RecipeStage] = setting(
+    stages: list[PhaseConfig] = setting(
         [], "the recipe, stage after stage: [{name: , axes: [], steps: , lr: , rank: }, ...]; configs/recipe has some"
     )
     factors: FactorsConfig = field(default_factory=FactorsConfig)

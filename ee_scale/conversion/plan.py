@@ -137,7 +137,7 @@ def _to_mp_rank(config: ConvertConfig, opened: Opened, model: Model) -> tuple[li
     counts, args = _stages(config, model)
     if classes == "legacy" and len(set(counts)) > 1:
         raise UserError(f"classes=legacy: its stages have the same number of layers, not {', '.join(map(str, counts))}")
-    layout = mp_rank.Layout(
+    layout = mp_rank.MegatronLayout(
         config.tp,
         config.pp,
         counts,

@@ -45,8 +45,8 @@ class Writers:
             path.parent.mkdir(parents=True, exist_ok=True)
             targets = sorted(file.create(unfinished), key=lambda target: target.extent.offset)
             with unfinished.open("r+b") as opened:
-                write = lambda target: write_piece(target, self.source, opened.fileno(), self._moved)  # noqa: E731
-                futures = [pieces.submit(write, target) for target in targets]
+                number = opened.fileno()
+                futures = [pieces.submit(write_piece, target, self.source, number, self._moved) for target in targets]
                 try:
                     digest = _follow(unfinished, targets, futures)
                     os.fsync(opened.fileno())

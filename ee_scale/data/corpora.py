@@ -21,10 +21,8 @@ from ee_scale.errors import UserError
 PYTHON_KEYWORDS = {"python": "train", "python:train": "train", "python:valid": "valid"}
 PIECE_SIZE = 64 * 1024
 # pydoc_data holds the topics' prose, which would otherwise be in both splits.
-SKIPPED_PYTHON_FOLDERS = {
-    "test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "dist-packages", "encodings", "__pycache__",
-    "pydoc_data",
-}  # fmt: skip
+SKIPPED_PYTHON_FOLDERS = {"test", "tests", "idle_test", "idlelib", "lib2to3", "encodings", "__pycache__", "pydoc_data"}
+SKIPPED_PYTHON_FOLDERS |= {"site-packages", "dist-packages"}
 INDEX_MAGIC, INDEX_HEADER = b"MMIDIDX\x00\x00", "<9sQBQQ"
 
 

@@ -15,7 +15,7 @@ from ee_scale.families.sizes import with_layers
 
 LM_HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
 
-Trained = Mapping[str, torch.Tensor]  # '<recipe stage>.<module>.<leaf>' -> whole, sorted
+Trained = Mapping[str, torch.Tensor]  # '<phase>.<module>.<leaf>' -> whole, sorted
 
 
 def subnet_config(elastic_map: ElasticMap, spec: SubnetSpec, *, tied: bool) -> Any:
@@ -64,14 +64,14 @@ def subnet_tensors(
 
 
 def _by_tensor(trained: Trained) -> dict[str, list[dict[str, torch.Tensor]]]:
-    """Tensor name -> its updates, one dict of leaves for each recipe stage, in order."""
+    """Tensor name -> its updates, one dict of leaves for each phase, in order."""
     found: dict[str, dict[int, dict[str, torch.Tensor]]] = {}
     for name, tensor in trained.items():
-        stage, rest = name.split(".", 1)
+        phase, rest = name.split(".", 1)
         module, leaf = rest.rsplit(".", 1)
         target = f"{module}.{'bias' if leaf == 'bias' else 'weight'}"
-        found.setdefault(target, {}).setdefault(int(stage), {})[leaf] = tensor
-    return {name: [stages[i] for i in sorted(stages)] for name, stages in found.items()}
+        found.setdefault(target, {}).setdefault(int(phase), {})[leaf] = tensor
+    return {name: [phases[i] for i in sorted(phases)] for name, phases in found.items()}
 
 
 def _update(

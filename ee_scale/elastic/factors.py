@@ -1,4 +1,4 @@
-"""What one recipe stage trains: low-rank pairs, norms and biases, a new head."""
+"""What one phase trains: low-rank pairs, norms and biases, a new head."""
 
 from collections.abc import Collection
 from math import prod, sqrt
@@ -20,7 +20,7 @@ TARGETS = ("attention", "mlp", "embeddings", "head")
 
 
 class FactorPlan:
-    """The tensors that a recipe stage trains, over the whole model, by (module, leaf): arithmetic only."""
+    """The tensors that a phase trains, over the whole model, by (module, leaf): arithmetic only."""
 
     def __init__(self, elastic_map: ElasticMap, factors: FactorsConfig, rank: int, new: Collection[str] = ()):
         """rank: r of every low-rank pair; 0: whole updates of the same matrices. new: modules the base folder lacks."""
@@ -60,18 +60,18 @@ class FactorPlan:
 
 
 class FactorSet(nn.Module):
-    """This rank's trainable tensors of one recipe stage. What the engine sees is what trains.
+    """This rank's trainable tensors of one phase. What the engine sees is what trains.
 
-    Names in files: '<recipe stage>.<module>.<leaf>', tensors whole and sorted by importance.
+    Names in files: '<phase>.<module>.<leaf>', tensors whole and sorted by importance.
     """
 
     def __init__(self, stage: ElasticStage, plan: FactorPlan, index: int, seed: int):
-        """Starts where the stage before ended: B is random, A is zero, whole updates are zero (a new head's random)."""
+        """Starts where the phase before ended: B is random, A is zero, whole updates are zero (a new head's random)."""
         super().__init__()
         self._stage, self.index = [stage], index
         self.axes: dict[str, TensorAxes] = {}
         self.named: dict[str, nn.Parameter] = {}
-        stage.active.stages = index + 1
+        stage.active.phases = index + 1
         for (module, leaf), tensor in plan.tensors.items():
             if module not in stage.elastic:
                 continue
@@ -87,7 +87,7 @@ class FactorSet(nn.Module):
             self.register_parameter(name.replace(".", "/"), parameter)
 
     def freeze(self) -> None:
-        """The recipe stage is over."""
+        """The phase is over."""
         self.requires_grad_(False)
 
     def local(self, name: str, whole: torch.Tensor) -> torch.Tensor:

@@ -92,15 +92,14 @@ class _Scores:
 def _forward(stage: ElasticStage, batch: dict[str, torch.Tensor], scores: _Scores) -> None:
     """One batch through all pipeline stages."""
     grid, tokens = stage.grid, batch["tokens"]
-    neighbour = lambda step: grid.layout.rank(grid.stage + step, grid.dp_rank, grid.tp_rank)  # noqa: E731
     scores.mask = batch["attention_mask"].bool() if "attention_mask" in batch else None
     x = tokens
     if not stage.is_first:
         x = torch.empty(*tokens.shape, stage.map.shape.hidden, dtype=stage.dtype, device=grid.device)
-        dist.recv(x, neighbour(-1))
+        dist.recv(x, grid.layout.rank(grid.stage - 1, grid.dp_rank, grid.tp_rank))
     hidden, _ = stage(x, batch)
     if not stage.is_last:
-        dist.send(hidden.contiguous(), neighbour(1))
+        dist.send(hidden.contiguous(), grid.layout.rank(grid.stage + 1, grid.dp_rank, grid.tp_rank))
 
 
 def _shared(stage: ElasticStage, scores: _Scores) -> dict[tuple[str, int | None], torch.Tensor]:
@@ -124,11 +123,14 @@ def _shared(stage: ElasticStage, scores: _Scores) -> dict[tuple[str, int | None]
 
 def _sorted(stage: ElasticStage, sums: dict[tuple[str, int | None], torch.Tensor], parts: int) -> UnitOrder:
     layers = range(stage.map.shape.num_layers)
-    best_first = lambda value: value.argsort(descending=True, stable=True)  # noqa: E731
     influence = [float(sums["layer", i]) for i in layers]
     return UnitOrder(
-        hidden=best_first(sums["hidden", None]),
-        groups=torch.stack([best_first(sums["heads", i]) for i in layers]),
-        ffn=torch.stack([best_first(sums["ffn", i]) for i in layers]),
+        hidden=_best_first(sums["hidden", None]),
+        groups=torch.stack([_best_first(sums["heads", i]) for i in layers]),
+        ffn=torch.stack([_best_first(sums["ffn", i]) for i in layers]),
         drop=torch.tensor(drop_order(influence, parts)),
     )
+
+
+def _best_first(value: torch.Tensor) -> torch.Tensor:
+    return value.argsort(descending=True, stable=True)

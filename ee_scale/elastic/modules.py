@@ -25,11 +25,11 @@ from ee_scale.families.family import SHARDED, VOCAB
 
 
 class Active:
-    """What every elastic module of a stage reads at each call: the subnet's sizes, and how many recipe stages count."""
+    """What every elastic module of a stage reads at each call: the subnet's sizes, and how many phases count."""
 
     def __init__(self, shape: ElasticShape, tp: int):
         self._shape, self._tp = shape, tp
-        self.stages = 0
+        self.phases = 0
         self.lengths: dict[str, int] = {}
         self.select(shape.full)
 
@@ -44,11 +44,11 @@ class Active:
 
 
 class ElasticModule(nn.Module):
-    """A frozen module of the base model and what the recipe's stages trained on top of it.
+    """A frozen module of the base model and what the recipe's phases trained on top of it.
 
     Attributes:
         axes: of the weight; a bias lies along the first.
-        trained: recipe stage -> leaf -> parameter. Leaves: 'A' [out, r] and 'B' [r, in] of a low-rank update; 'weight'
+        trained: phase -> leaf -> parameter. Leaves: 'A' [out, r] and 'B' [r, in] of a low-rank update; 'weight'
             and 'bias': whole updates, added to the frozen tensor of that name.
     """
 
@@ -72,10 +72,10 @@ class ElasticModule(nn.Module):
         return {"A": (self.axes[0], "rank"), "B": ("rank", self.axes[-1]), "bias": self.axes[:1]}.get(leaf, self.axes)
 
     @torch.no_grad()
-    def merge(self, stage: int) -> None:
-        """Add what a recipe stage trained to the frozen tensors (in fp32); it is kept, to be saved."""
-        leaves = {leaf: parameter.float() for leaf, parameter in self.trained.get(stage, {}).items()}
-        if stage in self.merged or not leaves:
+    def merge(self, phase: int) -> None:
+        """Add what a phase trained to the frozen tensors (in fp32); it is kept, to be saved."""
+        leaves = {leaf: parameter.float() for leaf, parameter in self.trained.get(phase, {}).items()}
+        if phase in self.merged or not leaves:
             return
         if "A" in leaves:
             leaves["weight"] = leaves.get("weight", 0) + leaves["A"] @ leaves["B"]
@@ -83,11 +83,11 @@ class ElasticModule(nn.Module):
             if name in leaves:
                 tensor = getattr(self, name)
                 tensor.copy_(tensor.float() + leaves[name])
-        self.merged.add(stage)
+        self.merged.add(phase)
 
-    def _stages(self) -> Iterator[dict[str, nn.Parameter]]:
-        for stage, leaves in self.trained.items():
-            if stage < self.active.stages and stage not in self.merged:
+    def _phases(self) -> Iterator[dict[str, nn.Parameter]]:
+        for phase, leaves in self.trained.items():
+            if phase < self.active.phases and phase not in self.merged:
                 yield leaves
 
     def _tensor(self, name: str) -> torch.Tensor | None:
@@ -96,13 +96,13 @@ class ElasticModule(nn.Module):
         if tensor is None:
             return None
         tensor = self.active.cut(tensor, axes)
-        for leaves in self._stages():
+        for leaves in self._phases():
             if name in leaves:
                 tensor = tensor + self.active.cut(leaves[name], axes).to(tensor.dtype)
         return tensor
 
     def _pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for leaves in self._stages():
+        for leaves in self._phases():
             if "A" in leaves:
                 yield tuple(self.active.cut(leaves[leaf], self.leaf_axes(leaf)) for leaf in "AB")
 

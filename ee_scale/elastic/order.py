@@ -34,9 +34,12 @@ class UnitOrder:
     @classmethod
     def identity(cls, shape: ElasticShape) -> "UnitOrder":
         """The base model's own order; layers are dropped from the last."""
-        rows = lambda size: torch.arange(size).repeat(shape.num_layers, 1)  # noqa: E731
+        layers = shape.num_layers
         return cls(
-            torch.arange(shape.hidden), rows(shape.groups), rows(shape.ffn), torch.arange(shape.num_layers).flip(0)
+            hidden=torch.arange(shape.hidden),
+            groups=torch.arange(shape.groups).repeat(layers, 1),
+            ffn=torch.arange(shape.ffn).repeat(layers, 1),
+            drop=torch.arange(layers).flip(0),
         )
 
     def rows(self, axis: str, layer: int | None, shape: ElasticShape) -> torch.Tensor | None:

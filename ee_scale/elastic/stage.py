@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ class ElasticStage(nn.Module):
     ):
         super().__init__()
         self.map, self.grid, self.dtype = elastic_map, grid, dtype
-        self.is_first, self.is_last = grid.stage == 0, grid.stage == plan.launched - 1
+        self.is_first, self.is_last = grid.stage == 0, plan.is_last(grid.stage)
         self.layer_indices = plan.layers(grid.stage)
         self.active = Active(elastic_map.shape, grid.layout.tp)
         model = meta_model(elastic_map.config, dtype, attn_implementation, task=elastic_map.family.task)
@@ -114,9 +115,9 @@ class ElasticStage(nn.Module):
                 base.norm = nn.Identity()
         self._outputs: dict[int, torch.Tensor] | None = None
         for i, layer in self.layers.items():
-            layer.register_forward_hook(lambda module, args, output, i=i: self._keep(i, output))
+            layer.register_forward_hook(partial(self._keep, i))
 
-    def _keep(self, i: int, output: torch.Tensor) -> None:
+    def _keep(self, i: int, _: nn.Module, __: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         if self._outputs is not None:
             self._outputs[i] = output
 
@@ -149,16 +150,16 @@ class ElasticStage(nn.Module):
         return (output.pooler_output if pooled else output.last_hidden_state), states
 
     @contextmanager
-    def teaching(self, recipe_stages: int) -> Iterator[None]:
-        """The full net with the first `recipe_stages` stages of the recipe; then the subnet that was active before."""
-        spec, stages = self.spec, self.active.stages
+    def teaching(self, phases: int) -> Iterator[None]:
+        """The full net with the first `phases` phases of the recipe; then the subnet that was active before."""
+        spec, before = self.spec, self.active.phases
         self.select(self.map.shape.full)
-        self.active.stages = recipe_stages
+        self.active.phases = phases
         try:
             yield
         finally:
             self.select(spec)
-            self.active.stages = stages
+            self.active.phases = before
 
     def load(self, tensors: TensorFolder, order: UnitOrder) -> None:
         """Read this rank's slices, sorted. Raises `UserError` for missing tensors and wrong shapes."""
@@ -197,12 +198,12 @@ class ElasticStage(nn.Module):
         return whole
 
     def frozen_digest(self) -> str:
-        """Changes if any bit of a frozen tensor of this rank flips: the backbone and earlier recipe stages."""
+        """Changes if any bit of a frozen tensor of this rank flips: the backbone and earlier phases."""
         frozen = []
         for name, module in self.elastic.items():
             frozen += [(f"{name}.{leaf}", parameter) for leaf, parameter in module.named_parameters()]
-            for stage, leaves in module.trained.items():
-                frozen += [(f"{stage}.{name}.{leaf}", p) for leaf, p in leaves.items() if not p.requires_grad]
+            for phase, leaves in module.trained.items():
+                frozen += [(f"{phase}.{name}.{leaf}", p) for leaf, p in leaves.items() if not p.requires_grad]
         return bit_digest(frozen)
 
 

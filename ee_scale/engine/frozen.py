@@ -1,7 +1,7 @@
 """Train exits on a frozen backbone with DeepSpeed's pipeline engine."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -148,7 +148,7 @@ class FrozenPipelineEngine(ObservedEngine):
         self.grad_norms = clip_groups(self.optimizer, self._clip, self.process_grid, self.guard, losses)
         self._exec_optimizer_step()
 
-    _INSTRUCTION_MAP: dict[type, Callable[..., None]] = {  # noqa: RUF012 (the base class's own pattern)
+    _INSTRUCTION_MAP: ClassVar[dict[type, Callable[..., None]]] = {
         **ObservedEngine._INSTRUCTION_MAP,
         LoadMicroBatch: _load,
         ForwardPass: _forward,

@@ -7,6 +7,7 @@ Exits run right before the backward of their micro-batch, so the logits of one a
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -162,7 +163,7 @@ class JointPipelineEngine(TwoWayEngine):
         losses = [values.sum() for values in self._losses.values()]
         return torch.stack(losses).sum() if losses else torch.zeros((), device=self.device)
 
-    _INSTRUCTION_MAP: dict[type, Callable[..., None]] = {  # noqa: RUF012 (the base class's own pattern)
+    _INSTRUCTION_MAP: ClassVar[dict[type, Callable[..., None]]] = {
         **TwoWayEngine._INSTRUCTION_MAP,
         LoadMicroBatch: _load,
         ReduceTiedGrads: _reduce_copies,

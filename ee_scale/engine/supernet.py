@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from deepspeed.runtime.pipe import p2p
@@ -41,23 +41,23 @@ class SupernetEngine(TwoWayEngine):
 
     @classmethod
     def build(
-        cls, stage: ElasticStage, factors: FactorSet, grid: Grid, config: SupernetConfig, teacher_stages: int | None
+        cls, stage: ElasticStage, factors: FactorSet, grid: Grid, config: SupernetConfig, teacher_phases: int | None
     ) -> "SupernetEngine":
         """Wrap this rank's factors. All ranks call it.
 
-        teacher_stages: recipe stages that the frozen teacher consists of; None: there is no teacher (the full net alone
+        teacher_phases: phases that the frozen teacher consists of; None: there is no teacher (the full net alone
         trains, on its task).
         """
         optimizer = guarded_adamw({ALL: list(factors.parameters())}, config.optim)
         engine = build_engine(cls, factors, grid, optimizer, config.train, stage.dtype == torch.bfloat16)
-        engine.prepare(stage, grid, config, teacher_stages)
+        engine.prepare(stage, grid, config, teacher_phases)
         return engine
 
-    def prepare(self, stage: ElasticStage, grid: Grid, config: SupernetConfig, teacher_stages: int | None) -> None:
+    def prepare(self, stage: ElasticStage, grid: Grid, config: SupernetConfig, teacher_phases: int | None) -> None:
         """Attributes that the base class does not know."""
-        self.stage, self.distill, self.teacher_stages = stage, config.distill, teacher_stages
+        self.stage, self.distill, self.teacher_phases = stage, config.distill, teacher_phases
         self.prepare_updates(grid, config)
-        distills = teacher_stages is not None
+        distills = teacher_phases is not None
         self._features = None
         if distills and self.distill.feature_weight:
             width, dim = stage.map.shape.hidden, self.distill.feature_dim
@@ -99,7 +99,7 @@ class SupernetEngine(TwoWayEngine):
     def _teach(self, micro_batch: int) -> None:
         """The frozen teacher's forward on one micro-batch: receive, compute, keep what is learned from, send."""
         batch, taught = self._batches[micro_batch], self._taught[micro_batch]
-        with self.stage.teaching(self.teacher_stages):
+        with self.stage.teaching(self.teacher_phases):
             x = batch["tokens"]
             if not self.is_first_stage():
                 x = self._empty(micro_batch, self.stage.map.shape.hidden)
@@ -128,7 +128,7 @@ class SupernetEngine(TwoWayEngine):
         wants = self._features is not None
         pair["output"], states = self.stage(pair.get("input", batch["tokens"]), batch, features=wants)
         is_teacher = draw.role == FULL and not self._teaches
-        if is_teacher and self.teacher_stages is not None:
+        if is_teacher and self.teacher_phases is not None:
             self._keep(taught, pair["output"], states)
         if wants and not is_teacher:
             loss = self._features(states, taught.features, batch.get("attention_mask")) / draw.spec.depth
@@ -152,7 +152,7 @@ class SupernetEngine(TwoWayEngine):
 
     def _head_backward(self, output: torch.Tensor, draw: Draw) -> torch.Tensor:
         stage, taught = self.stage, self._taught[draw.micro_batch]
-        learns = self.teacher_stages is not None and (self._teaches or draw.role != FULL)
+        learns = self.teacher_phases is not None and (self._teaches or draw.role != FULL)
         teacher = None
         if learns and taught.logits is None:
             teacher = (self._teacher_logits, taught.final)
@@ -171,8 +171,8 @@ class SupernetEngine(TwoWayEngine):
         return gradient
 
     def _teacher_logits(self, final: torch.Tensor) -> torch.Tensor:
-        stages = self.teacher_stages if self._teaches else self.stage.active.stages
-        with self.stage.teaching(stages):
+        phases = self.teacher_phases if self._teaches else self.stage.active.phases
+        with self.stage.teaching(phases):
             return self.stage.head(final)
 
     def _send_activation(self, buffer_id: int) -> None:
@@ -199,7 +199,7 @@ class SupernetEngine(TwoWayEngine):
         """Of all roles together."""
         return self._losses.sum()
 
-    _INSTRUCTION_MAP: dict[type, Callable[..., None]] = {  # noqa: RUF012 (the base class's own pattern)
+    _INSTRUCTION_MAP: ClassVar[dict[type, Callable[..., None]]] = {
         **TwoWayEngine._INSTRUCTION_MAP,
         Teach: _teach,
     }

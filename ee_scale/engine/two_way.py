@@ -1,7 +1,7 @@
 """What engines share whose gradients cross stages: 1F1B instructions, one gradient norm over everything."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from deepspeed.runtime.pipe.schedule import (
@@ -65,7 +65,7 @@ class TwoWayEngine(ObservedEngine):
         self.grad_norm = norms[ALL]
         self._exec_optimizer_step()
 
-    _INSTRUCTION_MAP: dict[type, Callable[..., None]] = {  # noqa: RUF012 (the base class's own pattern)
+    _INSTRUCTION_MAP: ClassVar[dict[type, Callable[..., None]]] = {
         **ObservedEngine._INSTRUCTION_MAP,
         ForwardPass: _by_name("_forward"),
         BackwardPass: _by_name("_backward"),

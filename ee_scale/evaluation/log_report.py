@@ -12,6 +12,7 @@ from rich.table import Table
 
 from ee_scale.evaluation.log_summary import NO_TAG, LogSummary
 from ee_scale.files import write_text
+from ee_scale.log import titled_table
 
 
 def warnings(summary: LogSummary, bound: float, confidence: float) -> list[str]:
@@ -43,11 +44,9 @@ def moment(start: float) -> str:
 def report_table(summary: LogSummary, axis: int | None, title: str, confidence: float) -> Table:
     """One line per time bucket (0), per tag (1), or one for all (None)."""
     layers = sorted(summary.by(None)[None].layers)
-    table = Table(title=title, title_justify="left")
     first = {0: "from (UTC)", 1: "tag", None: ""}[axis]
-    table.add_column(first)
-    for name in ("tokens", "mean layer", *(f"at {k}" for k in layers), "confidence", "compared", "agreement"):
-        table.add_column(name, justify="right")
+    columns = ("tokens", "mean layer", *(f"at {k}" for k in layers), "confidence", "compared", "agreement")
+    table = titled_table(title, columns, left=(first,))
     for key, cell in summary.by(axis).items():
         found = cell.agreement(confidence)
         table.add_row(

@@ -20,6 +20,7 @@ from ee_scale.evaluation.cost_model import (
 from ee_scale.evaluation.probe import Reading
 from ee_scale.evaluation.timing import PartTimes
 from ee_scale.files import write_text
+from ee_scale.log import titled_table
 
 TEXTS = ("text", "greedy", "sampled")
 WORTH_IT, SMALL_GAIN = 1.3, 1.1
@@ -82,10 +83,8 @@ def outlook(parts: PartTimes, readings: Mapping[str, Sequence[Reading]]) -> list
 
 def outlook_table(rows: Sequence[Outlook], title: str) -> Table:
     """One line per exit."""
-    table = Table(title=title, title_justify="left")
     columns = ("exit", "agrees: text", "greedy", "sampled", "accepted", "may leave", "cost c", "lossless: greedy")
-    for name in (*columns, "sampled", "threshold", "at most"):
-        table.add_column(name, justify="right")
+    table = titled_table(title, (*columns, "sampled", "threshold", "at most"))
     for row in rows:
         sampled = row.readings["sampled"]
         table.add_row(

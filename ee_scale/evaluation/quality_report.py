@@ -14,14 +14,13 @@ from ee_scale.evaluation.calibration import Calibrated
 from ee_scale.evaluation.per_exit import ExitQuality, agreement_gap
 from ee_scale.evaluation.sweep import PLAIN, SweepPoint, match_gap
 from ee_scale.files import write_text
+from ee_scale.log import titled_table
 
 
 def quality_table(rows: Sequence[ExitQuality], title: str, before: Sequence[ExitQuality] | None = None) -> Table:
     """One line per exit; `before` adds the loss of the untrained exits."""
-    table = Table(title=title, title_justify="left")
-    columns = ["exit after layer", *(["loss at copy-init", "loss after tuning"] if before else ["loss"])]
-    for name in (*columns, "perplexity", "agreement with final"):
-        table.add_column(name, justify="right")
+    losses = ("loss at copy-init", "loss after tuning") if before else ("loss",)
+    table = titled_table(title, ("exit after layer", *losses, "perplexity", "agreement with final"))
     for index, row in enumerate(rows):
         first = ("-" if row.final else f"{before[index].loss:.3f}",) if before else ()
         name = f"{row.layer} (final)" if row.final else str(row.layer)
@@ -31,13 +30,9 @@ def quality_table(rows: Sequence[ExitQuality], title: str, before: Sequence[Exit
 
 def tag_table(by_tag: Mapping[str, Sequence[ExitQuality]], tokens: Mapping[str, int], title: str) -> Table:
     """One line per tag; loss and agreement of each exit side by side."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("tag")
-    table.add_column("tokens", justify="right")
-    for row in next(iter(by_tag.values())):
-        table.add_column(
-            f"{row.layer} (final)\nloss" if row.final else f"{row.layer}\nloss / agreement", justify="right"
-        )
+    exits = next(iter(by_tag.values()))
+    columns = [f"{row.layer} (final)\nloss" if row.final else f"{row.layer}\nloss / agreement" for row in exits]
+    table = titled_table(title, ("tokens", *columns), left=("tag",))
     for tag, rows in by_tag.items():
         cells = [f"{row.loss:.3f}" if row.final else f"{row.loss:.3f} / {row.agreement:.1%}" for row in rows]
         table.add_row(tag, f"{tokens[tag]:,}", *cells)
@@ -72,12 +67,9 @@ def match_gap_sentence(points: Sequence[SweepPoint]) -> str:
 
 def sweep_table(points: Sequence[SweepPoint], title: str) -> Table:
     """One line per way to decode; speeds where they were measured."""
-    table = Table(title=title, title_justify="left")
     sizes = list(points[-1].speed)
     timed = [text for size in sizes for text in (f"tokens/s\nbatch {size}", f"speed\nbatch {size}")]
-    table.add_column("exits")
-    for name in ("match rate", "loss", "mean depth", *timed):
-        table.add_column(name, justify="right")
+    table = titled_table(title, ("match rate", "loss", "mean depth", *timed), left=("exits",))
     for point in points:
         times = [
             text for size in sizes for text in (f"{point.tokens_per_second[size]:,.0f}", f"{point.speed[size]:.2f}x")
@@ -89,10 +81,7 @@ def sweep_table(points: Sequence[SweepPoint], title: str) -> Table:
 
 def tag_sweep_table(points: Sequence[SweepPoint], title: str) -> Table:
     """Match rate and mean depth of every tag."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("exits")
-    for tag in points[0].tags:
-        table.add_column(f"{tag}\nmatch / depth", justify="right")
+    table = titled_table(title, [f"{tag}\nmatch / depth" for tag in points[0].tags], left=("exits",))
     for point in points:
         if point.mean_depth is not None:
             cells = [f"{figures['match_rate']:.1%} / {figures['mean_depth']:.2f}" for figures in point.tags.values()]
@@ -102,9 +91,8 @@ def tag_sweep_table(points: Sequence[SweepPoint], title: str) -> Table:
 
 def calibration_table(layers: Sequence[int], found: Calibrated, title: str) -> Table:
     """One line per exit."""
-    table = Table(title=title, title_justify="left")
-    for name in ("exit after layer", "limit", "tokens leaving here", "of those like the whole model"):
-        table.add_column(name, justify="right")
+    columns = ("exit after layer", "limit", "tokens leaving here", "of those like the whole model")
+    table = titled_table(title, columns)
     for k, limit, share, agreement in zip(layers, found.limits, found.shares, found.agreements, strict=True):
         shown = "never" if limit is None else f"{limit:.6g}"
         table.add_row(str(k), shown, f"{share:.1%}", "-" if agreement is None else f"{agreement:.2%}")
@@ -113,10 +101,8 @@ def calibration_table(layers: Sequence[int], found: Calibrated, title: str) -> T
 
 def tag_calibration_table(layers: Sequence[int], by_tag: Mapping[str, Calibrated], title: str) -> Table:
     """One line per tag with limits of its own."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("tag")
-    for name in ("units", *(f"limit at {k}" for k in layers), "match rate", "mean depth", "p"):
-        table.add_column(name, justify="right")
+    columns = ("units", *(f"limit at {k}" for k in layers), "match rate", "mean depth", "p")
+    table = titled_table(title, columns, left=("tag",))
     for tag, found in by_tag.items():
         limits = ["never" if limit is None else f"{limit:.6g}" for limit in found.limits]
         figures = (f"{found.match_rate:.2%}", f"{found.mean_depth:.2f}", f"{found.p_value:.3g}")

@@ -5,6 +5,7 @@ N predicted tokens, m exits in order of depth, U units (windows or documents tha
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -192,7 +193,7 @@ def _read(model: PreTrainedModel, rows: list[torch.Tensor], policies: Sequence[s
     final = _measure(hidden.pop(0)[kept], lambda x: family.cap(lm_head(x), model.config), labels, ())
     found = {"final_tokens": final["tokens"], "final_losses": final["losses"]}
     exits = [
-        _measure(states[kept], lambda x, head=model.exit_heads[str(k)]: head.logits(x, lm_head), labels, policies)
+        _measure(states[kept], partial(model.exit_heads[str(k)].logits, lm_head=lm_head), labels, policies)
         for k, states in hidden.items()
     ]
     for key in ("tokens", "losses", *policies):

@@ -18,7 +18,7 @@ FROZEN, LOW_RANK, FULL = "frozen", "low_rank", "full"
 
 
 class JointStage(TuningStage):
-    """A stage whose backbone is reached by gradients. It is built by `build_stage(..., decoding=True)`.
+    """A stage whose backbone is reached by gradients. It is built by `build_stage(..., own_logits=True)`.
 
     Attributes:
         trained: parameters beside the exits, by their names in the whole model ('model.layers.3.mlp.up_proj.weight',

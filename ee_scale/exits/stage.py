@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 from math import sqrt
 from typing import TypeVar
 
@@ -67,8 +68,12 @@ class TuningStage(nn.Module):
 
     def on_exit(self, call: Callable[[int, Tap], None]) -> None:
         """Call `call(k, tap)` as soon as layer k has run, while later layers of the stage still wait."""
+
+        def tapped(k: int, *_: object) -> None:
+            call(k, self._taps[0].taps.pop(k))
+
         for k, layer in self._layers[0].items():
-            layer.register_forward_hook(lambda module, args, output, k=k: call(k, self._taps[0].taps.pop(k)))
+            layer.register_forward_hook(partial(tapped, k))
 
     def exit_hidden(self, k: int, tap: Tap, cache: Cache | None = None) -> torch.Tensor:
         """[B, S, D], ready for the head of exit k, with the graph of its modules.
@@ -100,21 +105,21 @@ def build_stage(
     *,
     attn_implementation: str | None = None,
     teacher: bool = False,
-    decoding: bool = False,
+    own_logits: bool = False,
     cls: type[StageType] = TuningStage,
 ) -> StageType:
     """Meta model -> exits copied -> stage cut -> tensor axis swapped. Weights are still empty: see `load_stage`.
 
     `teacher` keeps the final norm on the last stage and the lm_head on every stage with exits (KL term);
-    `decoding` keeps both on the last stage, for the model's own logits; `cls`: the class of the stage.
+    `own_logits` keeps both on the last stage, for the model's own logits; `cls`: the class of the stage.
     """
     model = meta_model(config, dtype, attn_implementation)
     mine = plan.exits(grid.stage)
     heads = build_exit_heads(spec, model.base_model.layers, model.base_model.norm, config.vocab_size)
     heads = nn.ModuleDict({str(k): heads[str(k)] for k in mine})
-    is_last = grid.stage == plan.launched - 1
-    needs_lm_head = (bool(mine) and (spec.reads_lm_head or teacher)) or (decoding and is_last)
-    backbone = BackboneStage(model, plan, grid, dtype, final_norm=teacher or decoding, lm_head=needs_lm_head)
+    is_last = plan.is_last(grid.stage)
+    needs_lm_head = (bool(mine) and (spec.reads_lm_head or teacher)) or (own_logits and is_last)
+    backbone = BackboneStage(model, plan, grid, dtype, final_norm=teacher or own_logits, lm_head=needs_lm_head)
     tensor_axis = tensor_plan(config, grid.layout.tp)
     for head in heads.values():
         _shard_exit(head, tensor_axis, config, grid, dtype)

@@ -57,7 +57,7 @@ class PipelineDecoder:
         check_pipeline(grid.layout.tp, grid.layout.pp, None, grid.layout.dp)
         self.stage, self.plan, self.grid = stage, plan, grid
         self.config = stage.backbone.model_config
-        self.is_last = grid.stage == plan.launched - 1
+        self.is_last = plan.is_last(grid.stage)
         dtype = next(stage.backbone.parameters()).dtype
         self.line = Line(grid, self.config.hidden_size, self.config.vocab_size, dtype)
         self.make_rows = RowMaker(self.config, generation_config, grid.device)
@@ -149,16 +149,14 @@ class PipelineDecoder:
         """
         open_before = not token.decided
         self.now, self.decision = token, None
-        if self.policy.name == "patience":
-            self.decisions.last[token.row], self.decisions.agreed[token.row] = token.last, token.agreed
+        self.decisions.resume(token.row, token.last, token.agreed)
         if token.row not in self.caches:
             self.caches[token.row] = DynamicCache(config=self.stage.backbone.base.config)
         hidden = self.stage.backbone(x, use_cache=True, **{CACHE: self.caches[token.row]})
         if self.is_last and not token.decided:
             logits = self._final_logits(hidden)
             self._decide(self.config.num_hidden_layers, int(logits.argmax(-1)), logits)
-        if self.policy.name == "patience":
-            token.last, token.agreed = int(self.decisions.last[token.row]), int(self.decisions.agreed[token.row])
+        token.last, token.agreed = self.decisions.said(token.row)
         if open_before and not token.decided and self.grid.stage > 0 and self._speaks(self.grid.stage, token):
             self.line.answer(Decision(), self.wants_logits)
         if not self.is_last:
@@ -193,7 +191,7 @@ class PipelineDecoder:
     def _speaks(self, stage: int, token: Token) -> bool:
         """Whether a stage says anything about a token that arrives undecided."""
         has_exits = not token.prefill and any(k in self.policy.layers for k in self.plan.exits(stage))
-        return has_exits or stage == self.plan.launched - 1
+        return has_exits or self.plan.is_last(stage)
 
     def _final_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Normed states [1, S, D] -> the model's own logits [1, V] at the last position."""

@@ -39,6 +39,8 @@ def load_decoding_stage(
 ) -> TuningStage:
     """Build this rank's part and read its slices; of the exits, those of `plan`. Raises `UserError`."""
     spec = replace(folder.exits or ExitSpec(()), layers=plan.exit_layers)
-    stage = build_stage(folder.config, plan, spec, grid, dtype, attn_implementation=attn_implementation, decoding=True)
+    stage = build_stage(
+        folder.config, plan, spec, grid, dtype, attn_implementation=attn_implementation, own_logits=True
+    )
     load_trained_stage(stage, *folder.tensors(), grid)
     return stage.eval().requires_grad_(False)

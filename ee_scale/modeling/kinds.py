@@ -172,7 +172,7 @@ class ExitKind:
         return 0
 
     def training_flops(self, shape: Shape, seq_length: int, *, through: bool, pre_norm: bool) -> float:
-        """Of the body, per token. See `ee_scale.planning.tune.exit_flops`."""
+        """Of the body, per token. See `ee_scale.planning.exit_costs.exit_flops`."""
         return 0.0
 
     def all_reduces(self, through: bool) -> int:
@@ -235,10 +235,10 @@ class Mlp(ExitKind):
 
     def training_flops(self, shape: Shape, seq_length: int, *, through: bool, pre_norm: bool) -> float:
         matrix = 2 * shape.hidden_size * shape.intermediate_size
-        return 2 * matrix * (2 + through) + 3 * matrix  # gate and up read what is frozen, down does not
+        return 2 * matrix * (3 if through else 2) + 3 * matrix  # gate and up read what is frozen, down does not
 
     def all_reduces(self, through: bool) -> int:
-        return MLP_FORWARD + MLP_BACKWARD * through
+        return MLP_FORWARD + MLP_BACKWARD if through else MLP_FORWARD
 
     def ee_llm_key(self, legacy: str) -> str:
         return legacy.replace("mlp.", "mlp.branch.")
@@ -264,7 +264,7 @@ class Layer(ExitKind):
     def training_flops(self, shape: Shape, seq_length: int, *, through: bool, pre_norm: bool) -> float:
         qkv = 2 * shape.hidden_size * shape.head_dim * (shape.num_heads + 2 * shape.num_kv_heads)
         flops = 3 * (2 * shape.layer_parameters + attention_flops(shape, seq_length))
-        return flops - qkv * (not pre_norm and not through)
+        return flops if pre_norm or through else flops - qkv  # whose input is frozen
 
     def all_reduces(self, through: bool) -> int:
         return LAYER_FORWARD + LAYER_BACKWARD

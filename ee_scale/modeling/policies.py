@@ -193,6 +193,15 @@ class Decisions:
             self.last.fill_(-1)
             self.agreed.zero_()
 
+    def resume(self, row: int, last: int, agreed: int) -> None:
+        """Go on with a row's token where `said` left it on another device."""
+        if self.policy.name == "patience":
+            self.last[row], self.agreed[row] = last, agreed
+
+    def said(self, row: int) -> tuple[int, int]:
+        """(the last exit's token, how many exits in a row said it), which `patience` needs; else (-1, 0)."""
+        return (int(self.last[row]), int(self.agreed[row])) if self.policy.name == "patience" else (-1, 0)
+
     def ask(self, k: int, logits: torch.Tensor, rows: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
         """Exit k of rows `rows` [R] (None: all) with logits [R, V] -> (leave, bool [R]; score [R]; token [R])."""
         scores, tokens = score(self.policy.name, logits)

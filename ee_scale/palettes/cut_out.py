@@ -30,14 +30,14 @@ class TrainedSupernet:
     """What a finished (or running) supernet run holds.
 
     Attributes:
-        trained: '<recipe stage>.<module>.<leaf>' -> whole, sorted tensor.
-        recipe_stages: how many stages of the recipe the checkpoint has.
+        trained: '<phase>.<module>.<leaf>' -> whole, sorted tensor.
+        phases: how many phases of the recipe the checkpoint has.
     """
 
     identity: dict[str, Any]
     base: Path
     step: int
-    recipe_stages: int
+    phases: int
     trained: dict[str, torch.Tensor]
 
 

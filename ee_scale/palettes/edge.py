@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -194,7 +195,7 @@ def _round(model: PreTrainedModel, ids: torch.Tensor, steps: int, timings: Timin
     spent, output = _timed(lambda: model(ids, use_cache=True))
     timings.prefill.append(spent)
     for _ in range(steps):
-        spent, output = _timed(lambda last=output: _next_token(model, last))
+        spent, output = _timed(partial(_next_token, model, output))
         timings.token.append(spent)
 
 

@@ -1,6 +1,6 @@
 """How good a subnet is, asked inside the supernet; and what its parts cost on this machine."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -75,6 +75,5 @@ class PartTimes:
         with torch.device(self.device):
             model = AUTO_CLASS[self.map.family.task].from_config(config, dtype=self.dtype).eval()
             ids = torch.randint(config.vocab_size, (1, self.tokens))
-        forward: Callable[[], object] = lambda: model(input_ids=ids)  # noqa: E731
         with torch.no_grad():
-            return time_forward(forward, self.seconds)
+            return time_forward(lambda: model(input_ids=ids), self.seconds)

@@ -79,12 +79,16 @@ def search(
         count = f"{len(fitting):,}" if whole else f"more than {ENUMERABLE:,}"
         raise UserError(f"method=grid: {count} subnets to evaluate, but trials={trials}; raise trials or take nsga2")
     random = Random(seed)
-    if not every:
+    if every:
+        tried.evaluate_all(fitting)
+    else:
         tried.evaluate_all(anchors)
         if method != "random":
             _nsga2(space, tried, objective, seed)
-    drawn = (space.draw(random) for _ in range(PROPOSALS * trials))
-    tried.evaluate_all(fitting if every else random.sample(fitting, len(fitting)) if whole else drawn)
+        if whole:
+            tried.evaluate_all(random.sample(fitting, len(fitting)))
+        else:
+            tried.evaluate_all(space.draw(random) for _ in range(PROPOSALS * trials))
     progress(1.0)
     if not tried.found:
         raise UserError(f"quality: not finite for any of the {tried.spent} subnets that were evaluated")

@@ -61,10 +61,13 @@ class Parameters:
         return self.frozen + self.trained
 
 
-# Bytes per trained number of what DeepSpeed's ZeRO-1 keeps: (gradients, whole; optimizer, divided over replicas).
-# bf16: fp32 gradients; fp32 master copy and two moments. fp32: the same, and the gradients' flat copy for a moment.
-STATE_BYTES = (4, 12)
+BF16, FP32 = 2, 4  # bytes of a number
+# What DeepSpeed's ZeRO-1 keeps of a trained number, whatever its type: whole; and divided over replicas.
+GRADIENT_BYTES = FP32
+OPTIMIZER_BYTES = 3 * FP32  # master copy and two moments
 BUCKET = 50_000_000  # numbers that are reduced over replicas at once (`engine.setup`)
+# All-reduces of a hidden state outside the layers: of looked-up rows; of the gradient of what an output matrix reads.
+EMBEDDING_CALL, HEAD_CALL = 1, 1
 # What a process holds besides: CUDA context, kernels and NCCL's buffers (assumed); libraries on a CPU (measured,
 # scripts/bench_memory.py).
 OVERHEAD = {"cuda": 1.5 * 2**30, "cpu": 0.4 * 2**30}
@@ -171,41 +174,68 @@ class Plan(ABC, Generic[ConfigType]):
         return sum(work.total for work in self.work())
 
 
+# Logits of both, tempered, their logarithms, probabilities and a product (measured).
+TEACHER_COPIES = 8
+
+
 def logits_bytes(tokens: int, chunk: int, columns: int, size: int, *, pair: bool, teacher: bool, largest: int) -> float:
     """Peak of one chunk's logits and loss [chunk, columns]; `pair`: lm_head and low-rank update exist at once."""
     chunked, chunk = tokens > chunk, min(chunk, tokens)
-    if teacher:  # logits of both, tempered, their logarithms, probabilities and a product (measured)
-        copies = 8 * 4
-    elif size == 4:
-        copies = 4 * (3 if pair else 2)  # lm_head's, the update's, their sum; or logits and softmax
+    if teacher:
+        copies = TEACHER_COPIES * FP32
+    elif size == FP32:
+        copies = FP32 * (3 if pair else 2)  # lm_head's, the update's, their sum; or logits and softmax
     else:
-        copies = 2 + 4 + 4  # bf16 logits, fp32 logits, softmax
-    copies += size * chunked  # the last chunk's are dropped when the next one's are there
+        copies = BF16 + FP32 + FP32  # bf16 logits, fp32 logits, softmax
+    if chunked:
+        copies += size  # the last chunk's logits are dropped when the next one's are there
     return chunk * columns * copies + size * largest
 
 
-def state_bytes(parameters: Parameters, dp: int, size: int) -> tuple[float, float, float, float]:
-    """Bytes of (weights, gradients, optimizer state, what the reduction and the step need for a moment)."""
-    whole, divided = STATE_BYTES
-    moment = 4 * parameters.trained / dp * (size == 4) + 4 * min(parameters.trained, BUCKET) * (dp > 1)
-    moment = max(moment, 2 * 4 * parameters.largest)
+def rank_memory(
+    parameters: Parameters, dp: int, size: int, device: str, *, activations: float, logits: float, crossing: float
+) -> RankMemory:
+    """Of a rank with these parameters of `size` bytes each; `crossing`: bytes that cross stages."""
     trained = parameters.trained
-    return size * parameters.held, whole * trained, divided * trained / dp, moment
+    flat = FP32 * trained / dp if size == FP32 else 0  # the gradients' flat copy
+    bucket = FP32 * min(trained, BUCKET) if dp > 1 else 0
+    update = 2 * FP32 * parameters.largest  # what the step needs for one tensor
+    # Activations are gone when the step is taken.
+    moment = max(0.0, max(flat + bucket, update) - activations - logits)
+    return RankMemory(
+        weights=size * parameters.held,
+        gradients=GRADIENT_BYTES * trained,
+        optimizer=OPTIMIZER_BYTES * trained / dp,
+        activations=activations,
+        logits=logits,
+        buffers=crossing + moment,
+        overhead=OVERHEAD[device],
+    )
+
+
+def filled_pipe(stages: int, pairs: int) -> tuple[float, str]:
+    """The bubble of 1F1B: (share of a step, the formula)."""
+    return (stages - 1) / (pairs + stages - 1), f"(p-1)/(m+p-1), p={stages}, m={pairs} forward-backward pairs"
 
 
 def ring(bytes_: float, ranks: int) -> float:
-    """Bytes that each rank sends when a ring reduces or gathers `bytes_` (twice that for an all-reduce)."""
+    """Bytes that each rank sends when a ring reduces or gathers `bytes_`."""
     return bytes_ * (ranks - 1) / ranks
+
+
+def all_reduce(bytes_: float, ranks: int) -> float:
+    """Bytes that each rank sends: a ring reduces, and gathers."""
+    return 2 * ring(bytes_, ranks)
 
 
 def rank_traffic(plan: Plan, crossing: float, calls: int, state: float, trained: int, size: int) -> StageTraffic:
     """What a rank sends that crosses stages with `crossing` bytes and `calls` all-reduces of `state` bytes per
     micro-batch, and trains `trained` numbers of `size` bytes."""
     tp, dp, count = plan.layout.tp, plan.layout.dp, plan.num_micro_batches
-    calls = count * calls * (tp > 1)
+    calls = count * calls if tp > 1 else 0
     # bf16 gradients are summed whole in fp32; ZeRO-1 in fp32 reduces each to the replica that owns it.
-    reduce = ring(4 * trained, dp) * (2 if size == 2 else 1)
-    return StageTraffic(count * crossing, calls * 2 * ring(state, tp), calls, reduce, ring(size * trained, dp))
+    reduce = (all_reduce if size == BF16 else ring)(FP32 * trained, dp)
+    return StageTraffic(count * crossing, calls * all_reduce(state, tp), calls, reduce, ring(size * trained, dp))
 
 
 def check_lengths(config: TrainingConfig, max_positions: int, num_layers: int) -> None:

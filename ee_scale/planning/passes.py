@@ -171,17 +171,18 @@ def add_pairs(layer: nn.Module, rank: int, prefixes: tuple[str, ...]) -> nn.Para
     pairs = nn.ParameterList()
     for name, module in layer.named_modules():
         if isinstance(module, nn.Linear) and name.startswith(prefixes) and rank:
-            out, inner = module.weight.shape
-            down, up = (
-                torch.empty(size, device="meta", dtype=module.weight.dtype) for size in ((rank, inner), (out, rank))
-            )
-            pairs += [down, up]
-            module.register_forward_hook(
-                lambda _, args, output, a=pairs[-2], b=pairs[-1]: output + F.linear(F.linear(args[0], a), b)
-            )
+            pairs += _add_pair(module, rank)
     for parameter in pairs:
         parameter.grad = torch.empty_like(parameter)
     return pairs
+
+
+def _add_pair(projection: nn.Linear, rank: int) -> nn.ParameterList:
+    """[rank, in] and [out, rank], whose product a hook adds to what the projection does."""
+    out, inner = projection.weight.shape
+    pair = nn.ParameterList(projection.weight.new_empty(size) for size in ((rank, inner), (out, rank)))
+    projection.register_forward_hook(lambda _, args, output: output + F.linear(F.linear(args[0], pair[0]), pair[1]))
+    return pair
 
 
 def layer_passes(

@@ -16,18 +16,21 @@ from ee_scale.elastic.subnet import SearchSpace, SubnetSpec, drop_order
 from ee_scale.families.family import HEADS
 from ee_scale.modeling.kinds import LAYER_BACKWARD, LAYER_FORWARD
 from ee_scale.planning.estimates import (
-    OVERHEAD,
+    EMBEDDING_CALL,
+    FP32,
+    HEAD_CALL,
     Parameters,
     RankMemory,
     StageTraffic,
     StageWork,
     logits_bytes,
+    rank_memory,
     rank_traffic,
-    state_bytes,
 )
 from ee_scale.planning.passes import layer_passes, local_model
 from ee_scale.planning.phases import SupernetSetup
 
+FEATURE_COPIES = 3  # of a layer's features in fp32, for their loss
 DRAWS = 256  # subnets that the mean cost of a random one is taken over
 
 
@@ -37,15 +40,19 @@ def drawn_specs(plan: SupernetSetup, index: int) -> list[tuple[SubnetSpec, float
     specs = [(plan.map.shape.full, 1.0)]
     if axes:
         space, random = _space(plan), Random(0)
-        specs += [(space.smallest(axes), 1.0)] * sampling.smallest
-        specs += [(space.draw(random, axes), sampling.randoms / DRAWS) for _ in range(DRAWS * (sampling.randoms > 0))]
+        if sampling.smallest:
+            specs.append((space.smallest(axes), 1.0))
+        if sampling.randoms:
+            specs += [(space.draw(random, axes), sampling.randoms / DRAWS) for _ in range(DRAWS)]
     return specs
 
 
 def draws_per_micro_batch(plan: SupernetSetup, index: int) -> int:
     """Forward and backward passes of one micro-batch in a phase."""
     sampling = plan.config.sampling
-    return 1 + (sampling.smallest + sampling.randoms if plan.phases[index].axes else 0)
+    if not plan.phases[index].axes:
+        return 1
+    return (2 if sampling.smallest else 1) + sampling.randoms
 
 
 def phase_work(plan: SupernetSetup, index: int) -> list[StageWork]:
@@ -59,8 +66,8 @@ def phase_work(plan: SupernetSetup, index: int) -> list[StageWork]:
 
 
 class _FactorCounts:
-    """Low-rank and whole updates of matrices that take part in a subnet: those that train, and those of earlier recipe
-    stages that are not part of the teacher (which is merged)."""
+    """Low-rank and whole updates of matrices that take part in a subnet: those that train, and those of earlier
+    phases that are not part of the teacher (which is merged)."""
 
     def __init__(self, plan: SupernetSetup, index: int):
         self.map = plan.map
@@ -79,8 +86,10 @@ class _FactorCounts:
         weight = 2 * prod(self.map.projections[module].cut(self.map.shape.sizes(spec)))
         new = 2 * self.pair(self.training, spec, module)
         old = 2 * sum(self.pair(factors, spec, module) for factors in self.earlier)
-        whole = (module, "weight") in self.training.tensors
-        return weight + new + old, weight * (1 + whole) + 2 * new + old
+        gradients = weight  # of the input; and of the matrix, where that trains
+        if (module, "weight") in self.training.tensors:
+            gradients += weight
+        return weight + new + old, gradients + 2 * new + old
 
 
 def _stage_work(
@@ -94,7 +103,7 @@ def _stage_work(
 ) -> StageWork:
     config, full = plan.config, plan.map.shape.full
     seq_length, distill = config.data.seq_length, plan.config.distill
-    learns, last = bool(plan.phases[index].axes), stage == plan.stages.launched - 1
+    learns = bool(plan.phases[index].axes)
     features = min(distill.feature_dim, full.hidden) if learns and distill.feature_weight else 0
     forward = backward = head = 0.0
     for spec, times in specs:
@@ -106,9 +115,11 @@ def _stage_work(
         head += times * sum(sum(counts.matrix(spec, name)) / tokens for name, tokens in _heads(plan, seq_length))
     teacher = len(plan.stages.layers(stage)) * (plan.map.layer_flops(full, seq_length) + 2 * features * full.hidden)
     if learns and plan.map.family.task == "causal_lm":  # the teacher's logits are computed anew for every draw
-        learners = sum(times for _, times in specs) - (not teaches)
+        learners = sum(times for _, times in specs)
+        if not teaches:
+            learners -= 1  # the full net, which is the teacher
         head += learners * 2 * plan.map.config.vocab_size * full.hidden
-    return StageWork(forward, backward, head * last, teacher * teaches)
+    return StageWork(forward, backward, head if plan.stages.is_last(stage) else 0.0, teacher if teaches else 0.0)
 
 
 def _layer_flops(plan: SupernetSetup, counts: _FactorCounts, spec: SubnetSpec, seq: int) -> tuple[float, float]:
@@ -132,7 +143,7 @@ def _space(plan: SupernetSetup) -> SearchSpace:
 
 
 def phase_parameters(plan: SupernetSetup, index: int, stage: int) -> Parameters:
-    """What one rank of a stage holds and trains in phase `index`, the finished stages' factors included."""
+    """What one rank of a stage holds and trains in phase `index`, the finished phases' factors included."""
 
     def mine(named: Iterable[tuple[str, TensorAxes]]) -> list[int]:
         return [_local_size(plan, tensor) for name, tensor in named if stage in _stages_of(plan, name, tensor.layer)]
@@ -149,7 +160,7 @@ def phase_parameters(plan: SupernetSetup, index: int, stage: int) -> Parameters:
 def _stages_of(plan: SupernetSetup, name: str, layer: int | None) -> Sequence[int]:
     if layer is not None:
         return [s for s in range(plan.stages.launched) if layer in plan.stages.layers(s)]
-    return [0] if "embed" in name else [plan.stages.launched - 1]
+    return [0 if "embed" in name else plan.stages.launched - 1]
 
 
 def _local_size(plan: SupernetSetup, tensor: TensorAxes) -> int:
@@ -160,11 +171,9 @@ def phase_memory(plan: SupernetSetup, index: int, stage: int, dtype: torch.dtype
     """Of one rank of a stage in phase `index`."""
     config, size = plan.config, dtype.itemsize
     rows, length = config.train.micro_batch_size, config.data.seq_length
-    parameters = phase_parameters(plan, index, stage)
-    weights, gradients, optimizer, moment = state_bytes(parameters, plan.layout.dp, size)
     tokens, hidden = rows * length, plan.map.shape.hidden
     state = tokens * hidden * size
-    rank, last = plan.phases[index].rank, stage == plan.stages.launched - 1
+    rank, last = plan.phases[index].rank, plan.stages.is_last(stage)
     factors = config.factors
     local = local_model(plan.map.config, plan.layout.tp, dtype, config.model.attn_implementation)
     layer = layer_passes(local, rows, length, plan.map.family.prefixes(factors.targets), rank, vectors=factors.vectors)
@@ -172,31 +181,39 @@ def phase_memory(plan: SupernetSetup, index: int, stage: int, dtype: torch.dtype
     features = min(plan.config.distill.feature_dim, hidden) if learns and plan.config.distill.feature_weight else 0
     pairs = draws_per_micro_batch(plan, index) * plan.num_micro_batches
     flying = min(plan.stages.launched - stage, pairs)
-    taught = plan.num_micro_batches * learns * (tokens * size * features * layers + state * last)
-    activations = flying * (layers * (layer.kept + 3 * tokens * features * 4) + 2 * state) + layer.working + taught
+    taught = 0  # features and the last hidden states of the teacher, kept for the other draws
+    if learns:
+        taught = plan.num_micro_batches * (layers * tokens * features * size + (state if last else 0))
+    compared = FEATURE_COPIES * tokens * features * FP32
+    ends = 2 * state  # what came into the stage and what goes on
+    activations = flying * (layers * (layer.kept + compared) + ends) + layer.working + taught
     logits = 0.0
     if last and plan.task == "causal_lm":
         columns = padded_vocab(plan.map.config.vocab_size, plan.layout.tp) // plan.layout.tp
-        trains = rank or hidden
-        logits = logits_bytes(
-            tokens, plan.config.distill.loss_chunk_tokens, columns, size, pair=bool(rank), teacher=learns,
-            largest=columns * trains,
-        )  # fmt: skip
-    crossing = 4 * state * (plan.stages.launched > 1)
-    return RankMemory(
-        weights, gradients, optimizer, activations, logits, crossing + max(0.0, moment - activations - logits),
-        OVERHEAD[device],
-    )  # fmt: skip
+        chunk, trained = config.distill.loss_chunk_tokens, columns * (rank or hidden)
+        logits = logits_bytes(tokens, chunk, columns, size, pair=bool(rank), teacher=learns, largest=trained)
+    crossing = 4 * state if plan.stages.launched > 1 else 0  # hidden states and gradients, received and sent
+    held = (phase_parameters(plan, index, stage), plan.layout.dp, size, device)
+    return rank_memory(*held, activations=activations, logits=logits, crossing=crossing)
 
 
 def phase_traffic(plan: SupernetSetup, stage: int, size: int) -> StageTraffic:
     """In the last phase; `size`: bytes of a number."""
     config, index = plan.config, len(plan.phases) - 1
-    last, draws = stage == plan.stages.launched - 1, draws_per_micro_batch(plan, index)
+    last, draws = plan.stages.is_last(stage), draws_per_micro_batch(plan, index)
     width = sum(spec.hidden * times for spec, times in drawn_specs(plan, index)) / draws
     state = config.train.micro_batch_size * config.data.seq_length * width * size
-    crossing = state * (draws * ((not last) + (stage > 0)) + (draws > 1) * (not last))
+    sent = draws if stage > 0 else 0  # gradients, back
+    if not last:
+        sent += draws  # hidden states, on
+        if draws > 1:
+            sent += 1  # the teacher's, on
     layers = len(plan.stages.layers(stage))
-    calls = draws * (layers * (LAYER_FORWARD + LAYER_BACKWARD) + (stage == 0) + last) + layers * LAYER_FORWARD
+    calls = layers * (LAYER_FORWARD + LAYER_BACKWARD)
+    if stage == 0:
+        calls += EMBEDDING_CALL
+    if last:
+        calls += HEAD_CALL
+    calls = draws * calls + layers * LAYER_FORWARD  # and the teacher's
     trained = phase_parameters(plan, index, stage).trained
-    return rank_traffic(plan, crossing, calls, state, trained, size)
+    return rank_traffic(plan, sent * state, calls, state, trained, size)

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 
 from ee_scale.backbone.stages import StagePlan
-from ee_scale.config.supernet import RecipeStage, SupernetConfig
+from ee_scale.config.supernet import PhaseConfig, SupernetConfig
 from ee_scale.elastic.architecture import ElasticMap
 from ee_scale.elastic.factors import FactorPlan
 from ee_scale.elastic.order import UnitOrder
@@ -18,7 +18,7 @@ from ee_scale.grid import Layout
 from ee_scale.planning.estimates import Plan
 
 
-class Phases(tuple[RecipeStage, ...]):
+class Phases(tuple[PhaseConfig, ...]):
     """`stages` of the config (phases here, beside the stages of a pipeline), end to end."""
 
     @property

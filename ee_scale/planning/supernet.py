@@ -17,7 +17,17 @@ from ee_scale.elastic.subnet import AXES, SearchSpace
 from ee_scale.errors import UserError
 from ee_scale.families.registry import elastic_family
 from ee_scale.grid import Layout
-from ee_scale.planning.estimates import Parameters, RankMemory, StageTraffic, StageWork, check_lengths, mean_work
+from ee_scale.planning.estimates import (
+    BF16,
+    FP32,
+    Parameters,
+    RankMemory,
+    StageTraffic,
+    StageWork,
+    check_lengths,
+    filled_pipe,
+    mean_work,
+)
 from ee_scale.planning.phase_costs import (
     draws_per_micro_batch,
     phase_memory,
@@ -59,13 +69,13 @@ class SupernetPlan(SupernetSetup):
         ]
 
     def traffic(self, *, bf16: bool) -> list[StageTraffic]:
-        return [phase_traffic(self, stage, 2 if bf16 else 4) for stage in range(self.stages.launched)]
+        return [phase_traffic(self, stage, BF16 if bf16 else FP32) for stage in range(self.stages.launched)]
 
     def bubble(self) -> tuple[float, str]:
         p, m = self.layout.pp, self.num_micro_batches * draws_per_micro_batch(self, len(self.phases) - 1)
         if p == 1:
             return 0.0, "one stage"
-        return (p - 1) / (m + p - 1), f"(p-1)/(m+p-1), p={p}, m={m} forward-backward pairs"
+        return filled_pipe(p, m)
 
 
 def task_of(config: SupernetConfig, model_config: PreTrainedConfig) -> str:
@@ -111,12 +121,12 @@ def plan_supernet(
 
 
 def _check_axes(plan: SupernetPlan, space: SearchSpace) -> None:
-    for stage in plan.phases:
-        if unknown := [axis for axis in stage.axes if axis not in AXES]:
-            raise UserError(f"stages: '{stage.name}' has axes={unknown}; known: {', '.join(AXES)}")
-        if stage.axes and all(spec == plan.map.shape.full for spec in islice(space.members(stage.axes), 2)):
+    for phase in plan.phases:
+        if unknown := [axis for axis in phase.axes if axis not in AXES]:
+            raise UserError(f"stages: '{phase.name}' has axes={unknown}; known: {', '.join(AXES)}")
+        if phase.axes and all(spec == plan.map.shape.full for spec in islice(space.members(phase.axes), 2)):
             raise UserError(
-                f"stages: nothing can shrink in '{stage.name}': space.* has the full size alone for {stage.axes}"
+                f"stages: nothing can shrink in '{phase.name}': space.* has the full size alone for {phase.axes}"
             )
 
 
@@ -124,15 +134,15 @@ def phase_rows(plan: SupernetPlan) -> list[tuple[str, ...]]:
     """The table of the phases: name, what may shrink, steps, rank, trained parameters of full and smallest net."""
     space, full = plan.space(UnitOrder.identity(plan.map.shape)), plan.map.shape.full
     rows: list[tuple[str, ...]] = []
-    for index, stage in enumerate(plan.phases):
+    for index, phase in enumerate(plan.phases):
         factors = plan.factors(index)
-        smallest = space.smallest(stage.axes)
+        smallest = space.smallest(phase.axes)
         rows.append(
             (
-                stage.name,
-                ", ".join(stage.axes) or "nothing",
-                str(stage.steps),
-                str(stage.rank) if stage.rank else "whole",
+                phase.name,
+                ", ".join(phase.axes) or "nothing",
+                str(phase.steps),
+                str(phase.rank) if phase.rank else "whole",
                 f"{factors.parameters(full):,}",
                 f"{plan.map.parameters(smallest):,} of {plan.map.parameters(full):,}",
             )

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from ee_scale.backbone.exit_layers import resolve_exit_layers
 from ee_scale.backbone.parallel import padded_vocab
@@ -23,30 +22,32 @@ from ee_scale.families.registry import decoder_family
 from ee_scale.families.sizes import ModelShape, shape_of
 from ee_scale.grid import Layout
 from ee_scale.modeling.heads import ExitSpec
-from ee_scale.modeling.kinds import LAYER_BACKWARD, LAYER_FORWARD, Tap, attention_flops
+from ee_scale.modeling.kinds import LAYER_BACKWARD, LAYER_FORWARD, attention_flops
 from ee_scale.planning.estimates import (
-    OVERHEAD,
+    BF16,
+    EMBEDDING_CALL,
+    FP32,
+    HEAD_CALL,
     Parameters,
     Plan,
     RankMemory,
     StageTraffic,
     StageWork,
+    all_reduce,
     check_lengths,
+    filled_pipe,
     logits_bytes,
+    rank_memory,
     rank_traffic,
-    ring,
-    state_bytes,
 )
+from ee_scale.planning.exit_costs import exit_flops, exit_passes
 from ee_scale.planning.passes import (
-    Passes,
     add_pairs,
     count,
     final_norm,
     first_layer,
-    layer_call,
     layer_passes,
     local_model,
-    watch,
 )
 
 # Passes over a layer's matrices per token: forward; and gradient of the input; and gradient of the weights.
@@ -96,7 +97,7 @@ class TunePlan(Plan[TuneConfig]):
         if p == 1:
             return 0.0, "one stage"
         if self.backbone.trains:
-            return (p - 1) / (m + p - 1), f"(p-1)/(m+p-1), p={p}, m={m} forward-backward pairs"
+            return filled_pipe(p, m)
         if not self.teaches:
             return 0.0, "nothing flows backwards: stages run ahead into the next step"
         return (p - 1) / (m + p - 1), "(p-1)/(m+p-1): exits wait for the final layer"
@@ -111,71 +112,85 @@ class TunePlan(Plan[TuneConfig]):
         return decoder_family(self.model_config)
 
     def work(self) -> list[StageWork]:
-        shape, mode, seq_length = self.shape, self.backbone.mode, self.config.data.seq_length
-        joint = self.backbone.trains
+        shape, seq_length, stages = self.shape, self.config.data.seq_length, self.stages
+        joint, full = self.backbone.trains, self.backbone.mode == FULL
         per_exit = exit_flops(
             self.spec,
             shape,
             seq_length,
             through=joint,
-            trains_matrix=mode == "full",
+            trains_matrix=full,
             teacher=self.teaches,
             confidence=self.config.exits.confidence_weighting,
             pre_norm=self.family.mlp_input_norm is not None,
         )
-        layer, attention = 2 * shape.layer_parameters, attention_flops(shape, seq_length)
+        matrices, attention = 2 * shape.layer_parameters, attention_flops(shape, seq_length)
         adapters = 2 * self._adapter_parameters
-        forward, backward = layer + attention + adapters, 0.0
-        if joint:
-            backward = layer * (2 if mode == "full" else 1) + 2 * attention + 2 * adapters
-            backward += forward * self.backbone.activation_checkpointing
         vocabulary = 2 * shape.vocab_size * shape.hidden_size
-        final = vocabulary * (3 if mode == "full" else 2) * joint
-        last = self.stages.launched - 1
+        forward = matrices + attention + adapters
+        backward, own_loss = 0.0, 0
+        if joint:
+            gradients = 2 if full else 1  # of a matrix's input; and of the matrix
+            backward = gradients * matrices + 2 * attention + 2 * adapters
+            own_loss = (1 + gradients) * vocabulary
+            if self.backbone.activation_checkpointing:
+                backward += forward
         return [
             StageWork(
-                forward=forward * len(self.stages.layers(stage)),
-                backward=backward * len(self.stages.layers(stage)),
-                exits=per_exit * len(self.stages.exits(stage)) + final * (stage == last),
+                forward=forward * len(stages.layers(stage)),
+                backward=backward * len(stages.layers(stage)),
+                exits=per_exit * len(stages.exits(stage)) + (own_loss if stages.is_last(stage) else 0),
             )
-            for stage in range(self.stages.launched)
+            for stage in range(stages.launched)
         ]
 
     @property
     def _adapter_parameters(self) -> int:
         """Of the low-rank adapters of one layer."""
-        if self.backbone.mode != "low_rank":
+        if self.backbone.mode != LOW_RANK:
             return 0
         shape, backbone = self.shape, self.backbone
         width, q, kv = shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         ends = {"attention": 2 * (width + q) + 2 * (width + kv), "mlp": 3 * (width + shape.intermediate_size)}
         return backbone.rank * sum(ends[target] for target in backbone.targets)
 
+    @property
+    def _vocabulary_rows(self) -> int:
+        """Of one tensor rank, padding included."""
+        return padded_vocab(self.shape.vocab_size, self.layout.tp) // self.layout.tp
+
     def parameters(self, stage: int) -> Parameters:
         local = local_model(self.model_config, self.layout.tp, torch.float32)
         layer, norm, spec = first_layer(local), final_norm(local), self.spec
-        mode, last = self.backbone.mode, stage == self.stages.launched - 1
+        mode, last = self.backbone.mode, self.stages.is_last(stage)
         layers, exits = len(self.stages.layers(stage)), len(self.stages.exits(stage))
-        width, rows = self.shape.hidden_size, padded_vocab(self.shape.vocab_size, self.layout.tp) // self.layout.tp
+        width, rows = self.shape.hidden_size, self._vocabulary_rows
         vocabulary = rows * width
-        needs_head = (exits and (spec.reads_lm_head or self.teaches)) or (mode != "frozen" and last)
-        shares = self.shape.tied_embeddings and stage == 0  # one matrix for both ends
-        backbone = layers * count(layer) + vocabulary * (stage == 0) + vocabulary * bool(needs_head and not shares)
-        backbone += count(norm) * (last and (self.teaches or mode != "frozen"))
+        own_loss = last and self.backbone.trains
+        reads_head = own_loss or (exits > 0 and (spec.reads_lm_head or self.teaches))
+        backbone = layers * count(layer)
+        if stage == 0:
+            backbone += vocabulary
+        if reads_head and not (stage == 0 and self.shape.tied_embeddings):  # where one matrix serves both ends
+            backbone += vocabulary
+        if own_loss or (last and self.teaches):
+            backbone += count(norm)
         body = spec.exit_kind.body_in(layer)
-        own_norm = count(norm) * spec.exit_kind.normed
+        own_norm = count(norm) if spec.exit_kind.normed else 0
         head = [prod(shape) for shape in spec.head_shapes(width, rows).values()]
         trained, biggest = exits * (count(body) + own_norm + sum(head)), [0]
         if exits:
             biggest += [own_norm, *head]
             biggest += [p.numel() for p in body.parameters()] if body is not None else []
-        if mode == "low_rank":
+        if mode == LOW_RANK:
             prefixes = self.family.prefixes(self.backbone.targets)
             adapted = add_pairs(layer, self.backbone.rank, prefixes)
             trained += layers * count(adapted)
             biggest += [p.numel() for p in adapted.parameters()]
-        if mode == "full":
-            biggest += [p.numel() for p in layer.parameters()] + [vocabulary * bool(stage == 0 or needs_head)]
+        if mode == FULL:
+            biggest += [p.numel() for p in layer.parameters()]
+            if stage == 0 or reads_head:
+                biggest.append(vocabulary)
             return Parameters(0, backbone + trained, max(biggest))
         return Parameters(backbone, trained, max(biggest))
 
@@ -184,70 +199,83 @@ class TunePlan(Plan[TuneConfig]):
         return [self._stage_memory(stage, dtype, device) for stage in range(self.stages.launched)]
 
     def _stage_memory(self, stage: int, dtype: torch.dtype, device: str) -> RankMemory:
-        config, mode, size = self.config, self.backbone.mode, dtype.itemsize
-        rows, length, exits = config.train.micro_batch_size, config.data.seq_length, len(self.stages.exits(stage))
-        parameters = self.parameters(stage)
-        weights, gradients, optimizer, moment = state_bytes(parameters, self.layout.dp, size)
-        state = rows * length * self.shape.hidden_size * size  # one hidden state
+        size, crossing = dtype.itemsize, 0
+        if self.stages.launched > 1:  # hidden states, and gradients where they cross, received and sent
+            crossing = (4 if self.backbone.trains else 2) * self._state_bytes(size)
+        activations, logits = self._activations(stage, dtype), self._logits(stage, size)
+        held = (self.parameters(stage), self.layout.dp, size, device)
+        return rank_memory(*held, activations=activations, logits=logits, crossing=crossing)
+
+    def _state_bytes(self, size: int) -> int:
+        """Of the hidden states of one micro-batch."""
+        return self.config.train.micro_batch_size * self.config.data.seq_length * self.shape.hidden_size * size
+
+    def _activations(self, stage: int, dtype: torch.dtype) -> int:
+        config, backbone = self.config, self.backbone
+        rows, length = config.train.micro_batch_size, config.data.seq_length
+        layers, exits = len(self.stages.layers(stage)), len(self.stages.exits(stage))
         local = local_model(self.model_config, self.layout.tp, dtype, config.model.attn_implementation)
-        teaches, last = self.teaches, stage == self.stages.launched - 1
-        body = exit_passes(local, self.spec, rows, length, through=mode != "frozen")
-        taps = self.spec.exit_kind.states_read * state
-        if mode == "frozen":
-            layers = layer_passes(local, rows, length, (), 0).forward
-            held = self.num_micro_batches if teaches else 1
-            kept = held * (exits * taps + state * (1 + teaches))
-            activations = kept + max(layers, (body.kept + 2 * state + body.working) * bool(exits))
-        else:
-            prefixes = self.family.prefixes(self.backbone.targets) if mode == "low_rank" else None
-            layer = layer_passes(local, rows, length, prefixes, self.backbone.rank)
-            flying = min(self.stages.launched - stage, self.num_micro_batches)
-            per_layer, once = layer.kept, layer.working
-            if self.backbone.activation_checkpointing:
-                per_layer, once = state, layer.kept + layer.working
-            count_layers = len(self.stages.layers(stage))
-            activations = flying * (count_layers * per_layer + exits * taps + state)
-            activations += exits * (body.kept + 2 * state) + 2 * state * last + max(once, body.working)
-        columns = padded_vocab(self.shape.vocab_size, self.layout.tp) // self.layout.tp
-        logits = 0.0
-        if exits or (last and mode != "frozen"):
-            trains_matrix = self.spec.head == "full" or mode == "full"
-            logits = logits_bytes(
-                rows * length,
-                config.exits.loss_chunk_tokens,
-                columns,
-                size,
-                pair=self.spec.head == "low_rank" and bool(exits),
-                teacher=teaches,
-                largest=columns * (self.shape.hidden_size if trains_matrix else self.spec.rank),
-            )
-        crossing = (2 if mode == "frozen" else 4) * state * (self.stages.launched > 1)
-        # Activations are gone when the step is taken.
-        return RankMemory(
-            weights, gradients, optimizer, activations, logits, crossing + max(0.0, moment - activations - logits),
-            OVERHEAD[device],
-        )  # fmt: skip
+        state = self._state_bytes(dtype.itemsize)
+        body = exit_passes(local, self.spec, rows, length, through=backbone.trains)
+        exit_kept = body.kept + 2 * state  # the hidden states that its head reads, and their gradients
+        taps = exits * self.spec.exit_kind.states_read * state
+        if not backbone.trains:
+            running = layer_passes(local, rows, length, (), 0).forward
+            # Exits that wait for the final layer wait for all of the step's micro-batches.
+            held = self.num_micro_batches * (taps + 2 * state) if self.teaches else taps + state
+            return held + max(running, exit_kept + body.working if exits else 0)
+        prefixes = self.family.prefixes(backbone.targets) if backbone.mode == LOW_RANK else None
+        layer = layer_passes(local, rows, length, prefixes, backbone.rank)
+        per_layer, once = layer.kept, layer.working
+        if backbone.activation_checkpointing:
+            per_layer, once = state, layer.kept + layer.working
+        flying = min(self.stages.launched - stage, self.num_micro_batches)
+        kept = flying * (layers * per_layer + taps + state) + exits * exit_kept
+        if self.stages.is_last(stage):
+            kept += 2 * state
+        return kept + max(once, body.working)
+
+    def _logits(self, stage: int, size: int) -> float:
+        config, exits = self.config, len(self.stages.exits(stage))
+        if not exits and not (self.backbone.trains and self.stages.is_last(stage)):
+            return 0.0
+        trains_matrix = self.spec.head == "full" or self.backbone.mode == FULL
+        return logits_bytes(
+            config.train.micro_batch_size * config.data.seq_length,
+            config.exits.loss_chunk_tokens,
+            self._vocabulary_rows,
+            size,
+            pair=self.spec.head == "low_rank" and exits > 0,
+            teacher=self.teaches,
+            largest=self._vocabulary_rows * (self.shape.hidden_size if trains_matrix else self.spec.rank),
+        )
 
     def traffic(self, *, bf16: bool) -> list[StageTraffic]:
-        return [self._stage_traffic(stage, 2 if bf16 else 4) for stage in range(self.stages.launched)]
+        return [self._stage_traffic(stage, BF16 if bf16 else FP32) for stage in range(self.stages.launched)]
 
     def _stage_traffic(self, stage: int, size: int) -> StageTraffic:
-        config = self.config
-        state = config.train.micro_batch_size * config.data.seq_length * self.shape.hidden_size * size
-        joint, last = self.backbone.mode != "frozen", stage == self.stages.launched - 1
-        layers, exits = len(self.stages.layers(stage)), len(self.stages.exits(stage))
-        crossing = state * ((not last) + (joint and stage > 0))
-        if self.teaches and self.stages.launched > 1:
-            crossing += state * last  # the teacher's states, from the last stage to all
-        per_exit = self.spec.exit_kind.all_reduces(joint)
-        calls = layers * (LAYER_FORWARD + LAYER_BACKWARD * joint) + exits * (per_exit + 1) + (stage == 0) + joint * last
-        trained = self.parameters(stage).trained
-        traffic = rank_traffic(self, crossing, calls, state, trained, size)
+        state, joint = self._state_bytes(size), self.backbone.trains
+        first, last = stage == 0, self.stages.is_last(stage)
+        sent = 0
+        if not last:
+            sent += 1  # hidden states, on
+        if joint and not first:
+            sent += 1  # their gradients, back
+        if last and self.teaches and self.stages.launched > 1:
+            sent += 1  # the teacher's states, from the last stage to all
+        per_layer = LAYER_FORWARD + LAYER_BACKWARD if joint else LAYER_FORWARD
+        per_exit = self.spec.exit_kind.all_reduces(joint) + HEAD_CALL
+        calls = len(self.stages.layers(stage)) * per_layer + len(self.stages.exits(stage)) * per_exit
+        if first:
+            calls += EMBEDDING_CALL
+        if last and joint:
+            calls += HEAD_CALL
+        traffic = rank_traffic(self, sent * state, calls, state, self.parameters(stage).trained, size)
         copies = output_copies(self.stages, self.spec, self.shape.tied_embeddings) if self.backbone.mode == FULL else ()
         if stage not in copies:
             return traffic
-        rows = padded_vocab(self.shape.vocab_size, self.layout.tp) // self.layout.tp
-        return replace(traffic, stages=traffic.stages + 2 * ring(4 * rows * self.shape.hidden_size, len(copies)))
+        gradient = FP32 * self._vocabulary_rows * self.shape.hidden_size
+        return replace(traffic, stages=traffic.stages + all_reduce(gradient, len(copies)))
 
 
 def plan_tune(config: TuneConfig, model_dir: Path, model_config: PreTrainedConfig) -> TunePlan:
@@ -280,48 +308,3 @@ def plan_tune(config: TuneConfig, model_dir: Path, model_config: PreTrainedConfi
         loss_weights=resolve_loss_weights(exits.loss_weights, layers),
         num_micro_batches=check_batch(config.train.global_batch_size, config.train.micro_batch_size, parallel.dp),
     )
-
-
-def exit_flops(
-    spec: ExitSpec,
-    shape: ModelShape,
-    seq_length: int = 0,
-    *,
-    through: bool = False,
-    trains_matrix: bool = False,
-    teacher: bool = False,
-    confidence: bool = False,
-    pre_norm: bool = True,
-) -> float:
-    """Training one exit on one token.
-
-    through: its gradient goes on into the backbone; trains_matrix: the lm_head that a tied or low-rank head reads
-    trains too; teacher: the final layer's logits are computed for a KL term; confidence: one more pass of the head,
-    for the weights of the tokens; pre_norm: a layer reads a normed state.
-    """
-    width, vocabulary = shape.hidden_size, 2 * shape.vocab_size * shape.hidden_size
-    kind = spec.exit_kind
-    reaches = kind.trains or through  # a gradient is wanted in front of the head
-    head = vocabulary * ((2 if spec.head == "full" or trains_matrix else 1) + reaches)
-    once = vocabulary
-    if spec.head == "low_rank":
-        down, up = 2 * spec.rank * width, 2 * spec.rank * shape.vocab_size
-        head += down * (2 + reaches) + 3 * up
-        once += down + up
-    body = kind.training_flops(shape, seq_length, through=through, pre_norm=pre_norm)
-    return body + head + vocabulary * teacher + once * confidence
-
-
-def exit_passes(local: PreTrainedModel, spec: ExitSpec, rows: int, length: int, *, through: bool) -> Passes:
-    """The modules of one exit in front of its head."""
-    layer, call = layer_call(local, rows, length)
-    kind, norm = spec.exit_kind, final_norm(local)
-    body = kind.body_in(layer)
-    parts = nn.ModuleList(part for part in (body, norm if kind.normed else None) if part is not None)
-
-    def run(x: torch.Tensor) -> torch.Tensor:
-        x = kind.states(body, Tap(x, x), None, lambda _, hidden: call(hidden))
-        return norm(x) if kind.normed else x
-
-    x = torch.empty(rows, length, local.config.hidden_size, dtype=local.dtype, device="meta")
-    return watch(run, parts, x, needs=through)

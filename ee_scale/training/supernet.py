@@ -1,4 +1,4 @@
-"""The recipe `supernet`: factors of a weight-sharing supernet, stage after stage."""
+"""The recipe `supernet`: factors of a weight-sharing supernet, phase after phase."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -93,7 +93,7 @@ class Supernet(Recipe[SupernetConfig, SupernetPlan]):
 class SupernetRun(Run[SupernetConfig, SupernetPlan]):
     """One rank's live run over all phases; without data its engine can be stepped by hand.
 
-    roles: of the subnets that were drawn last; frozen: digest of what must not change, from before the stage.
+    roles: of the subnets that were drawn last; frozen: digest of what must not change, from before the phase.
     """
 
     plan: SupernetPlan

@@ -200,7 +200,7 @@ def start_run(
         torch.bfloat16 if bf16 else torch.float32,
         attn_implementation=config.model.attn_implementation,
         teacher=config.exits.kl_weight > 0,
-        decoding=plan.backbone.trains,
+        own_logits=plan.backbone.trains,
         cls=joint if plan.backbone.trains else TuningStage,
     )
     tensors = model_tensors(plan.model_dir, plan.model_config)

@@ -1,4 +1,4 @@
-"""A recipe stage moves its own factors alone: backbone and earlier stages stay as they were, to the bit."""
+"""A phase moves its own factors alone: backbone and earlier phases stay as they were, to the bit."""
 
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ class Trainer:
         self.factors: list[FactorSet] = []
 
     def begin(self, lr: float = 1e-2) -> SupernetEngine:
-        """The next recipe stage: what it starts with is frozen, the teacher is merged."""
+        """The next phase: what it starts with is frozen, the teacher is merged."""
         for factors in self.factors:
             factors.freeze()
         index = len(self.factors)
@@ -71,7 +71,7 @@ class Trainer:
         return self.engine.train_step(iter([batch(data_step, i, self.job.task) for i in mine]), stream)
 
     def frozen(self) -> dict[str, torch.Tensor]:
-        """Backbone, and factors of earlier recipe stages."""
+        """Backbone, and factors of earlier phases."""
         tensors = {
             f"{name}.{leaf}": p for name, module in self.stage.elastic.items() for leaf, p in module.named_parameters()
         }
@@ -92,7 +92,7 @@ def run_cases(rank: int, folders: dict[str, Path]) -> dict:
 
 
 def freeze_case(trainer: Trainer) -> list[dict]:
-    """For every recipe stage: what its training left as it was, and what it did not."""
+    """For every phase: what its training left as it was, and what it did not."""
     stages = []
     for _ in RECIPE:
         engine = trainer.begin()
@@ -116,13 +116,13 @@ def freeze_case(trainer: Trainer) -> list[dict]:
 
 
 def names_of(parameters: list[torch.nn.Parameter], mine: dict[str, torch.nn.Parameter]) -> list[str]:
-    """By identity; '?' is something that is no factor of this recipe stage."""
+    """By identity; '?' is something that is no factor of this phase."""
     names = {id(p): name for name, p in mine.items()}
     return sorted(names.get(id(p), "?") for p in parameters)
 
 
 def flips(frozen: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The first and the last backbone tensor, and one of every earlier recipe stage."""
+    """The first and the last backbone tensor, and one of every earlier phase."""
     backbone = [name for name in frozen if not name[0].isdigit()]
     earlier = {name[0]: name for name in frozen if name[0].isdigit()}.values()
     return {name: frozen[name] for name in (backbone[0], backbone[-1], *earlier)}
@@ -138,7 +138,7 @@ def digest_of_a_flip(stage: ElasticStage, tensor: torch.Tensor) -> str:
 
 
 def bf16_case(folder: Path, grid: Grid, bf16: bool) -> dict:
-    """The third kind of recipe stage on the same samples in every step, so that the losses have to fall."""
+    """The third kind of phase on the same samples in every step, so that the losses have to fall."""
     trainer = Trainer(folder, JOBS["qwen3"], grid, torch.bfloat16 if bf16 else torch.float32)
     trainer.begin()
     trainer.step(0, 0)

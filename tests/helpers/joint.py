@@ -216,7 +216,7 @@ def build_joint_engine(folder: Path, job: JointJob, grid: Grid, *, bf16: bool = 
     spec = exit_spec(config, job.exit_layers, job.kind, job.head, job.rank)
     plan = plan_stages(config.num_hidden_layers, grid.layout.pp, job.exit_layers, whole_model=True)
     dtype = torch.bfloat16 if bf16 else torch.float32
-    stage = build_stage(config, plan, spec, grid, dtype, decoding=True, cls=JointStage)
+    stage = build_stage(config, plan, spec, grid, dtype, own_logits=True, cls=JointStage)
     load_stage(stage, model_tensors(folder, config), grid, init="copy", seed=0)
     backbone = BackboneConfig(job.mode, job.rank, list(job.targets), job.final_weight, job.checkpointing)
     stage.train_backbone(backbone, output_copies(plan, spec, config.tie_word_embeddings), grid, SEED)

@@ -35,7 +35,7 @@ ROWS, LENGTH, MICRO_BATCHES, LABELS, LAYERS = 2, 10, 2, 5, 4
 
 @dataclass(frozen=True)
 class SupernetJob:
-    """One case: a family, two recipe stages (teacher, then all axes), and what is learned from."""
+    """One case: a family, two phases (teacher, then all axes), and what is learned from."""
 
     family: str = "llama"
     rank: int = 3
@@ -131,7 +131,7 @@ def start_noise(name: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def run_on_grid(folder: Path, job: SupernetJob, grid: Grid) -> dict[str, Any]:
-    """All recipe stages. Gradients (of the first step of each) and parameters are whole tensors."""
+    """All phases. Gradients (of the first step of each) and parameters are whole tensors."""
     config = read_config(folder)
     elastic_map = ElasticMap(config, job.task)
     order = scrambled_order(elastic_map.shape)
@@ -194,7 +194,7 @@ class Reference:
         self.factors: dict[str, nn.Parameter] = {}
 
     def start(self, index: int) -> list[nn.Parameter]:
-        """Factors of a recipe stage at the start values of the grid runs."""
+        """Factors of a phase at the start values of the grid runs."""
         from ee_scale.elastic.factors import initial
 
         plan = FactorPlan(self.map, config_of(self.job).factors, self.job.rank)
@@ -273,7 +273,7 @@ class Reference:
         return torch.stack([task, kl, features, total])
 
     def run(self) -> dict[str, Any]:
-        """Both recipe stages with torch's AdamW and torch's clipping."""
+        """Both phases with torch's AdamW and torch's clipping."""
         result: dict[str, Any] = {"losses": [], "gradients": {}, "parameters": {}, "norms": []}
         sampling = config_of(self.job).sampling
         for index, axes in enumerate(AXES):

@@ -134,7 +134,7 @@ def stock_logits(model: torch.nn.Module, task: str) -> torch.Tensor:
 
 
 def make_net(
-    folder: Path, grid: Grid, settings: Factors, *, sort: bool = True, recipe_stages: int = 2, noise: float = 1.0
+    folder: Path, grid: Grid, settings: Factors, *, sort: bool = True, phases: int = 2, noise: float = 1.0
 ) -> Net:
     """Load a base folder and give its factors the start values plus `noise` x random ones."""
     config = read_config(folder)
@@ -145,7 +145,7 @@ def make_net(
     stage = ElasticStage(elastic_map, plan, grid, config.dtype or torch.float32)
     stage.load(base_tensors(folder, elastic_map), order)
     trained = {}
-    for index in range(recipe_stages):
+    for index in range(phases):
         factors = FactorSet(stage, FactorPlan(elastic_map, *settings, stage.new), index, seed=3)
         with torch.no_grad():
             for name, parameter in factors.named.items():
@@ -216,7 +216,7 @@ MATRICES = {  # last names of a module -> its rows, its columns
 }
 
 
-def hand_cut(net: Net, spec: SubnetSpec, recipe_stages: int = 2) -> torch.Tensor:
+def hand_cut(net: Net, spec: SubnetSpec, phases: int = 2) -> torch.Tensor:
     """Logits of a stock model whose tensors are picked one by one from the base model and the factors."""
     config = net.map.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -245,8 +245,8 @@ def hand_cut(net: Net, spec: SubnetSpec, recipe_stages: int = 2) -> torch.Tensor
         for dim, axis in enumerate(axes):
             if axis is not None:
                 value = torch.stack([value.select(dim, row) for row in rows[axis]], dim)
-        for stage in range(recipe_stages):
-            mine = {key: net.trained.get(f"{stage}.{module}.{key}") for key in ("A", "B", leaf)}
+        for phase in range(phases):
+            mine = {key: net.trained.get(f"{phase}.{module}.{key}") for key in ("A", "B", leaf)}
             if mine["A"] is not None and leaf == "weight":
                 value = value + mine["A"].float() @ mine["B"].float()
             if mine[leaf] is not None:
@@ -318,7 +318,7 @@ def test_supernet_folder_and_hand_agree(case: str, nets: Callable, tmp_path: Pat
 def test_factors_are_not_negligible(nets: Callable) -> None:
     for case in CASES:
         net = nets(case)
-        once, twice = (hand_cut(net, ALONE["full"], stages) for stages in (1, 2))
+        once, twice = (hand_cut(net, ALONE["full"], phases) for phases in (1, 2))
         assert (once - twice).abs().max() > 1e-2, case
 
 
@@ -417,7 +417,7 @@ def test_the_number_type_is_the_base_models(grid: Grid, bases: Callable, tmp_pat
     torch.testing.assert_close(mine, expected, rtol=2**-7, atol=0)
 
 
-# ---------------------------------------------------------------- recipe stages
+# ---------------------------------------------------------------- phases
 
 
 @pytest.mark.parametrize("case", ["llama", "llama-biases", "llama-tied", "llama-whole", "qwen3", "bert", "bert-whole"])
@@ -439,14 +439,14 @@ def test_merging_changes_no_output(case: str, grid: Grid, bases: Callable) -> No
 
 
 @pytest.mark.parametrize("case", ["llama", "qwen3", "bert"])
-def test_the_teacher_is_the_full_net_of_the_first_recipe_stages(case: str, nets: Callable) -> None:
+def test_the_teacher_is_the_full_net_of_the_first_phases(case: str, nets: Callable) -> None:
     net, spec = nets(case), specs_of(case)[-1]
     inside = net.logits(spec)
-    for stages in (0, 1, 2):
-        with net.stage.teaching(stages):
+    for phases in (0, 1, 2):
+        with net.stage.teaching(phases):
             taught = net.run()
-        torch.testing.assert_close(taught, hand_cut(net, ALONE["full"], stages), atol=TOLERANCE, rtol=TOLERANCE)
-        assert torch.equal(net.run(), inside)  # the subnet is back, with all stages
+        torch.testing.assert_close(taught, hand_cut(net, ALONE["full"], phases), atol=TOLERANCE, rtol=TOLERANCE)
+        assert torch.equal(net.run(), inside)  # the subnet is back, with all phases
     with pytest.raises(ZeroDivisionError), net.stage.teaching(0):
         _ = 1 / 0
     assert torch.equal(net.run(), inside)
@@ -470,7 +470,7 @@ def test_a_bare_encoder_gets_a_new_classifier(pooler: bool, grid: Grid, tmp_path
     assert net.stage.new == fresh
     whole = {name.split(".", 1)[1] for name in net.trained if name.endswith((".weight", ".bias"))}
     assert whole == {f"{module}.{leaf}" for module in fresh for leaf in ("weight", "bias")}
-    for module in fresh:  # random at first; the second recipe stage starts where the first one ended
+    for module in fresh:  # random at first; the second phase starts where the first one ended
         assert net.trained[f"0.{module}.weight"].std() == pytest.approx(0.02, rel=0.2)
         assert not net.trained[f"0.{module}.bias"].any()
         assert not net.trained[f"1.{module}.weight"].any()

@@ -26,11 +26,12 @@ from ee_scale.exits.joint import JointStage, output_copies
 from ee_scale.exits.stage import build_stage
 from ee_scale.modeling.heads import HEADS, ExitTaps, build_exit_heads, run_single_layer
 from ee_scale.modeling.kinds import KINDS, Tap
+from ee_scale.planning.exit_costs import exit_passes
 from ee_scale.planning.fits import check_fits
 from ee_scale.planning.passes import LiveBytes, layer_call, layer_passes, local_model, watch
 from ee_scale.planning.phase_costs import drawn_specs, phase_parameters, phase_work
 from ee_scale.planning.supernet import SupernetPlan, plan_supernet
-from ee_scale.planning.tune import TunePlan, exit_passes, plan_tune
+from ee_scale.planning.tune import TunePlan, plan_tune
 
 ROWS, LENGTH = 2, 16
 TUNE = ["model=tiny", "data=python", f"data.seq_length={LENGTH}", f"train.micro_batch_size={ROWS}"]
@@ -127,7 +128,7 @@ def test_joint_parameters_are_those_of_the_real_stages(
         for stage in range(2):
             grid = grid_of(plan, stage)
             real = build_stage(
-                plan.model_config, plan.stages, plan.spec, grid, torch.float32, decoding=True, cls=JointStage
+                plan.model_config, plan.stages, plan.spec, grid, torch.float32, own_logits=True, cls=JointStage
             )
             real.train_backbone(plan.backbone, copies, grid, 0)
             found = plan.parameters(stage)
@@ -259,7 +260,7 @@ def test_supernet_flops_are_those_that_torch_counts(groups_without_processes, ma
     stage, _ = elastic_stage(plan, 0, "cpu")
     for spec in (plan.map.shape.full, plan.space(_identity(plan)).smallest()):
         stage.select(spec)
-        stage.active.stages = 1
+        stage.active.phases = 1
         batch = {"tokens": torch.zeros(ROWS, LENGTH, dtype=torch.long)}
         if plan.task == "classify":
             batch |= {"attention_mask": torch.ones_like(batch["tokens"]), "token_type_ids": batch["tokens"]}

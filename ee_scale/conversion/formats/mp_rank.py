@@ -24,7 +24,7 @@ FILE = "model_optim_rng.pt"
 
 
 @dataclass(frozen=True)
-class Layout:
+class MegatronLayout:
     """How a checkpoint is spread: `tp` x `pp` files, `chunks` virtual stages in each; whose classes, whose norms.
 
     Attributes:
@@ -47,7 +47,7 @@ class Layout:
         return sum(self.counts[:place]), self.counts[place]
 
 
-def target_files(model: Model, layout: Layout, args: Namespace, iteration: str) -> list[PickleFile]:
+def target_files(model: Model, layout: MegatronLayout, args: Namespace, iteration: str) -> list[PickleFile]:
     """A file per tensor and pipeline rank."""
     check_layout(model, layout)
     if model.exits:
@@ -62,7 +62,7 @@ def target_files(model: Model, layout: Layout, args: Namespace, iteration: str) 
     return files
 
 
-def check_layout(model: Model, layout: Layout) -> None:
+def check_layout(model: Model, layout: MegatronLayout) -> None:
     """Raise `UserError` if the model cannot be spread like this."""
     model.map.check_tensor_parallel(layout.tp)
     if layout.classes == "legacy":
@@ -82,32 +82,35 @@ def check_layout(model: Model, layout: Layout) -> None:
         raise UserError("classes=core: Megatron-Core has no exits; use classes=legacy (EE-LLM), or drop the exits")
 
 
-def rank_pieces(model: Model, layout: Layout, rank: int, stage: int, chunk: int = 0) -> Iterator[Piece]:
+def rank_pieces(model: Model, layout: MegatronLayout, rank: int, stage: int, chunk: int = 0) -> Iterator[Piece]:
     """The tensors of one rank (of one virtual chunk) by their flat names."""
     names = _Names(layout)
     first, count = layout.layers(stage, chunk)
     hosted = hosted_exits(model, layout, first, count)
     at_start, at_end = (stage, chunk) == (0, 0), (stage, chunk) == (layout.pp - 1, layout.chunks - 1)
-    mine = lambda row, key, prefix="": _piece(model, row, key, prefix, rank, layout.tp)  # noqa: E731
+
+    def piece(row: Row, key: str, prefix: str = "") -> Piece:
+        return _piece(model, row, key, prefix, rank, layout.tp)
+
     if at_start:
-        yield mine(EMBEDDING, names.top(EMBEDDING))
+        yield piece(EMBEDDING, names.top(EMBEDDING))
     for local in range(count):
         here = [k for k, place, _ in hosted if place == local]
         for row in model.map.layer_rows:
             key = names.layer(row)
             if here:
                 key = model.exits.exit_kind.ee_llm_layer_key(key)
-            yield mine(row, f"{names.layers}{local}.{key}", f"model.layers.{first + local}.")
+            yield piece(row, f"{names.layers}{local}.{key}", f"model.layers.{first + local}.")
         for k in here:
             for key, row, prefix in exit_rows(model.exits, model.map.layer_rows, k):
-                yield mine(row, f"{names.layers}{local}.{key}", prefix)
+                yield piece(row, f"{names.layers}{local}.{key}", prefix)
     if at_end:
-        yield mine(FINAL_NORM, names.top(FINAL_NORM))
+        yield piece(FINAL_NORM, names.top(FINAL_NORM))
     yield from _heads(model, layout, names, rank, hosted, at_start, at_end)
 
 
 def _heads(
-    model: Model, layout: Layout, names: "_Names", rank: int, hosted: list, at_start: bool, at_end: bool
+    model: Model, layout: MegatronLayout, names: "_Names", rank: int, hosted: list, at_start: bool, at_end: bool
 ) -> Iterator[Piece]:
     """Output matrices: the model's own, copies of a tied embedding, the exits' own."""
     tied = model.config.tie_word_embeddings
@@ -123,7 +126,7 @@ def _heads(
             yield Piece(key, 0, spans, (rows, model.map.shape.hidden_size))
 
 
-def hosted_exits(model: Model, layout: Layout, first: int, count: int) -> list[tuple[int, int, int]]:
+def hosted_exits(model: Model, layout: MegatronLayout, first: int, count: int) -> list[tuple[int, int, int]]:
     """(our layer k, local layer it sits at, number of its output matrix) of exits in layers [first, first + count)."""
     numbers = [n for n in layout.exit_numbers if first < n <= first + count]
     return [(n - layout.shift, n - 1 - first, index) for index, n in enumerate(numbers)]
@@ -132,7 +135,7 @@ def hosted_exits(model: Model, layout: Layout, first: int, count: int) -> list[t
 class _Names:
     """Flat names of the tensors of a rank."""
 
-    def __init__(self, layout: Layout):
+    def __init__(self, layout: MegatronLayout):
         self.legacy, self.local = layout.classes == "legacy", layout.spec == "local"
         self.layers = "language_model.encoder.layers." if self.legacy else "decoder.layers."
         self.tied_head = "word_embeddings_for_head.weight" if self.legacy else HEAD.core

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ee_scale.conversion.args import check_agrees, to_config
 from ee_scale.conversion.folders import hugging_face_part
 from ee_scale.conversion.formats.ee_llm import numbers_in_file, spec_of_args
-from ee_scale.conversion.formats.mp_rank import FILE, Layout, check_layout, hosted_exits, rank_pieces
+from ee_scale.conversion.formats.mp_rank import FILE, MegatronLayout, check_layout, hosted_exits, rank_pieces
 from ee_scale.conversion.model import Model, Opened, check_whole, check_words
 from ee_scale.conversion.target_files import tensor_extent
 from ee_scale.conversion.tensors import Stored
@@ -62,7 +62,7 @@ def open_folder(folder: Path, iteration: Path, model_folder: Path | None, trust:
     check_words(iteration, config, args, _word_rows(tensors))
     spec = spec_of_args(args, config)
     model = Model(config, spec, embedding.dtype, embedding.shape[0] * tp)
-    layout = Layout(
+    layout = MegatronLayout(
         tp,
         pp,
         _counts(iteration, tensors, args, model.map.shape.num_layers),
@@ -151,7 +151,7 @@ def _is_local(chunks: list[dict[str, torch.Tensor]]) -> bool:
 
 
 def _counts(iteration: Path, tensors: Mapping[Any, list], args: Namespace, num_layers: int) -> tuple[int, ...]:
-    """Layers of each chunk as the files of the first tensor rank have them, in the order of `Layout.counts`."""
+    """Layers of each chunk as the files of the first tensor rank have them, in the order of `MegatronLayout.counts`."""
     stages = [chunks for (rank, _), chunks in sorted(tensors.items(), key=lambda item: item[0]) if rank == 0]
     if len({len(chunks) for chunks in stages}) > 1:
         raise UserError(f"{iteration}: stages with {sorted({len(chunks) for chunks in stages})} virtual stages in one")
@@ -175,7 +175,7 @@ def _counts(iteration: Path, tensors: Mapping[Any, list], args: Namespace, num_l
 
 
 def _match(
-    model: Model, layout: Layout, place: tuple[int, int, int], path: Path, found: dict[str, torch.Tensor]
+    model: Model, layout: MegatronLayout, place: tuple[int, int, int], path: Path, found: dict[str, torch.Tensor]
 ) -> list[Stored]:
     """Pair what a file holds with what the model needs of it."""
     rank, stage, chunk = place
@@ -194,7 +194,7 @@ def _match(
     return stored
 
 
-def _whole_name(model: Model, layout: Layout, stage: int, chunk: int, key: str) -> str:
+def _whole_name(model: Model, layout: MegatronLayout, stage: int, chunk: int, key: str) -> str:
     """A key with layers, and output matrices of exits, numbered over the whole model."""
     first, count = layout.layers(stage, chunk)
     if match := LAYER.fullmatch(key):
