@@ -16,7 +16,8 @@ def run(config: EvaluateConfig, overrides: Sequence[str]) -> int:
     tokens, points = f"{found.tokens:,} tokens", found.points
     out.print(quality_report.quality_table(found.exits, f"{config.model} on {config.data}, {tokens}"))
     if found.tags:
-        rows, counts = ({tag: item[i] for tag, item in found.tags.items()} for i in (0, 1))
+        rows = {tag: exits for tag, (exits, _) in found.tags.items()}
+        counts = {tag: count for tag, (_, count) in found.tags.items()}
         out.print(quality_report.tag_table(rows, counts, "per tag"))
         out.print(quality_report.agreement_gap_sentence(rows), highlight=False)
     if points:

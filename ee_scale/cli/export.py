@@ -18,6 +18,7 @@ def run(config: ExportConfig, overrides: Sequence[str]) -> int:
     if config.format == "onnx":
         with err.status("exporting, and checking against torch"):
             report = api.export(config).onnx
+        assert report is not None  # every ONNX file comes with one
         _show(report, config.int8)
     else:
         api.export(config)

@@ -24,7 +24,7 @@ from ee_scale.errors import UserError, one_line
 
 # A person writes model=<folder>; Hydra reads model=<option of the group>. A value that is no option means the path.
 PATH_SHORTHANDS = {"model": "model.path", "data": "data.path"}
-C = TypeVar("C")
+C = TypeVar("C", bound=Settings)
 
 
 def config_dir() -> Path:
@@ -75,7 +75,7 @@ def _finished(config: Any) -> Any:
     if missing := sorted(OmegaConf.missing_keys(config)):
         shorthands = {path: short for short, path in PATH_SHORTHANDS.items()}
         raise UserError(f"missing value: {', '.join(shorthands.get(key, key) for key in missing)} (give key=value)")
-    composed = OmegaConf.to_object(config)
+    composed = cast(Settings, OmegaConf.to_object(config))
     check_rules(composed)
     return composed
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ee_scale.backbone.exit_layers import resolve_exit_layers
 from ee_scale.backbone.model_folder import ModelFolder
-from ee_scale.config.schema import CalibrateConfig, EvaluateConfig
+from ee_scale.config.schema import CalibrateConfig, EvaluateConfig, ProbeConfig
 from ee_scale.data.dataset import check_tokens
 from ee_scale.data.encode import without_row
 from ee_scale.data.inputs import load_tokenizer, sources
@@ -114,7 +114,7 @@ def check_length(config: EvaluateConfig | CalibrateConfig, model: PreTrainedMode
 
 
 def read_prefixes(
-    config: EvaluateConfig | CalibrateConfig,
+    config: EvaluateConfig | CalibrateConfig | ProbeConfig,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tokenizer_dir: Path,

@@ -43,7 +43,7 @@ def expand(verb: str, arguments: Sequence[str]) -> list[Combination]:
         if key == "out" or key.startswith("launcher"):
             raise UserError(f"{arguments[i]}: cannot be swept; every combination gets its own folder below out")
     products = [list(words) for words in itertools.product(*choices)]
-    first = compose_config(verb, products[0])
+    first = _composed(verb, products[0])
     group = (
         [write_word("logging.wandb_group", Path(first.out).absolute().name)]
         if first.logging.wandb_group is None
@@ -88,9 +88,15 @@ def _choices(verb: str, word: str) -> list[str]:
 
 def _compose(verb: str, name: str, overrides: Sequence[str]) -> TrainingConfig:
     try:
-        return compose_config(verb, overrides)
+        return _composed(verb, overrides)
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
+
+
+def _composed(verb: str, overrides: Sequence[str]) -> TrainingConfig:
+    config = compose_config(verb, overrides)
+    assert isinstance(config, TrainingConfig), verb  # no other command is swept
+    return config
 
 
 def check(verb: str, combinations: Sequence[Combination], *, launched: bool) -> list[Task]:

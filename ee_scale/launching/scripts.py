@@ -155,7 +155,7 @@ def job_script(launcher: LauncherConfig, tasks: Sequence[Task], out: Path, devic
 def sbatch_options(launcher: LauncherConfig, tasks: Sequence[Task], out: Path, device: str) -> list[str]:
     """The options of the shipped script with the config's values, then the user's own."""
     found = [line.removeprefix("#SBATCH --") for line in shipped(SBATCH).splitlines() if line.startswith("#SBATCH")]
-    options = dict((*option.split("=", 1), None)[:2] for option in found)
+    options: dict[str, str | int | None] = dict(map(_name_and_value, found))
     log_name = "slurm-%A_%a.out" if len(tasks) > 1 else "slurm-%j.out"
     options |= {
         "job-name": _quoted(f"ee_scale-{out.name}"),
@@ -169,8 +169,13 @@ def sbatch_options(launcher: LauncherConfig, tasks: Sequence[Task], out: Path, d
     if len(tasks) > 1:
         options["array"] = f"0-{len(tasks) - 1}"
     options |= {name: _quoted(value) for name in ("partition", "account") if (value := getattr(launcher, name))}
-    own = dict((*option.split("=", 1), None)[:2] for option in launcher.sbatch)
+    own = dict(map(_name_and_value, launcher.sbatch))
     return [name if value is None else f"{name}={value}" for name, value in (options | own).items()]
+
+
+def _name_and_value(option: str) -> tuple[str, str | None]:
+    name, equals, value = option.partition("=")
+    return name, value if equals else None
 
 
 def _quoted(value: str) -> str:
