@@ -21,9 +21,8 @@ from ee_scale.launching.ranks import run_ranks
 from ee_scale.log import configure_logging, log
 from ee_scale.reading import Count, check_fields, read_object
 from ee_scale.training.loop import Loop
-from ee_scale.training.metrics import StepMetrics
 from ee_scale.training.recipe import Recipe
-from ee_scale.training.sinks import MetricsFile, ProgressLine, Reporter, WandbSink
+from ee_scale.training.sinks import MetricsFile, ProgressLine, Reporter, Sink, WandbSink
 from ee_scale.training.watchdog import Watchdog
 
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")  # gloo's words
@@ -121,7 +120,7 @@ def reporter(recipe: Recipe[Any, Any], grid: Grid, opened: OpenedRun, step: int)
     if grid.rank != 0:
         return Reporter([])
     logging, keyed_by = recipe.config.logging, recipe.keyed_by
-    sinks: list[Callable[[StepMetrics], None]] = [
+    sinks: list[Sink] = [
         MetricsFile(opened.out / METRICS),
         ProgressLine(recipe.plan.total_steps, step, logging.every, keyed_by, enabled=logging.progress),
     ]

@@ -75,7 +75,8 @@ class Loop:
 
     def _watch(self, engine: ObservedEngine) -> None:
         """What happens in the engine is metered, and seen by the watchdog."""
-        engine.observers += [self.watchdog, self.stream.meter]
+        meter = self.stream.meter
+        engine.observers += [self.watchdog] if meter is None else [self.watchdog, meter]
         self.stream.flops_per_token = self.run.flops_per_token
         self.stream.restart_clock()
 

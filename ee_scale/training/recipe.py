@@ -22,7 +22,7 @@ from ee_scale.training.metrics import Key, MetricsStream, StepMetrics
 
 Named = list[tuple[str, nn.Parameter]]
 ConfigType = TypeVar("ConfigType", bound=TrainingConfig)
-PlanType = TypeVar("PlanType", bound=Plan)
+PlanType = TypeVar("PlanType", bound=Plan[Any])
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,18 @@ class Run(ABC, Generic[ConfigType, PlanType]):
         flops_per_token: forward and backward, of a whole replica, in the phase that trains now.
     """
 
-    config: ConfigType
     plan: PlanType
     grid: Grid
     engine: Any
     step: int
-    flops_per_token: float
+
+    @property
+    def config(self) -> ConfigType:
+        return self.plan.config
+
+    @property
+    @abstractmethod
+    def flops_per_token(self) -> float: ...
 
     @property
     def consumed_samples(self) -> int:

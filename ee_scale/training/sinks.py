@@ -2,11 +2,11 @@
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import wandb
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -14,13 +14,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ee_scale.config.groups import LoggingConfig
 from ee_scale.errors import one_line
 from ee_scale.log import Terminal, log
-from ee_scale.training.metrics import StepMetrics
+from ee_scale.training.metrics import Key, StepMetrics
+
+
+class Sink(Protocol):
+    """Takes every step."""
+
+    def __call__(self, metrics: StepMetrics) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Reporter(AbstractContextManager):
     """Calls every sink with every step; closes them all at the end."""
 
-    def __init__(self, sinks: Sequence[Callable[[StepMetrics], None]]):
+    def __init__(self, sinks: Sequence[Sink]):
         self.sinks = sinks
 
     def __call__(self, metrics: StepMetrics) -> None:
@@ -98,13 +106,14 @@ class WandbSink:
     """
 
     def __init__(self, out: Path, logging: LoggingConfig, config: dict[str, Any], run_id: str, keyed_by: str):
-        self._run, self._keyed_by, self._repeated = None, keyed_by, None
+        self._run, self._keyed_by = None, keyed_by
+        self._repeated: int | None = None
         try:
             self._run = wandb.init(
                 project=logging.wandb_project,
                 name=logging.wandb_name or out.name,
                 group=logging.wandb_group,
-                mode=logging.wandb,
+                mode=logging.wandb,  # type: ignore[arg-type]
                 dir=str(out),
                 id=run_id,
                 resume="allow",
@@ -141,7 +150,10 @@ class WandbSink:
 
 def _series(metrics: StepMetrics, keyed_by: str) -> dict[str, float]:
     """Names of charts, grouped by what is in front of the slash."""
-    columns = metrics.values | {"grad_norm": metrics.grad_norms, "skipped": metrics.skipped}
+    columns: dict[str, Mapping[Key, float]] = metrics.values | {
+        "grad_norm": metrics.grad_norms,
+        "skipped": metrics.skipped,
+    }
     values = {f"{name}/{keyed_by}_{key}": value for name, column in columns.items() for key, value in column.items()}
     values |= {f"{name}/stage_{s}": value for name, column in metrics.stages.items() for s, value in column.items()}
     values |= {name: getattr(metrics, name) for name in ("step", "tokens", "learning_rate", "tokens_per_second")}

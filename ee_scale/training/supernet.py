@@ -109,10 +109,6 @@ class SupernetRun(Run[SupernetConfig, SupernetPlan]):
     frozen: str = ""
 
     @property
-    def config(self) -> SupernetConfig:
-        return self.plan.config
-
-    @property
     def index(self) -> int:
         """The phase whose factors train."""
         return len(self.factors) - 1
@@ -127,6 +123,7 @@ class SupernetRun(Run[SupernetConfig, SupernetPlan]):
 
     @cached_property
     def _micro_batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        assert self.data is not None  # stepped by hand without any
         return self.data.micro_batches(self.consumed_samples)
 
     def ready(self) -> SupernetEngine:
@@ -136,14 +133,19 @@ class SupernetRun(Run[SupernetConfig, SupernetPlan]):
             self.start_engine()
         if self.config.train.verify_frozen and not self.frozen:
             self.frozen = self.stage.frozen_digest()
+        return self._live_engine
+
+    @property
+    def _live_engine(self) -> SupernetEngine:
+        assert self.engine is not None  # `ready` comes before
         return self.engine
 
     def train_step(self) -> Step:
         learning_rate = self.rate.at(self.optimizer_steps)
-        self.engine.set_lr(learning_rate)
+        self._live_engine.set_lr(learning_rate)
         draws = self.plan.draws(self.space, self.index, self.step, self.trainable)
         self.roles = [role for role in ROLES if any(draw.role == role for draw in draws)]
-        losses = self.engine.train_step(self._micro_batches, draws)
+        losses = self._live_engine.train_step(self._micro_batches, draws)
         last = self.step + 1 == self.plan.phases.ends[self.index]
         if last and self.frozen:
             self._check_frozen()

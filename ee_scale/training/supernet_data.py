@@ -5,6 +5,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ee_scale.config.supernet import SupernetConfig
@@ -80,7 +81,7 @@ class Data:
         self.plan, self.grid, config = plan, grid, plan.config
         if plan.task == "classify":
             examples = _examples(sources(config.data.path)[0], config)
-            self.data = encode_labelled(plan, examples, load_tokenizer(plan.model_dir))
+            self.data: LabelledData | Dataset = encode_labelled(plan, examples, load_tokenizer(plan.model_dir))
             return
         samples = plan.total_steps * config.train.global_batch_size
         self.data = run_dataset(config.data, plan.model_dir, plan.map.config.vocab_size, samples)
@@ -95,17 +96,19 @@ class Data:
             "dp_size": grid.layout.dp,
             "consumed_samples": consumed_samples,
         }
-        if self.plan.task == "classify":
+        if isinstance(self.data, LabelledData):
             return labelled_batches(self.data, seed=config.data.seed, **common)
         return batches(self.data, num_workers=config.data.num_workers, **common)
 
     def sample(self) -> Iterator[dict[str, torch.Tensor]]:
         """The first sequences of the run in batches, the same on every rank."""
         importance = self.plan.config.importance
-        size = min(importance.batch_size, importance.samples, len(self.data))
+        size = min(importance.batch_size, importance.samples, len(self.data))  # type: ignore[arg-type]
         one = {"micro_batch_size": size, "num_micro_batches": 1, "dp_rank": 0, "dp_size": 1}
         seed = self.plan.config.data.seed
         found = (
-            labelled_batches(self.data, seed=seed, **one) if self.plan.task == "classify" else batches(self.data, **one)
+            labelled_batches(self.data, seed=seed, **one)
+            if isinstance(self.data, LabelledData)
+            else batches(self.data, **one)
         )
         return islice(found, max(1, importance.samples // size))

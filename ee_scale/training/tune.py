@@ -86,10 +86,6 @@ class TuneRun(Run[TuneConfig, TunePlan]):
     frozen: str = ""
 
     @property
-    def config(self) -> TuneConfig:
-        return self.plan.config
-
-    @property
     def flops_per_token(self) -> float:
         return self.plan.flops_per_token
 
@@ -100,6 +96,7 @@ class TuneRun(Run[TuneConfig, TunePlan]):
     @cached_property
     def _micro_batches(self) -> Iterator[dict[str, torch.Tensor]]:
         """This replica's, from where the run stands."""
+        assert self.dataset is not None  # stepped by hand without one
         return batches(
             self.dataset,
             micro_batch_size=self.config.train.micro_batch_size,
@@ -119,7 +116,7 @@ class TuneRun(Run[TuneConfig, TunePlan]):
         learning_rate = self._rate.at(self.step)
         self.engine.set_lr(learning_rate)
         self.engine.loss_weights = loss_weights_at(self.step, self.plan.loss_weights, self.config.exits)
-        losses = self.engine.train_step(self._micro_batches)
+        losses: Mapping[Any, torch.Tensor] = self.engine.train_step(self._micro_batches)
         last = self.step + 1 == self.config.train.steps
         if last and self.frozen:
             self._check_frozen()
@@ -161,9 +158,9 @@ class TuneRun(Run[TuneConfig, TunePlan]):
             named = self.stage.exit_heads[str(k)].named_parameters()
             training = [(f"exit_heads.{k}.{name}", parameter) for name, parameter in named]
             parts.append(SavedPart(exits_name(k), optimizer_name(k), training, group=ALL if together else k))
-        if together:
-            trained = self.stage.trained
-            copies = {} if self.stage.is_original else {self.stage.copied: trained[self.stage.copied]}
+        if isinstance(self.stage, JointStage):
+            trained, copied = self.stage.trained, self.stage.copied
+            copies = {} if copied is None or self.stage.is_original else {copied: trained[copied]}
             own = [(name, parameter) for name, parameter in trained.items() if name not in copies]
             file, moments = f"backbone_{self.grid.stage:03d}.safetensors", f"backbone_moments_{self.grid.stage:03d}"
             parts.append(SavedPart(file, f"{moments}.safetensors", own, copies=list(copies.items()), group=ALL))
@@ -205,7 +202,7 @@ def start_run(
     )
     tensors = model_tensors(plan.model_dir, plan.model_config)
     load_stage(stage, tensors, grid, init=config.exits.init, seed=config.train.seed)
-    if not plan.backbone.trains:
+    if not isinstance(stage, JointStage):
         return TuneRun(plan, grid, stage, FrozenPipelineEngine.build(stage, grid, config), dataset)
     copies = output_copies(plan.stages, plan.spec, plan.shape.tied_embeddings)
     stage.train_backbone(plan.backbone, copies, grid, config.train.seed)

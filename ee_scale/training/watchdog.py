@@ -73,7 +73,7 @@ class Watchdog(AbstractContextManager):
         self._every = min(5.0, timeout_seconds / 20)
         self._limit = timeout_seconds - 4 * self._every  # the collectives' own time limit would say less
         # A connection of its own: a blocking get of the main thread locks the one it uses.
-        store = (store or dist.distributed_c10d._get_default_store()).clone()
+        store = (store or dist.distributed_c10d._get_default_store()).clone()  # type: ignore[attr-defined]
         self._store = dist.PrefixStore(f"watchdog_{next(_numbers)}", store)
         self._stack: list[str] = []
         self._now = Position(0, 0, BETWEEN, time.monotonic())
@@ -210,10 +210,11 @@ def diagnose(layout: Layout, before: States, after: States, limit: float) -> str
     if silent:
         told = [f"{place(layout, rank, after[rank])} has not been heard of{_age(after[rank])}" for rank in silent]
         return _line(told, len(after))
-    busy = [rank for rank, state in after.items() if state.phase not in WAITING and state.seconds >= limit / 2]
-    left = [rank for rank, state in after.items() if state.phase == AFTER]
-    named = next((ranks for ranks in (busy, left) if 0 < len(ranks) < len(after)), None) or _behind(layout, after)
-    return _line([f"{place(layout, rank, after[rank])} hangs: {doing(after[rank])}" for rank in named], len(after))
+    heard = {rank: state for rank, state in after.items() if state is not None}  # all of them
+    busy = [rank for rank, state in heard.items() if state.phase not in WAITING and state.seconds >= limit / 2]
+    left = [rank for rank, state in heard.items() if state.phase == AFTER]
+    named = next((ranks for ranks in (busy, left) if 0 < len(ranks) < len(heard)), None) or _behind(layout, heard)
+    return _line([f"{place(layout, rank, heard[rank])} hangs: {doing(heard[rank])}" for rank in named], len(heard))
 
 
 def place(layout: Layout, rank: int, state: State | None) -> str:
@@ -228,7 +229,7 @@ def doing(state: State) -> str:
     return f"in '{state.phase}' of step {state.step} for {state.seconds:.0f} s"
 
 
-def _behind(layout: Layout, states: States) -> list[int]:
+def _behind(layout: Layout, states: dict[int, State]) -> list[int]:
     """Ranks with the fewest steps, else those that did less than others of their stage (all do the same), else all."""
     least = min(state.step for state in states.values())
     late = [rank for rank, state in states.items() if state.step == least]

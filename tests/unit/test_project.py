@@ -200,7 +200,7 @@ def test_only_their_room_names_families():
                 assert "model_type" not in compared, (path, node.lineno)
 
 
-MOST_ANY = 15  # what is passed on to another library, as it came
+MOST_ANY = 15  # what other code takes as it comes
 
 
 def test_parameters_have_types():
