@@ -65,7 +65,7 @@ def checked(config: C) -> C:
     """
     verb = next(name for name, schema in VERBS.items() if isinstance(config, schema))
     try:
-        return _finished(OmegaConf.merge(OmegaConf.structured(type(config)), _literal(asdict(config))))
+        return _finished(OmegaConf.merge(OmegaConf.structured(type(config)), _literal(asdict(cast(Any, config)))))
     except OmegaConfBaseException as error:
         raise UserError(_one_line(error, verb)) from error
 

@@ -10,8 +10,8 @@ from helpers.cli import run_cli
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ee_scale.cli import convert
 from ee_scale.cli.main import main
+from ee_scale.conversion import convert
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
