@@ -70,7 +70,7 @@ def checked(config: C) -> C:
         raise UserError(_one_line(error, verb)) from error
 
 
-def _finished(config: Any) -> Any:
+def _finished(config: DictConfig) -> Any:
     """The dataclass of what was composed, if nothing is missing and every field's rule holds."""
     if missing := sorted(OmegaConf.missing_keys(config)):
         shorthands = {path: short for short, path in PATH_SHORTHANDS.items()}

@@ -1,6 +1,6 @@
 """Loss, perplexity and agreement per exit; with `sweep`, quality against speed; per group."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -142,7 +142,11 @@ def read_tagged(
 
 
 def _points(
-    config: EvaluateConfig, model: PreTrainedModel, records: Records, calibration: Any, prompts: list[Window] | None
+    config: EvaluateConfig,
+    model: PreTrainedModel,
+    records: Records,
+    calibration: Mapping[str, Any] | None,
+    prompts: list[Window] | None,
 ) -> list[SweepPoint]:
     """The sweep, timed if there are prompts; without a sweep, what the stored limits do (if there are any)."""
     if not config.sweep:
