@@ -11,7 +11,7 @@ import yaml
 from hydra import compose, initialize, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ee_scale.config.checks import check_rules
@@ -70,7 +70,7 @@ def checked(config: C) -> C:
         raise UserError(_one_line(error, verb)) from error
 
 
-def _finished(config: DictConfig) -> Any:
+def _finished(config: DictConfig | ListConfig) -> Any:
     """The dataclass of what was composed, if nothing is missing and every field's rule holds."""
     if missing := sorted(OmegaConf.missing_keys(config)):
         shorthands = {path: short for short, path in PATH_SHORTHANDS.items()}
