@@ -133,7 +133,7 @@ class Palette:
         self.base = base_tensors(supernet.base, plan.map)
         grid = join_grid(Layout(), self.device)
         run = start_run(plan, grid, build_stage(plan, grid), self.order)
-        open_phases(run, supernet.recipe_stages - 1)
+        open_phases(run, supernet.phases - 1)
         with torch.no_grad():
             for factors in run.factors:
                 for name, parameter in factors.named.items():
