@@ -112,9 +112,11 @@ def palette(config: PaletteConfig) -> "Manifest":
         What lies in `out`: every member with its sizes, cost and quality.
     """
     config = _ready(config)
+    from ee_scale.launching.ranks import restored
     from ee_scale.palettes.make import make_palette
 
-    return make_palette(config)
+    with restored():
+        return make_palette(config)
 
 
 def export(config: ExportConfig) -> Exported:
@@ -211,10 +213,11 @@ def _train(verb: str, config: TrainingConfig) -> TrainedRun:
     from ee_scale.grid import leave_grid
     from ee_scale.launching.job import run_job
     from ee_scale.launching.multirun import last_losses
+    from ee_scale.launching.ranks import restored
     from ee_scale.training.recipe import recipe_of
 
     try:
-        with _stored(config) as words:
+        with restored(), _stored(config) as words:  # DeepSpeed leaves RANK and others, which mean a launcher
             _ended(run_job(recipe_of(verb).of(config), words), f"out={config.out}")
     finally:
         leave_grid()  # another call may want another one

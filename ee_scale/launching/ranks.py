@@ -74,7 +74,7 @@ def run_agent(arguments: Sequence[str], environment: Mapping[str, str] | None = 
 
     Raises `RunError` where the other machines of the run are gone, `Requeue` if they are after a signal.
     """
-    with _restored():
+    with restored():
         # When another machine is gone, its store's clients print C++ stacks; what follows from it is told in a line.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         from torch.distributed import run
@@ -86,7 +86,7 @@ def run_agent(arguments: Sequence[str], environment: Mapping[str, str] | None = 
 
     _quieten()
     ended = Ended()
-    with _restored(), our_agent(GRACE), passing_on(ended.signals, of_agent=True):
+    with restored(), our_agent(GRACE), passing_on(ended.signals, of_agent=True):
         os.environ.update(environment or {})
         os.environ.setdefault(*OWN_STORE)
         try:
@@ -126,7 +126,7 @@ def exit_code(ended: Ended, out: Path | None = None) -> int:
 
 
 @contextmanager
-def _restored() -> Iterator[None]:
+def restored() -> Iterator[None]:
     """What torchrun changes in a process of its own, put back: environment and signal handlers."""
     environment, handlers = dict(os.environ), {number: signal.getsignal(number) for number in HANDLED}
     try:

@@ -1,6 +1,7 @@
 """The commands as functions: the same files and numbers as those of the command line, as objects."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,8 @@ from ee_scale.config.supernet import PaletteConfig
 from ee_scale.config.tune import ExitsConfig, TuneConfig
 from ee_scale.errors import UserError
 from ee_scale.palettes.manifest import read_manifest
+
+LAUNCHERS = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"}  # of a launcher, to us and to other libraries
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +46,7 @@ def test_tune_in_this_process_and_in_ranks(tune_arguments, finished_run, tmp_pat
     config = compose_config("tune", tune_arguments[1:])
     config.out = tmp_path / "here"
     run = ee_scale.tune(config)
+    assert not LAUNCHERS & os.environ.keys()
     last = json.loads((finished_run / "metrics.jsonl").read_text().splitlines()[-1])
     assert (run.folder, run.step, run.losses) == (tmp_path / "here", 8, last["loss"])
     assert same(run.folder / "checkpoints", finished_run / "checkpoints")
@@ -60,6 +64,7 @@ def test_supernet_and_palette(supernet_arguments, supernet_run, tmp_path):
     assert same(run.folder / "checkpoints", supernet_run / "checkpoints")
     sizes = {"count": 1, "trials": 2, "seconds": 0.02, "tokens": 8, "new_tokens": 2, "device": "cpu"}
     manifest = ee_scale.palette(PaletteConfig(src=str(run.folder), out=str(tmp_path / "palette"), **sizes))
+    assert not LAUNCHERS & os.environ.keys()
     assert manifest == read_manifest(tmp_path / "palette")
     assert (tmp_path / "palette" / manifest.members[0].folder / "config.json").is_file()
 
