@@ -5,7 +5,8 @@
 
 Configs are the dataclasses of `ee_scale.config`, with the defaults, types and rules of the command line. Nothing is
 printed and no process ends; progress is shown on a terminal and in a notebook. Every function raises `UserError` (a
-ValueError, one line) for a setting or a file that cannot be meant.
+ValueError, one line) for a setting or a file that cannot be meant. They work in any thread, but a grid of ranks is
+started from the main one: Python tells no other of the signals that the ranks get.
 """
 
 import json
@@ -28,7 +29,7 @@ from ee_scale.config.schema import (
 from ee_scale.config.supernet import PaletteConfig, SupernetConfig
 from ee_scale.config.tune import TuneConfig
 from ee_scale.errors import REQUEUE, Requeue, RunError
-from ee_scale.libraries import prepare_libraries
+from ee_scale.libraries import kept_environment, prepare_libraries
 
 if TYPE_CHECKING:  # rooms are imported when they are used: after `prepare_libraries`, and only those that are needed
     from ee_scale.artifact.onnx import OnnxReport
@@ -112,10 +113,9 @@ def palette(config: PaletteConfig) -> "Manifest":
         What lies in `out`: every member with its sizes, cost and quality.
     """
     config = _ready(config)
-    from ee_scale.launching.ranks import restored
     from ee_scale.palettes.make import make_palette
 
-    with restored():
+    with kept_environment():
         return make_palette(config)
 
 
@@ -183,22 +183,21 @@ def generate(config: GenerateConfig) -> list[Generated]:
     from ee_scale.files import write_text
     from ee_scale.grid import pick_device
     from ee_scale.inference.request import checked_request
-    from ee_scale.inference.run import answer_lines, decode_here
+    from ee_scale.inference.run import answer_lines, answer_rows, decode_here
     from ee_scale.launching.ranks import run_ranks
 
     request = checked_request(config)
     size, device = config.parallel.tp * config.parallel.pp, pick_device(config.device)
     if size == 1:
-        text = answer_lines(request, decode_here(request, device))
+        rows = answer_rows(request, decode_here(request, device))
         if config.out is not None:
-            write_text(Path(config.out).expanduser(), text)
+            write_text(Path(config.out).expanduser(), answer_lines(rows))
     else:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(config.out or Path(folder, "answers.jsonl")).expanduser()
             with _stored(replace(config, out=str(path))) as words:
                 _ended(run_ranks("generate", words, size, device), "generate")
-            text = path.read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in text.split("\n") if line]
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     return [Generated(row["prompt"], row["text"], row["tokens"], row.get("exit_layers")) for row in rows]
 
 
@@ -213,11 +212,10 @@ def _train(verb: str, config: TrainingConfig) -> TrainedRun:
     from ee_scale.grid import leave_grid
     from ee_scale.launching.job import run_job
     from ee_scale.launching.multirun import last_losses
-    from ee_scale.launching.ranks import restored
     from ee_scale.training.recipe import recipe_of
 
     try:
-        with restored(), _stored(config) as words:  # DeepSpeed leaves RANK and others, which mean a launcher
+        with kept_environment(), _stored(config) as words:
             _ended(run_job(recipe_of(verb).of(config), words), f"out={config.out}")
     finally:
         leave_grid()  # another call may want another one

@@ -3,6 +3,8 @@
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def prepare_libraries(config: object = None) -> None:
@@ -18,6 +20,17 @@ def prepare_libraries(config: object = None) -> None:
     logging.getLogger("DeepSpeed").addFilter(_tells_news)
     if "cpu" in (getattr(config, "device", None), getattr(getattr(config, "parallel", None), "device", None)):
         os.environ["DS_ACCELERATOR"] = "cpu"
+
+
+@contextmanager
+def kept_environment() -> Iterator[None]:
+    """Environment variables as they were, afterwards: torchrun and DeepSpeed leave RANK and others behind."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _tells_news(record: logging.LogRecord) -> bool:

@@ -12,7 +12,7 @@ from ee_scale.evaluation.colours import PieceStreamer, legend, paint
 from ee_scale.files import write_text
 from ee_scale.grid import Layout, launch_info, pick_device, world_size_message
 from ee_scale.inference.request import Request, check_config, check_model, check_prompts
-from ee_scale.inference.run import Answers, answer_lines, decode_here, decode_on_grid
+from ee_scale.inference.run import Answers, answer_lines, answer_rows, decode_here, decode_on_grid
 from ee_scale.launching.ranks import run_ranks
 from ee_scale.log import configure_logging, visible
 
@@ -46,7 +46,7 @@ def run(config: GenerateConfig, overrides: Sequence[str]) -> int:
 def finish(request: Request, answers: Answers) -> None:
     """Write what was not streamed, then one line of numbers to stderr."""
     if not request.streams:
-        lines = answer_lines(request, answers)
+        lines = answer_lines(answer_rows(request, answers))
         if request.config.out is None:
             sys.stdout.write(_for_stdout(lines))
         else:

@@ -102,6 +102,7 @@ def verb_help(verb: str) -> None:
     out.print(f"[bold]ee-scale {verb}[/]: {schema.__doc__}\n", markup=True)
     for example in EXAMPLES[verb]:
         out.print(f"  {example}", highlight=False)
+    out.print(f"\n--config FILE in place of all settings: a run's config.yaml, or what ee-scale {verb} --cfg printed.")
     if has_groups(verb):
         out.print("\nReady-made groups (choose with group=option):")
         for group, options in group_options(verb).items():

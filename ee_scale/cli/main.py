@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ee_scale.cli.help import overview, prefix_help, verb_help
-from ee_scale.config.compose import compose_config, read_config, to_yaml
+from ee_scale.config.compose import compose_config, stored_config, to_yaml
 from ee_scale.config.schema import PREFIXES, RECIPES, VERBS, Config
 from ee_scale.errors import BAD_INPUT, FAILED, REQUEUE, Requeue, RunError, UserError
 from ee_scale.launching.signals import STOPPING
@@ -107,7 +107,7 @@ def _given_config(verb: str, words: Sequence[str]) -> Config:
         return compose_config(verb, words)
     if len(words) != 2:
         raise UserError("--config: give one file, and no other setting beside it")
-    return read_config(verb, Path(words[1]))
+    return stored_config(VERBS[verb], Path(words[1]), f"--config {words[1]}: not the config of ee-scale {verb}")
 
 
 def _take_cfg_flag(arguments: list[str]) -> bool:

@@ -4,18 +4,14 @@ from rich.table import Table
 
 from ee_scale.backbone.shard import takes_tensor_parallel
 from ee_scale.cli.console import console
-from ee_scale.families.build import AUTO_CLASS
 from ee_scale.families.registry import FAMILIES
 
 COLUMNS = {
-    "tune": lambda family: family.is_decoder,
+    "tune, generate": lambda family: family.is_decoder,
     "with tp": takes_tensor_parallel,
-    "generate": lambda family: family.is_decoder,
-    "lossless": lambda family: family.is_decoder,
     "supernet, palette": lambda family: family.elastic is not None,
     "Megatron": lambda family: family.megatron is not None,
     "EE-LLM's exits": lambda family: family.megatron is not None and family.megatron.in_ee_llm,
-    "ONNX": lambda family: family.task in AUTO_CLASS,
 }
 
 

@@ -174,12 +174,12 @@ def from_yaml(schema: type[C], text: str) -> C:
     return cast(C, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), _literal(values))))
 
 
-def read_config(verb: str, path: Path) -> Config:
-    """The config of `verb` that `to_yaml` wrote to a file. Raises `UserError`."""
+def stored_config(schema: type[C], path: Path, otherwise: str) -> C:
+    """What `to_yaml` wrote to a file, within the rules. Raises `UserError` that begins with `otherwise`."""
     try:
-        return checked(from_yaml(VERBS[verb], path.read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: no config of {verb} ({one_line(error)})") from error
+        return checked(from_yaml(schema, path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{otherwise} ({one_line(error)})") from error
 
 
 def with_value(config: C, key: str, value: object) -> C:

@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ee_scale.backbone.hub import find_model
 from ee_scale.data.corpora import python_documents
 from ee_scale.data.text import cache_root
 from ee_scale.errors import UserError
@@ -55,6 +56,11 @@ def made_of(*parts: object) -> str:
     """Eight letters for a cached folder's name: they change with what a model is made of, and with who makes it."""
     makers = [version(name) for name in ("torch", "transformers", "tokenizers")]
     return hashlib.sha256(json.dumps([*makers, *parts]).encode("utf-8", "replace")).hexdigest()[:8]
+
+
+def training_model(path: str) -> Path:
+    """The folder of `model.path`: `tiny`, or what `find_model` finds. Raises `UserError`."""
+    return tiny_model() if path == TINY else find_model(path)
 
 
 def tiny_model(cache_dir: Path | str | None = None) -> Path:

@@ -16,8 +16,6 @@ from ee_scale.elastic.stage import ElasticStage
 from ee_scale.elastic.subnet import SubnetSpec
 from ee_scale.families.family import HEAD_DIM, SHARDED, VOCAB
 
-TARGETS = ("attention", "mlp", "embeddings", "head")
-
 
 class FactorPlan:
     """The tensors that a phase trains, over the whole model, by (module, leaf): arithmetic only."""

@@ -86,7 +86,6 @@ EMBEDDING = Row(
 )
 FINAL_NORM = Row(("model.norm.weight",), "decoder.final_layernorm.weight", "encoder.final_norm.weight", Rule.WHOLE)
 HEAD = Row(("lm_head.weight",), "output_layer.weight", "output_layer.weight", Rule.VOCAB)
-MLP = tuple(row for row in LAYER if row.hf[0].startswith("mlp."))
 
 # Modules whose checkpoints carry an entry for Transformer Engine's extra state (None without it).
 EXTRA_STATE = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")

@@ -44,16 +44,19 @@ class Answers:
                 self.stats[name] = self.stats.get(name, 0) + stats[name]
 
 
-def answer_lines(request: Request, answers: Answers) -> str:
-    """A JSON object per prompt, each in a line."""
-    lines = []
+def answer_rows(request: Request, answers: Answers) -> list[dict[str, Any]]:
+    """What is said of each prompt: the prompt, text and number of tokens; with a policy, the layer of each token."""
+    rows = []
     for text, tokens, layers in zip(request.texts, answers.tokens, answers.layers, strict=True):
         said = request.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        line = {"prompt": text, "text": said, "tokens": len(tokens)}
-        if request.config.policy != "off":
-            line["exit_layers"] = layers
-        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    return "".join(lines)
+        row = {"prompt": text, "text": said, "tokens": len(tokens)}
+        rows.append(row if request.config.policy == "off" else row | {"exit_layers": layers})
+    return rows
+
+
+def answer_lines(rows: Sequence[dict[str, Any]]) -> str:
+    """A JSON object in each line."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def decode_here(request: Request, device: torch.device, streamer: BaseStreamer | None = None) -> Answers:

@@ -13,10 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import TYPE_CHECKING
 
 from ee_scale.errors import BAD_INPUT, FAILED, REQUEUE, STOPPED, Requeue, RunError, UserError
 from ee_scale.launching.signals import passing_on
+from ee_scale.libraries import kept_environment
 from ee_scale.log import spelled
 from ee_scale.reading import Count, check_fields, read_object
 
@@ -52,10 +54,12 @@ def run_ranks(
     """Run a command in `world_size` ranks on this machine; returns the exit code.
 
     out: folder whose stopped.json tells why a run left; max_restarts: times that all ranks start again after one died.
-    Raises `UserError` for too few GPUs, `RunError` and `Requeue` as the ranks ended.
+    Raises `UserError` for too few GPUs and outside the main thread, `RunError` and `Requeue` as the ranks ended.
     """
     import torch
 
+    if current_thread() is not main_thread():
+        raise UserError(f"{world_size} ranks: signals are passed on to them, which needs Python's main thread")
     if device.type == "cuda" and world_size > torch.cuda.device_count():
         raise UserError(
             f"the grid needs {world_size} GPUs and this node has {torch.cuda.device_count()}; "
@@ -128,12 +132,11 @@ def exit_code(ended: Ended, out: Path | None = None) -> int:
 @contextmanager
 def restored() -> Iterator[None]:
     """What torchrun changes in a process of its own, put back: environment and signal handlers."""
-    environment, handlers = dict(os.environ), {number: signal.getsignal(number) for number in HANDLED}
+    handlers = {number: signal.getsignal(number) for number in HANDLED}
     try:
-        yield
+        with kept_environment():
+            yield
     finally:
-        os.environ.clear()
-        os.environ.update(environment)
         for number, handler in handlers.items():
             signal.signal(number, handler)
 

@@ -5,12 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from ee_scale.artifact.run_folder import CONFIG
 from ee_scale.backbone.model_folder import ModelFolder
-from ee_scale.config.compose import from_yaml
+from ee_scale.config.compose import stored_config
 from ee_scale.config.groups import ParallelConfig
 from ee_scale.config.supernet import PaletteConfig, SupernetConfig
 from ee_scale.data.dataset import check_tokens
@@ -22,7 +20,7 @@ from ee_scale.elastic.extract import is_tied
 from ee_scale.elastic.order import UnitOrder
 from ee_scale.elastic.stage import base_tensors
 from ee_scale.elastic.subnet import SearchSpace, SubnetSpec
-from ee_scale.errors import UserError, one_line
+from ee_scale.errors import UserError
 from ee_scale.files import new_folder, remove_folder
 from ee_scale.grid import Layout, join_grid, pick_device
 from ee_scale.palettes.cut_out import TrainedSupernet, read_supernet, subnet_model, write_subnet
@@ -74,10 +72,7 @@ def limits_of(config: PaletteConfig) -> dict[str, float]:
 
 def stored_plan(src: Path, supernet: TrainedSupernet, config: PaletteConfig) -> SupernetPlan:
     """The run's own plan, in one process on this device."""
-    try:
-        stored = from_yaml(SupernetConfig, (src / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{src / CONFIG}: not the config of a supernet run ({one_line(error)})") from error
+    stored = stored_config(SupernetConfig, src / CONFIG, f"{src / CONFIG}: not the config of a supernet run")
     stored = replace(
         stored,
         space=replace(stored.space, depth_parts=supernet.identity["parts"]),

@@ -18,6 +18,7 @@ from ee_scale.config.schema import RECIPES, TrainingConfig
 from ee_scale.engine.observed import ObservedEngine
 from ee_scale.grid import Grid
 from ee_scale.planning.estimates import Plan
+from ee_scale.training.meter import StageMeter, peak_flops
 from ee_scale.training.metrics import Key, MetricsStream, StepMetrics
 
 Named = list[tuple[str, nn.Parameter]]
@@ -96,6 +97,22 @@ class Run(ABC, Generic[ConfigType, PlanType]):
     def metrics_stream(self) -> MetricsStream:
         """Where losses are collected, and how well the devices are used."""
 
+    def _stream(
+        self, keys: Sequence[Key], measures: Sequence[str], *, norm_keys: Sequence[Key], width: int, dtype: torch.dtype
+    ) -> MetricsStream:
+        """A stream of `measures` for each of `keys`. width, dtype: of the matrices that the device's peak is for."""
+        config, grid = self.config, self.grid
+        peak = config.logging.peak_tflops
+        return MetricsStream(
+            grid,
+            keys,
+            config.train.global_batch_size * config.data.seq_length,
+            measures,
+            meter=StageMeter(grid.device),
+            norm_keys=norm_keys,
+            peak_flops=peak_flops(grid.device, peak, width, dtype) if grid.rank == 0 else None,
+        )
+
     def shown(self, metrics: StepMetrics) -> StepMetrics:
         """What a person is told of a step."""
         return metrics
@@ -124,6 +141,13 @@ class Run(ABC, Generic[ConfigType, PlanType]):
     @abstractmethod
     def local(self, name: str, parameter: nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
         """This rank's part of a whole tensor."""
+
+
+def check_frozen(before: str, after: str, stage: int) -> str:
+    """Compare two digests of what is frozen in a stage; the start of it. Raises RuntimeError if they differ."""
+    if after != before:
+        raise RuntimeError(f"a frozen tensor of stage {stage} changed: {before[:12]} -> {after[:12]}")
+    return after[:12]
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import signal
 from collections import deque
 from dataclasses import dataclass
 from math import ceil
+from threading import current_thread, main_thread
 from types import FrameType
 from typing import Any
 
@@ -23,7 +24,9 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def install(self) -> None:
-        """From now on those signals only set a flag."""
+        """From now on those signals only set a flag. Python tells the main thread alone of them."""
+        if current_thread() is not main_thread():
+            return
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
 
     def restore(self) -> None:

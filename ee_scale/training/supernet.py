@@ -9,10 +9,9 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from ee_scale.backbone.hub import find_model
 from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.config.supernet import SupernetConfig
-from ee_scale.data.builtin import TINY, tiny_model
+from ee_scale.data.builtin import training_model
 from ee_scale.elastic.factors import FactorSet
 from ee_scale.elastic.importance import measure_order
 from ee_scale.elastic.order import UnitOrder
@@ -27,9 +26,8 @@ from ee_scale.grid import Grid
 from ee_scale.log import log
 from ee_scale.planning.estimates import uses_bf16
 from ee_scale.planning.supernet import SupernetPlan, phase_rows, plan_supernet, task_of
-from ee_scale.training.meter import StageMeter, peak_flops
 from ee_scale.training.metrics import MetricsStream, StepMetrics
-from ee_scale.training.recipe import Named, Recipe, Run, SavedPart, Step, Words
+from ee_scale.training.recipe import Named, Recipe, Run, SavedPart, Step, Words, check_frozen
 from ee_scale.training.schedules import LearningRate
 from ee_scale.training.supernet_data import Data, prepare_data, read_labels
 
@@ -48,7 +46,7 @@ class Supernet(Recipe[SupernetConfig, SupernetPlan]):
 
     @classmethod
     def of(cls, config: SupernetConfig) -> Self:
-        folder = tiny_model() if config.model.path == TINY else find_model(config.model.path)
+        folder = training_model(config.model.path)
         model_config, labels = ModelFolder(folder).config, []
         if task_of(config, model_config) == "classify":
             labels = read_labels(config)
@@ -148,15 +146,10 @@ class SupernetRun(Run[SupernetConfig, SupernetPlan]):
         losses = self._live_engine.train_step(self._micro_batches, draws)
         last = self.step + 1 == self.plan.phases.ends[self.index]
         if last and self.frozen:
-            self._check_frozen()
+            digest = check_frozen(self.frozen, self.stage.frozen_digest(), self.grid.stage)
+            name = self.plan.phases[self.index].name
+            log.info("stage '%s' done; backbone unchanged (digest %s)", name, digest)
         return Step(learning_rate, dict(zip(ROLES, losses, strict=True)), last)
-
-    def _check_frozen(self) -> None:
-        before, after = self.frozen, self.stage.frozen_digest()
-        if after != before:
-            raise RuntimeError(f"a frozen tensor of stage {self.grid.stage} changed: {before[:12]} -> {after[:12]}")
-        name = self.plan.phases[self.index].name
-        log.info("stage '%s' done; backbone unchanged (digest %s)", name, after[:12])
 
     def start_engine(self) -> None:
         """Of the last opened phase. What the frozen teacher consists of is merged into the backbone."""
@@ -181,17 +174,8 @@ class SupernetRun(Run[SupernetConfig, SupernetPlan]):
 
     def metrics_stream(self) -> MetricsStream:
         """Losses by role of the subnet."""
-        config, grid = self.config, self.grid
-        width, peak = self.plan.map.shape.hidden, config.logging.peak_tflops
-        return MetricsStream(
-            grid,
-            ROLES,
-            config.train.global_batch_size * config.data.seq_length,
-            MEASURES,
-            meter=StageMeter(grid.device),
-            norm_keys=[TOGETHER],
-            peak_flops=peak_flops(grid.device, peak, width, self.stage.dtype) if grid.rank == 0 else None,
-        )
+        width = self.plan.map.shape.hidden
+        return self._stream(ROLES, MEASURES, norm_keys=[TOGETHER], width=width, dtype=self.stage.dtype)
 
     def shown(self, metrics: StepMetrics) -> StepMetrics:
         return metrics.only(self.roles)

@@ -10,11 +10,10 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from ee_scale.backbone.hub import find_model
 from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.backbone.shard import model_tensors
 from ee_scale.config.tune import TuneConfig
-from ee_scale.data.builtin import TINY, tiny_model
+from ee_scale.data.builtin import training_model
 from ee_scale.data.inputs import check_run_text, run_dataset
 from ee_scale.data.loader import batches
 from ee_scale.engine.clipping import ALL, TOGETHER
@@ -26,9 +25,8 @@ from ee_scale.grid import Grid
 from ee_scale.log import log
 from ee_scale.planning.estimates import uses_bf16
 from ee_scale.planning.tune import TunePlan, plan_tune
-from ee_scale.training.meter import StageMeter, peak_flops
 from ee_scale.training.metrics import MetricsStream
-from ee_scale.training.recipe import Recipe, Run, SavedPart, Step, Words
+from ee_scale.training.recipe import Recipe, Run, SavedPart, Step, Words, check_frozen
 from ee_scale.training.schedules import LearningRate, loss_weights_at
 
 
@@ -40,7 +38,7 @@ class Tune(Recipe[TuneConfig, TunePlan]):
 
     @classmethod
     def of(cls, config: TuneConfig) -> Self:
-        folder = tiny_model() if config.model.path == TINY else find_model(config.model.path)
+        folder = training_model(config.model.path)
         plan = plan_tune(config, folder, ModelFolder(folder).decoder_config)
         model_tensors(folder, plan.model_config)  # weights that do not fit are said now, not by a rank
         return cls(plan)
@@ -119,28 +117,19 @@ class TuneRun(Run[TuneConfig, TunePlan]):
         losses: Mapping[Any, torch.Tensor] = self.engine.train_step(self._micro_batches)
         last = self.step + 1 == self.config.train.steps
         if last and self.frozen:
-            self._check_frozen()
+            digest = check_frozen(self.frozen, self.stage.frozen_digest(), self.grid.stage)
+            log.info("backbone unchanged (digest %s)", digest)
         return Step(learning_rate, losses, last)
-
-    def _check_frozen(self) -> None:
-        before, after = self.frozen, self.stage.frozen_digest()
-        if after != before:
-            raise RuntimeError(f"the frozen backbone of stage {self.grid.stage} changed: {before[:12]} -> {after[:12]}")
-        log.info("backbone unchanged (digest %s)", after[:12])
 
     def metrics_stream(self) -> MetricsStream:
         """Losses by exit, and of the model itself if it trains."""
-        config, plan, grid = self.config, self.plan, self.grid
-        layers, dtype = list(plan.spec.layers), next(self.stage.backbone.parameters()).dtype
-        peak = config.logging.peak_tflops
-        return MetricsStream(
-            grid,
-            [*layers, FINAL] if plan.backbone.trains else layers,
-            config.train.global_batch_size * config.data.seq_length,
-            ("loss", "kl") if config.exits.kl_weight > 0 else ("loss",),
-            meter=StageMeter(grid.device),
-            norm_keys=[TOGETHER] if plan.backbone.trains else layers,
-            peak_flops=peak_flops(grid.device, peak, plan.shape.hidden_size, dtype) if grid.rank == 0 else None,
+        layers, together = list(self.plan.spec.layers), self.plan.backbone.trains
+        return self._stream(
+            [*layers, FINAL] if together else layers,
+            ("loss", "kl") if self.config.exits.kl_weight > 0 else ("loss",),
+            norm_keys=[TOGETHER] if together else layers,
+            width=self.plan.shape.hidden_size,
+            dtype=next(self.stage.backbone.parameters()).dtype,
         )
 
     def facts(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,18 @@ def test_tune_in_this_process_and_in_ranks(tune_arguments, finished_run, tmp_pat
     run = ee_scale.tune(config)
     assert same(run.folder / "checkpoints", finished_run / "checkpoints")
     assert capfd.readouterr().out == ""
+
+
+def test_tune_outside_the_main_thread(tune_arguments, finished_run, tmp_path):
+    """Python tells no other thread of signals: one rank trains without, several are refused before they start."""
+    config = compose_config("tune", tune_arguments[1:])
+    config.out = tmp_path / "here"
+    with ThreadPoolExecutor() as pool:
+        run = pool.submit(ee_scale.tune, config).result()
+        assert same(run.folder / "checkpoints", finished_run / "checkpoints")
+        config.out, config.parallel.pp = tmp_path / "ranks", 2
+        with pytest.raises(UserError, match=r"^2 ranks: .* main thread"):
+            pool.submit(ee_scale.tune, config).result()
 
 
 def test_supernet_and_palette(supernet_arguments, supernet_run, tmp_path):

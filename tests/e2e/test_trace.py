@@ -100,7 +100,7 @@ def test_the_profiles_name_the_instructions(traced):
         assert any(event["name"] == "aten::mm" for event in events)
 
 
-def test_a_supernet_is_traced_in_its_last_recipe_stage(supernet_arguments, tmp_path):
+def test_a_supernet_is_traced_in_its_last_phase(supernet_arguments, tmp_path):
     options = ["parallel.dp=2", "logging.trace_after=0", "logging.trace_steps=1"]
     finished = run_cli(["trace", *supernet_arguments, "out=run", *options], tmp_path, world_size=2)
     assert finished.codes == [0, 0], finished.outputs

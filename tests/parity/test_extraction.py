@@ -21,7 +21,7 @@ from ee_scale.backbone.loading import read_config
 from ee_scale.backbone.stages import plan_stages
 from ee_scale.config.supernet import FactorsConfig
 from ee_scale.elastic.architecture import ElasticMap
-from ee_scale.elastic.factors import TARGETS, FactorPlan, FactorSet
+from ee_scale.elastic.factors import FactorPlan, FactorSet
 from ee_scale.elastic.order import UnitOrder
 from ee_scale.elastic.stage import ElasticStage, base_tensors
 from ee_scale.elastic.subnet import SubnetSpec
@@ -33,7 +33,8 @@ from ee_scale.palettes.cut_out import TrainedSupernet, subnet_model, write_subne
 TOLERANCE = 1e-5
 SLIDING, FULL = "sliding_attention", "full_attention"
 Factors = tuple[FactorsConfig, int]  # the group, and the rank
-ALL = (FactorsConfig(list(TARGETS)), 3)
+TARGETS = ["attention", "mlp", "embeddings", "head"]
+ALL = (FactorsConfig(TARGETS), 3)
 BODY = (FactorsConfig(["attention", "mlp"]), 3)
 # name -> (family, changes of its config, what trains)
 CASES: dict[str, tuple[str, dict[str, Any], Factors]] = {
@@ -41,7 +42,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Factors]] = {
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}, ALL),
     "llama-tied": ("llama", {"tie_word_embeddings": True}, BODY),
     "llama-untied-by-training": ("llama", {"tie_word_embeddings": True}, ALL),
-    "llama-whole": ("llama", {}, (FactorsConfig(list(TARGETS)), 0)),
+    "llama-whole": ("llama", {}, (FactorsConfig(TARGETS), 0)),
     "mistral": ("mistral", {}, BODY),
     "qwen2": ("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}, ALL),
     "qwen3": (
@@ -50,7 +51,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Factors]] = {
         ALL,
     ),
     "bert": ("bert", {}, ALL),
-    "bert-whole": ("bert", {}, (FactorsConfig(list(TARGETS), vectors=False), 0)),
+    "bert-whole": ("bert", {}, (FactorsConfig(TARGETS, vectors=False), 0)),
 }
 DECODERS = [name for name in CASES if not name.startswith("bert")]
 EVERY = (0, 1, 2, 3)

@@ -133,6 +133,7 @@ def test_every_setting_has_a_help_line_and_shows_it(capsys):
     for verb, schema in VERBS.items():
         assert main([verb, "--help"]) == 0
         shown = "".join(capsys.readouterr().out.split())
+        assert "--configFILE" in shown
         for key in known_keys(schema):
             group = schema.__dataclass_fields__.get(key)
             if group is None or "help" in group.metadata:
