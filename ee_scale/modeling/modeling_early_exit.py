@@ -167,18 +167,23 @@ def kind_file(spec: ExitSpec | None = None) -> Path:
 def copy_code(spec: ExitSpec, folder: Path) -> None:
     """Put the code of these exits into a folder whose config has their `auto_map`.
 
-    Raises ValueError if their kind comes from a file that is called like one of those that are always there.
+    Raises ValueError if their kind comes from a file that is called like one of those that are always there, or lies in
+    this folder itself.
     """
-    for path in code_files():
+    home, always = kind_file(spec), code_files()
+    own = folder / home.name
+    if home not in always:
+        if home.name in {path.name for path in always}:
+            raise ValueError(f"{home}: exported folders have a file of this name; give this one another")
+        if own.exists() and own.samefile(home):
+            raise ValueError(f"{home}: would be written over by the copy that goes with the model; save it elsewhere")
+    for path in always:
         shutil.copyfile(path, folder / path.name)
-    home = kind_file(spec)
-    if home in code_files():
+    if home in always:
         return
-    if (folder / home.name).exists():
-        raise ValueError(f"{home}: exported folders have a file of this name; give the exit kind's file another one")
-    text = re.sub(r"^from ee_scale\.modeling\.", "from .", home.read_text(), flags=re.MULTILINE)
+    text = re.sub(r"^from ee_scale\.modeling\.", "from .", home.read_text(encoding="utf-8"), flags=re.MULTILINE)
     opener = f"from .modeling_early_exit import {EarlyExitForCausalLM.__name__}  # noqa: E402, F401\n"
-    (folder / home.name).write_text(f"{text}\n{opener}")
+    own.write_text(f"{text}\n{opener}", encoding="utf-8")
 
 
 def early_exit_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM
 
 import ee_scale
 from ee_scale.cli.main import main
+from ee_scale.modeling import modeling_early_exit
+from ee_scale.modeling.heads import ExitSpec
 from ee_scale.modeling.kinds import KINDS, ExitKind, register
 
 PREVIOUS = "helpers.previous_layer"
@@ -99,6 +101,27 @@ def test_its_folder_opens_without_the_package(folder: Path, model: torch.nn.Modu
     found = torch.load(tmp_path / "logits.pt")
     for k, logits in model(IDS).exit_logits.items():
         torch.testing.assert_close(found[k], logits)
+
+
+def test_it_is_saved_again_into_its_folder(folder: Path, model: torch.nn.Module, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    (tmp_path / "previous_layer.py").write_text("an older one")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "previous_layer.py").read_bytes() == (folder / "model" / "previous_layer.py").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "saved", "message"),
+    [("decode.py", "out", "exported folders have a file of this name"), ("mine.py", ".", "would be written over")],
+)
+def test_its_file_cannot_be_mistaken(tmp_path: Path, monkeypatch, name: str, saved: str, message: str) -> None:
+    home = tmp_path / name
+    home.write_text("# mine")
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(modeling_early_exit, "kind_file", lambda spec: home)
+    with pytest.raises(ValueError, match=message):
+        modeling_early_exit.copy_code(ExitSpec((2,), "previous"), tmp_path / saved)
+    assert (home.read_text(), list((tmp_path / "out").iterdir())) == ("# mine", [])
 
 
 def test_a_process_that_does_not_know_it_refuses_its_folder(folder: Path, tmp_path: Path) -> None:
