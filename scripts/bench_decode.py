@@ -28,8 +28,9 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 from ee_scale import EarlyExitForCausalLM
-from ee_scale.evaluation.cost_model import Costs, acceptance_of, best_draft_length, lossless_speedup, threshold_speedup
+from ee_scale.evaluation.cost_model import acceptance_of, threshold_speedup
 from ee_scale.evaluation.timing import measure_parts
+from ee_scale.modeling.costs import Costs, best_draft_length, lossless_speedup
 from ee_scale.modeling.policies import CALIBRATION_KEY, score
 
 REFERENCE = "transformers generate"

@@ -1,71 +1,14 @@
-"""What early exits can gain on a machine whose layer and head times are known. Pure arithmetic, no torch.
+"""What early exits can gain on a machine whose layer and head times are known: bounds, needs, leaving early. No torch.
 
-Notation: L layers, an exit after k of them, a draft of `gamma` tokens, `acceptance` the chance that one drafted token
-is accepted. Speed is relative to ordinary decoding, one token per pass through L layers and the final head.
+The notation is that of `modeling.costs`.
 """
 
-from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
-MAX_DRAFT = 12  # of a decoding cycle, as in ExitPolicy
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Times in one unit, whichever it is (seconds, or layers).
-
-    Attributes:
-        layer: rows -> time of one decoder layer on that many positions of one sequence; 1 must be among them. Between
-            the rows given, time is taken as linear; past the last one it grows as between the last two.
-        head: the same for the final norm and head.
-        checks: exit -> time of reading that exit on one position: its modules, its head, the decision.
-    """
-
-    num_layers: int
-    layer: Mapping[int, float]
-    head: Mapping[int, float]
-    checks: Mapping[int, float]
-
-    def layers(self, count: int, rows: float = 1) -> float:
-        """Time of `count` layers on `rows` positions."""
-        return count * _interpolated(self.layer, rows)
-
-    def final_head(self, rows: float = 1) -> float:
-        """Time of the final head on `rows` positions."""
-        return _interpolated(self.head, rows)
-
-    @property
-    def step(self) -> float:
-        """Time of one ordinary token: every layer and the final head."""
-        return self.layers(self.num_layers) + self.final_head()
-
-    @property
-    def head_layers(self) -> float:
-        """The final head's time in layers."""
-        return self.final_head() / self.layers(1)
-
-    def draft_cost(self, k: int) -> float:
-        """c: one draft token at exit k, as a share of an ordinary token."""
-        return (self.layers(k) + self.checks[k]) / self.step
-
-    def cycle(self, k: int, gamma: int) -> float:
-        """Time of drafting `gamma` tokens at exit k and verifying them.
-
-        Early layers run once more than drafts are read (on the last draft), and verification goes on from there:
-        (gamma + 1) k layers on one row, (L - k) layers and the final head on gamma + 1 rows.
-        """
-        rows = gamma + 1
-        draft = self.layers(k * rows) + gamma * self.checks[k]
-        return draft + self.layers(self.num_layers - k, rows) + self.final_head(rows)
-
-
-def expected_tokens(acceptance: float, gamma: int) -> float:
-    """Tokens per cycle, 1 + a + ... + a^gamma, when each draft is accepted independently (arXiv 2211.17192)."""
-    return sum(acceptance**i for i in range(gamma + 1))
+from ee_scale.modeling.costs import MAX_DRAFT, Costs, best_draft_length, expected_tokens
 
 
 def acceptance_of(tokens_per_cycle: float, gamma: int) -> float:
@@ -79,18 +22,6 @@ def acceptance_of(tokens_per_cycle: float, gamma: int) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if expected_tokens(middle, gamma) < tokens_per_cycle else (low, middle)
     return high
-
-
-def lossless_speedup(costs: Costs, k: int, acceptance: float, gamma: int) -> float:
-    """Speed of self-speculation with a fixed draft length; gamma = 0 is ordinary decoding."""
-    return expected_tokens(acceptance, gamma) * costs.step / costs.cycle(k, gamma)
-
-
-def best_draft_length(costs: Costs, k: int, acceptance: float, longest: int = MAX_DRAFT) -> tuple[int, float]:
-    """The draft length with the highest speed, and that speed (at least 1: gamma = 0 never loses)."""
-    speeds = [lossless_speedup(costs, k, acceptance, gamma) for gamma in range(longest + 1)]
-    gamma = max(range(longest + 1), key=lambda g: (round(speeds[g], 12), -g))
-    return gamma, speeds[gamma]
 
 
 def ideal_stop_speedup(
@@ -167,17 +98,6 @@ def _time_per_token(costs: Costs, going: float, max_pending: int) -> float:
         time, rows = time + chance * costs.layers(1, gap), rows + chance * gap
         waiting -= chance
     return time / rows
-
-
-def _interpolated(times: Mapping[int, float], rows: float) -> float:
-    known = sorted(times)
-    if rows in times or len(known) == 1:
-        return times[rows] if rows in times else times[known[0]]
-    right = min(max(bisect_left(known, rows), 1), len(known) - 1)
-    a, b = known[right - 1], known[right]
-    slope = (times[b] - times[a]) / (b - a)
-    # Noise must not make more rows cheaper past the last measurement.
-    return times[b] + max(slope, 0.0) * (rows - b) if rows > b else times[a] + slope * (rows - a)
 
 
 def flat_costs(num_layers: int, head: float, check: float, more_rows: float = 1.0) -> Costs:

@@ -9,18 +9,12 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from ee_scale.evaluation.cost_model import (
-    Costs,
-    best_draft_length,
-    ideal_stop_speedup,
-    needed_acceptance,
-    threshold_speedup,
-    upper_bound,
-)
+from ee_scale.evaluation.cost_model import ideal_stop_speedup, needed_acceptance, threshold_speedup, upper_bound
 from ee_scale.evaluation.probe import Reading
 from ee_scale.evaluation.timing import PartTimes
 from ee_scale.files import write_text
 from ee_scale.log import titled_table
+from ee_scale.modeling.costs import Costs, best_draft_length
 
 TEXTS = ("text", "greedy", "sampled")
 WORTH_IT, SMALL_GAIN = 1.3, 1.1

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from ee_scale.evaluation.cost_model import Costs
+from ee_scale.modeling.costs import Costs
 from ee_scale.modeling.kinds import Tap
 from ee_scale.modeling.policies import score
 from ee_scale.modeling.versions import CACHE

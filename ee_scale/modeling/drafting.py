@@ -1,12 +1,12 @@
 """How far to draft, and from which exit: expected tokens per second from measured costs.
 
-Cost of a cycle with exit k and g drafts (Algorithm A of `speculate`), in seconds:
-    (g + 1) k layer + g check + (L - k) layer (1 + slope g) + tail
-with expected tokens (1 - a^(g+1)) / (1 - a) at acceptance a (Leviathan et al., arXiv 2211.17192; choosing the exit by
-this ratio follows DEL, arXiv 2504.05598, with seconds in place of layer counts).
+What a cycle costs and brings is in `costs`; choosing the exit by the ratio of both follows DEL (arXiv 2504.05598), with
+seconds in place of layer counts.
 """
 
 from collections.abc import Sequence
+
+from .costs import Costs, expected_tokens
 
 BINS = 10
 PRIOR = (9.0, 3.0)  # accepted, rejected: counts that every exit starts from, and decays back to
@@ -49,22 +49,22 @@ class Drafting:
         good, seen = self.bins[k][_bin(confidence)]
         return (good + 2 * (confidence + self.acceptance(k)) / 2) / (seen + 2)
 
-    def cycle_cost(self, k: int, drafts: int) -> float:
-        """Seconds of a cycle."""
-        late = (self.num_layers - k) * self.layer * (1 + self.slope * drafts)
-        return (drafts + 1) * k * self.layer + drafts * self.check + late + self.tail
+    @property
+    def costs(self) -> Costs:
+        """Seconds, as measured so far: one more row adds a fixed share to a layer, and everything else is one tail."""
+        layer = {1: self.layer, 2: self.layer * (1 + self.slope)}
+        return Costs(self.num_layers, layer, {1: self.tail}, dict.fromkeys(self.layers, self.check))
 
     def promise(self, k: int) -> float:
         """Best expected tokens per second with exit k at a fixed length."""
-        a, best = min(self.acceptance(k), 0.999), 0.0
-        for drafts in range(self.max_draft + 1):
-            best = max(best, (1 - a ** (drafts + 1)) / (1 - a) / self.cycle_cost(k, drafts))
-        return best
+        costs, a = self.costs, min(self.acceptance(k), 0.999)
+        return max(expected_tokens(a, drafts) / costs.cycle(k, drafts) for drafts in range(self.max_draft + 1))
 
     def start(self) -> int:
         """The exit of the next cycle."""
-        best = max(self.layers, key=self.promise)
-        if self.promise(best) > SWITCH * self.promise(self.current):
+        promises = {k: self.promise(k) for k in self.layers}
+        best = max(self.layers, key=promises.__getitem__)
+        if promises[best] > SWITCH * promises[self.current]:
             self.current = best
         return self.current
 
@@ -85,7 +85,8 @@ class Drafting:
             return False  # one at a time until one was right
         if drafted == 0 and (self.cycles < TRIALS or self.cycles % EVERY == 0):
             return True
-        extra = k * self.layer + self.check + self.slope * (self.num_layers - k) * self.layer
+        costs = self.costs
+        extra = costs.cycle(k, drafted + 1) - costs.cycle(k, drafted)
         rate = len(chances) * (self.rate if self.measured else self.promise(k))
         return sum(chances) * self.acceptance(k) > rate * extra
 

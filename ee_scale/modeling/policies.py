@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from .costs import MAX_DRAFT
 from .policy_names import POLICIES
 
-MAX_DRAFT = 12  # drafts per pass, where their number is not fixed
 LARGEST_LIMIT, LARGEST_ID = 1e30, 1 << 31
 CALIBRATION_KEY = "early_exit_calibration"  # in generation_config.json
 

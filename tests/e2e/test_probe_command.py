@@ -5,7 +5,8 @@ import json
 import pytest
 
 from ee_scale.cli.main import main
-from ee_scale.evaluation.cost_model import Costs, best_draft_length, threshold_speedup
+from ee_scale.evaluation.cost_model import threshold_speedup
+from ee_scale.modeling.costs import Costs, best_draft_length
 
 QUICK = ["context=16", "max_tokens=200", "prompts=3", "prompt_tokens=8", "new_tokens=12", "seconds=0.05", "device=cpu"]
 

@@ -22,9 +22,9 @@ from helpers.decoding import (
     watch_drafts,
 )
 
+from ee_scale.modeling.costs import MAX_DRAFT
 from ee_scale.modeling.drafting import Drafting
 from ee_scale.modeling.layer_runner import LayerRunner
-from ee_scale.modeling.policies import MAX_DRAFT
 from ee_scale.modeling.speculate import Speculation
 
 FAMILIES = ("llama", "qwen3", "mistral")

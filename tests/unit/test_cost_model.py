@@ -7,17 +7,14 @@ import numpy as np
 import pytest
 
 from ee_scale.evaluation.cost_model import (
-    Costs,
     acceptance_of,
-    best_draft_length,
-    expected_tokens,
     flat_costs,
     ideal_stop_speedup,
-    lossless_speedup,
     needed_acceptance,
     threshold_speedup,
     upper_bound,
 )
+from ee_scale.modeling.costs import Costs, best_draft_length, expected_tokens, lossless_speedup
 
 ACCEPTANCES = (0.6, 0.7, 0.8, 0.9, 0.95)
 # Speed @ best draft length by share of the depth; one row per exit at 1/8, 1/4, 3/8, 1/2 of the layers.

@@ -71,10 +71,10 @@ def test_a_small_advantage_does_not_switch():
 def test_promise_is_the_best_of_tokens_per_second():
     drafting = _drafting()
     a = drafting.acceptance(2)
-    best = max((1 - a ** (g + 1)) / (1 - a) / drafting.cycle_cost(2, g) for g in range(13))
+    best = max((1 - a ** (g + 1)) / (1 - a) / drafting.costs.cycle(2, g) for g in range(13))
     assert drafting.promise(2) == pytest.approx(best)
     # A draft and two passes of two layers, six deep layers over two rows, the rest: in layers.
-    assert drafting.cycle_cost(2, 1) == pytest.approx(2 * 2 + 2.0 + 6 * 1.05 + 2.0)
+    assert drafting.costs.cycle(2, 1) == pytest.approx(2 * 2 + 2.0 + 6 * 1.05 + 2.0)
 
 
 def test_hopeless_drafts_are_not_made_and_sure_ones_are():

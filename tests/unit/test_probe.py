@@ -6,12 +6,13 @@ from helpers.models import FAMILIES, VOCAB, load_whole, tiny_config, write_model
 from transformers import DynamicCache
 
 from ee_scale.errors import UserError
-from ee_scale.evaluation.cost_model import best_draft_length, flat_costs, threshold_speedup
+from ee_scale.evaluation.cost_model import flat_costs, threshold_speedup
 from ee_scale.evaluation.probe import Passage, Reading, given_text, own_text, read_exits, repeated_share
 from ee_scale.evaluation.probe_report import cost_lines, outlook, outlook_table, verdict
 from ee_scale.evaluation.timing import FilledCache, PartTimes, layer_pass, measure_parts
 from ee_scale.exits.placement import exit_spec
 from ee_scale.inference.model import untrained_exits
+from ee_scale.modeling.costs import best_draft_length
 from ee_scale.modeling.versions import CACHE
 
 TEMPERATURE, BOUND = 0.7, 0.9
