@@ -1,124 +1,189 @@
-"""`ee-scale demo`: the whole path on a model trained on the spot, with nothing to download."""
+"""`ee-scale demo`: early exits on a real language model (SmolLM2-135M), or on one that is trained on the spot."""
 
+import json
 import time
 from collections.abc import Sequence
-from itertools import islice
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedTokenizerBase
 
 from ee_scale.artifact.export import export_early_exit
 from ee_scale.cli import train
 from ee_scale.cli.console import console
+from ee_scale.cli.demo_decoding import decode_by_turns, decoding_table, prediction
 from ee_scale.config.compose import compose_config
 from ee_scale.config.schema import DemoConfig
-from ee_scale.data.builtin import llama_config, made_of, train_tokenizer
-from ee_scale.data.corpora import open_source, python_documents
-from ee_scale.data.dataset import build_gpt_dataset
 from ee_scale.data.inputs import load_tokenizer
-from ee_scale.data.loader import batches
-from ee_scale.data.text import prepare_text
-from ee_scale.evaluation.colours import coloured_text, first_agreeing_exits, legend
+from ee_scale.data.smollm2 import find_smollm2
+from ee_scale.evaluation.colours import coloured_text, exit_choices, first_agreeing, legend
 from ee_scale.evaluation.evaluate import measure, open_for_measuring
 from ee_scale.evaluation.per_exit import ExitQuality
 from ee_scale.evaluation.quality_report import plot_quality, quality_table
-from ee_scale.files import published, remove_folder
+from ee_scale.files import remove_folder, write_text
 from ee_scale.inference.model import EarlyExitForCausalLM
-from ee_scale.log import configure_logging
-from ee_scale.training.pretrain import pretrain
+from ee_scale.log import Terminal, configure_logging
+from ee_scale.reading import read_object
+from ee_scale.training.pretrain import SEQ_LENGTH, trained_llama
 
-LAYERS, HIDDEN, VOCAB, SEQ_LENGTH, BATCH = 12, 128, 1024, 256, 4
-EXIT_LAYERS = [3, 6, 9]
+RESULTS = "demo.json"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is shown on which model.
+
+    Attributes:
+        exits, training: settings of the exits (measured before, too), and of the training run.
+        tokens: held-out tokens that are measured; prompt: what is continued, as a chat message with `chat`.
+    """
+
+    name: str
+    model: str
+    layers: tuple[int, ...]
+    kind: str
+    training: tuple[str, ...]
+    tokens: int
+    prompt: str
+    chat: bool
 
 
 def run(config: DemoConfig, overrides: Sequence[str]) -> int:
-    """Backbone (cached), copy-init exits measured, exits tuned on 2 processes, exported, measured, shown."""
+    """Exits measured as copies, tuned on two processes, exported, measured again, seen in a text, timed."""
     configure_logging()
     started, terminal, out = time.perf_counter(), console(), Path(config.out).expanduser()
-    backbone = demo_backbone(config, terminal)
-    before, _ = _measure(backbone, config, exits=f"[{','.join(map(str, EXIT_LAYERS))}]")
-    _tune(backbone, out / "run", config)
-    exported = out / "model"
-    remove_folder(exported)
-    export_early_exit(out / "run", exported, None)
-    after, tokens = _measure(exported, config)
-    terminal.print(quality_table(after, f"exits of a {LAYERS}-layer model on {tokens:,} held-out tokens", before))
+    subject = _subject(config, terminal)
+    before, after, tokens = _tuned(subject, config, out, terminal)
+    title = f"exits of {subject.name}, {after[-1].layer} layers, on {tokens:,} held-out tokens"
+    terminal.print(quality_table(after, title, before))
     plot_quality(out / "exits.png", after, before)
-    _show_text(exported, config, terminal)
+    _show_text(out / "model", subject, config, terminal)
     terminal.print(
-        f"\nplot {out / 'exits.png'}   model {exported}   {time.perf_counter() - started:.0f} s", highlight=False
+        f"\nplot {out / 'exits.png'}   model {out / 'model'}   {time.perf_counter() - started:.0f} s", highlight=False
     )
     return 0
 
 
-def demo_backbone(config: DemoConfig, terminal: Console) -> Path:
-    """Folder of a small Llama trained on Python's documentation and library; trained once, then cached."""
-    cache = _cache(config)
-    text = open_source("python", "text").identity
-    name = made_of(VOCAB, SEQ_LENGTH, BATCH, text)
-    folder = cache / "models" / f"demo-{LAYERS}x{HIDDEN}-{config.pretrain_minutes:g}min-{name}"
-    if folder.is_dir():
-        terminal.print(f"backbone from the cache: {folder}", highlight=False)
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer((text for _, text in islice(python_documents(), 300)), VOCAB)
-    prefixes = prepare_text(["python"], tokenizer, folder, cache / "data", "text", True)
-    ids = (tokenizer.eos_token_id, tokenizer.pad_token_id)
-    dataset = build_gpt_dataset(prefixes, None, SEQ_LENGTH, 20_000, 0, *ids, len(tokenizer), cache / "data")
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(llama_config(tokenizer, layers=LAYERS, hidden=HIDDEN, max_positions=2 * SEQ_LENGTH))
-    data = batches(dataset, micro_batch_size=BATCH, num_micro_batches=1, dp_rank=0, dp_size=1)
+def _subject(config: DemoConfig, terminal: Terminal) -> Subject:
+    """SmolLM2 where its package is installed, else a small Llama trained on Python's library (once, then cached)."""
+    found, missing = find_smollm2()
+    if found is not None and config.model == "smollm2":
+        training = ("optim.lr=3e-4", "train.micro_batch_size=4", "train.global_batch_size=8")
+        return Subject(
+            name="SmolLM2-135M-Instruct",
+            model=str(found),
+            layers=(10, 20),
+            kind="layer",
+            training=(*training, f"train.steps={config.steps or 60}"),
+            tokens=10_000,
+            prompt=config.prompt or "What is a list in Python? Give a short example.",
+            chat=True,
+        )
+    if config.model == "smollm2":
+        terminal.print(f"{missing}; the demo takes a small model that it trains itself", highlight=False)
+    training = ("optim.lr=1e-3", "train.micro_batch_size=4", "train.global_batch_size=8")
+    return Subject(
+        name="a small Llama",
+        model=str(demo_backbone(config)),
+        layers=(3, 6, 9),
+        kind="mlp",
+        training=(*training, f"train.steps={config.steps or 150}"),
+        tokens=40_000,
+        prompt=config.prompt or "    def __init__(self, ",
+        chat=False,
+    )
+
+
+def demo_backbone(config: DemoConfig) -> Path:
+    """Folder of the small Llama."""
     columns = (TextColumn("training a backbone"), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    with Progress(*columns, console=console(stderr=True)) as bar:
+    with Progress(*columns, console=console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=1.0)
 
         def show(share: float, loss: float) -> None:
             bar.update(task, completed=share, description=f"loss {loss:.2f}")
 
-        pretrain(model, data, 60 * config.pretrain_minutes, show)
-    with published(folder) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-    return folder
+        return trained_llama(_cache(config), config.pretrain_minutes, show)
 
 
-def _tune(backbone: Path, out: Path, config: DemoConfig) -> None:
-    """`ee-scale tune` on a 1x2x1 grid: two pipeline stages, two processes."""
+def _tuned(
+    subject: Subject, config: DemoConfig, out: Path, terminal: Terminal
+) -> tuple[list[ExitQuality], list[ExitQuality], int]:
+    """Exits before and after tuning, and the tokens measured; `out`/model has them. Done once for these settings."""
+    made_with = json.loads(json.dumps(asdict(replace(subject, prompt=""))))
+    if (found := _stored(out, made_with)) is not None:
+        terminal.print(f"exits of an earlier demo: {out / 'model'}", highlight=False)
+        return found
+    (out / RESULTS).unlink(missing_ok=True)
+    exits = f"[{','.join(map(str, subject.layers))}]"
+    before, _ = _measure(subject.model, subject, config, exits=exits, kind=subject.kind)
     overrides = [
-        f"model={backbone}",
+        f"model={subject.model}",
         "data=python",
         f"data.cache_dir={_cache(config) / 'data'}",
-        f"exits.layers=[{','.join(map(str, EXIT_LAYERS))}]",
+        f"data.seq_length={SEQ_LENGTH}",
+        f"exits.layers={exits}",
+        f"exits.kind={subject.kind}",
         "parallel.pp=2",
-        f"train.steps={config.steps}",
-        f"train.micro_batch_size={BATCH}",
-        f"train.global_batch_size={2 * BATCH}",
-        "optim.lr=1e-3",
-        f"out={out}",
+        *subject.training,
+        f"out={out / 'run'}",
     ]
-    remove_folder(out)
+    remove_folder(out / "run")
     train.run("tune", compose_config("tune", overrides), overrides)
+    remove_folder(out / "model")
+    export_early_exit(out / "run", out / "model", None)
+    after, tokens = _measure(str(out / "model"), subject, config)
+    rows = {name: [row.to_json() for row in rows] for name, rows in (("before", before), ("after", after))}
+    write_text(out / RESULTS, json.dumps({"made_with": made_with, "tokens": tokens, **rows}, indent=1))
+    return before, after, tokens
 
 
-def _measure(model: Path, config: DemoConfig, **settings: str) -> tuple[list[ExitQuality], int]:
-    """The numbers of `ee-scale evaluate` on text that neither backbone nor exits saw."""
-    given = {"model": model, "data": "python:valid", "seq_length": SEQ_LENGTH, "max_tokens": 40_000, **settings}
-    given["cache_dir"] = _cache(config) / "data"
+def _stored(out: Path, made_with: dict[str, object]) -> tuple[list[ExitQuality], list[ExitQuality], int] | None:
+    """The numbers of an earlier demo with these settings, if its model is still there."""
+    if not (out / RESULTS).is_file() or not (out / "model").is_dir():
+        return None
+    values = read_object(out / RESULTS)
+    if values.get("made_with") != made_with:
+        return None
+    before, after = ([ExitQuality(**row) for row in values[name]] for name in ("before", "after"))
+    return before, after, values["tokens"]
+
+
+def _measure(model: str, subject: Subject, config: DemoConfig, **settings: str) -> tuple[list[ExitQuality], int]:
+    """The numbers of `ee-scale evaluate` on text that no exit saw."""
+    given = {"model": model, "data": "python:valid", "seq_length": SEQ_LENGTH, "max_tokens": subject.tokens}
+    given |= {"cache_dir": _cache(config) / "data", **settings}
     plan = compose_config("evaluate", [f"{key}={value}" for key, value in given.items()])
     opened = open_for_measuring(plan)
-    return measure(plan, opened, load_tokenizer(model, "model"), model)
+    folder = Path(opened.config.name_or_path)
+    return measure(plan, opened, load_tokenizer(folder, "model"), folder)
 
 
-def _show_text(folder: Path, config: DemoConfig, terminal: Console) -> None:
+def _show_text(folder: Path, subject: Subject, config: DemoConfig, terminal: Terminal) -> None:
+    """An answer coloured by the first exit that would have said each token, then three ways to decode it."""
     model, tokenizer = EarlyExitForCausalLM.from_pretrained(folder), load_tokenizer(folder)
-    prompt = tokenizer(config.prompt, return_tensors="pt").input_ids
-    ids, exits = first_agreeing_exits(model, prompt, config.new_tokens)
-    layers = list(model.exit_spec.layers)
+    prompt = _encoded(tokenizer, subject)
+    ids, choices = exit_choices(model, prompt, config.new_tokens)
+    exits, layers = first_agreeing(ids, choices), list(model.exit_spec.layers)
     terminal.print(legend(exits, layers, model.config.num_hidden_layers))
-    terminal.print(coloured_text(tokenizer, config.prompt, ids, exits, layers))
+    terminal.print(coloured_text(tokenizer, subject.prompt + ("\n" if subject.chat else ""), ids, exits, layers))
+    ways = decode_by_turns(model, prompt, config.new_tokens)
+    terminal.print(decoding_table(ways))
+    if (slower := ways["lossless"].ratio) <= 1:
+        agreement = {k: sum(a == b for a, b in zip(said, ids, strict=True)) / len(ids) for k, said in choices.items()}
+        terminal.print(prediction(model, agreement, slower), highlight=False)
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, subject: Subject) -> torch.Tensor:
+    """Token ids [1, S] of the prompt."""
+    if not subject.chat:
+        return tokenizer(subject.prompt, return_tensors="pt").input_ids
+    messages = [{"role": "user", "content": subject.prompt}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
+        "input_ids"
+    ]
 
 
 def _cache(config: DemoConfig) -> Path:

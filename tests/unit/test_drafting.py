@@ -1,5 +1,7 @@
 """How far to draft and from which exit, as costs and acceptance say."""
 
+from dataclasses import replace
+
 import pytest
 
 from ee_scale.modeling.drafting import GAP, REJECTED, SEEN, Drafting
@@ -50,7 +52,7 @@ def test_experience_moves_the_choice_of_exit():
     drafting = _drafting()
     _fares(drafting, 2, 0, 50)
     _fares(drafting, 6, 50, 0)
-    drafting.check = 0.1
+    drafting.costs = replace(drafting.costs, checks={2: 0.1, 6: 0.1})
     assert drafting.start() == 6
     for _ in range(200):
         drafting.cycle_done(1, 1, 1.0)  # the old counts fade
