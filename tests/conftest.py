@@ -9,11 +9,14 @@ from helpers.deprecations import forbid_deprecated_calls
 from helpers.hangs import HangWatch
 from hypothesis import HealthCheck, settings
 
+from ee_scale.libraries import prepare_libraries
+
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it when it is imported
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall when tests run beside other work
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("PYTHONFAULTHANDLER", "1")  # what hangs is ended by a signal, and tells its stacks
+prepare_libraries()
 
 # Nothing depends on the clock, nor on luck.
 settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

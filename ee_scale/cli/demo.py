@@ -8,22 +8,22 @@ from pathlib import Path
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import PreTrainedTokenizerBase
 
 from ee_scale.artifact.export import export_early_exit
 from ee_scale.cli import train
 from ee_scale.cli.console import console
-from ee_scale.cli.demo_decoding import decode_by_turns, decoding_table, prediction
 from ee_scale.config.compose import compose_config
-from ee_scale.config.schema import DemoConfig
+from ee_scale.config.schema import DemoConfig, GenerateConfig
 from ee_scale.data.inputs import load_tokenizer
 from ee_scale.data.smollm2 import find_smollm2
 from ee_scale.evaluation.colours import coloured_text, exit_choices, first_agreeing, legend
 from ee_scale.evaluation.evaluate import measure, open_for_measuring
 from ee_scale.evaluation.per_exit import ExitQuality
 from ee_scale.evaluation.quality_report import plot_quality, quality_table
+from ee_scale.evaluation.turns import decode_by_turns, decoding_table, prediction
 from ee_scale.files import remove_folder, write_text
 from ee_scale.inference.model import EarlyExitForCausalLM
+from ee_scale.inference.prompts import encode_prompts
 from ee_scale.log import Terminal, configure_logging
 from ee_scale.reading import read_object
 from ee_scale.training.pretrain import SEQ_LENGTH, trained_llama
@@ -164,7 +164,8 @@ def _measure(model: str, subject: Subject, config: DemoConfig, **settings: str) 
 def _show_text(folder: Path, subject: Subject, config: DemoConfig, terminal: Terminal) -> None:
     """An answer coloured by the first exit that would have said each token, then three ways to decode it."""
     model, tokenizer = EarlyExitForCausalLM.from_pretrained(folder), load_tokenizer(folder)
-    prompt = _encoded(tokenizer, subject)
+    request = GenerateConfig(model=str(folder), chat=subject.chat, max_new_tokens=config.new_tokens)
+    prompt = torch.tensor(encode_prompts([subject.prompt], tokenizer, model.config, request))
     ids, choices = exit_choices(model, prompt, config.new_tokens)
     exits, layers = first_agreeing(ids, choices), list(model.exit_spec.layers)
     terminal.print(legend(exits, layers, model.config.num_hidden_layers))
@@ -174,16 +175,6 @@ def _show_text(folder: Path, subject: Subject, config: DemoConfig, terminal: Ter
     if (slower := ways["lossless"].ratio) <= 1:
         agreement = {k: sum(a == b for a, b in zip(said, ids, strict=True)) / len(ids) for k, said in choices.items()}
         terminal.print(prediction(model, agreement, slower), highlight=False)
-
-
-def _encoded(tokenizer: PreTrainedTokenizerBase, subject: Subject) -> torch.Tensor:
-    """Token ids [1, S] of the prompt."""
-    if not subject.chat:
-        return tokenizer(subject.prompt, return_tensors="pt").input_ids
-    messages = [{"role": "user", "content": subject.prompt}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
-        "input_ids"
-    ]
 
 
 def _cache(config: DemoConfig) -> Path:

@@ -100,7 +100,7 @@ def verb_help(verb: str) -> None:
     """Every setting of a command with its default."""
     out, schema = console(), VERBS[verb]
     out.print(f"[bold]ee-scale {verb}[/]: {schema.__doc__}\n", markup=True)
-    for example in EXAMPLES[verb]:
+    for example in EXAMPLES.get(verb, ()):
         out.print(f"  {example}", highlight=False)
     out.print(f"\n--config FILE in place of all settings: a run's config.yaml, or what ee-scale {verb} --cfg printed.")
     if has_groups(verb):

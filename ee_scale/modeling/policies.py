@@ -315,7 +315,7 @@ def _calibrated(
 
 
 def _reachable(name: str, limit: float) -> bool:
-    return limit >= 0 if name == "entropy" else limit <= 1
+    return limit >= 0 if SCORES[name].low else limit <= 1
 
 
 def _shortlist(

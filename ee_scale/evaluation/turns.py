@@ -1,4 +1,4 @@
-"""The demo's last table: one answer decoded plainly, losslessly and by a threshold."""
+"""One answer decoded in turn plainly, losslessly and by a threshold."""
 
 import time
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from ee_scale.modeling.costs import best_draft_length
 
 THRESHOLD, TURNS = 0.9, 2
 PLAIN = "all layers"
-WAYS = {
+WAYS: dict[str, dict[str, str | float]] = {
     PLAIN: {"exit_policy": "off"},
     "lossless": {"exit_policy": "lossless"},
     "threshold": {"exit_policy": "threshold", "exit_threshold": THRESHOLD},
@@ -90,9 +90,14 @@ def prediction(model: PreTrainedModel, acceptance: dict[int, float], ratio: floa
     There a pass over a few rows costs what one over a single row costs, and a part's time is its share of the weights.
     acceptance: exit -> share of its tokens that are the final layer's.
     """
-    layer = sum(p.numel() for p in model.base_model.layers[0].parameters())
-    head = model.get_output_embeddings().weight.numel() / layer
-    checks = {k: sum(p.numel() for p in model.exit_heads[str(k)].parameters()) / layer for k in acceptance}
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+
+    def size(part: str) -> int:
+        return sum(count for name, count in sizes.items() if f".{part}." in f".{name}")
+
+    layer = size("layers.0")
+    head = model.config.vocab_size * model.config.hidden_size / layer
+    checks = {k: size(f"exit_heads.{k}") / layer for k in acceptance}
     found = []
     for k, accepted in acceptance.items():
         check = checks[k] + (0 if checks[k] > head else head)
