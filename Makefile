@@ -1,4 +1,5 @@
 # make demo: from nothing to early exits in a few minutes.   make test: the whole suite.   make lint: ruff, mypy.
+# make docs: README's pages and the API reference as a site in build/docs.
 # make lock: write the newest versions that pyproject.toml allows into constraints.txt; `make install` installs those.
 # make test-newest, make test-oldest: numbers, decoding and exports with the newest and the oldest that it allows. The
 # environment of each takes several GB: these torch wheels bring the CUDA libraries, unless pip has a CPU index.
@@ -14,7 +15,7 @@ BOUNDS := tests/parity tests/e2e/test_export.py tests/e2e/test_generate.py
 RESOLUTION_newest := highest
 RESOLUTION_oldest := lowest-direct
 
-.PHONY: install demo test test-newest test-oldest lint lock clean
+.PHONY: install demo test test-newest test-oldest lint docs lock clean
 
 install: $(STAMP)
 
@@ -42,6 +43,10 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: install
+	$(BIN)/python $(PIP_INSTALL) --constraint $(LOCK) --build-constraint $(LOCK) --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 lock: $(UV)
 	printf 'pip\nsetuptools\nuv\nwheel\n' | $(UV) pip compile --quiet --upgrade --no-annotate --universal --python-version 3.11 \

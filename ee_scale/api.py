@@ -85,7 +85,7 @@ def tune(config: TuneConfig) -> TrainedRun:
         The run, whose folder `export` takes.
 
     Raises:
-        RunError: the run cannot go on (losses are no numbers, a rank died).
+        RunError: the run cannot go on (losses are non-finite, a rank died).
         Requeue: a signal asked it to leave; its state is saved.
     """
     return _train("tune", config)

@@ -1,5 +1,6 @@
 """`--help`: what each command does and every setting, from the schema's own help lines."""
 
+import sys
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
 
@@ -66,6 +67,37 @@ PREFIX_EXAMPLES = {
         "ee-scale launch tune model=<HF dir> data=corpus.txt launcher=torchrun launcher.nodes=2 launcher.head=node0",
     ),
 }
+
+
+# One screen of 24 x 80.
+GUIDE = """\
+ee-scale gives a frozen Hugging Face model early exits, to decode faster, or
+cuts smaller models from it. It trains a few percent of the weights, on one CPU,
+one GPU or a grid of them (tensor x pipeline x data).
+
+Try first:
+  ee-scale demo                        the whole path, in a few minutes
+  ee-scale tune +debug=cpu             the smallest complete run, under a minute
+  ee-scale probe model=path/to/model   what exits would bring on your model
+
+By use:
+  train exits                tune, then export
+  decode with exits          generate; limits of a known quality: calibrate
+  measure exits              probe, evaluate; logs from production: report
+  cut smaller models         supernet, then palette
+  other formats              convert; ONNX: export format=onnx
+  around a training run      check, trace or launch, in front of the command
+
+Help:
+  ee-scale <command> --help   its settings; --cfg prints the config and stops
+  ee-scale --help             all commands, one line each
+  ee-scale --models           what each family of models can do
+"""
+
+
+def guide() -> None:
+    """What there is and where to begin."""
+    sys.stdout.write(GUIDE)
 
 
 def overview() -> None:

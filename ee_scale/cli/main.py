@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ee_scale.cli.help import overview, prefix_help, verb_help
+from ee_scale.cli.help import guide, overview, prefix_help, verb_help
 from ee_scale.config.compose import compose_config, stored_config, to_yaml
 from ee_scale.config.schema import PREFIXES, RECIPES, VERBS, Config
 from ee_scale.errors import BAD_INPUT, FAILED, REQUEUE, Requeue, RunError, UserError
@@ -22,7 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     75 for one that a signal stopped after it had saved, 130 when interrupted.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    if not arguments:
+        guide()
+        return 0
+    if arguments[0] in ("-h", "--help", "help"):
         overview()
         return 0
     if arguments == ["--models"]:

@@ -1,26 +1,32 @@
-"""`ee-scale --models`: what can be done with each family of models, as its object says."""
+"""`ee-scale --models`: over which axes of the grid each family of models can do what, as its object says."""
 
 from rich.table import Table
 
 from ee_scale.backbone.shard import takes_tensor_parallel
 from ee_scale.cli.console import console
+from ee_scale.families.family import Family
 from ee_scale.families.registry import FAMILIES
 
-COLUMNS = {
-    "tune, generate": lambda family: family.is_decoder,
-    "with tp": takes_tensor_parallel,
-    "supernet, palette": lambda family: family.elastic is not None,
-    "Megatron": lambda family: family.megatron is not None,
-    "EE-LLM's exits": lambda family: family.megatron is not None and family.megatron.in_ee_llm,
-}
+NOT = "-"
+COLUMNS = ["tune", "generate", "supernet", "convert (Megatron)", "convert (EE-LLM)"]
 
 
 def model_rows() -> list[list[str]]:
     """The table, its header first."""
-    cells = [
-        [family.name, *("yes" if has(family) else "-" for has in COLUMNS.values())] for family in FAMILIES.values()
+    return [["model_type", *COLUMNS], *([family.name, *_axes(family)] for family in FAMILIES.values())]
+
+
+def _axes(family: Family) -> list[str]:
+    """A cell per column."""
+    split = "tp pp" if takes_tensor_parallel(family) else "pp"
+    megatron = family.megatron
+    return [
+        f"{split} dp" if family.is_decoder else NOT,
+        split if family.is_decoder else NOT,
+        "tp pp dp" if family.elastic is not None else NOT,
+        "tp pp" if megatron is not None else NOT,
+        "tp pp" if megatron is not None and megatron.in_ee_llm else NOT,
     ]
-    return [["model_type", *COLUMNS], *cells]
 
 
 def run() -> None:

@@ -191,7 +191,7 @@ class BatchConfig:
     async_save: bool = setting(True, "write checkpoints in the background while training goes on")
     spike_factor: float = setting(
         10.0,
-        "leave out an update whose loss is above this many times its running mean; 0: only what is not a number",
+        "leave out an update whose loss is above this many times its running mean; 0: only non-finite ones",
         rule=at_least(0),
     )
     max_skipped: int = setting(10, "stop after this many updates in a row that were left out", rule=at_least(1))

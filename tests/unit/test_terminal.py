@@ -3,6 +3,8 @@
 import io
 import json
 import logging
+import re
+import subprocess
 import sys
 
 import pytest
@@ -10,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ee_scale.cli.main import main
+from ee_scale.config.schema import PREFIXES, VERBS
 from ee_scale.evaluation.log_report import report_table
 from ee_scale.evaluation.log_summary import summarise
 from ee_scale.log import Terminal, spelled, visible
@@ -58,10 +61,25 @@ def test_an_error_is_spelled(capsys):
 def test_help_has_its_bold_words(capsys):
     assert main(["tune", "--help"]) == 0
     assert "[bold]" not in capsys.readouterr().out
-    assert main([]) == 0
+    assert main(["--help"]) == 0
     assert "[bold]" not in capsys.readouterr().out
     assert main(["check"]) == 0
     assert "[bold]" not in capsys.readouterr().out
+
+
+def test_the_guide_is_one_screen(capsys):
+    """Of 24 x 80; every command is on it."""
+    assert main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 23  # and the prompt
+    assert max(map(len, lines)) <= 80
+    words = set(re.findall(r"[a-z]+", " ".join(lines)))
+    assert words >= {*VERBS, *PREFIXES}
+
+
+def test_the_guide_comes_without_torch():
+    code = "import sys; from ee_scale.cli.main import main; main([]); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
 @pytest.mark.parametrize("terminal", [True, False])
