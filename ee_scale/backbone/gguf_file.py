@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import DTypeLike
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -47,7 +48,7 @@ READ = (*NEEDED, "attention.head_count_kv", "rope.freq_base", "vocab_size", "ten
 class _Reader(gguf.GGUFReader):
     """Reads nothing behind the end of the file, over which the base class would loop, and no list without an end."""
 
-    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+    def _get(self, offset: int, dtype: DTypeLike, count: int = 1, override_order: str | None = None) -> Any:
         end = int(offset) + np.dtype(dtype).itemsize * int(count)
         if end > len(self.data):
             raise ValueError(f"cut off or damaged: it ends at byte {len(self.data):,}, before what its header names")
@@ -65,7 +66,7 @@ class GGUFFile:
     """A file of one model of a known family; what it cannot be read as is refused (`UserError`) before a weight is.
 
     Attributes:
-        architecture: as llama.cpp calls it; 'llama' stands for Mistral as well.
+        architecture: as llama.cpp calls it, for which Mistral is a Llama.
         tensors: what is stored, by gguf's names.
     """
 
@@ -154,10 +155,9 @@ class GGUFFile:
                     f"{self.path}: {self.architecture}.{name}={shown(found)}: transformers reads a GGUF file of this "
                     f"architecture as {name}={value}"
                 )
-        # Of Gemma-2 only the largest model scales attention by anything but its head size, and no file says so.
-        if (scale := getattr(config, "query_pre_attn_scalar", head_dim)) != head_dim or (
-            self.architecture == "gemma2" and config.num_hidden_layers == 46
-        ):
+        # Gemma scales attention by its head size, but for the largest model, of 46 layers; no file says so.
+        scale = getattr(config, "query_pre_attn_scalar", None)
+        if scale is not None and (scale != head_dim or config.num_hidden_layers == 46):
             raise UserError(f"{self.path}: its attention is scaled as no file says; transformers takes {scale} ** -0.5")
         if strange := sorted(self._settings.keys() - known.keys() - set(READ)):
             log.warning("%s: not known here, and left out: %s", self.path, ", ".join(strange))
@@ -212,16 +212,15 @@ class GGUFFile:
 
     def read(self, name: str) -> torch.Tensor:
         """A parameter, fp32, as transformers computes with it. Raises `UserError` for numbers that are none."""
-        stored, config = self.names[name], self.config
+        stored, config, family = self.names[name], self.config, decoder_family(self.config)
         values = self._values(stored)
         if not values.isfinite().all():
             raise UserError(f"{self.path}: '{stored}' has numbers that are not finite; it is damaged")
-        if self.architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+        if family.gguf_pairs and name.endswith(("q_proj.weight", "k_proj.weight")):
             heads = config.num_attention_heads if name.endswith("q_proj.weight") else config.num_key_value_heads
-            # llama.cpp turns neighbouring rows as pairs, transformers those that are half a head apart.
             return values.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(values.shape)
-        if self.architecture == "gemma2" and name.endswith("norm.weight"):
-            return values - 1  # llama.cpp multiplies by what is stored, transformers by 1 + weight
+        if name.endswith("norm.weight"):  # what a norm multiplies by is stored
+            return values - (1 - family.neutral_norm)
         return values
 
     def _values(self, stored: str) -> torch.Tensor:
