@@ -101,8 +101,8 @@ def export_early_exit(run: Path, out: Path, step: int | None, copied: Callable[[
 
 def export_bytes(run: Path) -> int:
     """Bytes that `export_early_exit` will copy, for a progress bar."""
-    base = plain_folder(base_path(run, read_run(run)))
-    return weight_bytes(base) if base.is_dir() else 0
+    base = base_path(run, read_run(run))
+    return weight_bytes(plain_folder(base)) if base.exists() else 0
 
 
 def _copy_base(base: TrainedBase, folder: Path, copied: Callable[[int], None]) -> dict[str, str]:

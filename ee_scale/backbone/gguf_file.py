@@ -24,7 +24,6 @@ from ee_scale.errors import UserError, one_line
 from ee_scale.families.build import meta_model
 from ee_scale.families.registry import decoder_family
 from ee_scale.families.sizes import check_sizes
-from ee_scale.log import log
 from ee_scale.reading import shown
 
 try:
@@ -141,15 +140,7 @@ class GGUFFile:
             yield {"pretrained_model_name_or_path": folder, "gguf_file": "model.gguf"}
 
     def _check_settings(self, config: PreTrainedConfig) -> None:
-        """Compare what the file says with what transformers computes with."""
-        head_dim = _head_dim(config)
-        names = ("attn_logit_softcapping", "final_logit_softcapping", "sliding_window")
-        own = {name: getattr(config, name, None) for name in names}
-        known = {f"attention.{name}" if name == "sliding_window" else name: value for name, value in own.items()}
-        known |= dict.fromkeys(("attention.key_length", "attention.value_length", "rope.dimension_count"), head_dim)
-        known |= {"rope.scaling.type": "none", "rope.scale_linear": 1.0, "attention.causal": True}
-        known |= {"expert_count": 0, "expert_used_count": 0}
-        for name, value in known.items():
+        for name, value in _taken_for_granted(config).items():
             if (found := self._settings.get(name, value)) != value:
                 raise UserError(
                     f"{self.path}: {self.architecture}.{name}={shown(found)}: transformers reads a GGUF file of this "
@@ -157,10 +148,14 @@ class GGUFFile:
                 )
         # Gemma scales attention by its head size, but for the largest model, of 46 layers; no file says so.
         scale = getattr(config, "query_pre_attn_scalar", None)
-        if scale is not None and (scale != head_dim or config.num_hidden_layers == 46):
+        if scale is not None and (scale != _head_dim(config) or config.num_hidden_layers == 46):
             raise UserError(f"{self.path}: its attention is scaled as no file says; transformers takes {scale} ** -0.5")
-        if strange := sorted(self._settings.keys() - known.keys() - set(READ)):
-            log.warning("%s: not known here, and left out: %s", self.path, ", ".join(strange))
+
+    @property
+    def left_out(self) -> list[str]:
+        """Settings that nobody here knows."""
+        known = {*READ, *_taken_for_granted(self.config)}
+        return [f"{self.architecture}.{name}" for name in sorted(self._settings.keys() - known)]
 
     def _scale_rotary(self, config: PreTrainedConfig) -> None:
         """Llama 3.1's rotary scaling, of which a file holds the factors alone, and which transformers leaves out."""
@@ -183,7 +178,9 @@ class GGUFFile:
 
         Raises `UserError` unless all are there, in the shapes that the settings ask for, and nothing is left.
         """
-        arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture)
+        arch = next((key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture), None)
+        if arch is None:
+            raise UserError(f"{self.path}: general.architecture={self.architecture}: llama.cpp has none of that name")
         names = gguf.get_tensor_name_map(arch, self.config.num_hidden_layers)
         shapes = {name: list(value.shape) for name, value in self.model.state_dict().items()}
         for name in self.model.get_expanded_tied_weights_keys(all_submodels=True):
@@ -244,6 +241,18 @@ class GGUFFile:
         for tensor in self.tensors.values():
             counts[tensor.tensor_type.name] += int(tensor.n_elements)
         return ", ".join(name for name, _ in counts.most_common())
+
+
+def _taken_for_granted(config: PreTrainedConfig) -> dict[str, object]:
+    """What transformers computes with, whatever a file says."""
+    names = ("attn_logit_softcapping", "final_logit_softcapping")
+    values: dict[str, object] = {name: getattr(config, name, None) for name in names}
+    values["attention.sliding_window"] = getattr(config, "sliding_window", None)
+    values |= dict.fromkeys(
+        ("attention.key_length", "attention.value_length", "rope.dimension_count"), _head_dim(config)
+    )
+    values |= {"rope.scaling.type": "none", "rope.scale_linear": 1.0, "attention.causal": True}
+    return values | {"expert_count": 0, "expert_used_count": 0}
 
 
 def _head_dim(config: PreTrainedConfig) -> int:

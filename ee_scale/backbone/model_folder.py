@@ -160,7 +160,8 @@ def find_base(
 
     Raises `UserError` in which `here` names the folder and `gone` and `other` say what is wrong with the base.
     """
-    base = plain_folder(base or base_path(folder, facts))
+    base = base or base_path(folder, facts)
+    base = plain_folder(base) if base.exists() else base
     if not base.is_dir():
         raise UserError(f"{here}: its base model {base} {gone}")
     if not is_model(base, facts["base_fingerprint"]):

@@ -112,8 +112,14 @@ def _write(source: "GGUFFile", folder: Path, show: Callable[[str, float], None])
     config.save_pretrained(folder)
     GenerationConfig.from_model_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    facts = {"quantization": source.quantization, "bits_per_weight": round(source.bits_per_weight, 2)}
-    write_json(folder / FACTS, {**facts, "weights": source.num_weights, "dtype": str(source.dtype)[6:]})
+    facts = {
+        "quantization": source.quantization,
+        "bits_per_weight": round(source.bits_per_weight, 2),
+        "weights": source.num_weights,
+        "dtype": str(source.dtype).removeprefix("torch."),
+        "left_out": source.left_out,
+    }
+    write_json(folder / FACTS, facts)
 
 
 def _write_weights(source: "GGUFFile", folder: Path, done: Callable[[int], None]) -> None:
@@ -188,10 +194,13 @@ def _state(file: Path) -> list[str | int]:
 
 @cache
 def _tell(name: str, folder: Path) -> None:
-    """Say once what a model is stored in."""
+    """Say once what a model is stored in, and what its file says that nobody here knows."""
     facts = read_json(folder / FACTS)
-    check_fields(facts, folder / FACTS, quantization=str, bits_per_weight=float, weights=int, dtype=str)
+    kinds = {"quantization": str, "bits_per_weight": float, "weights": int, "dtype": str, "left_out": list[str]}
+    check_fields(facts, folder / FACTS, **kinds)
     log.info(
         "%s: %.1f M weights in %s, %.2f bits per weight; read as %s from %s",
         *(name, facts["weights"] / 1e6, facts["quantization"], facts["bits_per_weight"], facts["dtype"], folder),
     )
+    if facts["left_out"]:
+        log.warning("%s: not known here, and left out: %s", name, ", ".join(facts["left_out"]))

@@ -93,6 +93,16 @@ def test_exports_are_of_the_file(kind, run, cache, theirs, tmp_path):
             assert torch.equal(stock(ids).logits, theirs(ids).logits)
 
 
+def test_a_file_that_is_gone(run, file, tmp_path, capsys):
+    moved = file.rename(file.with_suffix(".away"))
+    try:
+        assert main(["export", f"src={run}", f"out={tmp_path / 'out'}"]) == 2
+        line = f"error: src={run}: its base model {file} is not there any more"
+        assert capsys.readouterr().err.splitlines()[-1] == line
+    finally:
+        moved.rename(file)
+
+
 def test_generate_says_what_transformers_says(file, theirs, tmp_path, capsys):
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     given = tokenizer(PROMPT, return_tensors="pt").input_ids

@@ -36,11 +36,12 @@ def write_gguf(
     kinds: dict[str, Kind] | Kind = Kind.F16,
     *,
     name: str = "tiny",
+    architecture: str | None = None,
     settings: dict[str, int | float | str | bool] | None = None,
     extra: dict[str, np.ndarray] | None = None,
     pieces: bool = False,
 ) -> Path:
-    """The model of a Hugging Face folder as one file.
+    """The model of a Hugging Face folder as one file, of its architecture or one that it only says.
 
     kinds: type of all matrices, or of those whose gguf name ends so (others are F16); vectors are F32. settings: more
     of '<architecture>.*', or others than the model's; extra: more tensors; pieces: a vocabulary as of sentencepiece,
@@ -51,11 +52,12 @@ def write_gguf(
     arch_name = "llama" if config.model_type == "mistral" else config.model_type
     arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == arch_name)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    writer = gguf.GGUFWriter(path, arch_name)
+    architecture = architecture or arch_name
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_name(name)
     for key, value in (_settings(config) | (settings or {})).items():
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-        add[type(value)](f"{arch_name}.{key}", value)
+        add[type(value)](f"{architecture}.{key}", value)
     if pieces:
         _add_pieces(writer, config.vocab_size)
     else:

@@ -207,8 +207,12 @@ def test_tensors_that_would_be_left_out(name: str, line: str, source: Path, tmp_
 
 
 def test_an_unknown_setting_is_told(source: Path, tmp_path: Path, caplog):
-    plain_folder(write_gguf(tmp_path / "m.gguf", source, settings={"new_thing": 1}))
-    assert "not known here, and left out: new_thing" in caplog.text
+    file = write_gguf(tmp_path / "m.gguf", source, settings={"new_thing": 1})
+    for _ in range(2):  # also of a folder that was there
+        caplog.clear()
+        model_path._tell.cache_clear()
+        plain_folder(file)
+        assert "m.gguf: not known here, and left out: llama.new_thing" in caplog.text
 
 
 def test_numbers_that_are_none(source: Path, tmp_path: Path, cache: Path):
@@ -243,6 +247,22 @@ def test_other_models(architecture: str, add: dict[str, int], line: str, tmp_pat
     writer.write_tensors_to_file()
     writer.close()
     assert line in refused(lambda: plain_folder(tmp_path / "m.gguf"))
+
+
+def test_an_architecture_that_llama_cpp_has_not(source: Path, tmp_path: Path):
+    file = write_gguf(tmp_path / "m.gguf", source, architecture="mistral")
+    assert (
+        refused(lambda: plain_folder(file)) == f"{file}: general.architecture=mistral: llama.cpp has none of that name"
+    )
+
+
+def test_the_other_byte_order(tmp_path: Path):
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert "a GGUF file of the other byte order" in refused(lambda: plain_folder(tmp_path / "m.gguf"))
 
 
 def test_a_disk_that_is_too_small(file: Path, cache: Path, monkeypatch):
