@@ -12,6 +12,12 @@ from uuid import uuid4
 from ee_scale.errors import UserError
 
 
+def cache_folder() -> Path:
+    """Where is kept what can be made again: EE_SCALE_CACHE, or `ee_scale` in the user's cache (XDG_CACHE_HOME)."""
+    given = os.environ.get("EE_SCALE_CACHE")
+    return Path(given or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "ee_scale").expanduser()
+
+
 def named_file(folder: Path, name: object, place: Path) -> Path:
     """The file of `folder` that `place`, a file in it, names. Raises `UserError` for what is no name of such a file."""
     if not isinstance(name, str) or not name or name in (".", "..") or re.search(r"[/\\\0]", name):

@@ -16,6 +16,7 @@ from ee_scale.artifact.run_folder import CHECKPOINTS, read_run
 from ee_scale.artifact.trained_base import TrainedBase
 from ee_scale.backbone.loading import SINGLE_NAME, TensorFolder, weight_bytes, weight_files
 from ee_scale.backbone.model_folder import CHANGED, GONE, SIDECAR_WEIGHTS, base_path, find_base
+from ee_scale.backbone.model_path import plain_folder
 from ee_scale.backbone.narrowing import narrowed
 from ee_scale.errors import UserError
 from ee_scale.files import new_folder, write_text
@@ -101,7 +102,7 @@ def export_early_exit(run: Path, out: Path, step: int | None, copied: Callable[[
 def export_bytes(run: Path) -> int:
     """Bytes that `export_early_exit` will copy, for a progress bar."""
     base = base_path(run, read_run(run))
-    return weight_bytes(base) if base.is_dir() else 0
+    return weight_bytes(plain_folder(base)) if base.exists() else 0
 
 
 def _copy_base(base: TrainedBase, folder: Path, copied: Callable[[int], None]) -> dict[str, str]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from ee_scale.artifact.export import export_bytes, export_early_exit, export_sidecar
 from ee_scale.artifact.run_folder import IDENTITY, read_run
 from ee_scale.artifact.submodel import export_submodel
+from ee_scale.backbone.model_path import plain_folder
 from ee_scale.config.schema import ExportConfig
 from ee_scale.errors import UserError
 from ee_scale.progress import transfer
@@ -21,7 +22,7 @@ def run_export(config: ExportConfig) -> "OnnxReport | None":
     """Write the folder `out`; of an ONNX file, what it is worth. Raises `UserError`."""
     source, out = Path(config.src).expanduser(), Path(config.out).expanduser()
     if config.format == "onnx":
-        return _export_onnx(config, source, out)
+        return _export_onnx(config, plain_folder(source), out)
     if config.int8:
         raise UserError("int8=true: goes with format=onnx; transformers' own files keep the number type of the model")
     if config.layer is not None and config.kind != "submodel":

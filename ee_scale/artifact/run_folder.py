@@ -9,6 +9,7 @@ from uuid import uuid4
 from ee_scale.artifact.checkpoint import checkpoints, read_checkpoint
 from ee_scale.backbone.exit_layers import read_spec
 from ee_scale.backbone.fingerprint import fingerprint, is_model
+from ee_scale.backbone.model_path import find_gguf, plain_folder
 from ee_scale.config.compose import to_yaml
 from ee_scale.errors import STOPPED, UserError
 from ee_scale.exits.joint import FROZEN
@@ -55,9 +56,10 @@ def run_identity(recipe: Recipe[Any, Any], data: dict[str, Any]) -> dict[str, An
         settings = {key: value for key, value in settings.items() if not key.startswith("backbone.")}
         settings[BACKBONE] = FROZEN
     model_dir = recipe.plan.model_dir
+    given = find_gguf(Path(recipe.config.model.path).expanduser())  # what lies in the cache may be gone some day
     return {
         "kind": recipe.verb,
-        "base_model": str(model_dir.resolve()),
+        "base_model": str((given or model_dir).resolve()),
         "base_fingerprint": fingerprint(model_dir),
         "settings": {key: value for key, value in settings.items() if key not in MAY_CHANGE},
         **recipe.facts(),
@@ -140,7 +142,7 @@ def _check_same(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
 
     if old.get("kind", "tune") != new["kind"]:
         refuse("command", old.get("kind", "tune"), new["kind"])
-    if not is_model(Path(new["base_model"]), old["base_fingerprint"]):
+    if not is_model(plain_folder(Path(new["base_model"])), old["base_fingerprint"]):
         refuse("model.path", old["base_model"], new["base_model"])
     if "early_exit" in new and old["early_exit"]["layers"] != new["early_exit"]["layers"]:
         refuse("exits.layers", old["early_exit"]["layers"], new["early_exit"]["layers"])

@@ -1,4 +1,4 @@
-"""A model by its folder, or by its name on the hub."""
+"""A model by its folder or GGUF file, or by its name on the hub."""
 
 import re
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from ee_scale.backbone.loading import INDEX_NAME, SAVE_AS_SAFETENSORS, SINGLE_NAME
+from ee_scale.backbone.model_path import plain_folder
 from ee_scale.backbone.small_files import SMALL_FILES
 from ee_scale.errors import UserError, one_line
 from ee_scale.reading import read_object
@@ -15,8 +16,10 @@ FOLDERS = ("[!a]*/*", "a[!d]*/*")
 
 
 def find_model(path: str) -> Path:
-    """A local folder, or a hub name ('org/name') that is downloaded once. Raises `UserError` if there is neither."""
-    folder = Path(path).expanduser()
+    """A local folder, that of a GGUF file, or a hub name ('org/name') that is downloaded once. Raises `UserError` if
+    there is none.
+    """
+    folder = plain_folder(Path(path).expanduser())
     if folder.is_dir():
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):

@@ -179,8 +179,10 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / SINGLE_NAME).is_file():
         return [own_file(folder / SINGLE_NAME)]
     if not (folder / INDEX_NAME).is_file():
-        other = any(folder.glob("*.bin*")) or any(folder.glob("*.pt*")) or any(folder.glob("*.gguf"))
+        other = any(folder.glob("*.bin*")) or any(folder.glob("*.pt*"))
         way_out = f"; {SAVE_AS_SAFETENSORS}" if other else ""
+        if named := next(folder.glob("*.gguf"), None):
+            way_out = f"; {named.name} is read when it is given itself"
         raise UserError(f"model.path={folder}: neither {SINGLE_NAME} nor {INDEX_NAME} in it{way_out}")
     index = read_object(folder / INDEX_NAME)
     check_fields(index, folder / INDEX_NAME, weight_map=dict[str, str])

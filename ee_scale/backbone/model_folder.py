@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from ee_scale.backbone.exit_layers import exits_of, read_spec
 from ee_scale.backbone.fingerprint import is_model
 from ee_scale.backbone.loading import TensorFolder, read_config, weight_files
+from ee_scale.backbone.model_path import find_gguf, plain_folder
 from ee_scale.backbone.model_tensors import ModelTensors
 from ee_scale.backbone.shard import model_tensors
 from ee_scale.backbone.small_files import GENERATION_CONFIG
@@ -56,12 +57,12 @@ class ModelFolder:
     def find(
         cls, path: Path, *, here: str = "", gone: str = GONE, other: str = OTHER, base: Path | None = None
     ) -> Self:
-        """A model folder, or a sidecar with its base model (`base` overrides where that lies).
+        """A model folder or GGUF file, or a sidecar with its base model (`base` overrides where that lies).
 
         In messages `here` names the folder; `gone` and `other` say what is wrong with its base.
         """
         if not (path / SIDECAR_CONFIG).is_file():
-            return cls(path)
+            return cls(plain_folder(path))
         facts = read_sidecar(path)
         found = find_base(path, facts, here or str(path), gone=gone, other=other, base=base)
         return cls(path, base=found, sidecar=facts)
@@ -70,7 +71,7 @@ class ModelFolder:
     def named(cls, name: str, setting: str = "model") -> Self:
         """`find` for what a setting of a command names."""
         path = Path(name).expanduser()
-        if not path.is_dir():
+        if not path.is_dir() and find_gguf(path) is None:
             raise UserError(f"{setting}={name}: no such folder")
         return cls.find(path)
 
@@ -160,6 +161,7 @@ def find_base(
     Raises `UserError` in which `here` names the folder and `gone` and `other` say what is wrong with the base.
     """
     base = base or base_path(folder, facts)
+    base = plain_folder(base) if base.exists() else base
     if not base.is_dir():
         raise UserError(f"{here}: its base model {base} {gone}")
     if not is_model(base, facts["base_fingerprint"]):

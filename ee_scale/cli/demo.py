@@ -9,19 +9,22 @@ from pathlib import Path
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ee_scale import api
 from ee_scale.artifact.export import export_early_exit
 from ee_scale.cli import train
 from ee_scale.cli.console import console
 from ee_scale.config.compose import compose_config
+from ee_scale.config.convert import ConvertConfig
 from ee_scale.config.schema import DemoConfig, GenerateConfig
+from ee_scale.data.builtin import made_of
 from ee_scale.data.inputs import load_tokenizer
-from ee_scale.data.smollm2 import find_smollm2
+from ee_scale.data.smollm2 import MISSING, find_smollm2
 from ee_scale.evaluation.colours import coloured_text, exit_choices, first_agreeing, legend
 from ee_scale.evaluation.evaluate import measure, open_for_measuring
 from ee_scale.evaluation.per_exit import ExitQuality
 from ee_scale.evaluation.quality_report import plot_quality, quality_table
 from ee_scale.evaluation.turns import decode_by_turns, decoding_table, prediction
-from ee_scale.files import remove_folder, write_text
+from ee_scale.files import cache_folder, file_digest, remove_folder, write_text
 from ee_scale.inference.model import EarlyExitForCausalLM
 from ee_scale.inference.prompts import encode_prompts
 from ee_scale.log import Terminal, configure_logging
@@ -68,32 +71,40 @@ def run(config: DemoConfig, overrides: Sequence[str]) -> int:
 
 def _subject(config: DemoConfig, terminal: Terminal) -> Subject:
     """SmolLM2 where its package is installed, else a small Llama trained on Python's library (once, then cached)."""
-    found, missing = find_smollm2()
-    if found is not None and config.model == "smollm2":
-        training = ("optim.lr=3e-4", "train.micro_batch_size=4", "train.global_batch_size=8")
+    training = ("train.micro_batch_size=4", "train.global_batch_size=8")
+    found = find_smollm2() if config.model == "smollm2" else None
+    if found is not None:
         return Subject(
             name="SmolLM2-135M-Instruct",
-            model=str(found),
+            model=str(_in_bf16(found, _cache(config) / "models", terminal)),
             layers=(10, 20),
             kind="layer",
-            training=(*training, f"train.steps={config.steps or 60}"),
+            training=(*training, "optim.lr=3e-4", f"train.steps={config.steps or 60}"),
             tokens=10_000,
             prompt=config.prompt or "What is a list in Python? Give a short example.",
             chat=True,
         )
     if config.model == "smollm2":
-        terminal.print(f"{missing}; the demo takes a small model that it trains itself", highlight=False)
-    training = ("optim.lr=1e-3", "train.micro_batch_size=4", "train.global_batch_size=8")
+        terminal.print(f"{MISSING}; the demo takes a small model that it trains itself", highlight=False)
     return Subject(
         name="a small Llama",
         model=str(demo_backbone(config)),
         layers=(3, 6, 9),
         kind="mlp",
-        training=(*training, f"train.steps={config.steps or 150}"),
+        training=(*training, "optim.lr=1e-3", f"train.steps={config.steps or 150}"),
         tokens=40_000,
         prompt=config.prompt or "    def __init__(self, ",
         chat=False,
     )
+
+
+def _in_bf16(file: Path, models: Path, terminal: Terminal) -> Path:
+    """A GGUF file as a plain folder in the number type that CPUs and GPUs multiply fastest; made once."""
+    folder = models / f"{file.stem}-bf16-{made_of(file_digest(file))}"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        api.convert(ConvertConfig(src=str(file), to="hf", dtype="bf16", out=str(folder)))
+    return folder
 
 
 def demo_backbone(config: DemoConfig) -> Path:
@@ -178,4 +189,4 @@ def _show_text(folder: Path, subject: Subject, config: DemoConfig, terminal: Ter
 
 
 def _cache(config: DemoConfig) -> Path:
-    return Path(config.cache_dir or "~/.cache/ee_scale").expanduser()
+    return cache_folder() if config.cache_dir is None else Path(config.cache_dir).expanduser()

@@ -12,7 +12,7 @@ from ee_scale.config.groups import above, at_least, one_of, setting
 class ConvertConfig:
     """Turn checkpoints of Hugging Face, Megatron-Core, Megatron-LM, EE-LLM and DeepSpeed into one another."""
 
-    src: str = setting(MISSING, "folder to read; it is never changed")
+    src: str = setting(MISSING, "folder or GGUF file to read; it is never changed")
     out: str = setting(MISSING, "folder to write; must not exist")
     to: str = setting(
         MISSING,

@@ -67,7 +67,9 @@ def setting(default: T, text: str, **metadata: object) -> T:
 
 @dataclass
 class ModelConfig:
-    path: str = setting(MISSING, "Hugging Face model folder, or 'tiny' for a random 4-layer model built on the spot")
+    path: str = setting(
+        MISSING, "Hugging Face folder, GGUF file, or 'tiny' for a random 4-layer model built on the spot"
+    )
     attn_implementation: str | None = setting(
         None, "attention kernel: eager, sdpa, flash_attention_2, ...; null takes the default of transformers"
     )

@@ -31,7 +31,7 @@ SHARE = Rule("must be between 0 and 1", lambda value: 0 < value < 1)
 class ExportConfig:
     """Turn a finished run, or one of its exits, into files that transformers or ONNX opens."""
 
-    src: str = setting(MISSING, "output folder of a tune run; with format=onnx a stock model folder")
+    src: str = setting(MISSING, "output folder of a tune run; with format=onnx a stock model")
     out: str = setting(MISSING, "folder to write; must not exist")
     kind: str = setting(
         "early_exit",
@@ -51,7 +51,7 @@ class ExportConfig:
 class EvaluateConfig:
     """Loss, perplexity and agreement with the final layer, per exit; with sweep=true, quality against speed."""
 
-    model: str = setting(MISSING, "folder written by export (or by transformers: the final layer alone is measured)")
+    model: str = setting(MISSING, "folder written by export, or one without exits (its final layer alone is measured)")
     data: Any = setting(
         MISSING, "text: .txt, .jsonl, folder or Megatron prefix, a list of those, or 'python'", texts=True
     )
@@ -122,7 +122,7 @@ class CalibrateConfig:
 class ProbeConfig:
     """Is early exit worth it for this model on this machine? Measures costs and how readable the layers are."""
 
-    model: str = setting(MISSING, "model folder of a supported architecture, with exits or without (the logit lens)")
+    model: str = setting(MISSING, "model of a supported architecture, with exits or without (the logit lens)")
     data: Any = setting(
         "python:valid",
         "text to read and to take prompts from: .txt, .jsonl, folder, Megatron prefix, list or 'python'",
@@ -235,7 +235,7 @@ class DemoConfig:
         rule=one_of("smollm2", "tiny"),
     )
     out: str = setting("runs/demo", "folder of the demo's results; with the same settings they are used again")
-    cache_dir: str | None = setting(None, "models and tokenised data; null: ~/.cache/ee_scale")
+    cache_dir: str | None = setting(None, "models and tokenised data; null: the cache folder")
     pretrain_minutes: float = setting(2.5, "tiny: time to train it for, when it is not cached", rule=FINITE)
     steps: int | None = setting(None, "steps of exit tuning; null: by model", rule=at_least(1))
     prompt: str | None = setting(None, "text to continue, or to answer; null: by model", texts="prose")

@@ -6,6 +6,7 @@ from typing import Any
 
 from ee_scale.backbone.loading import ADAPTER_CONFIG
 from ee_scale.backbone.model_folder import SIDECAR_CONFIG, ModelFolder
+from ee_scale.backbone.model_path import plain_folder
 from ee_scale.conversion.model import MERGE_ADAPTER
 from ee_scale.errors import UserError
 
@@ -70,7 +71,7 @@ def iteration_folder(root: Path, iteration: int | None) -> Path:
 
 def hugging_face_part(folder: Path, model_folder: Path | None) -> tuple[Path | None, Any]:
     """(folder with config and tokenizer, its config): as given, or as it came with the checkpoint; else two None."""
-    part = model_folder or folder / HF_PART
+    part = plain_folder(model_folder) if model_folder else folder / HF_PART
     if (part / "config.json").is_file():
         # What transformers' Trainer leaves beside a save of DeepSpeed may be weights in part, or none at all.
         return part, ModelFolder(part, alone=part == folder).decoder_config

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ee_scale.backbone.model_path import plain_folder
 from ee_scale.config.checks import check_rules
 from ee_scale.config.convert import ConvertConfig
 from ee_scale.conversion.args import flags_to_pass, to_args
@@ -27,13 +28,14 @@ Finish = Callable[[Path], None]
 
 def open_checkpoint(config: ConvertConfig) -> Opened:
     """The source, whatever its format. Raises `UserError`."""
-    kind = detect(config.src_folder, config.iteration)
+    src = plain_folder(config.src_folder)
+    kind = detect(src, config.iteration)
     if config.source == "deepspeed" and kind == "hf" and saved_by_deepspeed(config.src_folder):
         kind = "deepspeed"  # both lie in a folder of transformers' Trainer
     if config.source not in ("auto", kind):
         raise UserError(f"from={config.source}: {config.src_folder} is of format {kind}")
     if kind in ("sidecar", "hf"):
-        return huggingface.find_folder(config.src_folder)
+        return huggingface.find_folder(src)
     if kind == "deepspeed":
         return _open_deepspeed(config)
     iteration = iteration_folder(config.src_folder, config.iteration)
@@ -112,7 +114,7 @@ def _to_sidecar(config: ConvertConfig, opened: Opened, model: Model) -> tuple[li
         raise UserError(f"to=sidecar: {config.src_folder} has no exits")
     if config.model_folder is None:
         raise UserError("to=sidecar: give model=<Hugging Face folder of the base model>, which the sidecar will name")
-    huggingface.check_base(config.model_folder, opened)
+    huggingface.check_base(plain_folder(config.model_folder), opened)
     files = [huggingface.sidecar_file(model)]
     return files, lambda folder: huggingface.finish_sidecar(folder, model, config.model_folder)
 

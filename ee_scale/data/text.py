@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from ee_scale.data.corpora import Source, open_source, open_tokens
 from ee_scale.data.encode import DocumentEncoder, Ids, tokenizer_digest
 from ee_scale.data.folders import setting_name
 from ee_scale.errors import UserError
-from ee_scale.files import published
+from ee_scale.files import cache_folder, published
 from ee_scale.log import Terminal, log
 
 FORMAT_VERSION = 2
@@ -61,10 +60,7 @@ def prepare_text(
 
 def cache_root(cache_dir: Path | str | None, fields: str = "data") -> Path:
     """The folder of tokenised data and sample orders, made if missing. Raises `UserError` when it cannot be written."""
-    if cache_dir is None:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ee_scale" / "data"
-    else:
-        root = Path(cache_dir).expanduser()
+    root = cache_folder() / "data" if cache_dir is None else Path(cache_dir).expanduser()
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -6,7 +6,6 @@ lm-eval has no entry point for models of other packages, so this module register
 own command line; a program imports it and calls `lm_eval.simple_evaluate(model="ee-scale", ...)`.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,7 +57,8 @@ class EarlyExitLM(HFLM):
         for name in ELSEWHERE:
             if kwargs.get(name):
                 raise UserError(f"{name}={kwargs[name]}: not supported by --model ee-scale")
-        self._model = open_model(Path(pretrained), dtype=get_dtype(dtype)).to(self.device)
+        folder = ModelFolder.named(pretrained, "pretrained").path
+        self._model = open_model(folder, dtype=get_dtype(dtype)).to(self.device)
 
     def _policy(self) -> ExitPolicy:
         layers = self.model.exit_spec.layers if hasattr(self.model, "exit_spec") else ()

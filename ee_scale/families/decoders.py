@@ -25,8 +25,8 @@ def _norms(*names: str) -> dict[str, tuple[str, ...]]:
 LLAMA = MATRICES | _norms("input_layernorm", "post_attention_layernorm")
 
 DECODERS = (
-    Family("llama", LLAMA, elastic=Elastic(heads_divide_hidden=True), megatron=MegatronNames()),
-    Family("mistral", LLAMA, elastic=Elastic(), megatron=MegatronNames(windowed=True)),
+    Family("llama", LLAMA, gguf_pairs=True, elastic=Elastic(heads_divide_hidden=True), megatron=MegatronNames()),
+    Family("mistral", LLAMA, gguf_pairs=True, elastic=Elastic(), megatron=MegatronNames(windowed=True)),
     Family("qwen2", LLAMA, elastic=Elastic(), megatron=MegatronNames(qkv_bias=True, head_dim=False)),
     Family(
         "qwen3",

@@ -44,6 +44,7 @@ class Family:
         logit_softcap: config attribute that caps the final logits, or None.
         embedding_scale: attribute of the embedding that multiplies its output, or None.
         neutral_norm: weight of a norm that only normalises (Gemma multiplies by 1 + weight).
+        gguf_pairs: GGUF files hold the two rows of a rotary pair side by side, transformers half a head apart.
         elastic, megatron: None where it is no supernet, or has no map to Megatron.
     """
 
@@ -59,6 +60,7 @@ class Family:
     logit_softcap: str | None = None
     embedding_scale: str | None = None
     neutral_norm: float = 1.0
+    gguf_pairs: bool = False
     elastic: Elastic | None = None
     megatron: MegatronNames | None = None
 

@@ -29,8 +29,8 @@ class EarlyExitForCausalLM(modeling.EarlyExitForCausalLM):
         base, gone = kwargs.pop("base_model", None), f"{GONE}; pass base_model=<folder>"
         folder = ModelFolder.find(Path(path), gone=gone, base=Path(base) if base else None)
         if folder.sidecar is None:
-            _check_exported(Path(path), kwargs.get("config"))
-            return super().from_pretrained(path, *args, **kwargs)
+            _check_exported(folder.path, kwargs.get("config"))
+            return super().from_pretrained(folder.path, *args, **kwargs)
         _ = folder.decoder_config
         _, exits = folder.tensors()
         model = _with_new_heads(folder, folder.exits, **kwargs)

@@ -20,6 +20,7 @@ from ee_scale.artifact.trained_base import EMBEDDING, HEAD
 from ee_scale.backbone.fingerprint import fingerprint
 from ee_scale.backbone.loading import WAY_OUT
 from ee_scale.backbone.model_folder import CHANGED, SIDECAR_WEIGHTS, ModelFolder
+from ee_scale.backbone.model_path import plain_folder
 from ee_scale.backbone.small_files import has_vocabulary
 from ee_scale.backbone.stored_names import parameter_names
 from ee_scale.conversion.args import rope_of
@@ -151,7 +152,7 @@ def finish_sidecar(folder: Path, model: Model, base: Path) -> None:
     facts = {
         "step": None,
         "base_model": str(base.resolve()),
-        "base_fingerprint": fingerprint(base),
+        "base_fingerprint": fingerprint(plain_folder(base)),
         "early_exit": model.exits.to_dict(),
     }
     write_sidecar(folder, facts)
