@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ee_scale import api
 from ee_scale.artifact.export import export_early_exit
@@ -28,6 +27,7 @@ from ee_scale.files import cache_folder, file_digest, remove_folder, write_text
 from ee_scale.inference.model import EarlyExitForCausalLM
 from ee_scale.inference.prompts import encode_prompts
 from ee_scale.log import Terminal, configure_logging
+from ee_scale.progress import shares
 from ee_scale.reading import read_object
 from ee_scale.training.pretrain import SEQ_LENGTH, trained_llama
 
@@ -76,7 +76,7 @@ def _subject(config: DemoConfig, terminal: Terminal) -> Subject:
     if found is not None:
         return Subject(
             name="SmolLM2-135M-Instruct",
-            model=str(_in_bf16(found, _cache(config) / "models", terminal)),
+            model=str(_in_bf16(found, _cache(config) / "models")),
             layers=(10, 20),
             kind="layer",
             training=(*training, "optim.lr=3e-4", f"train.steps={config.steps or 60}"),
@@ -98,7 +98,7 @@ def _subject(config: DemoConfig, terminal: Terminal) -> Subject:
     )
 
 
-def _in_bf16(file: Path, models: Path, terminal: Terminal) -> Path:
+def _in_bf16(file: Path, models: Path) -> Path:
     """A GGUF file as a plain folder in the number type that CPUs and GPUs multiply fastest; made once."""
     folder = models / f"{file.stem}-bf16-{made_of(file_digest(file))}"
     if not folder.is_dir():
@@ -109,14 +109,8 @@ def _in_bf16(file: Path, models: Path, terminal: Terminal) -> Path:
 
 def demo_backbone(config: DemoConfig) -> Path:
     """Folder of the small Llama."""
-    columns = (TextColumn("training a backbone"), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    with Progress(*columns, console=console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=1.0)
-
-        def show(share: float, loss: float) -> None:
-            bar.update(task, completed=share, description=f"loss {loss:.2f}")
-
-        return trained_llama(_cache(config), config.pretrain_minutes, show)
+    with shares("training a backbone") as show:
+        return trained_llama(_cache(config), config.pretrain_minutes, lambda share, loss: show(share))
 
 
 def _tuned(

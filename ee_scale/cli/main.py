@@ -6,7 +6,9 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
+from ee_scale.cli.console import console
 from ee_scale.cli.help import guide, overview, prefix_help, verb_help
 from ee_scale.config.compose import compose_config, stored_config, to_yaml
 from ee_scale.config.schema import PREFIXES, RECIPES, VERBS, Config
@@ -53,8 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         prepare_libraries(config)
         if verb in RECIPES:
-            return importlib.import_module(f"ee_scale.cli.{prefix or 'train'}").run(verb, config, rest) or 0
-        return importlib.import_module(f"ee_scale.cli.{verb}").run(config, rest) or 0
+            return _loaded(prefix or "train").run(verb, config, rest) or 0
+        return _loaded(verb).run(config, rest) or 0
     except KeyboardInterrupt:
         return 130
     except Requeue as left:
@@ -67,6 +69,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno != errno.ENAMETOOLONG:
             raise
         return _say(f"error: {error.strerror}: {shown(error.filename)}", BAD_INPUT, speaks=_speaks())
+
+
+def _loaded(name: str) -> ModuleType:
+    """The file of a command; torch and the others take seconds, in which a person sees that something is going on."""
+    module = f"ee_scale.cli.{name}"
+    if "RANK" in os.environ:
+        return importlib.import_module(module)
+    with console(stderr=True).status("loading torch, transformers, DeepSpeed and Megatron-Core"):
+        return importlib.import_module(module)
 
 
 def split_command(arguments: Sequence[str]) -> tuple[str | None, str | None, list[str]]:

@@ -117,9 +117,10 @@ def _read(
     prompts = torch.cat(batches)[: config.prompts, : config.prompt_tokens]
     repeated = 0.0
     for name, temperature in (("greedy", None), ("sampled", config.temperature)):
-        show(f"the model writes ({name})", 0.3)
-        passage = own_text(model, prompts, config.new_tokens, temperature, config.seed, tokenizer)
-        readings[name] = read([passage])
+        writes = partial(show, f"the model writes ({name})")
+        passage = own_text(model, prompts, config.new_tokens, temperature, config.seed, tokenizer, writes)
+        rows = [Passage(ids[None], kept[None]) for ids, kept in zip(passage.ids, passage.kept, strict=True)]
+        readings[name] = read(_passing(rows, len(rows), partial(show, f"reading what it wrote ({name})")))
         if temperature is None:
             repeated = repeated_share(passage)
     return readings, repeated

@@ -131,7 +131,7 @@ class ProbeConfig:
     layers: Any = setting(None, "exits to try on a model without any; null: up to 11, spread over the depth")
     kind: str = setting("mlp", "kind of those exits, which their cost depends on", rule=one_of("norm", "mlp"))
     context: int = setting(256, "tokens in the cache while costs are measured", rule=at_least(1))
-    max_tokens: int = setting(8192, "tokens of text to read", rule=at_least(1))
+    max_tokens: int = setting(2048, "tokens of text to read", rule=at_least(1))
     prompts: int = setting(16, "prompts that the model continues, greedily and at `temperature`", rule=at_least(1))
     prompt_tokens: int = setting(64, "tokens of each prompt", rule=at_least(1))
     new_tokens: int = setting(64, "tokens of each continuation", rule=at_least(1))

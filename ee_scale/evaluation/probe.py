@@ -1,10 +1,10 @@
 """How readable a model's layers are: whether an exit says what the final layer says, on given text and on its own."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from ee_scale.errors import UserError
 from ee_scale.evaluation.states import exit_states
@@ -56,10 +56,12 @@ def own_text(
     temperature: float | None,
     seed: int,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    advance: Callable[[float], None] = lambda share: None,
 ) -> Passage:
     """The model's continuation of prompts [B, P] by its final layer (None: greedy), each up to its end.
 
-    Ends and everything else are those of its generation config; stop strings need the `tokenizer`.
+    Ends and everything else are those of its generation config; stop strings need the `tokenizer`. `advance` is told
+    the share of `new_tokens` that is written.
     """
     device = next(model.parameters()).device
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
@@ -76,6 +78,7 @@ def own_text(
             use_cache=True,
             pad_token_id=ends[0] if ends else 0,
             tokenizer=tokenizer,
+            stopping_criteria=StoppingCriteriaList([_Told(advance, prompts.shape[1], new_tokens)]),
             **(greedy if temperature is None else sampling),
         )
     kept = torch.ones(ids.shape[0], ids.shape[1] - 1, dtype=torch.bool)
@@ -83,6 +86,17 @@ def own_text(
     for row, count in enumerate(new_lengths(ids, prompts.shape[1], settings, stop)):
         kept[row, prompts.shape[1] + count - 1 :] = False
     return Passage(ids.cpu(), kept)
+
+
+class _Told(StoppingCriteria):
+    """Never stops; tells how far the text is."""
+
+    def __init__(self, advance: Callable[[float], None], start: int, new_tokens: int):
+        self.advance, self.start, self.new_tokens = advance, start, new_tokens
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
+        self.advance((input_ids.shape[1] - self.start) / self.new_tokens)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def repeated_share(passage: Passage, length: int = 8) -> float:
