@@ -22,11 +22,11 @@ def parquet_rows(path: Path, here: str, bad: BadBytes) -> Iterator[tuple[int, di
             names = file.schema_arrow.names
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise UserError(f"{here}: two columns of the name '{twice[0]}'")
-            number, share = 0, path.stat().st_size / max(1, file.metadata.num_rows)
+            number, size, count = 0, path.stat().st_size, file.metadata.num_rows
             for batch in file.iter_batches(ROWS):
                 for row in _rows(batch, here, number, bad):
                     number += 1
-                    yield number, row, int(number * share) - int((number - 1) * share)
+                    yield number, row, number * size // count - (number - 1) * size // count
     except (arrow.ArrowException, OSError) as error:
         raise UserError(f"{here}: cannot read ({one_line(error)})") from error
 
