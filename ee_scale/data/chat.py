@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -111,9 +110,8 @@ class ChatEncoder:
     the text and its end mark. What stands in the messages decides nothing, so a user may quote any mark.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, folder: Path | str):
-        """`folder` is where the tokenizer came from, for errors."""
-        self.tokenizer, self.folder = tokenizer, folder
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
         self.num_cut = 0  # conversations that became a document per answer
         self._template: str | None = None
 
@@ -142,14 +140,19 @@ class ChatEncoder:
         self.num_cut += 1
         return [self._encoded(document, [(start, end)]) for document, start, end in spans]
 
+    @property
+    def name(self) -> str:
+        """What errors call the tokenizer's model."""
+        return self.tokenizer.name_or_path or "the model"
+
     def _chosen_template(self, here: str) -> str:
         if not self.tokenizer.chat_template:
             raise UserError(
-                f"{here}: a conversation, and the tokenizer of {self.folder} has no chat template to write it with"
+                f"{here}: a conversation, and the tokenizer of {self.name} has no chat template to write it with"
             )
         if not self.tokenizer.is_fast:
             raise UserError(
-                f"{here}: a conversation, and the tokenizer of {self.folder} does not say which characters its tokens "
+                f"{here}: a conversation, and the tokenizer of {self.name} does not say which characters its tokens "
                 f"stand for ({type(self.tokenizer).__name__}); it needs a tokenizer.json"
             )
         self._template = self.tokenizer.get_chat_template()
@@ -166,9 +169,7 @@ class ChatEncoder:
                 raise self._unclear(conversation, conversation.learned_from)
             learned &= np.array([end > len(prompt) for _, end in found.encodings[0].offsets])
         if not learned.any():
-            raise UserError(
-                f"{conversation.here}: the chat template of {self.folder} marks no token as the assistant's"
-            )
+            raise UserError(f"{conversation.here}: the chat template of {self.name} marks no token as the assistant's")
         return Rendered(np.array(found["input_ids"], np.int64), learned)
 
     def _span(self, conversation: Conversation, number: int) -> tuple[str, int, int]:
@@ -200,16 +201,16 @@ class ChatEncoder:
         """The text of the first messages, with the prompt for an answer."""
         return self._apply(conversation, count, tokenize=False, add_generation_prompt=prompt)
 
-    def _apply(self, conversation: Conversation, count: int, **options: Any) -> Any:
+    def _apply(self, conversation: Conversation, count: int, **options: bool | dict[str, bool]) -> Any:
         try:
             messages = conversation.messages[:count]
             return self.tokenizer.apply_chat_template(messages, tools=conversation.tools, **options)
         except Exception as error:  # jinja2 missing, or whatever a template does
-            words = f"the chat template of {self.folder} refuses the first {count} messages"
+            words = f"the chat template of {self.name} refuses the first {count} messages"
             raise UserError(f"{conversation.here}: {words} ({one_line(error)})") from error
 
     def _unclear(self, conversation: Conversation, number: int) -> UserError:
         return UserError(
             f"{conversation.here}: which tokens are the answer in message {number + 1} cannot be told from the chat "
-            f"template of {self.folder}; mark them in it with {{% generation %}} ... {{% endgeneration %}}"
+            f"template of {self.name}; mark them in it with {{% generation %}} ... {{% endgeneration %}}"
         )

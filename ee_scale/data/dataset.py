@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.indexed_dataset import get_bin_path, get_idx_path
+from megatron.core.datasets.indexed_dataset import IndexedDataset, get_bin_path, get_idx_path
+from megatron.core.datasets.utils import Split
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -150,8 +152,16 @@ def _build(config: GPTDatasetConfig, num_samples: int, folder: Path, only_rank_0
 class MaskedGPTDataset(GPTDataset):
     """Megatron's dataset, with the mask that lies beside its tokens (see `open_mask`) cut as the tokens are."""
 
-    def __init__(self, dataset: Any, dataset_path: str, *args: Any) -> None:
-        super().__init__(dataset, dataset_path, *args)
+    def __init__(
+        self,
+        indexed_dataset: IndexedDataset,
+        dataset_path: str,
+        indexed_indices: np.ndarray,
+        num_samples: int | None,
+        index_split: Split,
+        config: GPTDatasetConfig,
+    ) -> None:
+        super().__init__(indexed_dataset, dataset_path, indexed_indices, num_samples, index_split, config)
         self._masks, mask = None, open_mask(dataset_path)
         if mask is not None:
             self._masks = copy.copy(self)  # the same samples of another dataset

@@ -4,10 +4,13 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from ee_scale.data.utf8 import BadBytes, bad_bytes
 from ee_scale.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from pyarrow import RecordBatch, Scalar
 
 ROWS = 256  # that are in memory as Python objects
 
@@ -31,7 +34,7 @@ def parquet_rows(path: Path, here: str, bad: BadBytes) -> Iterator[tuple[int, di
         raise UserError(f"{here}: cannot read ({one_line(error)})") from error
 
 
-def _rows(batch: Any, here: str, before: int, bad: BadBytes) -> list[dict[str, Any]]:
+def _rows(batch: "RecordBatch", here: str, before: int, bad: BadBytes) -> list[dict[str, Any]]:
     try:
         return batch.to_pylist()
     except UnicodeDecodeError:  # a string column holds any bytes that somebody called text
@@ -44,7 +47,7 @@ def _rows(batch: Any, here: str, before: int, bad: BadBytes) -> list[dict[str, A
         ]
 
 
-def _value(scalar: Any, here: str, bad: BadBytes) -> Any:
+def _value(scalar: "Scalar", here: str, bad: BadBytes) -> Any:
     """The value of a cell, whose parts may be strings that are no UTF-8. Raises `UserError`."""
     import pyarrow as arrow
 

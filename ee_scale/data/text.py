@@ -58,7 +58,7 @@ def prepare_text(
                 _tell(line)
             key = _cache_key(text, tokenizer, tokenizer_dir, [text_key, errors])
             folder = cache_root(cache_dir, fields) / f"text-{key}"
-            prefix = _tokenised(text, tokenizer, tokenizer_dir, folder, progress, fields)
+            prefix = _tokenised(text, tokenizer, folder, progress, fields)
         prefixes.append(prefix)
     return prefixes
 
@@ -93,14 +93,7 @@ def _cache_key(
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
 
-def _tokenised(
-    source: Source,
-    tokenizer: PreTrainedTokenizerBase,
-    tokenizer_dir: Path | str,
-    folder: Path,
-    progress: bool,
-    fields: str,
-) -> str:
+def _tokenised(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path, progress: bool, fields: str) -> str:
     """The prefix of a source in its cache folder, tokenised now if it is not there."""
     for name in (TOKENS, MASKED):
         if _is_complete(prefix := str(folder / name)):
@@ -111,7 +104,7 @@ def _tokenised(
     with published(folder) as temporary:
         writer = Writer(temporary, tokenizer)
         with _progress_bar(source, progress) as advance:
-            encoder, chat = DocumentEncoder(tokenizer, here), ChatEncoder(tokenizer, tokenizer_dir)
+            encoder, chat = DocumentEncoder(tokenizer, here), ChatEncoder(tokenizer)
             for is_chat, pieces in groupby(source.pieces(), lambda piece: isinstance(piece, Conversation)):
                 if is_chat:
                     for conversation in pieces:

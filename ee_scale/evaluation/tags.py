@@ -60,7 +60,7 @@ def tagged_windows(
     """
     documents: list[Document] = []
     tags, bad = [], bad_bytes("", errors)
-    chat = ChatEncoder(tokenizer, tokenizer.name_or_path or "the model")
+    chat = ChatEncoder(tokenizer)
     for path, kind in (item for source in sources for item in find_files(source, text_key, "", errors).files):
         if kind not in RECORDS:
             raise UserError(f"tag_key={tag_key}: data='{path}' is read as {kind}; tags are fields of records (.jsonl)")

@@ -45,7 +45,7 @@ def message(call, *args, **options) -> str:
 
 def encode(tokenizer, template: str, record: dict):
     tokenizer.chat_template = template
-    return ChatEncoder(tokenizer, "folder").encode(document_of(record, "text", "a.jsonl line 1", "data.text_key"))
+    return ChatEncoder(tokenizer).encode(document_of(record, "text", "a.jsonl line 1", "data.text_key"))
 
 
 def learned(tokenizer, template: str, messages: list[dict]) -> list[str]:
@@ -165,7 +165,7 @@ def test_records_that_are_no_conversation(record, said):
 @pytest.mark.parametrize(
     ("template", "messages", "said"),
     [
-        (None, chat("a", "b"), "the tokenizer of folder has no chat template to write it with"),
+        (None, chat("a", "b"), "the tokenizer of the model has no chat template to write it with"),
         (UNPROMPTED, chat("a", "b"), "which tokens are the answer in message 2 cannot be told from the chat template"),
         (CHATML, chat("a", "b")[1:], "which tokens are the answer in message 1 cannot be told"),
         (CHATML, chat("a"), "no message of the role 'assistant', so nothing is learned (roles: user)"),

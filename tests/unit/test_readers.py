@@ -392,7 +392,7 @@ def test_labelled_data_in_every_layout(tmp_path):
 
 def test_tags_in_every_layout(tmp_path):
     class Letters:
-        eos_token_id, name_or_path = 0, ""
+        eos_token_id = 0
 
         def __call__(self, text, **_):
             return SimpleNamespace(input_ids=[ord(letter) for letter in text])
