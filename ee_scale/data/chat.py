@@ -113,7 +113,6 @@ class ChatEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         self.num_cut = 0  # conversations that became a document per answer
-        self._template: str | None = None
 
     def encode(self, conversation: Conversation) -> list[Rendered]:
         """One document; or one per answer, where the template writes earlier answers in another way than the last.
@@ -121,8 +120,7 @@ class ChatEncoder:
         Such a document is the conversation up to an answer, and that answer alone is learned. Raises `UserError` where
         there is no template, where it refuses the messages, and where it cannot be told which tokens are the answer's.
         """
-        here = conversation.here
-        template = self._template or self._chosen_template(here)
+        here, marked = conversation.here, GENERATION.search(self._template(conversation))
         answers = [
             number
             for number, message in enumerate(conversation.messages)
@@ -131,7 +129,7 @@ class ChatEncoder:
         if not answers:
             roles = ", ".join(sorted({message["role"] for message in conversation.messages}))
             raise UserError(f"{here}: no message of the role '{ASSISTANT}', so nothing is learned (roles: {roles})")
-        if GENERATION.search(template):
+        if marked:
             return [self._marked(conversation)]
         text = self._render(conversation, len(conversation.messages))
         spans = [self._span(conversation, number) for number in answers]
@@ -145,18 +143,19 @@ class ChatEncoder:
         """What errors call the tokenizer's model."""
         return self.tokenizer.name_or_path or "the model"
 
-    def _chosen_template(self, here: str) -> str:
+    def _template(self, conversation: Conversation) -> str:
+        here = f"{conversation.here}: a conversation, and the tokenizer of {self.name}"
         if not self.tokenizer.chat_template:
-            raise UserError(
-                f"{here}: a conversation, and the tokenizer of {self.name} has no chat template to write it with"
-            )
+            raise UserError(f"{here} has no chat template to write it with")
         if not self.tokenizer.is_fast:
             raise UserError(
-                f"{here}: a conversation, and the tokenizer of {self.name} does not say which characters its tokens "
-                f"stand for ({type(self.tokenizer).__name__}); it needs a tokenizer.json"
+                f"{here} does not say which characters its tokens stand for ({type(self.tokenizer).__name__}); "
+                "it needs a tokenizer.json"
             )
-        self._template = self.tokenizer.get_chat_template()
-        return self._template
+        try:
+            return self.tokenizer.get_chat_template(tools=conversation.tools)
+        except ValueError as error:  # several templates, and none of them is the default
+            raise UserError(f"{here}: {one_line(error)}") from error
 
     def _marked(self, conversation: Conversation) -> Rendered:
         """What a template with `{% generation %}` says itself."""

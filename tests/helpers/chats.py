@@ -49,7 +49,7 @@ def chat_tokenizer(template: str | None = CHATML, vocab: int = 300) -> PreTraine
 
 def conversations(count: int, seed: int = 0) -> list[list[dict[str, Any]]]:
     """Of one to three turns, some with a system message, some whose user quotes marks."""
-    pick, words = random.Random(seed), ["the", "layer", "reads", "a", "hidden", "state"]
+    pick, words = random.Random(seed), ["the", "layer", "reads", "a", "hidden", "state", "äh", "🙂"]
 
     def says() -> str:
         return " ".join(pick.choices(words, k=pick.randint(2, 12)))

@@ -180,6 +180,22 @@ def test_what_is_not_guessed(tokenizer, template, messages, said):
     assert said in found
 
 
+def test_a_tokenizer_that_tells_no_places(tokenizer, monkeypatch):
+    monkeypatch.setattr(type(tokenizer), "is_fast", property(lambda _: False))
+    found = message(encode, tokenizer, CHATML, {"messages": chat("a", "b")})
+    assert "does not say which characters its tokens stand for" in found
+
+
+def test_templates_by_name(tokenizer):
+    tokenizer.chat_template = {"default": CHATML, "tool_use": MARKED}
+    (found,) = encode(tokenizer, tokenizer.chat_template, {"messages": chat("a", "b"), "tools": [{"name": "f"}]})
+    assert tokenizer.decode(found.ids[found.learned]) == "b<|im_end|>"
+    said = message(encode, tokenizer, {"one": CHATML, "two": MARKED}, {"messages": chat("a", "b")})
+    assert said.startswith(
+        "a.jsonl line 1: a conversation, and the tokenizer of the model: This model has multiple chat"
+    )
+
+
 # -- kept, packed, read -----------------------------------------------------------------------------------------------
 
 
