@@ -94,13 +94,13 @@ def _check_lengths(config: ProbeConfig, model_config: PreTrainedConfig) -> None:
 
 def _text(
     config: ProbeConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
-) -> list[torch.Tensor]:
-    """Windows [B, S+1] of the data; each is longer than a prompt. Raises `UserError`."""
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Windows of the data as `data.loader.windows` has them; each is longer than a prompt. Raises `UserError`."""
     prefixes = read_prefixes(config, model, tokenizer, folder)
     length = min(config.prompt_tokens + config.new_tokens, model.config.max_position_embeddings)
     found = list(windows(prefixes, length, 4, max(config.max_tokens, length * config.prompts)))
-    if found[0].shape[1] <= config.prompt_tokens:
-        raise UserError(f"prompt_tokens={config.prompt_tokens}: the data has only {found[0].shape[1]} tokens")
+    if (length := found[0][0].shape[1]) <= config.prompt_tokens:
+        raise UserError(f"prompt_tokens={config.prompt_tokens}: the data has only {length} tokens")
     return found
 
 
@@ -108,13 +108,13 @@ def _read(
     config: ProbeConfig,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    batches: list[torch.Tensor],
+    batches: list[tuple[torch.Tensor, torch.Tensor]],
     show: Callable[[str, float], None],
 ) -> tuple[dict[str, list[Reading]], float]:
     """Readings on the text, on greedy and on sampled text; how much of the greedy text repeats itself."""
     read = partial(read_exits, model, temperature=config.temperature, bound=config.agreement)
     readings = {"text": read(_passing(given_text(batches), len(batches), partial(show, "reading text")))}
-    prompts = torch.cat(batches)[: config.prompts, : config.prompt_tokens]
+    prompts = torch.cat([tokens for tokens, _ in batches])[: config.prompts, : config.prompt_tokens]
     repeated = 0.0
     for name, temperature in (("greedy", None), ("sampled", config.temperature)):
         writes = partial(show, f"the model writes ({name})")

@@ -8,6 +8,9 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from omegaconf import MISSING
 
 T = TypeVar("T")
+# Help lines of settings that several commands have.
+TEXT_KEY = "field of a record that holds the text, or the conversation; without it: messages, or prompt and completion"
+ERRORS = "bytes that are no UTF-8 text, and NUL: strict refuses them by file, line and byte; replace puts U+FFFD there"
 
 
 class Settings(Protocol):
@@ -96,12 +99,14 @@ class ParallelConfig:
 class DataConfig:
     path: Any = setting(
         MISSING,
-        "text: .txt, .jsonl, folder or Megatron prefix (without .bin/.idx), a list of those, or 'python'",
+        "text or conversations: .txt, .jsonl, .csv, .parquet (also .gz, .zst), folder, Megatron prefix (without "
+        ".bin/.idx), a list of those, or 'python'",
         texts=True,
     )
     weights: list[float] | None = setting(None, "sampling weight of each path of a list; null: by size")
     seq_length: int = setting(512, "tokens per training sequence", rule=at_least(1))
-    text_key: str = setting("text", "field of a .jsonl line that holds the text")
+    text_key: str = setting("text", TEXT_KEY)
+    errors: str = setting("strict", ERRORS, rule=one_of("strict", "replace"))
     cache_dir: str | None = setting(None, "tokenised data; null: ~/.cache/ee_scale/data")
     seed: int = setting(1234, "order of the training sequences")
     num_workers: int = setting(0, "loader processes per rank", rule=at_least(0))

@@ -12,6 +12,8 @@ from omegaconf import MISSING
 
 from ee_scale.config.convert import ConvertConfig
 from ee_scale.config.groups import (
+    ERRORS,
+    TEXT_KEY,
     Choices,
     Rule,
     at_least,
@@ -53,7 +55,9 @@ class EvaluateConfig:
 
     model: str = setting(MISSING, "folder written by export, or one without exits (its final layer alone is measured)")
     data: Any = setting(
-        MISSING, "text: .txt, .jsonl, folder or Megatron prefix, a list of those, or 'python'", texts=True
+        MISSING,
+        "text or conversations: .txt, .jsonl, .csv, .parquet, folder, Megatron prefix, a list of those, or 'python'",
+        texts=True,
     )
     exits: Any = setting(
         None, "exit layers to measure on a model without exits, as untrained copies: what tuning would start from"
@@ -63,7 +67,8 @@ class EvaluateConfig:
     seq_length: int = setting(512, "tokens per sequence", rule=at_least(1))
     batch_size: int = setting(4, "sequences per forward pass", rule=at_least(1))
     max_tokens: int = setting(100_000, "tokens to measure on; 0: all")
-    text_key: str = setting("text", "field of a .jsonl line that holds the text")
+    text_key: str = setting("text", TEXT_KEY)
+    errors: str = setting("strict", ERRORS, rule=one_of("strict", "replace"))
     cache_dir: str | None = setting(None, "tokenised data; null: ~/.cache/ee_scale/data")
     device: str = setting("auto", "where to run", rule=one_of("auto", "cpu", "cuda"))
     tag_key: str | None = setting(
@@ -91,7 +96,9 @@ class CalibrateConfig:
 
     model: str = setting(MISSING, "folder written by export, of either kind; its generation_config.json is updated")
     data: Any = setting(
-        MISSING, "held-out text: .txt, .jsonl, folder or Megatron prefix, a list of those, or 'python'", texts=True
+        MISSING,
+        "held-out text or conversations: .txt, .jsonl, .csv, .parquet, folder, Megatron prefix, a list, or 'python'",
+        texts=True,
     )
     agreement: float | None = setting(
         None, "share of tokens that must stay the whole model's choice; null: 0.98, unless loss_increase is given"
@@ -113,7 +120,8 @@ class CalibrateConfig:
     batch_size: int = setting(16, "windows per forward pass", rule=at_least(1))
     max_tokens: int = setting(200_000, "tokens to calibrate on, chosen at random; 0: all")
     seed: int = setting(0, "which windows choose the limits and which test them")
-    text_key: str = setting("text", "field of a .jsonl line that holds the text")
+    text_key: str = setting("text", TEXT_KEY)
+    errors: str = setting("strict", ERRORS, rule=one_of("strict", "replace"))
     cache_dir: str | None = setting(None, "tokenised data; null: ~/.cache/ee_scale/data")
     device: str = setting("auto", "where to run", rule=one_of("auto", "cpu", "cuda"))
 
@@ -125,7 +133,8 @@ class ProbeConfig:
     model: str = setting(MISSING, "model of a supported architecture, with exits or without (the logit lens)")
     data: Any = setting(
         "python:valid",
-        "text to read and to take prompts from: .txt, .jsonl, folder, Megatron prefix, list or 'python'",
+        "text to read and to take prompts from: .txt, .jsonl, .csv, .parquet, folder, Megatron prefix, a list or "
+        "'python'",
         texts=True,
     )
     layers: Any = setting(None, "exits to try on a model without any; null: up to 11, spread over the depth")
@@ -144,7 +153,8 @@ class ProbeConfig:
     seconds: float = setting(6.0, "time to spend on timing the parts", rule=FINITE)
     seed: int = setting(0, "sampled text")
     out: str | None = setting(None, "folder for probe.json and probe.png; null: table only")
-    text_key: str = setting("text", "field of a .jsonl line that holds the text")
+    text_key: str = setting("text", TEXT_KEY)
+    errors: str = setting("strict", ERRORS, rule=one_of("strict", "replace"))
     cache_dir: str | None = setting(None, "tokenised data; null: ~/.cache/ee_scale/data")
     device: str = setting("auto", "where to run", rule=one_of("auto", "cpu", "cuda"))
 
@@ -179,7 +189,9 @@ class GenerateConfig:
     prompt: Any = setting(
         None, "text to continue, a list of texts, or '-' to read it from standard input", texts="prose"
     )
-    prompts: str | None = setting(None, "file of prompts: .txt, one per line, or .jsonl with a field 'prompt'")
+    prompts: str | None = setting(
+        None, "file of prompts: .txt, one per line, or records (.jsonl, .csv, .parquet) with a field 'prompt'"
+    )
     out: str | None = setting(None, ".jsonl to write, a line per prompt; null: one prompt streams, several are printed")
     chat: bool = setting(False, "put the prompt into the tokenizer's chat template, as a user's message")
     max_new_tokens: int = setting(128, "tokens to add at most; an end mark ends a text earlier", rule=at_least(1))

@@ -93,7 +93,7 @@ class ImportanceConfig:
 class SupernetDataConfig(DataConfig):
     path: Any = setting(
         MISSING,
-        "causal_lm: text, as for tune; classify: labelled .jsonl, .csv or .tsv with the fields below",
+        "causal_lm: text, as for tune; classify: labelled .jsonl, .csv, .tsv or .parquet with the fields below",
         texts=True,
     )
     valid: Any = setting(None, "held-out data of the same form, for ee-scale palette", texts=True)

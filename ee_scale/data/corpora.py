@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, get_bin_path, get_idx_path
 
-from ee_scale.data.folders import find_files, setting_name
-from ee_scale.data.readers import TEXT, read_records, read_text, text_of
+from ee_scale.data.chat import Conversation, document_of
+from ee_scale.data.folders import bad_bytes, find_files, setting_name
+from ee_scale.data.readers import TEXT, read_records, read_text
 from ee_scale.errors import UserError
 
 PYTHON_KEYWORDS = {"python": "train", "python:train": "train", "python:valid": "valid"}
@@ -37,7 +38,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Source:
-    """Text that can be read: `identity` (JSON-able) changes whenever the text does.
+    """Text and conversations that can be read: `identity` (JSON-able) changes whenever they do.
 
     `told` says in a line each what is read as what, and what is left out and why.
     """
@@ -45,11 +46,11 @@ class Source:
     name: str
     identity: list[Any]
     num_bytes: int
-    pieces: Callable[[], Iterator[Piece]]
+    pieces: Callable[[], Iterator[Piece | Conversation]]
     told: tuple[str, ...] = ()
 
 
-def open_source(source: str, text_key: str, fields: str = "data") -> Source:
+def open_source(source: str, text_key: str, fields: str = "data", errors: str = "strict") -> Source:
     """The text behind `source`: a file, a folder (hidden names are skipped) or a keyword of PYTHON_KEYWORDS.
 
     Raises `UserError` when there is nothing to read; errors of the content come while its pieces are read.
@@ -61,28 +62,34 @@ def open_source(source: str, text_key: str, fields: str = "data") -> Source:
             digest.update(f"{name}\0{text}\0".encode())
         num_bytes = sum(len(text) for _, text in documents)
         return Source(source, [sys.version, digest.hexdigest()], num_bytes, lambda: document_pieces(documents))
-    found = find_files(source, text_key, fields)
+    found = find_files(source, text_key, fields, errors)
     stats = [(str(path.resolve()), kind, path.stat()) for path, kind in found.files]
     return Source(
         source,
         # A file that was copied over another one may have its size and time of writing, but not this inode and ctime.
         [[path, kind, at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_ino] for path, kind, at in stats],
         sum(at.st_size for *_, at in stats),
-        lambda: (piece for path, kind in found.files for piece in file_pieces(path, kind, text_key, fields)),
+        lambda: (piece for path, kind in found.files for piece in file_pieces(path, kind, text_key, fields, errors)),
         tuple(found.told()),
     )
 
 
-def file_pieces(path: Path, kind: str, text_key: str, fields: str = "data") -> Iterator[Piece]:
+def file_pieces(
+    path: Path, kind: str, text_key: str, fields: str = "data", errors: str = "strict"
+) -> Iterator[Piece | Conversation]:
     """A text file as one document, or one document per record. Raises `UserError` naming file and line."""
-    here = f"{setting_name(fields, 'path')}='{path}'"
+    here, bad = f"{setting_name(fields, 'path')}='{path}'", bad_bytes(fields, errors)
     if kind == TEXT:
-        for index, (text, num_bytes) in enumerate(read_text(path, here)):
+        for index, (text, num_bytes) in enumerate(read_text(path, here, bad)):
             yield Piece(text, num_bytes, starts_document=index == 0)
         return
-    for found in read_records(path, kind, here):
-        text = text_of(found.record, text_key, f"{here} line {found.line}", setting_name(fields, "text_key"))
-        for index, part in enumerate(split_text(text)):
+    setting = setting_name(fields, "text_key")
+    for found in read_records(path, kind, here, bad):
+        document = document_of(found.record, text_key, f"{here} {found.place}", setting, bad, found.num_bytes)
+        if isinstance(document, Conversation):
+            yield document
+            continue
+        for index, part in enumerate(split_text(document)):
             yield Piece(part, found.num_bytes if index == 0 else 0, starts_document=index == 0)
 
 
@@ -146,6 +153,29 @@ def open_tokens(prefix: str, name: str | None = None, fields: str = "data") -> I
     if (size := os.path.getsize(get_bin_path(prefix))) != expected:
         raise UserError(f"{here}: its .bin has {size} bytes, its .idx describes {expected}")
     return dataset
+
+
+def mask_prefix(prefix: str) -> str:
+    """Where the mask of what is learned lies beside the tokens of a Megatron prefix."""
+    return f"{prefix}_loss_mask"
+
+
+def open_mask(prefix: str, name: str | None = None, fields: str = "data") -> IndexedDataset | None:
+    """The mask of the tokens at a prefix, a dataset of the same documents: 1 where a token is learned, else 0.
+
+    None where there is none: every token is learned. Raises `UserError` for one that is damaged or of other documents.
+    """
+    there, here = mask_prefix(prefix), f"{setting_name(fields, 'path')}='{name or prefix}'"
+    paths = [get_bin_path(there), get_idx_path(there)]
+    found = [path for path in paths if os.path.exists(path)]
+    if not found:
+        return None
+    if len(found) == 1:
+        raise UserError(f"{here}: {found[0]} is there, its .bin or .idx beside it is missing")
+    mask, tokens = open_tokens(there, name, fields), open_tokens(prefix, name, fields)
+    if mask.index.dtype != np.uint8 or not np.array_equal(mask.sequence_lengths, tokens.sequence_lengths):
+        raise UserError(f"{here}: {there} is no mask of its documents (a byte for each token)")
+    return mask
 
 
 def num_tokens(dataset: IndexedDataset) -> int:

@@ -11,16 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.indexed_dataset import get_bin_path, get_idx_path
+from megatron.core.datasets.indexed_dataset import IndexedDataset, get_bin_path, get_idx_path
+from megatron.core.datasets.utils import Split
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ee_scale.data.corpora import num_tokens, open_tokens, read_tokens
+from ee_scale.data.corpora import num_tokens, open_mask, open_tokens, read_tokens
 from ee_scale.data.encode import without_row
 from ee_scale.data.folders import setting_name
 from ee_scale.data.text import cache_root
@@ -43,7 +45,7 @@ def check_tokens(
     """Refuse (`UserError`) a dataset too short for one sequence, or with an id outside the model's vocabulary.
 
     Reads every token once, in chunks: one rank is enough. `names` are what a person called the prefixes; `tokenizer`
-    made those that are no prefixes themselves. Returns a SHA-256 per dataset, of its tokens and documents.
+    made those that are no prefixes themselves. Returns a SHA-256 per dataset, of its tokens, documents and mask.
     """
     digests = []
     for prefix, name in zip(prefixes, names or prefixes, strict=True):
@@ -53,6 +55,7 @@ def check_tokens(
         if total < seq_length + 1:
             needed = f"{setting_name(fields, 'seq_length')} + 1 = {seq_length + 1}"
             raise UserError(f"{here}: {total} tokens, one sequence needs {needed}")
+        mask, learned = open_mask(prefix, name, fields), 0
         digest = hashlib.sha256(dataset.sequence_lengths.tobytes() + dataset.document_indices.tobytes())
         for start in range(0, total, SCAN_TOKENS):
             ids = read_tokens(dataset, start, min(SCAN_TOKENS, total - start))
@@ -65,6 +68,16 @@ def check_tokens(
                     f"{here}: token id {bad[0]} is outside the model's vocabulary of {vocab_size}; "
                     "was it tokenised for another model?"
                 )
+            if mask is not None:
+                part = read_tokens(mask, start, len(ids))
+                if part.max() > 1:
+                    raise UserError(
+                        f"{here}: its mask holds {part.max()}; 1 is for tokens that are learned, 0 for others"
+                    )
+                digest.update(part.astype("u1").tobytes())
+                learned += int(part.sum())
+        if mask is not None and not learned:
+            raise UserError(f"{here}: its mask leaves no token to learn")
         digests.append(digest.hexdigest())
     return digests
 
@@ -80,13 +93,13 @@ def build_gpt_dataset(
     vocab_size: int,
     cache_dir: Path | str | None,
     fields: str = "data",
-) -> Dataset:
+) -> "Sequences":
     """At least `num_samples` shuffled sequences, in as many epochs as they need.
 
     An item is a dict of tokens, labels, position_ids ([S] int64) and loss_mask ([S] float32, 0 where the label is
-    `pad_id`). The order depends on data, weights, seq_length, num_samples and seed alone; another `num_samples` is
-    another order. `weights=None` draws by number of tokens. With torch.distributed initialised every rank must call
-    this, on a shared file system. Raises `UserError` for bad weights.
+    `pad_id`, or is masked out in its dataset). The order depends on data, weights, seq_length, num_samples and seed
+    alone; another `num_samples` is another order. `weights=None` draws by number of tokens. With torch.distributed
+    initialised every rank must call this, on a shared file system. Raises `UserError` for bad weights.
     """
     weights = _checked_weights(prefixes, weights, fields)
     prefixes = [os.path.abspath(prefix) for prefix in prefixes]
@@ -107,13 +120,14 @@ def build_gpt_dataset(
     )
     with _quiet("megatron.core.datasets"):
         _publish_index(config, num_samples, folder)
-        return _Sequences(_build(config, num_samples, folder), pad_id if pad_id != eos_id else None)
+        masked = any(open_mask(prefix, fields=fields) is not None for prefix in prefixes)
+        return Sequences(_build(config, num_samples, folder), pad_id if pad_id != eos_id else None, masked)
 
 
 def _index_folder(prefixes: list[str], identity: list[Any], root: Path) -> Path:
     files = [_fingerprint(prefix) for prefix in prefixes]
     # A blend built without torch.distributed leaves its top-level index out of the folder (see _Builder).
-    content = json.dumps([files, identity, torch.distributed.is_initialized()])
+    content = json.dumps([files, identity, torch.distributed.is_initialized(), MaskedGPTDataset.__name__])
     return root / f"index-{hashlib.sha256(content.encode()).hexdigest()[:32]}"
 
 
@@ -132,7 +146,33 @@ def _build(config: GPTDatasetConfig, num_samples: int, folder: Path, only_rank_0
     config = copy.copy(config)
     config.path_to_cache = str(folder)
     on_this_rank = (lambda: _rank() == 0) if only_rank_0 else (lambda: True)
-    return _Builder(GPTDataset, [num_samples, 0, 0], on_this_rank, config).build()[0]
+    return _Builder(MaskedGPTDataset, [num_samples, 0, 0], on_this_rank, config).build()[0]
+
+
+class MaskedGPTDataset(GPTDataset):
+    """Megatron's dataset, with the mask that lies beside its tokens (see `open_mask`) cut as the tokens are."""
+
+    def __init__(
+        self,
+        indexed_dataset: IndexedDataset,
+        dataset_path: str,
+        indexed_indices: np.ndarray,
+        num_samples: int | None,
+        index_split: Split,
+        config: GPTDatasetConfig,
+    ) -> None:
+        super().__init__(indexed_dataset, dataset_path, indexed_indices, num_samples, index_split, config)
+        self._masks, mask = None, open_mask(dataset_path)
+        if mask is not None:
+            self._masks = copy.copy(self)  # the same samples of another dataset
+            self._masks.dataset = mask
+
+    def __getitem__(self, index: int | None) -> dict[str, Tensor]:
+        item = super().__getitem__(index)
+        if self._masks is None:
+            return {**item, "loss_mask": torch.ones_like(item["loss_mask"])}
+        mask, _ = self._masks._query_document_sample_shuffle_indices(index or 0)
+        return {**item, "loss_mask": torch.from_numpy(mask[1:]).float()}
 
 
 class _Builder(BlendedMegatronDatasetBuilder):
@@ -165,11 +205,15 @@ class _SpecialTokens:
         return {"class": "ee_scale", "eod": self.eod, "vocab_size": self.vocab_size}
 
 
-class _Sequences(Dataset):
-    """The items of a Megatron dataset, with padding masked out of the loss."""
+class Sequences(Dataset):
+    """The items of a Megatron dataset, with padding masked out of the loss too.
 
-    def __init__(self, dataset: Dataset, pad_id: int | None) -> None:
-        self.dataset = dataset
+    Attributes:
+        masked: whether items differ in how many of their tokens are learned.
+    """
+
+    def __init__(self, dataset: Dataset, pad_id: int | None, masked: bool) -> None:
+        self.dataset, self.masked = dataset, masked
         self.pad_id = NO_PAD if pad_id is None else pad_id
 
     def __len__(self) -> int:
@@ -177,7 +221,7 @@ class _Sequences(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         item = self.dataset[index]
-        loss_mask = (item["labels"] != self.pad_id).float()
+        loss_mask = item["loss_mask"] * (item["labels"] != self.pad_id)
         return {**{key: item[key] for key in ("tokens", "labels", "position_ids")}, "loss_mask": loss_mask}
 
 

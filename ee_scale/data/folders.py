@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ee_scale.data.readers import JSON_LINES, KINDS, RECORDS, REFUSED, TEXT, file_kind, read_records, split_name
+from ee_scale.data.chat import has_document
+from ee_scale.data.readers import CSV, JSON, KINDS, REFUSED, TEXT, TSV, file_kind, read_records, split_name
+from ee_scale.data.utf8 import BadBytes
 from ee_scale.errors import UserError
 
 SHOWN = 5
+UNSURE = (JSON, CSV, TSV)  # records, or something else that is kept beside them
 # Words about data, where there is data: names without suffix, in small letters.
 ABOUT = ("readme", "license", "licence", "copying", "notice", "changelog", "citation")
 ABOUT_DATA = "about the data or its loader, beside data"
@@ -59,12 +62,17 @@ def setting_name(fields: str, name: str) -> str:
     return f"{fields}.{name}" if fields else {"path": "data"}.get(name, name)
 
 
-def find_files(source: str, text_key: str, fields: str = "data") -> Files:
+def bad_bytes(fields: str, errors: str) -> BadBytes:
+    """What the setting `data.errors` says about bytes that are no text."""
+    return BadBytes(errors == "replace", setting_name(fields, "errors"))
+
+
+def find_files(source: str, text_key: str, fields: str = "data", errors: str = "strict") -> Files:
     """The file itself, or every file of a known kind below a folder. Raises `UserError` if there is none.
 
     Linked folders are followed, hidden names are not. Beside files of records (`.jsonl` and the like) what is there
     about them (a README, a loader) is no text to train on; `.json`, `.csv` and `.tsv` count where their first record
-    has the field `text_key`.
+    has the field `text_key` or is a conversation.
     """
     here = f"{setting_name(fields, 'path')}='{source}'"
     path, found = Path(source).expanduser(), Files(here)
@@ -78,7 +86,7 @@ def find_files(source: str, text_key: str, fields: str = "data") -> Files:
             if Path(f"{path}{there}").is_file():
                 raise UserError(f"{here}: {path.name}{there} is there, {path.name}{lost} is missing")
         raise UserError(f"{here}: no such file or folder")
-    refused = _sort(found, path, text_key)
+    refused = _sort(found, path, text_key, bad_bytes(fields, errors))
     if refused or any(kind != TEXT for _, kind in found.files):
         beside = {file for file, kind in found.files if kind == TEXT and split_name(file)[0] != ".txt"}
         found.drop(beside, ABOUT_DATA)
@@ -91,7 +99,7 @@ def find_files(source: str, text_key: str, fields: str = "data") -> Files:
     return found
 
 
-def _sort(found: Files, root: Path, text_key: str) -> bool:
+def _sort(found: Files, root: Path, text_key: str, bad: BadBytes) -> bool:
     """Fill in files and reasons; whether there is data that cannot be read."""
     refused, seen = False, set()
     for file in sorted(_walk(root, set(), found)):
@@ -103,7 +111,7 @@ def _sort(found: Files, root: Path, text_key: str) -> bool:
             found.left_out[f"{suffix} files are not read; {REFUSED[suffix]}"].append(file.name)
         elif suffix not in KINDS:
             found.left_out["no kind of text that is known"].append(file.name)
-        elif KINDS[suffix] in RECORDS and KINDS[suffix] != JSON_LINES and (reason := _no_data(file, text_key)):
+        elif KINDS[suffix] in UNSURE and (reason := _no_data(file, text_key, bad)):
             found.left_out[reason].append(file.name)
         elif (real := os.path.realpath(file)) in seen:
             found.left_out["the same file again, by a link"].append(file.name)
@@ -132,12 +140,12 @@ def _walk(folder: Path, above: set[str], found: Files) -> Iterator[Path]:
             yield entry
 
 
-def _no_data(file: Path, text_key: str) -> str | None:
+def _no_data(file: Path, text_key: str, bad: BadBytes) -> str | None:
     """Why a file that may hold records or something else is no data; None: it is."""
     try:
-        first = next(read_records(file, KINDS[split_name(file)[0]], ""), None)
+        first = next(read_records(file, KINDS[split_name(file)[0]], "", bad), None)
     except UserError as error:
         return str(error).removeprefix(": ").strip()
     if first is None:
         return "no record"
-    return None if isinstance(first.record.get(text_key), str) else f"its first record has no text '{text_key}'"
+    return None if has_document(first.record, text_key) else f"its first record has no text '{text_key}'"

@@ -26,7 +26,7 @@ def sources(path: str | Sequence[str]) -> list[str]:
 def check_run_text(data: DataConfig, model_dir: Path, vocab_size: int, *, progress: bool) -> dict[str, Any]:
     """Tokenise what is not cached, check it against the model, and say which data it is. Raises `UserError`."""
     tokenizer, names = load_tokenizer(model_dir), sources(data.path)
-    prefixes = prepare_text(names, tokenizer, model_dir, data.cache_dir, data.text_key, progress)
+    prefixes = prepare_text(names, tokenizer, model_dir, data.cache_dir, data.text_key, progress, errors=data.errors)
     digests = check_tokens(prefixes, vocab_size, data.seq_length, names=names, tokenizer=tokenizer)
     return data_identity(digests, tokenizer)
 
@@ -38,9 +38,9 @@ def data_identity(digests: list[str], tokenizer: PreTrainedTokenizerBase) -> dic
 
 def run_dataset(data: DataConfig, model_dir: Path, vocab_size: int, num_samples: int) -> Dataset:
     """Megatron's GPT dataset of text that `check_run_text` has tokenised."""
-    tokenizer = load_tokenizer(model_dir)
+    tokenizer, names = load_tokenizer(model_dir), sources(data.path)
     return build_gpt_dataset(
-        prepare_text(sources(data.path), tokenizer, model_dir, data.cache_dir, data.text_key, progress=False),
+        prepare_text(names, tokenizer, model_dir, data.cache_dir, data.text_key, False, errors=data.errors),
         list(data.weights) if data.weights else None,
         data.seq_length,
         num_samples,

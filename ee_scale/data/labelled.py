@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ee_scale.data.encode import token_with_row, without_row
-from ee_scale.data.folders import setting_name
+from ee_scale.data.folders import bad_bytes, setting_name
 from ee_scale.data.readers import KINDS, RECORDS, file_kind, read_records, whole_characters
+from ee_scale.data.utf8 import BadBytes
 from ee_scale.errors import UserError
 
 LABELLED_SUFFIXES = tuple(suffix for suffix, kind in KINDS.items() if kind in RECORDS)
@@ -41,8 +42,9 @@ def read_labelled(
     label_key: str = "label",
     pair_key: str | None = None,
     fields: str = "data",
+    errors: str = "strict",
 ) -> list[Example]:
-    """The examples of a file of records (`.csv` and `.tsv` with a header line), in the file's order.
+    """The examples of a file of records (`.csv` and `.tsv` with a header line, `.parquet`), in the file's order.
 
     A label is a string, or in JSON also an integer or a bool, which is kept as JSON writes it ('3', 'true'); white
     space around it does not count. A quote in a `.tsv` is a character like any other, as in the files of GLUE.
@@ -51,17 +53,17 @@ def read_labelled(
     """
     path = Path(path).expanduser()
     here = f"{setting_name(fields, 'path')}='{path}'"
-    kind = _kind(path, here)
+    kind, bad = _kind(path, here), bad_bytes(fields, errors)
     keys = {"text_key": text_key, "pair_key": pair_key, "label_key": label_key}
     examples = []
-    for found in read_records(path, kind, here):
-        number, row = found.line, found.record
+    for found in read_records(path, kind, here, bad):
+        row, place = found.record, f"{here} {found.place}"
         for setting, key in keys.items():
             if key is not None and key not in row:
                 names = ", ".join(sorted(row)[:12])
                 name = setting_name(fields, setting)
-                raise UserError(f"{here} line {number}: no field '{key}' (fields: {names}); set {name}")
-        examples.append(_example(row, text_key, label_key, pair_key, f"{here} line {number}"))
+                raise UserError(f"{place}: no field '{key}' (fields: {names}); set {name}")
+        examples.append(_example(row, text_key, label_key, pair_key, place, bad))
     if not examples:
         raise UserError(f"{here}: no example in it")
     return examples
@@ -78,8 +80,10 @@ def _kind(path: Path, here: str) -> str:
     return kind
 
 
-def _example(row: dict[str, Any], text_key: str, label_key: str, pair_key: str | None, here: str) -> Example:
-    pair = None if pair_key is None else _text(row[pair_key], pair_key, here)
+def _example(
+    row: dict[str, Any], text_key: str, label_key: str, pair_key: str | None, here: str, bad: BadBytes
+) -> Example:
+    pair = None if pair_key is None else _text(row[pair_key], pair_key, here, bad)
     label = row[label_key]
     if not isinstance(label, str | int):
         kind = type(label).__name__
@@ -87,15 +91,15 @@ def _example(row: dict[str, Any], text_key: str, label_key: str, pair_key: str |
     label = (label if isinstance(label, str) else json.dumps(label)).strip()
     if not label:
         raise UserError(f"{here}: field '{label_key}' is empty")
-    return Example(_text(row[text_key], text_key, here), pair, label)
+    return Example(_text(row[text_key], text_key, here, bad), pair, label)
 
 
-def _text(value: object, key: str, here: str) -> str:
+def _text(value: object, key: str, here: str, bad: BadBytes) -> str:
     if not isinstance(value, str):
         raise UserError(f"{here}: field '{key}' is not text but {type(value).__name__}")
     if not value.strip():
         raise UserError(f"{here}: field '{key}' is empty")
-    return whole_characters(value)
+    return whole_characters(bad.without_nul(value, f"{here}: field '{key}'"))
 
 
 def label_names(examples: Iterable[Example]) -> list[str]:

@@ -7,7 +7,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ee_scale.data.corpora import num_tokens, open_tokens, read_tokens
+from ee_scale.data.corpora import num_tokens, open_mask, open_tokens, read_tokens
+from ee_scale.data.dataset import Sequences
 from ee_scale.errors import UserError
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask")
@@ -60,7 +61,9 @@ def batches(
 ) -> Iterator[dict[str, Tensor]]:
     """Micro-batches of one replica: tokens and labels [B, S] int64, loss_mask [B, S] float32.
 
-    Every rank of a replica gets the same ones. Ends when no full global batch is left.
+    Every rank of a replica gets the same ones. Ends when no full global batch is left. Where a mask says what is
+    learned, each token of a step weighs the same: a loss_mask is then the micro-batch's share of the step's learned
+    tokens x the number of micro-batches of all replicas (the mean over those is what the losses of a step are).
     """
     sampler = MicroBatchSampler(
         len(dataset),
@@ -73,28 +76,60 @@ def batches(
     # A loader draws its workers' seed from the global generator, which must not depend on when data is opened.
     generator = torch.Generator()
     loader = DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers, collate_fn=_stack, generator=generator)
-    return iter(loader)
+    if not (isinstance(dataset, Sequences) and dataset.masked):
+        return iter(loader)
+    return _weighted(loader, dataset, sampler, num_micro_batches * dp_size)
+
+
+def _weighted(
+    loader: DataLoader, dataset: Sequences, sampler: MicroBatchSampler, total: int
+) -> Iterator[dict[str, Tensor]]:
+    found = iter(loader)
+    for start in sampler.starts:
+        samples = range(start, start + sampler.global_batch_size)
+        learned = max(1.0, sum(float(dataset[index]["loss_mask"].sum()) for index in samples))
+        for _ in range(sampler.num_micro_batches):
+            batch = next(found)
+            mask = batch["loss_mask"]
+            yield {**batch, "loss_mask": mask * (mask.sum() * total / learned)}
 
 
 def _stack(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {key: torch.stack([item[key] for item in items]) for key in BATCH_KEYS}
 
 
-def windows(prefixes: list[str], seq_length: int, batch_size: int, max_tokens: int = 0) -> Iterator[Tensor]:
-    """[B, S+1] int64: the datasets one after the other, cut into windows that share no token; the rest is dropped.
+def windows(
+    prefixes: list[str], seq_length: int, batch_size: int, max_tokens: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tokens [B, S+1] int64 and which predictions count, bool [B, S]: the datasets one after the other, cut into
+    windows that share no token; the rest is dropped.
 
     A window predicts `seq_length` tokens; at most `max_tokens` are predicted (0: all), yet at least one window comes.
     The last batch may be smaller. Where no dataset fills a window, the longest one is a single shorter row.
     """
-    rows = []
+    rows: list[tuple[Tensor, Tensor]] = []
     for dataset, count, length in _plan(prefixes, seq_length, max_tokens):
+        mask = open_mask(dataset.path_prefix)
         for index in range(count):
-            rows.append(torch.from_numpy(read_tokens(dataset, index * length, length)))
+            tokens = torch.from_numpy(read_tokens(dataset, index * length, length))
+            rows.append((tokens, read_learned(mask, index * length + 1, length - 1)))
             if len(rows) == batch_size:
-                yield torch.stack(rows)
+                yield _stacked(rows)
                 rows = []
     if rows:
-        yield torch.stack(rows)
+        yield _stacked(rows)
+
+
+def _stacked(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    tokens, learned = zip(*rows, strict=True)
+    return torch.stack(tokens), torch.stack(learned)
+
+
+def read_learned(mask: IndexedDataset | None, start: int, count: int) -> Tensor:
+    """[count] bool, from token `start` on: which tokens a mask (None: there is none) says are learned."""
+    if mask is None:
+        return torch.ones(count, dtype=torch.bool)
+    return torch.from_numpy(read_tokens(mask, start, count)).bool()
 
 
 def num_windows(prefixes: list[str], seq_length: int, max_tokens: int = 0) -> int:

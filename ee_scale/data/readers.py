@@ -15,42 +15,45 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from ee_scale.data.parquet import parquet_rows, unpacked_zstd
+from ee_scale.data.utf8 import BOM, STRICT, BadBytes, Decoder
 from ee_scale.errors import UserError
 
 # The csv module refuses fields above 131,072 characters; documents are longer.
 csv.field_size_limit(sys.maxsize)
 
-TEXT, JSON_LINES, JSON, CSV, TSV = "text", "JSON lines", "JSON", "csv", "tsv"
+TEXT, JSON_LINES, JSON, CSV, TSV, PARQUET = "text", "JSON lines", "JSON", "csv", "tsv", "parquet"
 KINDS = {
     **dict.fromkeys((".txt", ".md", ".rst", ".py"), TEXT),
     **{".jsonl": JSON_LINES, ".csv": CSV, ".tsv": TSV, ".ndjson": JSON_LINES, ".json": JSON, ".jsonlines": JSON_LINES},
+    ".parquet": PARQUET,
 }
-RECORDS = (JSON_LINES, JSON, CSV, TSV)
-OPENERS: dict[str, Callable[[IO[bytes]], IO[bytes]]] = {
-    ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
-    ".bz2": bz2.BZ2File,
-    ".xz": lzma.LZMAFile,
+RECORDS = (JSON_LINES, JSON, CSV, TSV, PARQUET)
+OPENERS: dict[str, Callable[[IO[bytes], str], IO[bytes]]] = {
+    ".gz": lambda raw, here: gzip.GzipFile(fileobj=raw),
+    ".bz2": lambda raw, here: bz2.BZ2File(raw),
+    ".xz": lambda raw, here: lzma.LZMAFile(raw),  # noqa: SIM115
+    ".zst": unpacked_zstd,
 }
 _TO_JSONL = "write it as .jsonl first (pandas: read_{0}(...).to_json('data.jsonl', orient='records', lines=True))"
 REFUSED = {
-    ".parquet": _TO_JSONL.format("parquet"),
     ".feather": _TO_JSONL.format("feather"),
     ".arrow": "write it as .jsonl first (datasets: load_from_disk(...).to_json('data.jsonl'))",
     ".xlsx": _TO_JSONL.format("excel"),
-    ".zst": "unpack it first (zstd -d)",
     **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar", ".lz4"), "unpack it first"),
 }
 CHUNK = 64 * 1024
 _MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32"}
 _MARKS |= {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}  # after UTF-32, whose mark begins with it
+_STARTS = {b"PAR1": ".parquet", b"\x1f\x8b": ".gz", b"\xfd7zX": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
 
 
 @dataclass(frozen=True)
 class Found:
-    """A record and the line on which it ends, and how many bytes of the file were read since the last one."""
+    """A record, its place ('line 3': where it ends) and how many bytes of the file were read since the last one."""
 
     record: dict[str, Any]
-    line: int
+    place: str
     num_bytes: int
 
 
@@ -74,70 +77,72 @@ def file_kind(path: Path, here: str) -> str:
 
 @contextmanager
 def opened(path: Path, here: str) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """The file as it lies on the disk, and unpacked. Raises `UserError` for what cannot be read, and for UTF-16."""
+    """The file as it lies on the disk, and unpacked.
+
+    Raises `UserError` for what cannot be read, for UTF-16, and for what is packed without saying so in its name.
+    """
     try:
         with path.open("rb") as raw:
-            stream = OPENERS.get(split_name(path)[1], lambda plain: plain)(raw)
-            start = stream.read(4)
+            packing = split_name(path)[1]
+            stream = OPENERS[packing](raw, here) if packing else raw
+            start = stream.peek(4)[:4]
             for mark, name in _MARKS.items():
                 if start.startswith(mark):
                     raise UserError(f"{here}: {name} text; write it as UTF-8 first (iconv -f {name} -t UTF-8)")
-            stream.seek(0)
+            for mark, suffix in _STARTS.items():
+                if start.startswith(mark):
+                    raise UserError(f"{here}: begins as a {suffix} file does, whatever its name says; call it {suffix}")
             yield raw, stream
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise UserError(f"{here}: cannot read ({getattr(error, 'strerror', None) or error})") from error
 
 
-def bad_bytes(error: UnicodeDecodeError) -> str:
-    """What is wrong with bytes that are no UTF-8."""
-    return f"not UTF-8 text (byte 0x{error.object[error.start]:02x}: {error.reason})"
-
-
-def read_text(path: Path, here: str) -> Iterator[tuple[str, int]]:
+def read_text(path: Path, here: str, bad: BadBytes = STRICT) -> Iterator[tuple[str, int]]:
     """A text file in parts of about CHUNK bytes, each with the bytes of the file that were read for it.
 
-    At least one part comes. Raises `UserError` naming the first byte that is no text.
+    At least one part comes. Raises `UserError` naming line and byte of what is no text.
     """
     with opened(path, here) as (raw, stream):
-        decoder, position, before = codecs.getincrementaldecoder("utf-8-sig")(), 0, 0
-        while (chunk := stream.read(CHUNK)) or position == 0:
-            if (nul := chunk.find(b"\0")) >= 0:
-                raise UserError(f"{here}: byte {position + nul} is NUL, so this is no text")
-            yield _decoded(decoder, chunk, position, here), raw.tell() - before
+        decoder, before = Decoder(here, bad), 0
+        while chunk := stream.read(CHUNK):
+            yield decoder.decode(chunk), raw.tell() - before
             before = raw.tell()
-            position += len(chunk)
-            if not chunk:
-                return
-        _decoded(decoder, b"", position, here)
+        yield decoder.decode(b"", final=True), raw.tell() - before
 
 
-def _decoded(decoder: codecs.IncrementalDecoder, chunk: bytes, position: int, here: str) -> str:
-    kept = len(decoder.getstate()[0])
-    try:
-        return decoder.decode(chunk, final=not chunk)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{here}: {bad_bytes(error)}, at byte {position - kept + error.start}") from error
-
-
-def read_records(path: Path, kind: str, here: str, *, as_written: bool = False) -> Iterator[Found]:
+def read_records(
+    path: Path, kind: str, here: str, bad: BadBytes = STRICT, *, as_written: bool = False
+) -> Iterator[Found]:
     """The records of a file of one of RECORDS, numbers `as_written` or read. Raises `UserError` naming the line."""
-    decoder = json.JSONDecoder(parse_int=Number, parse_float=Number) if as_written else json.JSONDecoder()
+    if kind == PARQUET:
+        yield from _parquet_records(path, here, bad, as_written)
+        return
+    parser = json.JSONDecoder(parse_int=Number, parse_float=Number) if as_written else json.JSONDecoder()
     with opened(path, here) as (raw, stream):
         if kind == JSON:
-            rows = _json_values(stream, here, decoder)
+            rows = _json_values(stream, here, bad, parser)
         elif kind == JSON_LINES:
-            rows = _json_lines(_lines(stream, here), here, decoder)
+            rows = _json_lines(_lines(stream, here, bad), here, parser)
         else:
-            rows = _csv_rows(_lines(stream, here), kind, here)
+            rows = _csv_rows(_lines(stream, here, bad), kind, here)
         before = 0
         for number, row in rows:
             if not isinstance(row, dict):
                 raise UserError(f"{here} line {number}: not a JSON object but {type(row).__name__}")
-            yield Found(row, number, raw.tell() - before)
+            yield Found(row, f"line {number}", raw.tell() - before)
             before = raw.tell()
 
 
-def text_of(record: dict[str, Any], key: str, here: str, setting: str) -> str:
+def _parquet_records(path: Path, here: str, bad: BadBytes, as_written: bool) -> Iterator[Found]:
+    if packing := split_name(path)[1]:
+        raise UserError(f"{here}: a .parquet file is packed inside; unpack the {packing} around it")
+    for number, row, num_bytes in parquet_rows(path, here, bad):
+        if as_written:
+            row = {name: Number(value) if type(value) in (int, float) else value for name, value in row.items()}
+        yield Found(row, f"row {number}", num_bytes)
+
+
+def text_of(record: dict[str, Any], key: str, here: str, setting: str, bad: BadBytes = STRICT) -> str:
     """The text in a field. Raises `UserError` that names the setting which chooses the field."""
     if key not in record:
         names = ", ".join(sorted(record)[:12])
@@ -145,7 +150,7 @@ def text_of(record: dict[str, Any], key: str, here: str, setting: str) -> str:
     text = record[key]
     if not isinstance(text, str) or isinstance(text, Number):
         raise UserError(f"{here}: field '{key}' is not text but {type(text).__name__}")
-    return whole_characters(text)
+    return whole_characters(bad.without_nul(text, f"{here}: field '{key}'"))
 
 
 def whole_characters(text: str) -> str:
@@ -157,13 +162,11 @@ def whole_characters(text: str) -> str:
     return text
 
 
-def _lines(stream: Iterable[bytes], here: str) -> Iterator[str]:
+def _lines(stream: Iterable[bytes], here: str, bad: BadBytes) -> Iterator[str]:
     """Lines with their ends: cut at line feeds alone, not at other ends that Unicode knows."""
-    for number, raw in enumerate(stream, start=1):
-        try:
-            yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{here} line {number}: {bad_bytes(error)}") from error
+    decoder = Decoder(here, bad)
+    for raw in stream:
+        yield decoder.decode(raw, final=True)
 
 
 def _json_lines(lines: Iterable[str], here: str, parser: json.JSONDecoder) -> Iterator[tuple[int, Any]]:
@@ -171,16 +174,15 @@ def _json_lines(lines: Iterable[str], here: str, parser: json.JSONDecoder) -> It
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                yield number, parser.decode(line.removeprefix("\ufeff"))
+                yield number, parser.decode(line.removeprefix(BOM))
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{here} line {number}: not valid JSON ({_json_words(error)})") from error
 
 
-def _json_values(stream: IO[bytes], here: str, parser: json.JSONDecoder) -> Iterator[tuple[int, Any]]:
+def _json_values(stream: IO[bytes], here: str, bad: BadBytes, parser: json.JSONDecoder) -> Iterator[tuple[int, Any]]:
     """(line, value) of a list of values, or of values one after the other; one value is held at a time."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    decoder = Decoder(here, bad)
     text, line, size, in_list, done = "", 1, CHUNK, None, False
-    position = 0
     while True:
         skipped = text.lstrip(" \t\r\n," if in_list else " \t\r\n")
         line += text.count("\n", 0, len(text) - len(skipped))
@@ -212,8 +214,8 @@ def _json_values(stream: IO[bytes], here: str, parser: json.JSONDecoder) -> Iter
                 raise UserError(f"{here} line {line}: not valid JSON (the list has no end)")
             return
         chunk = stream.read(size)
-        text += _decoded(decoder, chunk, position, here)
-        position, done, size = position + len(chunk), not chunk, 2 * size
+        text += decoder.decode(chunk, final=not chunk)
+        done, size = not chunk, 2 * size
 
 
 def _json_words(error: Exception) -> str:

@@ -7,22 +7,23 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 
-import numpy as np
-import torch
-from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
-from ee_scale.data.corpora import Source, open_source, open_tokens
-from ee_scale.data.encode import DocumentEncoder, Ids, tokenizer_digest
+from ee_scale.data.chat import ChatEncoder, Conversation
+from ee_scale.data.corpora import Source, open_mask, open_source, open_tokens
+from ee_scale.data.encode import DocumentEncoder, tokenizer_digest
 from ee_scale.data.folders import setting_name
+from ee_scale.data.writer import MASKED, TOKENS, Writer
 from ee_scale.errors import UserError
 from ee_scale.files import cache_folder, published
 from ee_scale.log import Terminal, log
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 def prepare_text(
@@ -34,24 +35,27 @@ def prepare_text(
     progress: bool,
     *,
     fields: str = "data",
+    errors: str = "strict",
 ) -> list[str]:
     """Megatron prefixes (paths without .bin/.idx), one per source; what is not in the cache is tokenised.
 
     A source is a file of text or of records, a folder, 'python', 'python:valid', or a Megatron prefix, which is
-    returned as it is: check its ids with `check_tokens`. Each document ends with EOS; empty ones are skipped. Several
-    processes may call this at once, but let one rank do the work first. Raises `UserError`; `fields` is the config
-    group it names.
+    returned as it is: check its ids with `check_tokens`. Each text ends with EOS, a conversation as its chat template
+    ends it; empty ones are skipped. With conversations a mask lies beside the tokens (`open_mask`). Several processes
+    may call this at once, but let one rank do the work first. Raises `UserError`; `fields` is the config group it
+    names; `errors`: strict or replace, for bytes that are no text.
     """
     prefixes = []
     for source in sources:
         prefix = str(Path(source).expanduser())
         if IndexedDataset.exists(prefix):
             open_tokens(prefix, source, fields)
+            open_mask(prefix, source, fields)
         else:
-            text = open_source(source, text_key, fields)
+            text = open_source(source, text_key, fields, errors)
             for line in text.told:
                 _tell(line)
-            key = _cache_key(text, tokenizer, tokenizer_dir, text_key)
+            key = _cache_key(text, tokenizer, tokenizer_dir, [text_key, errors])
             folder = cache_root(cache_dir, fields) / f"text-{key}"
             prefix = _tokenised(text, tokenizer, folder, progress, fields)
         prefixes.append(prefix)
@@ -74,39 +78,53 @@ def _tell(line: str) -> None:
     log.info("%s", line)
 
 
-def _cache_key(source: Source, tokenizer: PreTrainedTokenizerBase, tokenizer_dir: Path | str, text_key: str) -> str:
+def _cache_key(
+    source: Source, tokenizer: PreTrainedTokenizerBase, tokenizer_dir: Path | str, settings: list[str]
+) -> str:
     """Changes whenever the ids would; raises `UserError` for a tokenizer that cannot end a document."""
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer of {tokenizer_dir}: no eos_token; documents need an end mark")
-    identity = [FORMAT_VERSION, source.identity, text_key, tokenizer_digest(tokenizer, tokenizer_dir)]
+    digest = tokenizer_digest(tokenizer, tokenizer_dir)
+    identity = [FORMAT_VERSION, source.identity, settings, digest, tokenizer.chat_template]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
 
 def _tokenised(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path, progress: bool, fields: str) -> str:
     """The prefix of a source in its cache folder, tokenised now if it is not there."""
-    prefix = str(folder / "tokens")
-    if _is_complete(prefix):
-        log.debug("%s: tokenised before, %s", source.name, prefix)
-        return prefix
+    for name in (TOKENS, MASKED):
+        if _is_complete(prefix := str(folder / name)):
+            log.debug("%s: tokenised before, %s", source.name, prefix)
+            return prefix
     shutil.rmtree(folder, ignore_errors=True)
+    here = f"{setting_name(fields, 'path')}='{source.name}'"
     with published(folder) as temporary:
-        writer = _Writer(str(temporary / "tokens"), tokenizer)
+        writer = Writer(temporary, tokenizer)
         with _progress_bar(source, progress) as advance:
-            encoder = DocumentEncoder(tokenizer, f"{setting_name(fields, 'path')}='{source.name}'")
-            for part in encoder.encode(source.pieces()):
-                writer.add(part)
-                advance(part.num_bytes)
-        writer.finish()
+            encoder, chat = DocumentEncoder(tokenizer, here), ChatEncoder(tokenizer)
+            for is_chat, pieces in groupby(source.pieces(), lambda piece: isinstance(piece, Conversation)):
+                if is_chat:
+                    for conversation in pieces:
+                        writer.add_conversation([] if conversation.blank else chat.encode(conversation))
+                        advance(conversation.num_bytes)
+                    continue
+                for part in encoder.encode(pieces):
+                    writer.add(part)
+                    advance(part.num_bytes)
+        name = writer.finish()
         if writer.num_documents == 0:
-            raise UserError(f"{setting_name(fields, 'path')}='{source.name}': no text in it")
-    skipped = f" ({writer.num_empty} empty documents skipped)" if writer.num_empty else ""
-    log.info("%s: %d documents, %d tokens%s", source.name, writer.num_documents, writer.num_tokens, skipped)
-    return prefix
+            raise UserError(f"{here}: no text in it")
+    log.info("%s: %s", source.name, "; ".join(writer.told()))
+    if chat.num_cut:
+        words = "conversations are a document per answer: the chat template writes earlier answers otherwise"
+        log.info("%s: %d %s", source.name, chat.num_cut, words)
+    return str(folder / name)
 
 
 def _is_complete(prefix: str) -> bool:
     try:
-        return IndexedDataset.exists(prefix) and open_tokens(prefix) is not None
+        if not IndexedDataset.exists(prefix) or open_tokens(prefix) is None:
+            return False
+        return (open_mask(prefix) is not None) == prefix.endswith(MASKED)
     except UserError:
         return False
 
@@ -124,50 +142,3 @@ def _progress_bar(source: Source, progress: bool) -> Iterator[Callable[[int], No
     with Progress(*columns, console=console, transient=True, disable=not (progress and sys.stderr.isatty())) as bar:
         task = bar.add_task(source.name, total=source.num_bytes)
         yield lambda num_bytes: bar.advance(task, num_bytes)
-
-
-class _Writer:
-    """Ids of documents into `prefix`.bin and `prefix`.idx, one sequence per document."""
-
-    def __init__(self, prefix: str, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.prefix = prefix
-        self.end_mark = np.array([tokenizer.eos_token_id])
-        largest = max(len(tokenizer) - 1, tokenizer.eos_token_id, *tokenizer.get_vocab().values())
-        self.builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(largest + 1))
-        self.num_documents = self.num_empty = self.num_tokens = 0
-        self.waiting: list[np.ndarray] = []  # white space, as long as nothing else came
-        self.lengths: list[int] = []
-
-    def add(self, part: Ids) -> None:
-        """Append; a document may go on in the next call."""
-        self.waiting.append(part.ids)
-        if self.lengths or not part.blank:
-            for ids in self.waiting:
-                self._append(ids)
-            self.waiting = []
-        if part.last:
-            self._end_document()
-
-    def finish(self) -> None:
-        """Write the index."""
-        self.builder.finalize(f"{self.prefix}.idx")
-
-    def _append(self, ids: np.ndarray) -> None:
-        if len(ids):
-            self.builder.add_item(torch.from_numpy(ids))
-            self.lengths.append(len(ids))
-
-    def _end_document(self) -> None:
-        self.waiting = []
-        if not self.lengths:
-            self.num_empty += 1
-            return
-        self._append(self.end_mark)
-        total = sum(self.lengths)
-        if total <= np.iinfo(np.int32).max:
-            # GPTDataset shuffles sequences: a document in pieces would come out as pieces of many documents.
-            self.builder.sequence_lengths[-len(self.lengths) :] = [total]
-        self.builder.end_document()
-        self.num_documents += 1
-        self.num_tokens += total
-        self.lengths = []

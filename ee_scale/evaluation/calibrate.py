@@ -55,7 +55,7 @@ def run_calibration(config: CalibrateConfig) -> Calibration:
     if not hasattr(model, "exit_spec"):
         raise UserError(f"model={config.model}: it has no exits; tune some and export them first")
     windows = _windows(config, model)
-    goal.check_size(np.bincount([window.unit for window in windows], [len(window.tokens) - 1 for window in windows]))
+    goal.check_size(np.bincount([window.unit for window in windows], [window.num_predicted for window in windows]))
     records = collect(model, tracked(batched(windows, config.batch_size), "measuring"), (goal.policy,))
     found, (by_tag, small) = calibrate(records, goal, config.seed), _by_tag(records, goal, config.seed)
     values = {
@@ -131,8 +131,10 @@ def _stored(found: Calibrated, goal: Goal, records: Records) -> dict[str, Any]:
 
 
 def _digest(windows: Sequence[Window]) -> str:
-    """SHA-256 of the token ids that were used, in their order."""
+    """SHA-256 of the token ids that were used, in their order, and of what is learned where that is not all."""
     digest = hashlib.sha256()
     for window in windows:
         digest.update(window.tokens.numpy().astype("<i8").tobytes())
+        if window.num_predicted < len(window.tokens) - 1:
+            digest.update(window.learned.numpy().tobytes())
     return digest.hexdigest()

@@ -121,7 +121,8 @@ def read_prefixes(
 ) -> list[str]:
     """The data of a config as Megatron prefixes whose ids the model knows. Raises `UserError`."""
     names = sources(config.data)
-    prefixes = prepare_text(names, tokenizer, tokenizer_dir, config.cache_dir, config.text_key, True, fields="")
+    given = (tokenizer, tokenizer_dir, config.cache_dir, config.text_key, True)
+    prefixes = prepare_text(names, *given, fields="", errors=config.errors)
     check_tokens(prefixes, model.config.vocab_size, 1, names=names, fields="", tokenizer=tokenizer)
     return prefixes
 
@@ -134,7 +135,7 @@ def read_tagged(
 ) -> list[Window]:
     """The tagged documents of a config as windows whose ids the model knows. Raises `UserError`."""
     keys = (config.text_key, config.tag_key, config.seq_length, config.max_tokens, unit)
-    windows = tagged_windows(sources(config.data), tokenizer, *keys)
+    windows = tagged_windows(sources(config.data), tokenizer, *keys, errors=config.errors)
     largest = max(int(window.tokens.max()) for window in windows)
     if largest >= model.config.vocab_size:
         raise UserError(f"data: {without_row(tokenizer, largest, model.config.vocab_size)}")

@@ -42,10 +42,10 @@ class Passage:
     kept: torch.Tensor
 
 
-def given_text(windows: Iterable[torch.Tensor]) -> Iterable[Passage]:
-    """Windows [B, S] of a text, every prediction in them."""
-    for ids in windows:
-        yield Passage(ids, torch.ones(ids.shape[0], ids.shape[1] - 1, dtype=torch.bool))
+def given_text(windows: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Iterable[Passage]:
+    """Windows [B, S] of a text and which predictions in them count, bool [B, S-1]."""
+    for ids, learned in windows:
+        yield Passage(ids, learned)
 
 
 @torch.no_grad()

@@ -22,11 +22,19 @@ CHUNK_LOGITS = 1 << 25  # logits of one exit that exist at the same time (128 Mi
 
 @dataclass(frozen=True)
 class Window:
-    """Token ids [n + 1] int64, of which n are predicted; the unit (number) and the tag they belong to."""
+    """Token ids [n + 1] int64; the unit (number) and the tag they belong to; which of the n predictions count, bool [n]
+    (None: all).
+    """
 
     tokens: torch.Tensor
     unit: int
     tag: str | None = None
+    learned: torch.Tensor | None = None
+
+    @property
+    def num_predicted(self) -> int:
+        """How many tokens are predicted."""
+        return len(self.tokens) - 1 if self.learned is None else int(self.learned.sum())
 
 
 @dataclass(frozen=True)
@@ -113,9 +121,9 @@ def collect(
             if window.unit not in numbers:
                 numbers[window.unit] = len(tags)
                 tags.append(window.tag)
-        counts = torch.tensor([len(window.tokens) - 1 for window in batch])
+        counts = torch.tensor([window.num_predicted for window in batch])
         units = torch.tensor([numbers[window.unit] for window in batch]).repeat_interleave(counts)
-        parts.append({**_read(model, [window.tokens for window in batch], policies), "units": units})
+        parts.append({**_read(model, batch, policies), "units": units})
     if not parts:
         raise UserError("data: no tokens to measure on")
     joined = {key: torch.cat([part[key] for part in parts], dim=-1) for key in parts[0]}
@@ -180,13 +188,16 @@ def outcome(records: Records, layers: torch.Tensor) -> Outcome:
     return Outcome(match, losses, layers)
 
 
-def _read(model: PreTrainedModel, rows: list[torch.Tensor], policies: Sequence[str]) -> dict[str, torch.Tensor]:
-    """The values of a batch of token rows [n_i + 1], flat over all predicted tokens, on the CPU."""
-    device = next(model.parameters()).device
+def _read(model: PreTrainedModel, batch: Sequence[Window], policies: Sequence[str]) -> dict[str, torch.Tensor]:
+    """The values of a batch of windows, flat over all predicted tokens, on the CPU."""
+    rows, device = [window.tokens for window in batch], next(model.parameters()).device
     # Padding lies to the right of a causal model's text: no position sees it, and it is dropped before the heads.
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
     lengths = torch.tensor([len(row) - 1 for row in rows], device=device)
     kept = torch.arange(padded.shape[1] - 1, device=device) < lengths[:, None]
+    for row, window in zip(kept, batch, strict=True):
+        if window.learned is not None:
+            row[: len(window.learned)] &= window.learned.to(device)
     labels = padded[:, 1:][kept]
     hidden, lm_head = exit_states(model, padded[:, :-1]), model.get_output_embeddings()
     family = decoder_family(model.config)

@@ -2,38 +2,45 @@
 
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ee_scale.data.corpora import num_tokens, open_tokens, read_tokens
-from ee_scale.data.folders import find_files
-from ee_scale.data.loader import windows
+from ee_scale.data.chat import ChatEncoder, Conversation, document_of
+from ee_scale.data.corpora import num_tokens, open_mask, open_tokens, read_tokens
+from ee_scale.data.folders import bad_bytes, find_files
+from ee_scale.data.loader import read_learned, windows
 from ee_scale.data.readers import RECORDS, Number, read_records, text_of
 from ee_scale.errors import UserError
 from ee_scale.evaluation.records import Window
 
 SCAN_TOKENS = 1 << 22
 SHUFFLE_SEED = 0
+Document = tuple[torch.Tensor, torch.Tensor]  # token ids [n] int64, and which are learned, bool [n]
 
 
 def stream_windows(prefixes: list[str], seq_length: int, max_tokens: int) -> list[Window]:
-    """The windows of `data.loader.windows` (documents lie one after the other), each a unit of its own."""
-    rows = (row for batch in windows(prefixes, seq_length, 1, max_tokens) for row in batch)
-    return [Window(row, unit) for unit, row in enumerate(rows)]
+    """The windows of `data.loader.windows` (documents lie one after the other), each a unit of its own; those of which
+    nothing is learned are left out.
+    """
+    rows = ((tokens[0], learned[0]) for tokens, learned in windows(prefixes, seq_length, 1, max_tokens))
+    return [Window(row, unit, None, learned) for unit, (row, learned) in enumerate(rows) if learned.any()]
 
 
 def document_windows(
     prefixes: list[str], eos_id: int, seq_length: int, max_tokens: int = 0, unit: str = "window"
 ) -> list[Window]:
-    """Windows that never cross the end of a document (`eos_id`), chosen at random over the whole text.
+    """Windows that never cross the end of a document, chosen at random over the whole text.
+
+    A text ends with `eos_id`; a conversation, which may hold that mark after every message, where its dataset says.
 
     A window predicts at most `seq_length` tokens. `unit`: every window counts as drawn independently, or only documents
     do. About `max_tokens` are predicted (0: all).
     """
-    documents = (ids for prefix in prefixes for ids in _split(prefix, eos_id))
+    documents = (document for prefix in prefixes for document in _split(prefix, eos_id))
     return _chosen(_cut(documents, seq_length), max_tokens, unit)
 
 
@@ -45,25 +52,37 @@ def tagged_windows(
     seq_length: int,
     max_tokens: int = 0,
     unit: str = "window",
+    errors: str = "strict",
 ) -> list[Window]:
     """As `document_windows`, from files of records (or folders of them) that name a tag in the field `tag_key`.
 
     Raises `UserError` for other data, and for a record without the tag, naming file and line.
     """
-    documents, tags = [], []
-    for path, kind in (item for source in sources for item in find_files(source, text_key, "").files):
+    documents: list[Document] = []
+    tags, bad = [], bad_bytes("", errors)
+    chat = ChatEncoder(tokenizer)
+    for path, kind in (item for source in sources for item in find_files(source, text_key, "", errors).files):
         if kind not in RECORDS:
             raise UserError(f"tag_key={tag_key}: data='{path}' is read as {kind}; tags are fields of records (.jsonl)")
-        for found in read_records(path, kind, f"data='{path}'", as_written=True):
-            here = f"data='{path}' line {found.line}"
-            text = text_of(found.record, text_key, here, "text_key")
+        for found in read_records(path, kind, f"data='{path}'", bad, as_written=True):
+            here = f"data='{path}' {found.place}"
+            document = document_of(found.record, text_key, here, "text_key", bad)
             tag = _tag(found.record, tag_key, here)
-            if text.strip():
-                documents.append([*tokenizer(text, add_special_tokens=False, verbose=False).input_ids])
+            for item in _encoded(document, tokenizer, chat):
+                documents.append(item)
                 tags.append(tag)
-    tails = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    ids = (torch.tensor([*document, *tails]) for document in documents)
-    return _chosen(_cut(ids, seq_length, tags), max_tokens, unit)
+    return _chosen(_cut(documents, seq_length, tags), max_tokens, unit)
+
+
+def _encoded(document: str | Conversation, tokenizer: PreTrainedTokenizerBase, chat: ChatEncoder) -> Iterator[Document]:
+    """Token ids and what is learned of them; nothing of what is blank."""
+    if isinstance(document, Conversation):
+        for found in [] if document.blank else chat.encode(document):
+            yield torch.from_numpy(found.ids), torch.from_numpy(found.learned)
+    elif document.strip():
+        tails = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+        ids = torch.tensor([*tokenizer(document, add_special_tokens=False, verbose=False).input_ids, *tails])
+        yield ids, torch.ones(len(ids), dtype=torch.bool)
 
 
 def _tag(record: dict[str, Any], tag_key: str, here: str) -> str:
@@ -74,28 +93,32 @@ def _tag(record: dict[str, Any], tag_key: str, here: str) -> str:
     return str(tag) if isinstance(tag, Number) else text_of(record, tag_key, here, "tag_key")
 
 
-def _split(prefix: str, eos_id: int) -> Iterator[torch.Tensor]:
+def _split(prefix: str, eos_id: int) -> Iterator[Document]:
     """The documents of a dataset, with their end mark; text files hold marks inside their one document too."""
-    dataset = open_tokens(prefix)
+    dataset, mask = open_tokens(prefix), open_mask(prefix)
     total, ends = num_tokens(dataset), []
-    for start in range(0, total, SCAN_TOKENS):
+    if mask is not None:
+        ends = np.cumsum(dataset.sequence_lengths, dtype=np.int64)[dataset.document_indices[1:] - 1].tolist()
+    for start in range(0, total if mask is None else 0, SCAN_TOKENS):
         ids = read_tokens(dataset, start, min(SCAN_TOKENS, total - start))
         ends += (start + 1 + np.flatnonzero(ids == eos_id)).tolist()
     start = 0
     for end in [*ends, total]:
         if end > start:
-            yield torch.from_numpy(read_tokens(dataset, start, end - start))
+            yield torch.from_numpy(read_tokens(dataset, start, end - start)), read_learned(mask, start, end - start)
         start = end
 
 
-def _cut(documents: Iterable[torch.Tensor], seq_length: int, tags: list[str] | None = None) -> list[Window]:
-    """Windows of documents [n] that share no predicted token; `unit` is the document."""
+def _cut(documents: Iterable[Document], seq_length: int, tags: list[str] | None = None) -> list[Window]:
+    """Windows of documents that share no predicted token and learn at least one; `unit` is the document."""
     found = []
-    for number, ids in enumerate(documents):
+    for number, (ids, learned) in enumerate(documents):
         tag = None if tags is None else tags[number]
         # The last token of a window is the first of the next: it is predicted in one and read in the other.
         for start in range(0, len(ids) - 1, seq_length):
-            found.append(Window(ids[start : start + seq_length + 1], number, tag))
+            window = slice(start, start + seq_length + 1)
+            if learned[window][1:].any():
+                found.append(Window(ids[window], number, tag, learned[window][1:]))
     return found
 
 
@@ -111,6 +134,6 @@ def _chosen(found: list[Window], max_tokens: int, unit: str) -> list[Window]:
         if max_tokens and tokens >= max_tokens:
             break
         group = groups[keys[at]]
-        chosen += [Window(window.tokens, number, window.tag) for window in group]
-        tokens += sum(len(window.tokens) - 1 for window in group)
+        chosen += [replace(window, unit=number) for window in group]
+        tokens += sum(window.num_predicted for window in group)
     return chosen

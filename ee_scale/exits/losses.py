@@ -61,9 +61,10 @@ def token_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Backward of `scale` x loss into the parameters of `logits_of`; logits exist for `chunk_tokens` tokens at a time.
 
-    loss = sum_t w_t (ce_weight CE_t + kl_weight KL_t) / sum_t w_t, with w = loss_mask, times the (detached) confidence
-    if wanted. hidden [B, S, D], labels and loss_mask [B, S]; teacher: its own logits function and hidden [B, S, D'].
-    Returns fp32 [2] (mean cross entropy over the mask, mean KL) and the gradient of hidden, [B, S, D].
+    loss = sum_t w_t (ce_weight CE_t + kl_weight KL_t) / n, with w = loss_mask and n the number of tokens that it does
+    not leave out; with confidence weighting w and n are times the (detached) confidence c: n = sum_{w_t > 0} c_t.
+    hidden [B, S, D], labels and loss_mask [B, S]; teacher: its own logits function and hidden [B, S, D'].
+    Returns fp32 [2] (cross entropy, sum_t w_t CE_t / n, and KL) and the gradient of hidden, [B, S, D].
     """
     flat, needs_grad = hidden.detach().flatten(0, 1), hidden.requires_grad
     labels, mask = labels.flatten(), loss_mask.flatten().float()
@@ -73,8 +74,10 @@ def token_backward(
         return piece, mask_padding(logits_of(piece), settings.vocab_size)
 
     parts = [slice(i, i + settings.chunk_tokens) for i in range(0, len(flat), settings.chunk_tokens)]
-    weights = _confidence_weights(chunk, parts, mask) if settings.confidence_weighting else mask
-    tokens, total_weight = mask.sum().clamp(min=1), weights.sum().clamp(min=1e-6)
+    learned = (mask > 0).float()
+    trust = _confidence(chunk, parts) if settings.confidence_weighting else torch.ones_like(mask)
+    tokens, total_weight = learned.sum().clamp(min=1), (trust * learned).sum().clamp(min=1e-6)
+    weights = trust * mask
     means, gradients = flat.new_zeros(2, dtype=torch.float32), []
     for part in parts:
         piece, logits = chunk(part)
@@ -92,12 +95,10 @@ def token_backward(
     return means, torch.cat(gradients).view_as(hidden) if needs_grad else hidden.new_empty(0)
 
 
-def _confidence_weights(
-    logits_of: Callable[[slice], tuple[torch.Tensor, torch.Tensor]], parts: list[slice], mask: torch.Tensor
-) -> torch.Tensor:
-    # Their sum normalises the loss, so they are needed before the first gradient: one more head pass.
+def _confidence(logits_of: Callable[[slice], tuple[torch.Tensor, torch.Tensor]], parts: list[slice]) -> torch.Tensor:
+    # Its sum normalises the loss, so it is needed before the first gradient: one more head pass.
     with torch.no_grad():
-        return torch.cat([confidence(logits_of(part)[1]) for part in parts]) * mask
+        return torch.cat([confidence(logits_of(part)[1]) for part in parts])
 
 
 def loss_weight(final: float, initial: float, step: int, warmup_steps: int, style: str) -> float:

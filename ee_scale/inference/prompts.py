@@ -9,7 +9,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ee_scale.config.schema import GenerateConfig
 from ee_scale.data.encode import without_row
-from ee_scale.data.readers import TEXT, bad_bytes, file_kind, read_records, read_text, whole_characters
+from ee_scale.data.readers import TEXT, file_kind, read_records, read_text, whole_characters
+from ee_scale.data.utf8 import bad_bytes
 from ee_scale.errors import UserError, one_line
 from ee_scale.files import is_file
 
@@ -85,7 +86,7 @@ def _read_file(path: Path, given: str) -> list[str]:
         # Lines end with line feeds: other ends that Unicode knows stand in prompts.
         lines = "".join(text for text, _ in read_text(path, here)).split("\n")
         return [line for line in (line.removesuffix("\r") for line in lines) if line]
-    return [_field(found.record, f"{here}: line {found.line}") for found in read_records(path, kind, here)]
+    return [_field(found.record, f"{here}: {found.place}") for found in read_records(path, kind, here)]
 
 
 def _field(record: dict[str, Any], here: str) -> str:

@@ -38,6 +38,9 @@ class Judge:
             batch = {name: tensor.to(self.stage.grid.device) for name, tensor in batch.items()}
             final, _ = self.stage(batch["tokens"], batch)
             states, labels = final.flatten(0, -2), batch["labels"].flatten()
+            if "loss_mask" in batch:
+                kept = batch["loss_mask"].flatten().bool()
+                states, labels = states[kept], labels[kept]
             for states_part, labels_part in zip(states.split(CHUNK), labels.split(CHUNK), strict=True):
                 logits = self.stage.head(states_part).float()
                 loss += float(F.cross_entropy(logits, labels_part, reduction="sum"))

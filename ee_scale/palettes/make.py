@@ -95,17 +95,22 @@ def held_out(config: PaletteConfig, plan: SupernetPlan) -> list[dict[str, torch.
     if plan.task == "classify":
         if len(names) != 1:
             raise UserError(f"data={names}: labelled data is one file")
-        examples = read_labelled(names[0], stored.text_key, stored.label_key, stored.pair_key, fields="")
+        keys = (stored.text_key, stored.label_key, stored.pair_key)
+        examples = read_labelled(names[0], *keys, fields="", errors=stored.errors)
         check_labels(plan.labels, examples, names[0], fields="")
         if limit is not None and limit < len(examples):
             keep = torch.randperm(len(examples), generator=torch.Generator().manual_seed(config.seed))[:limit]
             examples = [examples[i] for i in keep.tolist()]
         data = encode_labelled(plan, examples, tokenizer, "")
         return list(evaluation_batches(data, config.batch_size))
-    prefixes = prepare_text(names, tokenizer, plan.model_dir, config.cache_dir, stored.text_key, True, fields="")
+    given = (tokenizer, plan.model_dir, config.cache_dir, stored.text_key, True)
+    prefixes = prepare_text(names, *given, fields="", errors=stored.errors)
     check_tokens(prefixes, plan.map.config.vocab_size, 1, names=names, fields="", tokenizer=tokenizer)
     found = windows(prefixes, stored.seq_length, config.batch_size, (limit or 0) * stored.seq_length)
-    return [{"tokens": rows[:, :-1], "labels": rows[:, 1:]} for rows in found]
+    batches = [{"tokens": rows[:, :-1], "labels": rows[:, 1:], "loss_mask": learned} for rows, learned in found]
+    if not any(bool(batch["loss_mask"].any()) for batch in batches):
+        raise UserError(f"data={names}: nothing in what is read is the assistant's; give more text, or samples=0")
+    return batches
 
 
 class Palette:

@@ -47,7 +47,8 @@ def _one_file(path: str | Sequence[str], name: str) -> list[str]:
 
 
 def _examples(path: str, config: SupernetConfig, fields: str = "data") -> list[Example]:
-    return read_labelled(path, config.data.text_key, config.data.label_key, config.data.pair_key, fields)
+    data = config.data
+    return read_labelled(path, data.text_key, data.label_key, data.pair_key, fields, data.errors)
 
 
 def prepare_data(plan: SupernetPlan, *, progress: bool) -> dict[str, Any]:
@@ -61,7 +62,7 @@ def prepare_data(plan: SupernetPlan, *, progress: bool) -> dict[str, Any]:
         return data_identity([found.digest], tokenizer)
     if valid:
         given = (tokenizer, plan.model_dir, config.data.cache_dir, config.data.text_key, progress)
-        prefixes = prepare_text(valid, *given, fields="data.valid")
+        prefixes = prepare_text(valid, *given, fields="data.valid", errors=config.data.errors)
         check_tokens(prefixes, vocab_size, 1, names=valid, fields="data.valid", tokenizer=tokenizer)
     return check_run_text(config.data, plan.model_dir, vocab_size, progress=progress)
 

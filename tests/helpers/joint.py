@@ -169,10 +169,11 @@ class Reference:
     def _loss(self, logits: torch.Tensor, batch: dict[str, torch.Tensor], early: bool) -> tuple[torch.Tensor, float]:
         mask = batch["loss_mask"]
         ce = functional.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="none")
-        weights = mask
+        learned, trust = (mask > 0).float(), torch.ones_like(mask)
         if self.job.confidence and early:
-            weights = mask * logits.detach().softmax(-1).max(-1).values
-        return (ce * weights).sum() / weights.sum(), ((ce.detach() * mask).sum() / mask.sum()).item()
+            trust = logits.detach().softmax(-1).max(-1).values
+        loss = (ce * mask * trust).sum() / (learned * trust).sum()
+        return loss, ((ce.detach() * mask).sum() / learned.sum()).item()
 
 
 def copied(module: nn.Module) -> nn.Module:

@@ -60,12 +60,12 @@ class Record:
 
 
 def micro_batches(step: int, count: int) -> list[dict[str, torch.Tensor]]:
-    """The micro-batches of a step; their masks leave out different numbers of tokens."""
+    """The micro-batches of a step; their masks leave out different numbers of tokens and have weights of their own."""
     generator = torch.Generator().manual_seed(1000 + step)
     found = []
-    for _ in range(count):
+    for number in range(count):
         ids = torch.randint(0, VOCAB, (BATCH, SEQUENCE + 1), generator=generator)
-        mask = (torch.rand(BATCH, SEQUENCE, generator=generator) > 0.25).float()
+        mask = (torch.rand(BATCH, SEQUENCE, generator=generator) > 0.25).float() * (0.5 + number)
         found.append({"tokens": ids[:, :-1], "labels": ids[:, 1:], "loss_mask": mask})
     return found
 
@@ -149,6 +149,7 @@ def exit_loss(
 ) -> tuple[torch.Tensor, list[float]]:
     """(loss to differentiate, [mean cross entropy, mean KL]) of one exit on one micro-batch, dense."""
     mask = batch["loss_mask"]
+    learned = (mask > 0).float()
     ce = functional.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="none")
     per_token, kl = ce, torch.zeros_like(ce)
     if job.kl_weight:
@@ -156,11 +157,9 @@ def exit_loss(
         student, teacher = functional.log_softmax(logits / t, -1), functional.log_softmax(final / t, -1)
         kl = functional.kl_div(student, teacher, log_target=True, reduction="none").sum(-1) * t**2
         per_token = ce + job.kl_weight * kl
-    weights = mask
-    if job.confidence:
-        weights = mask * logits.detach().softmax(-1).max(-1).values
-    means = [((value * mask).sum() / mask.sum()).item() for value in (ce.detach(), kl.detach())]
-    return (per_token * weights).sum() / weights.sum(), means
+    trust = logits.detach().softmax(-1).max(-1).values if job.confidence else torch.ones_like(mask)
+    means = [((value * mask).sum() / learned.sum()).item() for value in (ce.detach(), kl.detach())]
+    return (per_token * mask * trust).sum() / (learned * trust).sum(), means
 
 
 def train(folder: Path, job: Job, on_step: Callable[[int], None] = lambda step: None) -> Record:

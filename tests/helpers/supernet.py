@@ -92,12 +92,13 @@ def small_space(shape: ElasticShape, order: UnitOrder, exits: tuple[int, ...] = 
 
 
 def batch(step: int, index: int, task: str) -> dict[str, torch.Tensor]:
-    """[ROWS, LENGTH] of random tokens; encoders get padding, decoders masked labels."""
+    """[ROWS, LENGTH] of random tokens; encoders get padding, decoders a mask with weights of its own."""
     generator = torch.Generator().manual_seed(1000 * step + index)
     tokens = torch.randint(3, VOCAB, (ROWS, LENGTH), generator=generator)
     if task == "causal_lm":
         labels = torch.randint(0, VOCAB, (ROWS, LENGTH), generator=generator)
-        return {"tokens": tokens, "labels": labels, "loss_mask": torch.ones(ROWS, LENGTH)}
+        mask = (torch.rand(ROWS, LENGTH, generator=generator) > 0.25).float() * (0.5 + index)
+        return {"tokens": tokens, "labels": labels, "loss_mask": mask}
     mask = torch.ones(ROWS, LENGTH, dtype=torch.long)
     mask[1, 6 + index % 3 :] = 0
     labels = torch.randint(0, LABELS, (ROWS,), generator=generator)
@@ -253,7 +254,10 @@ class Reference:
         job, full = self.job, self.map.shape.full
         logits, states = self.forward(draw.spec, index + 1, data)
         labels = data["labels"]
-        task = F.cross_entropy(logits.flatten(0, -2), labels.flatten())
+        task = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
+        weights = data.get("loss_mask", torch.ones_like(task)).flatten()
+        weights = weights / (weights > 0).sum()
+        task = (task * weights).sum()
         learns = index == 1 and not (job.teacher == LIVE and draw.role == FULL)
         zero = torch.zeros(())
         if not learns:
@@ -262,7 +266,7 @@ class Reference:
             taught, target = self.forward(full, index + 1 if job.teacher == LIVE else 1, data)
         t = job.temperature
         p, q = (logits / t).log_softmax(-1), (taught / t).log_softmax(-1)
-        kl = t * t * (q.exp() * (q - p)).sum(-1).mean()
+        kl = t * t * ((q.exp() * (q - p)).sum(-1).flatten() * weights).sum()
         features, projection = zero, FeatureLoss(64, 16, 7, torch.device("cpu"), torch.float32).projection
         mask = data.get("attention_mask", torch.ones_like(data["tokens"])).float()
         for i, state in states.items():

@@ -22,6 +22,7 @@ from ee_scale.data.loader import batches, num_windows, windows
 from ee_scale.data.text import prepare_text
 from ee_scale.errors import UserError
 
+HINT = "; data.errors=replace reads U+FFFD there"
 LINES = [f"The early exit at layer {i} reads the hidden state of token {i * 7}." for i in range(200)]
 
 
@@ -170,15 +171,16 @@ def test_second_call_does_not_tokenise_but_an_edited_file_does(prepare, tokenize
     assert documents(after[0], tokenizer) == ["other"]
 
 
-def test_key_depends_on_tokenizer_eos_and_text_key(prepare, tokenizer, tmp_path):
+def test_key_depends_on_tokenizer_and_settings(prepare, tokenizer, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one", "body": "two"}\n')
     other_eos = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<pad>")
     keys = {
         prepare(tmp_path / "a.jsonl")[0],
         prepare(tmp_path / "a.jsonl", text_key="body")[0],
         prepare(tmp_path / "a.jsonl", tokenizer=other_eos)[0],
+        prepare(tmp_path / "a.jsonl", errors="replace")[0],
     }
-    assert len(keys) == 3
+    assert len(keys) == 4
 
 
 def test_default_cache_follows_xdg(tokenizer, tmp_path, monkeypatch):
@@ -196,7 +198,7 @@ def test_failed_or_killed_writer_leaves_nothing_that_counts(prepare, tokenizer, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(text._Writer, "finish", die)
+        patch.setattr(text.Writer, "finish", die)
         with pytest.raises(KeyboardInterrupt):
             prepare(file)
     assert list((tmp_path / "cache").iterdir()) == []
@@ -229,7 +231,7 @@ def test_errors_of_paths(prepare, tmp_path):
     assert message(prepare, "x.txt", fields="") == "data='x.txt': no such file or folder"
     (tmp_path / "empty").mkdir()
     assert message(prepare, tmp_path / "empty").endswith(
-        "/empty': no .txt, .md, .rst, .py, .jsonl, .csv, .tsv, .ndjson, .json, .jsonlines file in it"
+        "/empty': no .txt, .md, .rst, .py, .jsonl, .csv, .tsv, .ndjson, .json, .jsonlines, .parquet file in it"
     )
     prefix = write_prefix(tmp_path / "p", [[1, 2, 3]])
     assert message(prepare, f"{prefix}.bin").endswith("p.bin': give a Megatron dataset as its prefix, without .bin")
@@ -244,7 +246,11 @@ def test_errors_of_paths(prepare, tmp_path):
         ('{"id": 1, "body": "x"}', "line 3: no field 'text' (fields: body, id); set data.text_key"),
         ('{"text": 5}', "line 3: field 'text' is not text but int"),
         ("[1]", "line 3: not a JSON object but list"),
-        ('{"text": "caf\udce9"}', "line 3: not UTF-8 text (byte 0xe9: invalid continuation byte)"),
+        (
+            '{"text": "caf\udce9"}',
+            "line 3: not UTF-8 text (byte 0xe9: invalid continuation byte), at byte 31; "
+            "data.errors=replace reads U+FFFD there",
+        ),
     ],
 )
 def test_errors_of_jsonl(prepare, tmp_path, content, expected):
@@ -256,18 +262,18 @@ def test_errors_of_jsonl(prepare, tmp_path, content, expected):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"", "no text in it"),
-        (b" \n\t\n", "no text in it"),
-        (b"caf\xe9 au lait", "not UTF-8 text (byte 0xe9: invalid continuation byte), at byte 3"),
-        (b"cut off \xe2\x82", "not UTF-8 text (byte 0xe2: unexpected end of data), at byte 8"),
-        (b"text\0and more", "byte 4 is NUL, so this is no text"),
-        ("text".encode("utf-16"), "UTF-16 text; write it as UTF-8 first (iconv -f UTF-16 -t UTF-8)"),
+        (b"", ": no text in it"),
+        (b" \n\t\n", ": no text in it"),
+        (b"caf\xe9 au lait", f" line 1: not UTF-8 text (byte 0xe9: invalid continuation byte), at byte 3{HINT}"),
+        (b"cut off\n\xe2\x82", f" line 2: not UTF-8 text (byte 0xe2: unexpected end of data), at byte 8{HINT}"),
+        (b"text\0and more", f" line 1: byte 4 is NUL, so this is no text{HINT}"),
+        ("text".encode("utf-16"), ": UTF-16 text; write it as UTF-8 first (iconv -f UTF-16 -t UTF-8)"),
     ],
 )
 def test_errors_of_text(prepare, tmp_path, content, expected):
     file = tmp_path / "e.txt"
     file.write_bytes(content)
-    assert message(prepare, file) == f"data.path='{file}': {expected}"
+    assert message(prepare, file) == f"data.path='{file}'{expected}"
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -490,7 +496,9 @@ def test_replica_number_is_checked():
 def test_windows_follow_the_data(tmp_path):
     first = write_prefix(tmp_path / "a", [list(range(10)), list(range(10, 23))])
     second = write_prefix(tmp_path / "b", [list(range(100, 112))])
-    got = list(windows([first, second], seq_length=4, batch_size=4))
+    got, counted = zip(*windows([first, second], seq_length=4, batch_size=4), strict=True)
+    assert [tuple(learned.shape) for learned in counted] == [(4, 4), (2, 4)]
+    assert all(learned.all() for learned in counted)
     assert [tuple(batch.shape) for batch in got] == [(4, 5), (2, 5)]
     assert got[0].dtype == torch.int64
     assert torch.cat(got).flatten().tolist() == [*range(20), *range(100, 110)]
@@ -501,12 +509,12 @@ def test_windows_follow_the_data(tmp_path):
 def test_windows_stop_at_max_tokens(tmp_path, max_tokens, count):
     prefixes = [write_prefix(tmp_path / name, [list(range(size))]) for name, size in (("a", 23), ("b", 12))]
     assert num_windows(prefixes, 4, max_tokens) == count
-    assert sum(len(batch) for batch in windows(prefixes, 4, 3, max_tokens)) == count
+    assert sum(len(batch) for batch, _ in windows(prefixes, 4, 3, max_tokens)) == count
 
 
 def test_windows_of_little_text(tmp_path):
     prefixes = [write_prefix(tmp_path / name, [list(range(size))]) for name, size in (("a", 1), ("b", 3))]
-    (batch,) = windows(prefixes, seq_length=8, batch_size=4)
+    ((batch, _),) = windows(prefixes, seq_length=8, batch_size=4)
     assert batch.tolist() == [[0, 1, 2]]
     assert num_windows(prefixes, 8) == 1
     assert "1 token, a prediction needs 2" in message(num_windows, prefixes[:1], 8)

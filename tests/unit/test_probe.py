@@ -28,10 +28,15 @@ def _model(folder, family, layers=(1, 3), kind="mlp", **changes):
     return model
 
 
+def counted(ids):
+    """Windows of which every prediction counts."""
+    return ids, torch.ones(ids.shape[0], ids.shape[1] - 1, dtype=torch.bool)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_readings_are_those_of_a_plain_forward_pass(tmp_path, family):
     model = _model(tmp_path, family)
-    passages = list(given_text([torch.randint(VOCAB, (2, 12)), torch.randint(VOCAB, (3, 9))]))
+    passages = list(given_text(counted(torch.randint(VOCAB, shape)) for shape in ((2, 12), (3, 9))))
     passages[0].kept[1, 5:] = False
     rows = read_exits(model, passages, TEMPERATURE, BOUND)
     found = {1: [], 3: [], 5: []}
@@ -67,7 +72,7 @@ def test_equal_scores_leave_together(tmp_path):
     model = _model(tmp_path, "llama")
     with torch.no_grad():
         model.exit_heads["1"].norm.weight.zero_()
-    (row, _) = read_exits(model, given_text([torch.randint(VOCAB, (4, 20))]), 1.0, 0.5)
+    (row, _) = read_exits(model, given_text([counted(torch.randint(VOCAB, (4, 20)))]), 1.0, 0.5)
     assert (row.leaving, row.limit) == (0.0, None)
 
 

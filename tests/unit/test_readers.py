@@ -6,12 +6,16 @@ import gzip
 import json
 import lzma
 import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from ee_scale.data.corpora import open_source
+from ee_scale.data.folders import find_files
 from ee_scale.data.labelled import read_labelled
 from ee_scale.errors import UserError
 from ee_scale.evaluation.tags import tagged_windows
@@ -22,9 +26,9 @@ ODD = "one\u2028two\u2029three\u0085four\x0cfive\x1csix\x0bseven \ufeff"
 RECORDS = [{"text": ODD, "n": [1.5, {"a": "]}"}]}, {"text": "second \U0001f642", "n": None}, {"text": "", "n": 0}]
 
 
-def texts(source: Path | str, text_key: str = "text") -> list[str]:
+def texts(source: Path | str, text_key: str = "text", **options) -> list[str]:
     found: list[str] = []
-    for piece in open_source(str(source), text_key).pieces():
+    for piece in open_source(str(source), text_key, **options).pieces():
         if piece.starts_document:
             found.append("")
         found[-1] += piece.text
@@ -49,10 +53,15 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("pack", [None, gzip.compress, bz2.compress, lzma.compress])
+def zstd(content: bytes) -> bytes:
+    return pyarrow.compress(content, codec="zstd", asbytes=True)
+
+
+@pytest.mark.parametrize("pack", [None, gzip.compress, bz2.compress, lzma.compress, zstd])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_records_in_every_layout(tmp_path, name, pack):
-    path = tmp_path / (name + {None: "", gzip.compress: ".gz", bz2.compress: ".bz2", lzma.compress: ".XZ"}[pack])
+    ends = {None: "", gzip.compress: ".gz", bz2.compress: ".bz2", lzma.compress: ".XZ", zstd: ".zst"}
+    path = tmp_path / (name + ends[pack])
     content = LAYOUTS[name].encode()
     path.write_bytes(pack(content) if pack else content)
     wanted = [row["text"] for row in RECORDS]
@@ -125,7 +134,7 @@ def test_what_a_folder_holds_is_said(tmp_path):
     (folder / "linked").symlink_to(elsewhere)
     (elsewhere / "round").symlink_to(folder)
     (folder / "lost.jsonl").symlink_to(tmp_path / "nowhere")
-    for name in ("README.md", "loader.py", "dataset_infos.json", "x.parquet", "picture.png", ".hidden.jsonl"):
+    for name in ("README.md", "loader.py", "dataset_infos.json", "x.feather", "picture.png", ".hidden.jsonl"):
         (folder / name).write_text('{"splits": 3}')
     source = open_source(str(folder), "text")
     assert texts(folder) == ["a", "b", "c", "e", "f", "g", "d"]
@@ -137,8 +146,8 @@ def test_what_a_folder_holds_is_said(tmp_path):
         "left out (hidden): .hidden.jsonl",
         "left out (about the data or its loader, beside data): README.md, loader.py",
         "left out (its first record has no text 'text'): dataset_infos.json",
-        "left out (.parquet files are not read; write it as .jsonl first (pandas: read_parquet(...).to_json("
-        "'data.jsonl', orient='records', lines=True))): x.parquet",
+        "left out (.feather files are not read; write it as .jsonl first (pandas: read_feather(...).to_json("
+        "'data.jsonl', orient='records', lines=True))): x.feather",
         "left out (no kind of text that is known): picture.png",
         "left out (a link to nothing): lost.jsonl",
         "left out (a link to a folder that it lies in): round",
@@ -155,17 +164,26 @@ def test_a_folder_of_prose_and_code_is_text(tmp_path):
 
 
 def test_a_folder_of_what_cannot_be_read_names_it(tmp_path):
-    for name in ("README.md", "train.parquet"):
+    for name in ("README.md", "train.feather"):
         (tmp_path / name).write_text("x")
     said = message(open_source, str(tmp_path), "text")
-    assert "left out (.parquet files are not read; write it as .jsonl first" in said
+    assert "left out (.feather files are not read; write it as .jsonl first" in said
 
 
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.parquet", b"PAR1", ".parquet files are not read; write it as .jsonl first"),
-        ("a.jsonl.zst", b"x", ".zst files are not read; unpack it first (zstd -d)"),
+        ("a.parquet", b"PAR1", "cannot read (Parquet file size is 4 bytes"),
+        ("a.parquet", b"", "cannot read (Parquet file size is 0 bytes)"),
+        ("a.parquet", b'{"text": "a"}', "cannot read (Parquet magic bytes not found"),
+        ("a.parquet.gz", b"x", "a .parquet file is packed inside; unpack the .gz around it"),
+        ("a.feather", b"x", ".feather files are not read; write it as .jsonl first"),
+        ("a.jsonl", b"PAR1\0\0", "begins as a .parquet file does, whatever its name says; call it .parquet"),
+        ("a.jsonl", gzip.compress(b"{}"), "begins as a .gz file does, whatever its name says; call it .gz"),
+        ("a.txt", zstd(b"text"), "begins as a .zst file does, whatever its name says; call it .zst"),
+        ("a.jsonl.zst", b"no zstd", "cannot read (ZSTD decompress failed"),
+        ("a.jsonl.zst", zstd(b'{"text": "a"}\n' * 9999)[:-9], "cannot read (Truncated compressed stream)"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9999)[:-9], "cannot read (Compressed file ended before"),
         ("a.tar.gz", b"x", ".tar files are not read; unpack it first"),
         ("a.jsonl.gz", b"no gzip", "cannot read (Not a gzipped file"),
         ("a.txt.gz", gzip.compress(b"text" * 99, mtime=0)[:-12], "cannot read ("),
@@ -181,15 +199,182 @@ def test_a_folder_of_what_cannot_be_read_names_it(tmp_path):
         ("a.jsonl", b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "line 1: not valid JSON (Exceeds the limit"),
         ("a.json", b'{"data": [{"text": "a"}]}', "line 1: no field 'text' (fields: data); set data.text_key"),
         ("a.csv", b"a,b\n1,2\n", "line 2: no field 'text' (fields: a, b); set data.text_key"),
-        ("a.txt", b"caf\xe9", "not UTF-8 text (byte 0xe9: unexpected end of data), at byte 3"),
-        ("a.txt", b"x" * 70_000 + b"\xff", "not UTF-8 text (byte 0xff: invalid start byte), at byte 70000"),
-        ("a.bin.txt", b"\x7fELF\0\0", "byte 4 is NUL, so this is no text"),
+        ("a.txt", b"caf\xe9", "line 1: not UTF-8 text (byte 0xe9: unexpected end of data), at byte 3; data.errors=rep"),
+        (
+            "a.txt",
+            b"x\n" * 35_000 + b"\xff",
+            "line 35001: not UTF-8 text (byte 0xff: invalid start byte), at byte 70000",
+        ),
+        # The first chunk ends within a character, which the next one does not end.
+        (
+            "a.txt",
+            b"\n" * 65_535 + b"\xc3" + b"x",
+            "line 65536: not UTF-8 text (byte 0xc3: invalid continuation byte), at",
+        ),
+        ("a.txt", b"\xef\xbb\xbfcaf\xe9", "line 1: not UTF-8 text (byte 0xe9: unexpected end of data), at byte 6"),
+        (
+            "a.bin.txt",
+            b"\x7fELF\0\0",
+            "line 1: byte 4 is NUL, so this is no text; data.errors=replace reads U+FFFD there",
+        ),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"text": "\xff"}',
+            "line 2: not UTF-8 text (byte 0xff: invalid start byte), at byte 24",
+        ),
+        ("a.jsonl", b'{"text": "a"}\r\n{"text": "\0"}', "line 2: byte 25 is NUL"),
+        (
+            "a.json",
+            b'[{"text": "a"},\n{"text": "\xff"}]',
+            "line 2: not UTF-8 text (byte 0xff: invalid start byte), at byte 26",
+        ),
+        ("a.csv", b"text\na\nb\xe9,\n", "line 3: not UTF-8 text (byte 0xe9: invalid continuation byte), at byte 8"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"text": "b\\u0000"}',
+            "line 2: field 'text': character 1 is NUL; data.errors=replace",
+        ),
     ],
 )
 def test_what_cannot_be_read(tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content)
     assert message(texts, tmp_path / name).startswith(f"data.path='{tmp_path / name}'")
     assert said in message(texts, tmp_path / name)
+
+
+def test_bad_bytes_may_be_replaced(tmp_path):
+    bad = b"a\xffb\0c \xe2\x82"
+    for name, content, wanted in (
+        ("a.txt", b"\xef\xbb\xbf" + bad + b"\r\n", "a\ufffdb\ufffdc \ufffd\r\n"),
+        ("a.csv", b"text\n" + bad + b"\r\n", "a\ufffdb\ufffdc \ufffd"),
+        ("a.json", b'[{"text": "a\xffb\\u0000c"}]', "a\ufffdb\ufffdc"),
+        ("a.jsonl", b'{"text": "a\xffb\\u0000c"}', "a\ufffdb\ufffdc"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        assert texts(tmp_path / name, errors="replace") == [wanted]
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "a\xff", "label": "x"}')
+    assert read_labelled(tmp_path / "b.jsonl", errors="replace")[0].text == "a\ufffd"
+    assert "data.errors=replace" in message(read_labelled, tmp_path / "b.jsonl")
+
+
+def test_line_ends_stay_as_they_are(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\n")
+    assert texts(tmp_path / "a.txt") == ["one\r\ntwo\rthree\n"]
+    (tmp_path / "a.csv").write_bytes(b'\xef\xbb\xbftext,n\r\n"one\r\ntwo",1\r\n')
+    assert texts(tmp_path / "a.csv") == ["one\r\ntwo"]
+
+
+# -- parquet ----------------------------------------------------------------------------------------------------------
+
+
+def write_parquet(path: Path, columns: dict, **options) -> Path:
+    parquet.write_table(pyarrow.table(columns), path, **options)
+    return path
+
+
+def raw_strings(*values: bytes) -> pyarrow.Array:
+    """A string column of any bytes, as careless writers make them."""
+    return pyarrow.Array.from_buffers(
+        pyarrow.string(),
+        len(values),
+        pyarrow.array(values, pyarrow.binary()).buffers(),
+    )
+
+
+def test_rows_of_parquet(tmp_path):
+    rows = [f"row {i}" for i in range(1000)] + [ODD]
+    columns = {"n": range(len(rows)), "text": rows, "label": [i % 2 for i in range(len(rows))]}
+    path = write_parquet(tmp_path / "a.PARQUET", columns, row_group_size=300)
+    assert texts(path) == texts(tmp_path) == rows
+    source = open_source(str(path), "text")
+    assert sum(piece.num_bytes for piece in source.pieces()) == source.num_bytes
+    examples = read_labelled(path)
+    assert [example.text for example in examples] == rows
+    assert {example.label for example in examples} == {"0", "1"}
+    assert read_prompts(
+        SimpleNamespace(prompt=None, prompts=str(write_parquet(tmp_path / "p.parquet", {"prompt": ["a"]})))
+    )
+
+
+def test_a_file_is_not_read_at_once(tmp_path):
+    """Row groups come one after the other: the first rows are there although the last group is torn."""
+    path = write_parquet(
+        tmp_path / "a.parquet", {"text": [os.urandom(50).hex() for _ in range(2000)]}, row_group_size=500
+    )
+    column = parquet.ParquetFile(path).metadata.row_group(3).column(0)
+    content = bytearray(path.read_bytes())
+    place = column.data_page_offset
+    content[place : place + 40] = b"\xff" * 40
+    path.write_bytes(content)
+    pieces = open_source(str(path), "text").pieces()
+    assert [next(pieces).starts_document for _ in range(1000)]
+    assert "cannot read (" in message(lambda: list(pieces))
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"body": ["a"]}, "row 1: no field 'text' (fields: body); set data.text_key"),
+        ({"text": ["a", None]}, "row 2: field 'text' is not text but NoneType"),
+        ({"text": [1]}, "row 1: field 'text' is not text but int"),
+        ({"text": ["a", "b\0"]}, "row 2: field 'text': character 1 is NUL; data.errors=replace"),
+        (
+            {"text": raw_strings(b"a", b"b\xff")},
+            "row 2: field 'text': not UTF-8 text (byte 0xff: invalid start byte), at byte 1",
+        ),
+    ],
+)
+def test_errors_of_parquet(tmp_path, columns, said):
+    path = write_parquet(tmp_path / "a.parquet", columns)
+    assert message(texts, path).startswith(f"data.path='{path}' ")
+    assert said in message(texts, path)
+
+
+def test_bad_bytes_of_parquet_may_be_replaced(tmp_path):
+    parts = pyarrow.StructArray.from_arrays([raw_strings(b"a\xff", b"user")], ["role"])
+    columns = {
+        "text": raw_strings(b"b\xff", b"c\0"),
+        "n": [1, 2],
+        "deep": pyarrow.ListArray.from_arrays([0, 1, 2], parts),
+    }
+    assert texts(write_parquet(tmp_path / "a.parquet", columns), errors="replace") == ["b\ufffd", "c\ufffd"]
+
+
+def test_a_cut_off_parquet_in_a_folder_is_not_left_out(tmp_path):
+    write_parquet(tmp_path / "a.parquet", {"text": ["a"]})
+    whole = write_parquet(tmp_path / "b.parquet", {"text": ["b"]}).read_bytes()
+    (tmp_path / "b.parquet").write_bytes(whole[:-20])
+    assert f"data.path='{tmp_path / 'b.parquet'}': cannot read (" in message(texts, tmp_path)
+
+
+def test_columns_of_one_name_in_parquet_are_refused(tmp_path):
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], ["text", "text"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert message(texts, tmp_path / "a.parquet").endswith("two columns of the name 'text'")
+
+
+def test_folders_are_read_in_one_order(tmp_path):
+    for name in ("b/2.parquet", "a/1.parquet", "b/10.parquet", "c.parquet"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_parquet(tmp_path / name, {"text": [name]})
+    (tmp_path / "b" / "x.jsonl.zst").write_bytes(zstd(b'{"text": "x"}'))
+    assert texts(tmp_path) == ["a/1.parquet", "b/10.parquet", "b/2.parquet", "x", "c.parquet"]
+
+
+def test_a_table_without_the_field_is_told_in_a_folder_of_tables(tmp_path):
+    """Of `.json` and `.csv` files some are about the data; the conversations among them are data."""
+    (tmp_path / "a.csv").write_text("prompt,completion\na,b\n")
+    (tmp_path / "b.json").write_text('[{"messages": []}]')
+    (tmp_path / "c.json").write_text('{"version": 3}')
+    assert [path.name for path, _ in find_files(str(tmp_path), "text").files] == ["a.csv", "b.json"]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.zst"])
+def test_without_pyarrow(tmp_path, monkeypatch, name):
+    (tmp_path / name).write_bytes(b"x")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    said = message(texts, tmp_path / name)
+    assert ": .parquet and .zst files need pyarrow: pip install 'ee-scale[data]' (" in said
 
 
 def test_labelled_data_in_every_layout(tmp_path):
