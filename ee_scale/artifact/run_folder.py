@@ -22,7 +22,7 @@ BACKBONE = "backbone.mode"
 MAY_CHANGE = (
     *("exits.layers", "exits.loss_chunk_tokens", "distill.loss_chunk_tokens"),
     "backbone.activation_checkpointing",
-    *("data.cache_dir", "data.num_workers", "data.valid"),
+    *("data.cache_dir", "data.cache_taps", "data.num_workers", "data.valid"),
 )
 
 

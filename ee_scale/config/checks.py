@@ -37,6 +37,11 @@ def check_tune(config: TuneConfig) -> None:
     backbone = config.backbone
     if backbone.mode == "frozen":
         return
+    if config.data.cache_taps:
+        raise UserError(
+            f"data.cache_taps=true with backbone.mode={backbone.mode}: what exits read changes with the backbone; use "
+            "data.cache_taps=false or backbone=frozen"
+        )
     if not backbone.targets or set(backbone.targets) - {"attention", "mlp"}:
         raise UserError(f"backbone.targets={backbone.targets}: choose of attention and mlp")
     if config.exits.kl_weight > 0:
@@ -50,6 +55,9 @@ def check_supernet(config: SupernetConfig) -> None:
     """Refuse a supernet config that cannot run on any model. Raises `UserError`."""
     check_rules(config)
     check_batch(config.train.global_batch_size, config.train.micro_batch_size, config.parallel.dp)
+    for key, value in (("cache_taps", config.data.cache_taps or None), ("sequences", config.data.sequences)):
+        if value is not None:
+            raise UserError(f"data.{key}={str(value).lower()}: a setting of ee-scale tune alone; leave it out")
     if not config.stages:
         raise UserError("stages=[]: give at least one stage, or choose recipe=mlfs")
     for number, stage in enumerate(config.stages):

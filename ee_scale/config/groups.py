@@ -102,6 +102,17 @@ class DataConfig:
     text_key: str = setting("text", "field of a .jsonl line that holds the text")
     cache_dir: str | None = setting(None, "tokenised data; null: ~/.cache/ee_scale/data")
     seed: int = setting(1234, "order of the training sequences")
+    sequences: int | None = setting(
+        None,
+        "tune: distinct training sequences; when they are through they come again, in another order (epochs); null: as "
+        "many as the run reads",
+        rule=at_least(1),
+    )
+    cache_taps: bool = setting(
+        False,
+        "tune: keep on disk, in cache_dir, what exits read of the frozen backbone; later epochs and other runs read it "
+        "and do not compute the backbone again",
+    )
     num_workers: int = setting(0, "loader processes per rank", rule=at_least(0))
 
 

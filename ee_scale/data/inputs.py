@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ee_scale.config.groups import DataConfig
 from ee_scale.data.dataset import build_gpt_dataset, check_tokens
+from ee_scale.data.epochs import Epochs
 from ee_scale.data.text import prepare_text
 from ee_scale.errors import UserError, one_line
 
@@ -36,20 +36,22 @@ def data_identity(digests: list[str], tokenizer: PreTrainedTokenizerBase) -> dic
     return {"tokens": digests, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
 
 
-def run_dataset(data: DataConfig, model_dir: Path, vocab_size: int, num_samples: int) -> Dataset:
-    """Megatron's GPT dataset of text that `check_run_text` has tokenised."""
+def run_dataset(data: DataConfig, model_dir: Path, vocab_size: int, num_samples: int) -> Epochs:
+    """Megatron's GPT dataset of text that `check_run_text` has tokenised, in epochs of `data.sequences`."""
     tokenizer = load_tokenizer(model_dir)
-    return build_gpt_dataset(
+    dataset = build_gpt_dataset(
         prepare_text(sources(data.path), tokenizer, model_dir, data.cache_dir, data.text_key, progress=False),
         list(data.weights) if data.weights else None,
         data.seq_length,
-        num_samples,
+        data.sequences or num_samples,
         data.seed,
         tokenizer.eos_token_id,
         tokenizer.pad_token_id,
         vocab_size,
         data.cache_dir,
     )
+    whole = len(dataset)  # type: ignore[arg-type]
+    return Epochs(dataset, data.sequences or whole, max(num_samples, whole), data.seed)
 
 
 def load_tokenizer(folder: Path, field: str = "model.path") -> PreTrainedTokenizerBase:

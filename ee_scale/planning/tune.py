@@ -49,6 +49,7 @@ from ee_scale.planning.passes import (
     layer_passes,
     local_model,
 )
+from ee_scale.planning.taps import KeptTaps
 
 # Passes over a layer's matrices per token: forward; and gradient of the input; and gradient of the weights.
 LAYER_PASSES = {FROZEN: 1.0, LOW_RANK: 2.0, FULL: 3.0}
@@ -101,6 +102,15 @@ class TunePlan(Plan[TuneConfig]):
         if not self.teaches:
             return 0.0, "nothing flows backwards: stages run ahead into the next step"
         return (p - 1) / (m + p - 1), "(p-1)/(m+p-1): exits wait for the final layer"
+
+    @property
+    def kept_taps(self) -> KeptTaps | None:
+        """What is kept on disk of what exits read, if that is wanted."""
+        return KeptTaps.of(self.config, self.spec, self.shape.hidden_size) if self.config.data.cache_taps else None
+
+    def notes(self) -> Mapping[str, str]:
+        kept = self.kept_taps
+        return {} if kept is None else {"taps": kept.words(self.config.data.cache_dir)}
 
     @property
     def teaches(self) -> bool:
