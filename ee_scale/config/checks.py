@@ -34,6 +34,12 @@ def check_tune(config: TuneConfig) -> None:
     check_batch(config.train.global_batch_size, config.train.micro_batch_size, config.parallel.dp)
     if config.optim.min_lr > config.optim.lr:
         raise UserError(f"optim.min_lr={config.optim.min_lr} is above optim.lr={config.optim.lr}")
+    data = config.data
+    if data.own_text and data.own_text_prompt >= data.seq_length:
+        raise UserError(
+            f"data.own_text_prompt={data.own_text_prompt} is not below data.seq_length={data.seq_length}: nothing would "
+            "be left to write"
+        )
     backbone = config.backbone
     if backbone.mode == "frozen":
         return
@@ -55,8 +61,9 @@ def check_supernet(config: SupernetConfig) -> None:
     """Refuse a supernet config that cannot run on any model. Raises `UserError`."""
     check_rules(config)
     check_batch(config.train.global_batch_size, config.train.micro_batch_size, config.parallel.dp)
-    for key, value in (("cache_taps", config.data.cache_taps or None), ("sequences", config.data.sequences)):
-        if value is not None:
+    data = config.data
+    for key, value in (("cache_taps", data.cache_taps), ("sequences", data.sequences), ("own_text", data.own_text)):
+        if value:
             raise UserError(f"data.{key}={str(value).lower()}: a setting of ee-scale tune alone; leave it out")
     if not config.stages:
         raise UserError("stages=[]: give at least one stage, or choose recipe=mlfs")

@@ -225,6 +225,6 @@ def check_taps(stage: TuningStage, taps: dict[int, Tap]) -> None:
         again = stage.tap(k, tap.residual).mlp_input
         if (again is None) != (tap.mlp_input is None) or (again is not None and not torch.equal(again, tap.mlp_input)):
             raise UserError(
-                f"data.cache_taps=true with exits.kind={stage.spec.kind}: what this kind reads does not follow from the "
+                f"data.cache_taps=true with exits.kind={stage.spec.kind}: what the kind reads does not follow from the "
                 "residual as its method `tap` says; use data.cache_taps=false"
             )

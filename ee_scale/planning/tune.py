@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import prod
+from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +108,21 @@ class TunePlan(Plan[TuneConfig]):
         """What is kept on disk of what exits read, if that is wanted."""
         return KeptTaps.of(self.config, self.spec, self.shape.hidden_size) if self.config.data.cache_taps else None
 
+    @property
+    def own_text_tokens(self) -> int:
+        """What the model writes before the run; 0: nothing."""
+        data = self.config.data
+        samples = self.config.train.steps * self.config.train.global_batch_size
+        read = ceil(data.own_text * min(data.sequences or samples, samples) * data.seq_length)
+        return (data.own_text_tokens or read) if data.own_text else 0
+
     def notes(self) -> Mapping[str, str]:
-        kept = self.kept_taps
-        return {} if kept is None else {"taps": kept.words(self.config.data.cache_dir)}
+        told = {}
+        if self.own_text_tokens:
+            told["own text"] = f"{self.own_text_tokens:,} tokens, written first by the whole model on one device"
+        if self.kept_taps is not None:
+            told["taps"] = self.kept_taps.words(self.config.data.cache_dir)
+        return told
 
     @property
     def teaches(self) -> bool:

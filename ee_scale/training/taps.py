@@ -36,6 +36,7 @@ def prepare_taps(plan: TunePlan, kept: KeptTaps, data: Mapping[str, Any]) -> Pat
         "sequences": kept.distinct,
         "seed": config.data.seed,
         "weights": config.data.weights,
+        "own_text_share": config.data.own_text,
         **data,
     }
     text = json.dumps(identity, indent=1, sort_keys=True) + "\n"

@@ -27,6 +27,7 @@ from ee_scale.log import log
 from ee_scale.planning.estimates import uses_bf16
 from ee_scale.planning.tune import TunePlan, plan_tune
 from ee_scale.training.metrics import MetricsStream
+from ee_scale.training.own_text import prepare_own_text
 from ee_scale.training.recipe import Recipe, Run, SavedPart, Step, Words, check_frozen
 from ee_scale.training.schedules import LearningRate, loss_weights_at
 from ee_scale.training.taps import open_taps, prepare_taps
@@ -37,7 +38,9 @@ class Tune(Recipe[TuneConfig, TunePlan]):
 
     verb, next_verb, keyed_by = "tune", "export", "exit"
     identity = ("exits", "backbone", "data", "optim", "train.global_batch_size", "train.seed")
-    taps_folder: Path | None = None  # known where the run was prepared
+    # Known where the run was prepared: the folder of its taps, the prefix of the text that the model has written.
+    taps_folder: Path | None = None
+    own_text: str | None = None
 
     @classmethod
     def of(cls, config: TuneConfig) -> Self:
@@ -48,6 +51,9 @@ class Tune(Recipe[TuneConfig, TunePlan]):
 
     def prepare(self, *, progress: bool) -> dict[str, Any]:
         found = check_run_text(self.config.data, self.plan.model_dir, self.plan.shape.vocab_size, progress=progress)
+        if self.config.data.own_text:
+            self.own_text, digest = prepare_own_text(self.plan, found, progress=progress)
+            found["own_text"] = digest
         if (kept := self.plan.kept_taps) is not None:
             self.taps_folder = prepare_taps(self.plan, kept, found)
         return found
@@ -57,7 +63,8 @@ class Tune(Recipe[TuneConfig, TunePlan]):
 
     def build(self, grid: Grid, out: Path, scratch: Path | None = None) -> "TuneRun":
         samples = self.plan.total_steps * self.config.train.global_batch_size
-        dataset = run_dataset(self.config.data, self.plan.model_dir, self.plan.shape.vocab_size, samples)
+        own_text = grid.from_rank_0(self.own_text)
+        dataset = run_dataset(self.config.data, self.plan.model_dir, self.plan.shape.vocab_size, samples, own_text)
         run = start_run(self.plan, grid, dataset)
         if (kept := self.plan.kept_taps) is not None:
             run.taps = open_taps(kept, self.taps_folder, grid)
