@@ -37,8 +37,8 @@ def check_tune(config: TuneConfig) -> None:
     data = config.data
     if data.own_text and data.own_text_prompt >= data.seq_length:
         raise UserError(
-            f"data.own_text_prompt={data.own_text_prompt} is not below data.seq_length={data.seq_length}: nothing would "
-            "be left to write"
+            f"data.own_text_prompt={data.own_text_prompt} is not below data.seq_length={data.seq_length}: nothing is "
+            "left to write"
         )
     backbone = config.backbone
     if backbone.mode == "frozen":

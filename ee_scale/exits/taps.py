@@ -190,8 +190,8 @@ class TapStep:
         self._loaded: dict[int, tuple[list[int], Tensor]] = {}
 
     def load(self, buffer: int, tokens: Tensor) -> None:
-        """The next micro-batch, [B, S] on the CPU, is in this buffer."""
-        self._loaded[buffer] = next(self._sequences), tokens
+        """The next micro-batch, [B, S], is in this buffer."""
+        self._loaded[buffer] = next(self._sequences), tokens.cpu()
 
     def keep(self, buffer: int, stage: TuningStage, taps: dict[int, Tap], final: Tensor | None) -> None:
         """Write what a stage has computed, or compare it with what is kept."""

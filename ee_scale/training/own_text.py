@@ -62,15 +62,21 @@ def prepare_own_text(plan: TunePlan, data: Mapping[str, Any], *, progress: bool)
     folder = cache_root(config.data.cache_dir) / f"own-{digest}"
     prefix = str(folder / "tokens")
     if not IndexedDataset.exists(prefix):
-        write_own_text(plan, folder, run_prefixes(config.data, plan.model_dir), _opened(plan), progress)
+        end = load_tokenizer(plan.model_dir).eos_token_id
+        corpora = run_prefixes(config.data, plan.model_dir)
+        write_own_text(plan, folder, corpora, end, _opened(plan, end), progress=progress)
     (found,) = check_tokens([prefix], plan.shape.vocab_size, config.data.seq_length)
     return prefix, found
 
 
-def write_own_text(plan: TunePlan, folder: Path, corpora: list[str], writer: Continue, progress: bool) -> None:
-    """Chunks of ROWS documents, greedy and sampled in turn, until there are enough tokens; then all as one dataset."""
+def write_own_text(
+    plan: TunePlan, folder: Path, corpora: list[str], end: int, writer: Continue, *, progress: bool = False
+) -> None:
+    """Chunks of ROWS documents, greedy and sampled in turn, until there are enough tokens; then all as one dataset.
+
+    corpora: Megatron prefixes of the prompts; end: the id that ends a document.
+    """
     data, wanted = plan.config.data, plan.own_text_tokens
-    end = load_tokenizer(plan.model_dir).eos_token_id
     parts = folder.with_name(f"{folder.name}.parts")
     prompts, chunks, written = _prompts(corpora, data.own_text_prompt, data.seed), [], 0
     bar = shares(f"writing {wanted:,} tokens of own text") if progress else nullcontext(lambda share: None)
@@ -142,7 +148,7 @@ def _read_chunk(path: Path) -> list[Tensor] | None:
     return list(found["ids"].split(found["lengths"].tolist()))
 
 
-def _opened(plan: TunePlan) -> Continue:
+def _opened(plan: TunePlan, end: int) -> Continue:
     """The whole model on one device of this process."""
     config, launched = plan.config, launch_info()
     device = pick_device(config.parallel.device, launched.local_rank if launched else 0)
@@ -153,7 +159,6 @@ def _opened(plan: TunePlan) -> Continue:
         raise UserError(f"{plan.model_dir}: {one_line(error)}") from error
     model = model.to(device).eval()
     new = config.data.seq_length - config.data.own_text_prompt
-    end = load_tokenizer(plan.model_dir).eos_token_id
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=end)  # not what its makers decode with
 
     @torch.inference_mode()
