@@ -18,7 +18,7 @@ TUNE = ["model=tiny", "data=python", f"data.seq_length={LENGTH}", "train.global_
 TUNE += ["data.own_text=0.25", f"data.own_text_prompt={PROMPT}", "train.steps=200", "parallel.device=cpu"]
 
 
-class Stop(Exception):
+class StoppedError(Exception):
     pass
 
 
@@ -31,7 +31,7 @@ class Writer:
 
     def __call__(self, prompts: torch.Tensor, sampled: bool, seed: int) -> torch.Tensor:
         if len(self.calls) == self.stop_at:
-            raise Stop
+            raise StoppedError
         self.calls.append((sampled, seed))
         rows = prompts[:, -1:] + torch.arange(1, LENGTH - PROMPT + 1) * (2 if sampled else 1)
         rows[2, 3:] = END
@@ -85,7 +85,7 @@ def test_documents_are_prompts_and_what_follows(tmp_path, corpora):
 def test_a_restart_writes_what_is_missing_and_the_same_text(tmp_path, corpora, cut):
     given = plan("data.own_text_tokens=900")
     write_own_text(given, tmp_path / "whole", corpora, END, Writer())
-    with pytest.raises(Stop):
+    with pytest.raises(StoppedError):
         write_own_text(given, tmp_path / "own", corpora, END, Writer(stop_at=3))
     assert not (tmp_path / "own").exists()
     parts = sorted((tmp_path / "own.parts").iterdir())
@@ -121,5 +121,5 @@ def test_refused(arguments, words, capsys):
 
 
 def test_check_tells_it(capsys):
-    assert main(["check", *TUNE]) == 0
+    assert main(["check", "tune", *TUNE]) == 0
     assert "own text 9,600 tokens, written first by the whole model" in " ".join(capsys.readouterr().out.split())

@@ -188,7 +188,7 @@ def test_a_disk_that_is_too_small_is_refused_with_the_numbers(tmp_path, monkeypa
     kept = plan(tmp_path, "data.sequences=64").kept_taps
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10**9, 0, kept.nbytes - 1))
-    needed = f"{kept.nbytes / 2**20:.1f} MiB"
+    needed = f"{kept.nbytes / 2**10:.1f} KiB"
     with pytest.raises(UserError, match=rf"data.cache_taps=true: {needed} are needed, {needed} are free in {tmp_path}"):
         check_room(kept, tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10**9, 0, kept.nbytes))
@@ -219,7 +219,7 @@ def test_what_changes_the_states_or_the_sequences_is_another_folder(tmp_path, mo
 
 
 def test_check_tells_the_size(tmp_path, capsys):
-    assert main(["check", *TUNE, f"data.cache_dir={tmp_path}", "data.sequences=64"]) == 0
+    assert main(["check", "tune", *TUNE, f"data.cache_dir={tmp_path}", "data.sequences=64"]) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "taps up to " in told
     assert "(64 sequences of " in told
