@@ -17,7 +17,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from ee_scale.backbone.digest import named_generator, named_seed
@@ -65,6 +65,8 @@ def prepare_own_text(plan: TunePlan, data: Mapping[str, Any], *, progress: bool)
         end = load_tokenizer(plan.model_dir).eos_token_id
         corpora = run_prefixes(config.data, plan.model_dir)
         write_own_text(plan, folder, corpora, end, _opened(plan, end), progress=progress)
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # ranks that this process starts may use the same device
     (found,) = check_tokens([prefix], plan.shape.vocab_size, config.data.seq_length)
     return prefix, found
 
@@ -78,7 +80,8 @@ def write_own_text(
     """
     data, wanted = plan.config.data, plan.own_text_tokens
     parts = folder.with_name(f"{folder.name}.parts")
-    prompts, chunks, written = _prompts(corpora, data.own_text_prompt, data.seed), [], 0
+    prompts, written = _prompts(corpora, data.own_text_prompt, data.seed), 0
+    chunks: list[list[Tensor]] = []
     bar = shares(f"writing {wanted:,} tokens of own text") if progress else nullcontext(lambda share: None)
     with bar as show:
         while written < wanted or len(chunks) % 2:
@@ -154,10 +157,10 @@ def _opened(plan: TunePlan, end: int) -> Continue:
     device = pick_device(config.parallel.device, launched.local_rank if launched else 0)
     dtype = torch.bfloat16 if uses_bf16(config.train.precision, device) else torch.float32
     try:
-        model = AutoModelForCausalLM.from_pretrained(plan.model_dir, dtype=dtype, trust_remote_code=False)
+        opened = AutoModelForCausalLM.from_pretrained(plan.model_dir, dtype=dtype, trust_remote_code=False)
     except Exception as error:  # a folder that is damaged or was made up fails in many ways
         raise UserError(f"{plan.model_dir}: {one_line(error)}") from error
-    model = model.to(device).eval()
+    model = nn.Module.to(opened, device).eval()
     new = config.data.seq_length - config.data.own_text_prompt
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=end)  # not what its makers decode with
 

@@ -133,11 +133,12 @@ class TuneRun(Run[TuneConfig, TunePlan]):
         learning_rate = self._rate.at(self.step)
         self.engine.set_lr(learning_rate)
         self.engine.loss_weights = loss_weights_at(self.step, self.plan.loss_weights, self.config.exits)
-        losses: Mapping[Any, torch.Tensor]
-        if isinstance(self.engine, FrozenPipelineEngine):
-            losses = self.engine.train_step(self._micro_batches, self._kept_taps())
-        else:
-            losses = self.engine.train_step(self._micro_batches)
+        engine = self.engine
+        losses: Mapping[Any, torch.Tensor] = (
+            engine.train_step(self._micro_batches, self._kept_taps())
+            if isinstance(engine, FrozenPipelineEngine)
+            else engine.train_step(self._micro_batches)
+        )
         last = self.step + 1 == self.config.train.steps
         if last and self.frozen:
             digest = check_frozen(self.frozen, self.stage.frozen_digest(), self.grid.stage)
