@@ -60,9 +60,12 @@ def shards(folder: Path, shape: TapShape) -> Iterator[tuple[int, int]]:
             _remove_abandoned(path)
             continue
         first, count = int(found[1]), int(found[2])
-        with path.open("rb") as file:
-            header = int.from_bytes(file.read(8), "little")
-        if path.stat().st_size == 8 + header + count * shape.nbytes:
+        try:
+            with path.open("rb") as file:
+                header, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
+        except FileNotFoundError:  # another run has removed it, for the reason below
+            continue
+        if size == 8 + header + count * shape.nbytes:
             yield first, count
         else:
             log.warning("%s: not whole; it is written again", path)

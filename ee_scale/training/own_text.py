@@ -18,7 +18,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, Indexe
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, logging
 
 from ee_scale.backbone.digest import named_generator, named_seed
 from ee_scale.backbone.fingerprint import fingerprint
@@ -156,19 +156,22 @@ def _opened(plan: TunePlan, end: int) -> Continue:
     config, launched = plan.config, launch_info()
     device = pick_device(config.parallel.device, launched.local_rank if launched else 0)
     dtype = torch.bfloat16 if uses_bf16(config.train.precision, device) else torch.float32
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of tensors that are left out: the run has said so
     try:
         opened = AutoModelForCausalLM.from_pretrained(plan.model_dir, dtype=dtype, trust_remote_code=False)
     except Exception as error:  # a folder that is damaged or was made up fails in many ways
         raise UserError(f"{plan.model_dir}: {one_line(error)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
     model = nn.Module.to(opened, device).eval()
     new = config.data.seq_length - config.data.own_text_prompt
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=end)  # not what its makers decode with
 
     @torch.inference_mode()
     def write(prompts: Tensor, sampled: bool, seed: int) -> Tensor:
-        settings = GenerationConfig(
-            max_new_tokens=new, do_sample=sampled, top_k=0, top_p=1.0, eos_token_id=end, pad_token_id=end
-        )
+        plain = {"top_k": 0, "top_p": 1.0, "temperature": 1.0} if sampled else {}
+        settings = GenerationConfig(max_new_tokens=new, do_sample=sampled, eos_token_id=end, pad_token_id=end, **plain)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             ids = prompts.to(device)

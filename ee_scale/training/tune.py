@@ -155,7 +155,7 @@ class TuneRun(Run[TuneConfig, TunePlan]):
         replicas = sequences.view(self.grid.layout.dp, self.plan.num_micro_batches, -1)
         step = self.taps.step(sequences, replicas[self.grid.dp_rank])
         if step.reads and not self.reads_taps:
-            log.info("from step %d on the backbone rests: taps are read", self.step + 1)
+            log.info("step %d: taps are read, the backbone rests", self.step + 1)
         self.reads_taps = step.reads
         return step
 

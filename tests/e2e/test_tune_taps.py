@@ -10,7 +10,7 @@ from ee_scale.artifact.checkpoint import checkpoints
 from ee_scale.files import file_digest
 
 EPOCHS = ["data.sequences=16", "train.steps=6", "train.save_every=2"]  # three epochs of two steps
-RESTS = "the backbone rests"
+RESTS = "taps are read, the backbone rests"
 
 
 def losses(run: Path) -> list[dict[str, float]]:
@@ -55,7 +55,7 @@ def killed(tune, folder) -> Path:
     assert resumed.code == 0, resumed.output
     assert "continuing from" in resumed.output
     assert "taps: nothing to be written, 100% of the sequences kept already" in resumed.output
-    assert f"from step 4 on {RESTS}" in resumed.output  # the first one is compared
+    assert f"step 4: {RESTS}" in resumed.output  # the first one is compared
     return folder / "killed"
 
 
@@ -68,7 +68,7 @@ def test_another_grid_reads_them(tune, plain, killed, folder):
     before = {path: path.stat().st_mtime_ns for path in folder.glob("taps-*/*/*")}
     finished = tune("grid", "parallel.tp=2", "parallel.pp=2", world_size=4)
     assert finished.codes == [0] * 4, finished.outputs
-    assert f"from step 2 on {RESTS}" in finished.output
+    assert f"step 2: {RESTS}" in finished.output
     for ours, one_process in zip(losses(folder / "grid"), losses(plain), strict=True):
         assert ours == pytest.approx(one_process, rel=2e-5)
     assert {path: path.stat().st_mtime_ns for path in folder.glob("taps-*/*/*")} == before
@@ -77,11 +77,11 @@ def test_another_grid_reads_them(tune, plain, killed, folder):
 def test_exits_of_another_kind_and_rate_read_what_two_replicas_kept(tune, folder):
     replicas = tune("replicas", "exits.kind=norm", "parallel.dp=2", "train.steps=4", world_size=2)
     assert replicas.codes == [0, 0], replicas.outputs
-    assert f"from step 4 on {RESTS}" in replicas.output
+    assert f"step 4: {RESTS}" in replicas.output
     other = ["exits.kind=layer", "optim.lr=3e-3", "train.micro_batch_size=4"]
     finished, computed = tune("other", *other), tune("other_computed", *other, taps=False)
     assert (finished.code, computed.code) == (0, 0), finished.output
-    assert f"from step 2 on {RESTS}" in finished.output
+    assert f"step 2: {RESTS}" in finished.output
     assert RESTS not in computed.output
     for ours, theirs in zip(losses(folder / "other"), losses(folder / "other_computed"), strict=True):
         assert ours == pytest.approx(theirs, rel=2e-6)
