@@ -1,4 +1,4 @@
-"""The three measurements of `bench_tune.py`, each run in processes of its own."""
+"""The measurements of `bench_tune.py`, each run in processes of its own."""
 
 import statistics
 import time
@@ -8,13 +8,14 @@ from types import MethodType
 from typing import Any
 
 import torch
-from _bench import MicroBatches, build_engine, exit_loss, load_reference, make_batch, seconds, synchronize
+from _bench import MicroBatches, build_engine, dtype_of, exit_loss, load_reference, make_batch, seconds, synchronize
 from _children import Job
 from deepspeed.runtime.pipe.schedule import ForwardPass, OptimizerStep, ReduceGrads
 from torch import nn
 
 from ee_scale.engine.frozen import FrozenPipelineEngine
 from ee_scale.engine.schedule import TrainExits
+from ee_scale.exits.taps import TapCache, TapShape, tap_name
 from ee_scale.grid import Layout, join_grid, pick_device
 from ee_scale.modeling.kinds import Tap
 
@@ -258,3 +259,40 @@ def peak_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+# (d) kept taps
+
+EPOCH = 6  # optimizer steps
+
+
+def measure_taps(job: Job, folder: str) -> dict[str, Any]:
+    """Seconds of an epoch, medians over rounds of a new cache each: computed, kept (the first one), read."""
+    device = pick_device(job.device)
+    engine = build_engine(job, join_grid(Layout(), device))
+    engine.set_lr(1e-4)
+    batch = make_batch(job, device)
+    size = job.micro_batches * job.micro_batch
+    shape = TapShape(job.sequence, job.hidden, dtype_of(job))
+    names = [tap_name(engine.stage.spec, k) for k in job.exits]
+
+    def epoch(cache: TapCache | None) -> None:
+        for start in range(0, EPOCH * size, size):
+            numbers = torch.arange(start, start + size)
+            step = None if cache is None else cache.step(numbers, numbers.view(-1, job.micro_batch))
+            engine.train_step(iter(batch), step)
+
+    rows = []
+    epoch(None)
+    for number in range(job.rounds):
+        root = Path(folder, str(number))
+        root.mkdir(parents=True)
+        cache = TapCache(root, names, shape, torch.zeros(EPOCH * size, dtype=torch.bool))
+        row = {"computed": seconds(lambda: epoch(None), device)}
+        row["kept"] = seconds(lambda: epoch(cache), device)  # noqa: B023
+        epoch(cache)  # compares its first step
+        row["read"] = seconds(lambda: epoch(cache), device)  # noqa: B023
+        rows.append(row)
+    kept = sum(path.stat().st_size for path in root.rglob("*.safetensors"))
+    times = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+    return {"head": job.head, "seconds": times, "mib": kept / 2**20}

@@ -1,11 +1,11 @@
-"""Benchmark of exit tuning: step time against the ideal and the naive loop, idle share per stage, peak memory.
+"""Benchmark of exit tuning: step time against the ideal and the naive loop, idle share, peak memory, kept taps.
 
     python scripts/bench_tune.py                       # everything, on the CPU and, if there is one, on the GPU
     python scripts/bench_tune.py --parts a,c --device cpu --json bench.json --plot bench.png
 
 Models are random (time and memory do not depend on the weights) and live in a temporary folder; nothing is downloaded.
 Each measurement runs in fresh processes of its own. On a busy machine trust the ratios: contenders take turns.
-OMP_NUM_THREADS is passed on to parts a and c; part b gives each of its processes one thread.
+OMP_NUM_THREADS is passed on to parts a, c and d; part b gives each of its processes one thread.
 """
 
 import argparse
@@ -37,6 +37,11 @@ SIZES: dict[tuple[str, bool, str], dict[str, Any]] = {
     ("cpu", True, "memory"): {"layers": 8, "hidden": 128, "vocab": 16384, "sequence": 128, "micro_batch": 4},
     ("cuda", False, "memory"): {"layers": 8, "hidden": 1024, "vocab": 65536, "sequence": 512, "micro_batch": 4},
     ("cuda", True, "memory"): {"layers": 8, "hidden": 512, "vocab": 32768, "sequence": 512, "micro_batch": 4},
+    # Depth, and vocabulary to width, of a model of 7B parameters: how much of a step is frozen layers depends on them.
+    ("cpu", False, "taps"): {"layers": 32, "hidden": 384, "vocab": 3072, "sequence": 256, "micro_batch": 2},
+    ("cpu", True, "taps"): {"layers": 32, "hidden": 192, "vocab": 1536, "sequence": 128, "micro_batch": 2},
+    ("cuda", False, "taps"): {"layers": 32, "hidden": 2048, "vocab": 16384, "sequence": 1024, "micro_batch": 4},
+    ("cuda", True, "taps"): {"layers": 32, "hidden": 1024, "vocab": 8192, "sequence": 512, "micro_batch": 4},
 }
 TINY = {"layers": STAGES, "hidden": 64, "vocab": 256, "sequence": 32, "micro_batch": 1}
 
@@ -114,12 +119,31 @@ def part_c(folder: Path, device: str, quick: bool) -> dict[str, Any]:
     return {"rows": rows, "checks": [check(text, growth, 0.05, percent=True)], "size": size}
 
 
+def part_d(folder: Path, device: str, quick: bool) -> dict[str, Any]:
+    """Time of an epoch that computes, that keeps and that reads what exits read; exits as in part a."""
+    size, rows = SIZES[device, quick, "taps"], []
+    exits = tuple(size["layers"] * i // 4 for i in (1, 2, 3))
+    for head in ("low_rank", "full"):
+        job = make_job(folder, device, size, exits, head=head, rounds=3 if quick else 5)
+        rows.append(run_child("_bench_parts:measure_taps", job, str(folder / f"taps-{head}"), **environment(device)))
+    checks = [
+        check(f"second epoch / first, head {row['head']}", row["seconds"]["read"] / row["seconds"]["kept"], 0.5)
+        for row in rows
+    ]
+    return {"rows": rows, "checks": checks, "size": size}
+
+
 def check(what: str, got: float, wanted: float, percent: bool = False) -> dict[str, Any]:
     """A wanted upper bound and what was measured."""
     return {"what": what, "wanted": wanted, "got": got, "ok": got <= wanted, "percent": percent}
 
 
-PARTS: dict[str, Callable[[Path, str, bool], dict[str, Any] | None]] = {"a": part_a, "b": part_b, "c": part_c}
+PARTS: dict[str, Callable[[Path, str, bool], dict[str, Any] | None]] = {
+    "a": part_a,
+    "b": part_b,
+    "c": part_c,
+    "d": part_d,
+}
 
 
 def machine() -> dict[str, Any]:
@@ -131,7 +155,7 @@ def machine() -> dict[str, Any]:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="a,b,c", help="a: step time, b: idle share per stage, c: peak memory")
+    parser.add_argument("--parts", default="a,b,c,d", help="a: step time, b: idle share, c: peak memory, d: kept taps")
     choices = ("auto", "cpu", "cuda")
     parser.add_argument("--device", choices=choices, default="auto", help="auto: the CPU, then the GPU if there is one")
     parser.add_argument("--quick", action="store_true", help="small models and few rounds: does it run at all")
@@ -141,7 +165,7 @@ def parse_arguments() -> argparse.Namespace:
     arguments.parts = [part.strip() for part in arguments.parts.split(",")]
     for part in arguments.parts:
         if part not in PARTS:
-            parser.error(f"--parts: {part!r} is not one of a, b, c")
+            parser.error(f"--parts: {part!r} is not one of {', '.join(PARTS)}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
     return arguments

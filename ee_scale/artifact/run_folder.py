@@ -19,11 +19,12 @@ from ee_scale.training.recipe import Recipe
 
 CONFIG, IDENTITY, METRICS, CHECKPOINTS = "config.yaml", "run.json", "metrics.jsonl", "checkpoints"
 
-BACKBONE = "backbone.mode"
+BACKBONE, OWN_TEXT = "backbone.mode", "data.own_text"
 MAY_CHANGE = (
     *("exits.layers", "exits.loss_chunk_tokens", "distill.loss_chunk_tokens"),
     "backbone.activation_checkpointing",
-    *("data.cache_dir", "data.num_workers", "data.valid", "data.errors"),  # the digest of the tokens knows the last
+    *("data.cache_dir", "data.cache_taps", "data.num_workers", "data.valid"),
+    "data.errors",  # the digest of the tokens knows
 )
 
 
@@ -55,6 +56,8 @@ def run_identity(recipe: Recipe[Any, Any], data: dict[str, Any]) -> dict[str, An
     if settings.get(BACKBONE) == FROZEN:  # then the rest of that group means nothing
         settings = {key: value for key, value in settings.items() if not key.startswith("backbone.")}
         settings[BACKBONE] = FROZEN
+    if not settings.get(OWN_TEXT):
+        settings = {key: value for key, value in settings.items() if not key.startswith(OWN_TEXT)}
     model_dir = recipe.plan.model_dir
     given = find_gguf(Path(recipe.config.model.path).expanduser())  # what lies in the cache may be gone some day
     return {
@@ -163,6 +166,8 @@ def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:
     for name in ("eos_token_id", "pad_token_id"):
         if old[name] != new["data"][name]:
             return f"the tokenizer's {name} was {old[name]} and is {new['data'][name]}"
+    if old.get("own_text") != new["data"].get("own_text"):
+        return "what the model writes (data.own_text) came out otherwise"
     path, pairs = new["settings"]["data.path"], zip(old["tokens"], new["data"]["tokens"], strict=False)
     number = next((i for i, (there, here) in enumerate(pairs) if there != here), 0)
     name = path if isinstance(path, str) else path[number]

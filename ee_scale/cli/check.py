@@ -99,6 +99,7 @@ def print_summary(terminal: Console, plan: Plan) -> None:
         "memory": "of the device unknown here: give parallel.device_memory_gb"
         if room is None
         else f"{room.name} {bytes_text(room.limit)}{', shared by its ranks' if room.shared else ''}",
+        **plan.notes(),
     }
     table = Table(box=None, show_header=False)
     for name, text in rows.items():

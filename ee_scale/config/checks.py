@@ -34,9 +34,20 @@ def check_tune(config: TuneConfig) -> None:
     check_batch(config.train.global_batch_size, config.train.micro_batch_size, config.parallel.dp)
     if config.optim.min_lr > config.optim.lr:
         raise UserError(f"optim.min_lr={config.optim.min_lr} is above optim.lr={config.optim.lr}")
+    data = config.data
+    if data.own_text and data.own_text_prompt >= data.seq_length:
+        raise UserError(
+            f"data.own_text_prompt={data.own_text_prompt} is not below data.seq_length={data.seq_length}: nothing is "
+            "left to write"
+        )
     backbone = config.backbone
     if backbone.mode == "frozen":
         return
+    if config.data.cache_taps:
+        raise UserError(
+            f"data.cache_taps=true with backbone.mode={backbone.mode}: what exits read changes with the backbone; use "
+            "data.cache_taps=false or backbone=frozen"
+        )
     if not backbone.targets or set(backbone.targets) - {"attention", "mlp"}:
         raise UserError(f"backbone.targets={backbone.targets}: choose of attention and mlp")
     if config.exits.kl_weight > 0:
@@ -50,6 +61,10 @@ def check_supernet(config: SupernetConfig) -> None:
     """Refuse a supernet config that cannot run on any model. Raises `UserError`."""
     check_rules(config)
     check_batch(config.train.global_batch_size, config.train.micro_batch_size, config.parallel.dp)
+    data = config.data
+    for key, value in (("cache_taps", data.cache_taps), ("sequences", data.sequences), ("own_text", data.own_text)):
+        if value:
+            raise UserError(f"data.{key}={str(value).lower()}: a setting of ee-scale tune alone; leave it out")
     if not config.stages:
         raise UserError("stages=[]: give at least one stage, or choose recipe=mlfs")
     for number, stage in enumerate(config.stages):

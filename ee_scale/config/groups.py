@@ -109,6 +109,27 @@ class DataConfig:
     errors: str = setting("strict", ERRORS, rule=one_of("strict", "replace"))
     cache_dir: str | None = setting(None, "tokenised data; null: ~/.cache/ee_scale/data")
     seed: int = setting(1234, "order of the training sequences")
+    sequences: int | None = setting(
+        None,
+        "tune: distinct training sequences; when they are through they come again, in another order (epochs); null: as "
+        "many as the run reads",
+        rule=at_least(1),
+    )
+    own_text: float = setting(
+        0.0,
+        "tune: share of the training sequences that the model has written itself: continuations of the corpus, half "
+        "greedy and half sampled, written once and kept in cache_dir",
+        rule=Rule("must be at least 0 and below 1", lambda share: 0 <= share < 1),
+    )
+    own_text_tokens: int | None = setting(
+        None, "tune: tokens that the model writes; null: as many as the run reads of them", rule=at_least(1)
+    )
+    own_text_prompt: int = setting(32, "tune: tokens of the corpus in front of each continuation", rule=at_least(1))
+    cache_taps: bool = setting(
+        False,
+        "tune: keep on disk, in cache_dir, what exits read of the frozen backbone; later epochs and other runs read it "
+        "and do not compute the backbone again",
+    )
     num_workers: int = setting(0, "loader processes per rank", rule=at_least(0))
 
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ee_scale.config.groups import DataConfig
-from ee_scale.data.dataset import build_gpt_dataset, check_tokens
+from ee_scale.data.dataset import build_gpt_dataset, check_tokens, checked_weights
+from ee_scale.data.epochs import Epochs
 from ee_scale.data.text import prepare_text
 from ee_scale.errors import UserError, one_line
 
@@ -36,20 +36,38 @@ def data_identity(digests: list[str], tokenizer: PreTrainedTokenizerBase) -> dic
     return {"tokens": digests, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
 
 
-def run_dataset(data: DataConfig, model_dir: Path, vocab_size: int, num_samples: int) -> Dataset:
-    """Megatron's GPT dataset of text that `check_run_text` has tokenised."""
-    tokenizer, names = load_tokenizer(model_dir), sources(data.path)
-    return build_gpt_dataset(
-        prepare_text(names, tokenizer, model_dir, data.cache_dir, data.text_key, False, errors=data.errors),
-        list(data.weights) if data.weights else None,
+def run_prefixes(data: DataConfig, model_dir: Path) -> list[str]:
+    """Megatron prefixes of text that `check_run_text` has tokenised."""
+    given = (load_tokenizer(model_dir), model_dir, data.cache_dir, data.text_key)
+    return prepare_text(sources(data.path), *given, progress=False, errors=data.errors)
+
+
+def run_dataset(
+    data: DataConfig, model_dir: Path, vocab_size: int, num_samples: int, own_text: str | None = None
+) -> Epochs:
+    """Megatron's GPT dataset of text that `check_run_text` has tokenised, in epochs of `data.sequences`.
+
+    own_text: prefix of what the model has written; `data.own_text` is its share.
+    """
+    tokenizer, prefixes = load_tokenizer(model_dir), run_prefixes(data, model_dir)
+    weights = list(data.weights) if data.weights else None
+    if own_text is not None:
+        weights = checked_weights(prefixes, weights) or [1.0]
+        corpus = (1 - data.own_text) / sum(weights)
+        prefixes, weights = [*prefixes, own_text], [*(weight * corpus for weight in weights), data.own_text]
+    dataset = build_gpt_dataset(
+        prefixes,
+        weights,
         data.seq_length,
-        num_samples,
+        data.sequences or num_samples,
         data.seed,
         tokenizer.eos_token_id,
         tokenizer.pad_token_id,
         vocab_size,
         data.cache_dir,
     )
+    whole = len(dataset)  # type: ignore[arg-type]
+    return Epochs(dataset, data.sequences or whole, max(num_samples, whole), data.seed)
 
 
 def load_tokenizer(folder: Path, field: str = "model.path") -> PreTrainedTokenizerBase:

@@ -11,11 +11,12 @@ from ee_scale.config.tune import ExitsConfig, TuneConfig
 from ee_scale.engine.clipping import clip_groups
 from ee_scale.engine.guard import UpdateGuard
 from ee_scale.engine.observed import ObservedEngine
-from ee_scale.engine.schedule import FrozenSchedule, ShareFinalHidden, TrainExits
+from ee_scale.engine.schedule import FrozenSchedule, ReadTaps, ShareFinalHidden, TrainExits
 from ee_scale.engine.setup import build_engine, guarded_adamw
 from ee_scale.engine.state import start_moments
 from ee_scale.exits.losses import LossSettings, exit_backward
 from ee_scale.exits.stage import TuningStage
+from ee_scale.exits.taps import TapStep
 from ee_scale.grid import Grid
 
 
@@ -66,19 +67,25 @@ class FrozenPipelineEngine(ObservedEngine):
         self._batch: list[Any] = []
         self._taps: list[Any] = []
         self._final: list[Any] = []
+        self._kept: TapStep | None = None
 
-    def train_step(self, micro_batches: Iterator[dict[str, torch.Tensor]]) -> dict[int, torch.Tensor]:
+    def train_step(
+        self, micro_batches: Iterator[dict[str, torch.Tensor]], kept: TapStep | None = None
+    ) -> dict[int, torch.Tensor]:
         """One optimizer step on `num_micro_batches` micro-batches (tokens, labels, loss_mask: [B, S]).
 
-        Every stage draws the same micro-batches. Returns, for each exit of this stage, fp32 [2]: cross entropy and
-        KL of this replica, averaged over the micro-batches (on the device; nothing is waited for).
+        Every stage draws the same micro-batches. `kept`: what exits read of them is kept on disk, or read from there,
+        the same on all ranks. Returns, for each exit of this stage, fp32 [2]: cross entropy and KL of this replica,
+        averaged over the micro-batches (on the device; nothing is waited for).
         """
+        self._kept = kept
         schedule = FrozenSchedule(
             self.micro_batches,
             self.num_stages,
             self.stage_id,
             has_exits=bool(self.stage.exit_layers),
             share_final=self.share_final,
+            reads_taps=kept is not None and kept.reads,
         )
         buffers = schedule.num_pipe_buffers()
         self._batch, self._taps, self._final = [None] * buffers, [None] * buffers, [None] * buffers
@@ -106,6 +113,8 @@ class FrozenPipelineEngine(ObservedEngine):
 
     def _load(self, buffer_id: int) -> None:
         batch = next(self._micro_batches)
+        if self._kept is not None:
+            self._kept.load(buffer_id, batch["tokens"])
         self._batch[buffer_id] = {name: batch[name].to(self.device, non_blocking=True) for name in batch}
         if self.is_first_stage():
             self.pipe_buffers["inputs"][buffer_id] = self._batch[buffer_id]["tokens"]
@@ -116,6 +125,11 @@ class FrozenPipelineEngine(ObservedEngine):
         self.pipe_buffers["outputs"][buffer_id] = hidden
         if self.share_final and self.is_last_stage():
             self._final[buffer_id] = hidden.contiguous()
+        if self._kept is not None:
+            self._kept.keep(buffer_id, self.stage, self._taps[buffer_id], self._final[buffer_id])
+
+    def _read_taps(self, buffer_id: int) -> None:
+        self._taps[buffer_id], self._final[buffer_id] = self._kept.read(buffer_id, self.stage, self.device)
 
     def _share_final(self, buffer_id: int) -> None:
         group = self.process_grid.pp_group
@@ -152,6 +166,7 @@ class FrozenPipelineEngine(ObservedEngine):
         **ObservedEngine._INSTRUCTION_MAP,
         LoadMicroBatch: _load,
         ForwardPass: _forward,
+        ReadTaps: _read_taps,
         ShareFinalHidden: _share_final,
         TrainExits: _train_exits,
         OptimizerStep: _step,

@@ -25,23 +25,39 @@ class ShareFinalHidden(BufferOpInstruction):
     """Broadcast the last stage's normed hidden state of one micro-batch to all stages (teacher of the KL term)."""
 
 
+class ReadTaps(BufferOpInstruction):
+    """What this stage's exits read of one micro-batch, from the disk instead of from the frozen layers."""
+
+
 class FrozenSchedule(PipeSchedule):
     """Inference pipeline + local heads: receive, forward, send, train exits; then reduce over replicas and step.
 
     Nothing flows backwards, so a stage never waits for a later one and runs ahead into the next batch.
     With `share_final` (KL to the final layer) all forwards come first and the exits wait for the teacher.
+    With `reads_taps` no frozen layer runs, the teacher's neither, and stages have nothing to do with each other.
     """
 
-    def __init__(self, micro_batches: int, stages: int, stage_id: int, *, has_exits: bool, share_final: bool = False):
+    def __init__(
+        self,
+        micro_batches: int,
+        stages: int,
+        stage_id: int,
+        *,
+        has_exits: bool,
+        share_final: bool = False,
+        reads_taps: bool = False,
+    ):
         super().__init__(micro_batches, stages, stage_id)
         self.has_exits = has_exits
-        self.share_final = share_final
+        self.share_final = share_final and not reads_taps
+        self.reads_taps = reads_taps
 
     def steps(self) -> Iterator[list[PipeInstruction]]:
         """Instructions of one batch."""
         for micro_batch in range(self.micro_batches):
             buffer = self._buffer_idx(micro_batch)
-            yield self._forward(buffer) + ([] if self.share_final else self._exits(buffer))
+            states = [LoadMicroBatch(buffer), ReadTaps(buffer)] if self.reads_taps else self._forward(buffer)
+            yield states + ([] if self.share_final else self._exits(buffer))
         if self.share_final:
             for buffer in range(self.micro_batches):
                 yield [ShareFinalHidden(buffer), *self._exits(buffer)]

@@ -75,6 +75,11 @@ class TuningStage(nn.Module):
         for k, layer in self._layers[0].items():
             layer.register_forward_hook(partial(tapped, k))
 
+    @torch.no_grad()
+    def tap(self, k: int, residual: torch.Tensor) -> Tap:
+        """What exit k reads, from its residual [B, S, D] alone."""
+        return self.spec.exit_kind.tap(self._layers[0][k], self.spec.mlp_input_norm, residual)
+
     def exit_hidden(self, k: int, tap: Tap, cache: Cache | None = None) -> torch.Tensor:
         """[B, S, D], ready for the head of exit k, with the graph of its modules.
 

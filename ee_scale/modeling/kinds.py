@@ -145,6 +145,10 @@ class ExitKind:
         """
         return layer.register_forward_hook(lambda module, args, output: keep(Tap(output)))
 
+    def tap(self, layer: nn.Module, mlp_input_norm: str | None, residual: torch.Tensor) -> Tap:
+        """The tap that `watch` gives, from its residual [B, S, D] alone: all that is kept of it on disk."""
+        return Tap(residual)
+
     def states(
         self, body: nn.Module | None, tap: Tap, mlp_output_norm: nn.Module | None, run_layer: RunLayer | None
     ) -> torch.Tensor:
@@ -223,6 +227,11 @@ class Mlp(ExitKind):
             return layer.mlp.register_forward_pre_hook(lambda module, args: keep(Tap(args[0], args[0])))
         norm = getattr(layer, mlp_input_norm)
         return norm.register_forward_hook(lambda module, args, output: keep(Tap(args[0], output)))
+
+    def tap(self, layer: nn.Module, mlp_input_norm: str | None, residual: torch.Tensor) -> Tap:
+        if mlp_input_norm is None:
+            return Tap(residual, residual)
+        return Tap(residual, getattr(layer, mlp_input_norm).forward(residual))  # past the hooks of `watch`
 
     def states(
         self, body: nn.Module | None, tap: Tap, mlp_output_norm: nn.Module | None, run_layer: RunLayer | None

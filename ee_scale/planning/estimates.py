@@ -168,6 +168,10 @@ class Plan(ABC, Generic[ConfigType]):
         """Settings, beside grid and batch, that would make a rank need less memory."""
         return {}
 
+    def notes(self) -> Mapping[str, str]:
+        """What else a person should know before the run starts: lines by their name."""
+        return {}
+
     @property
     def flops_per_token(self) -> float:
         """Forward and backward, of a whole replica."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import prod
+from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ from ee_scale.planning.passes import (
     layer_passes,
     local_model,
 )
+from ee_scale.planning.taps import KeptTaps
 
 # Passes over a layer's matrices per token: forward; and gradient of the input; and gradient of the weights.
 LAYER_PASSES = {FROZEN: 1.0, LOW_RANK: 2.0, FULL: 3.0}
@@ -101,6 +102,27 @@ class TunePlan(Plan[TuneConfig]):
         if not self.teaches:
             return 0.0, "nothing flows backwards: stages run ahead into the next step"
         return (p - 1) / (m + p - 1), "(p-1)/(m+p-1): exits wait for the final layer"
+
+    @property
+    def kept_taps(self) -> KeptTaps | None:
+        """What is kept on disk of what exits read, if that is wanted."""
+        return KeptTaps.of(self.config, self.spec, self.shape.hidden_size) if self.config.data.cache_taps else None
+
+    @property
+    def own_text_tokens(self) -> int:
+        """What the model writes before the run; 0: nothing."""
+        data = self.config.data
+        samples = self.config.train.steps * self.config.train.global_batch_size
+        read = ceil(data.own_text * min(data.sequences or samples, samples) * data.seq_length)
+        return (data.own_text_tokens or read) if data.own_text else 0
+
+    def notes(self) -> Mapping[str, str]:
+        told = {}
+        if self.own_text_tokens:
+            told["own text"] = f"{self.own_text_tokens:,} tokens, written first by the whole model on one device"
+        if self.kept_taps is not None:
+            told["taps"] = self.kept_taps.words(self.config.data.cache_dir)
+        return told
 
     @property
     def teaches(self) -> bool:

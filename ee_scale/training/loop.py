@@ -77,7 +77,6 @@ class Loop:
         """What happens in the engine is metered, and seen by the watchdog."""
         meter = self.stream.meter
         engine.observers += [self.watchdog] if meter is None else [self.watchdog, meter]
-        self.stream.flops_per_token = self.run.flops_per_token
         self.stream.restart_clock()
 
     def begin(self) -> None:
@@ -106,6 +105,7 @@ class Loop:
         self.votes.cast(self.signals.number, given_up)
         saves = made.last or self.run.step % train.save_every == 0
         if saves or self.run.step % logging.every == 0:
+            self.stream.flops_per_token = self.run.flops_per_token
             self.stream.flush()
         self._report(wait=saves)
         if saves:

@@ -8,12 +8,12 @@ from typing import Any, Self
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 
 from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.backbone.shard import model_tensors
 from ee_scale.config.tune import TuneConfig
 from ee_scale.data.builtin import training_model
+from ee_scale.data.epochs import Epochs
 from ee_scale.data.inputs import check_run_text, run_dataset
 from ee_scale.data.loader import batches
 from ee_scale.engine.clipping import ALL, TOGETHER
@@ -21,13 +21,16 @@ from ee_scale.engine.frozen import FrozenPipelineEngine
 from ee_scale.engine.joint import FINAL, JointPipelineEngine
 from ee_scale.exits.joint import FULL, JointStage, output_copies
 from ee_scale.exits.stage import TuningStage, build_stage, gather_whole, load_stage, local_slice
+from ee_scale.exits.taps import TapCache, TapStep
 from ee_scale.grid import Grid
 from ee_scale.log import log
 from ee_scale.planning.estimates import uses_bf16
 from ee_scale.planning.tune import TunePlan, plan_tune
 from ee_scale.training.metrics import MetricsStream
+from ee_scale.training.own_text import prepare_own_text
 from ee_scale.training.recipe import Recipe, Run, SavedPart, Step, Words, check_frozen
 from ee_scale.training.schedules import LearningRate, loss_weights_at
+from ee_scale.training.taps import open_taps, prepare_taps
 
 
 class Tune(Recipe[TuneConfig, TunePlan]):
@@ -35,6 +38,9 @@ class Tune(Recipe[TuneConfig, TunePlan]):
 
     verb, next_verb, keyed_by = "tune", "export", "exit"
     identity = ("exits", "backbone", "data", "optim", "train.global_batch_size", "train.seed")
+    # Known where the run was prepared: the folder of its taps, the prefix of the text that the model has written.
+    taps_folder: Path | None = None
+    own_text: str | None = None
 
     @classmethod
     def of(cls, config: TuneConfig) -> Self:
@@ -44,15 +50,25 @@ class Tune(Recipe[TuneConfig, TunePlan]):
         return cls(plan)
 
     def prepare(self, *, progress: bool) -> dict[str, Any]:
-        return check_run_text(self.config.data, self.plan.model_dir, self.plan.shape.vocab_size, progress=progress)
+        found = check_run_text(self.config.data, self.plan.model_dir, self.plan.shape.vocab_size, progress=progress)
+        if self.config.data.own_text:
+            self.own_text, digest = prepare_own_text(self.plan, found, progress=progress)
+            found["own_text"] = digest
+        if (kept := self.plan.kept_taps) is not None:
+            self.taps_folder = prepare_taps(self.plan, kept, found)
+        return found
 
     def facts(self) -> dict[str, Any]:
         return {"early_exit": self.plan.spec.to_dict()}
 
     def build(self, grid: Grid, out: Path, scratch: Path | None = None) -> "TuneRun":
         samples = self.plan.total_steps * self.config.train.global_batch_size
-        dataset = run_dataset(self.config.data, self.plan.model_dir, self.plan.shape.vocab_size, samples)
-        return start_run(self.plan, grid, dataset)
+        own_text = grid.from_rank_0(self.own_text)
+        dataset = run_dataset(self.config.data, self.plan.model_dir, self.plan.shape.vocab_size, samples, own_text)
+        run = start_run(self.plan, grid, dataset)
+        if (kept := self.plan.kept_taps) is not None:
+            run.taps = open_taps(kept, self.taps_folder, grid)
+        return run
 
     def words(self) -> Words:
         plan, rows = self.plan, []
@@ -73,19 +89,22 @@ class TuneRun(Run[TuneConfig, TunePlan]):
     """One rank's live run; without a dataset its engine can be stepped by hand.
 
     frozen: digest of what must not change, from before the first step; empty where that is not looked at.
+    taps: what exits read, kept on disk, if that is wanted; reads_taps: whether the last step took all of it from there.
     """
 
     plan: TunePlan
     grid: Grid
     stage: TuningStage
     engine: FrozenPipelineEngine | JointPipelineEngine
-    dataset: Dataset | None = None
+    dataset: Epochs | None = None
     step: int = 0
     frozen: str = ""
+    taps: TapCache | None = None
+    reads_taps: bool = False
 
     @property
     def flops_per_token(self) -> float:
-        return self.plan.flops_per_token
+        return sum(work.exits if self.reads_taps else work.total for work in self.plan.work())
 
     @cached_property
     def _rate(self) -> LearningRate:
@@ -114,12 +133,31 @@ class TuneRun(Run[TuneConfig, TunePlan]):
         learning_rate = self._rate.at(self.step)
         self.engine.set_lr(learning_rate)
         self.engine.loss_weights = loss_weights_at(self.step, self.plan.loss_weights, self.config.exits)
-        losses: Mapping[Any, torch.Tensor] = self.engine.train_step(self._micro_batches)
+        engine = self.engine
+        losses: Mapping[Any, torch.Tensor] = (
+            engine.train_step(self._micro_batches, self._kept_taps())
+            if isinstance(engine, FrozenPipelineEngine)
+            else engine.train_step(self._micro_batches)
+        )
         last = self.step + 1 == self.config.train.steps
         if last and self.frozen:
             digest = check_frozen(self.frozen, self.stage.frozen_digest(), self.grid.stage)
             log.info("backbone unchanged (digest %s)", digest)
         return Step(learning_rate, losses, last)
+
+    def _kept_taps(self) -> TapStep | None:
+        """The taps of the next step's sequences. The same ones are read on all ranks, or none."""
+        if self.taps is None:
+            return None
+        assert self.dataset is not None
+        samples = range(self.consumed_samples, self.consumed_samples + self.config.train.global_batch_size)
+        sequences = self.dataset.sequences(samples)
+        replicas = sequences.view(self.grid.layout.dp, self.plan.num_micro_batches, -1)
+        step = self.taps.step(sequences, replicas[self.grid.dp_rank])
+        if step.reads and not self.reads_taps:
+            log.info("step %d: taps are read, the backbone rests", self.step + 1)
+        self.reads_taps = step.reads
+        return step
 
     def metrics_stream(self) -> MetricsStream:
         """Losses by exit, and of the model itself if it trains."""
@@ -173,7 +211,7 @@ def optimizer_name(k: int) -> str:
 
 
 def start_run(
-    plan: TunePlan, grid: Grid, dataset: Dataset | None = None, joint: type[JointStage] = JointStage
+    plan: TunePlan, grid: Grid, dataset: Epochs | None = None, joint: type[JointStage] = JointStage
 ) -> TuneRun:
     """Build and load this rank's stage and wrap it in the engine; all ranks call it. `joint`: where it trains."""
     config = plan.config
