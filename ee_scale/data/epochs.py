@@ -19,6 +19,11 @@ class Epochs(Dataset):
         self.dataset, self.count, self.total, self.seed = dataset, count, total, seed
         self._epoch, self._order = 0, torch.arange(0)
 
+    @property
+    def masked(self) -> bool:
+        """Whether items differ in how many of their tokens are learned, as of the dataset."""
+        return getattr(self.dataset, "masked", False)
+
     def __len__(self) -> int:
         return self.total
 

@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ee_scale.data.corpora import num_tokens, open_mask, open_tokens, read_tokens
-from ee_scale.data.dataset import Sequences
 from ee_scale.errors import UserError
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask")
@@ -76,13 +75,13 @@ def batches(
     # A loader draws its workers' seed from the global generator, which must not depend on when data is opened.
     generator = torch.Generator()
     loader = DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers, collate_fn=_stack, generator=generator)
-    if not (isinstance(dataset, Sequences) and dataset.masked):
+    if not getattr(dataset, "masked", False):
         return iter(loader)
     return _weighted(loader, dataset, sampler, num_micro_batches * dp_size)
 
 
 def _weighted(
-    loader: DataLoader, dataset: Sequences, sampler: MicroBatchSampler, total: int
+    loader: DataLoader, dataset: Dataset, sampler: MicroBatchSampler, total: int
 ) -> Iterator[dict[str, Tensor]]:
     found = iter(loader)
     for start in sampler.starts:
