@@ -88,7 +88,7 @@ def build_gpt_dataset(
     another order. `weights=None` draws by number of tokens. With torch.distributed initialised every rank must call
     this, on a shared file system. Raises `UserError` for bad weights.
     """
-    weights = _checked_weights(prefixes, weights, fields)
+    weights = checked_weights(prefixes, weights, fields)
     prefixes = [os.path.abspath(prefix) for prefix in prefixes]
     identity = [weights, seq_length, num_samples, seed, eos_id, vocab_size]
     folder = _index_folder(prefixes, identity, cache_root(cache_dir, fields))
@@ -181,8 +181,8 @@ class _Sequences(Dataset):
         return {**{key: item[key] for key in ("tokens", "labels", "position_ids")}, "loss_mask": loss_mask}
 
 
-def _checked_weights(prefixes: list[str], weights: list[float] | None, fields: str) -> list[float] | None:
-    """One weight per prefix (None for a single one: there is nothing to blend)."""
+def checked_weights(prefixes: list[str], weights: list[float] | None, fields: str) -> list[float] | None:
+    """One weight per prefix (None for a single one: there is nothing to blend). Raises `UserError`."""
     if weights is not None:
         here = f"{setting_name(fields, 'weights')}={list(weights)}"
         if len(weights) != len(prefixes):

@@ -1,7 +1,7 @@
 """The recipe `tune`: exits on a backbone that is frozen, adapted, or trained with them."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -14,6 +14,7 @@ from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.backbone.shard import model_tensors
 from ee_scale.config.tune import TuneConfig
 from ee_scale.data.builtin import training_model
+from ee_scale.data.frequent import FrequentTokens, frequent_tokens
 from ee_scale.data.inputs import check_run_text, run_dataset
 from ee_scale.data.loader import batches
 from ee_scale.engine.clipping import ALL, TOGETHER
@@ -35,6 +36,7 @@ class Tune(Recipe[TuneConfig, TunePlan]):
 
     verb, next_verb, keyed_by = "tune", "export", "exit"
     identity = ("exits", "backbone", "data", "optim", "train.global_batch_size", "train.seed")
+    frequent: FrequentTokens | None = None  # on the rank that prepares, where heads have a shortlist
 
     @classmethod
     def of(cls, config: TuneConfig) -> Self:
@@ -44,15 +46,25 @@ class Tune(Recipe[TuneConfig, TunePlan]):
         return cls(plan)
 
     def prepare(self, *, progress: bool) -> dict[str, Any]:
-        return check_run_text(self.config.data, self.plan.model_dir, self.plan.shape.vocab_size, progress=progress)
+        data, model_dir, words = self.config.data, self.plan.model_dir, self.plan.shape.vocab_size
+        identity = check_run_text(data, model_dir, words, progress=progress)
+        if size := self.plan.spec.shortlist:
+            self.frequent = frequent_tokens(data, model_dir, words, size)
+            self.plan = replace(self.plan, spec=replace(self.plan.spec, shortlist_ids=self.frequent.ids))
+        return identity
 
     def facts(self) -> dict[str, Any]:
         return {"early_exit": self.plan.spec.to_dict()}
 
     def build(self, grid: Grid, out: Path, scratch: Path | None = None) -> "TuneRun":
-        samples = self.plan.total_steps * self.config.train.global_batch_size
-        dataset = run_dataset(self.config.data, self.plan.model_dir, self.plan.shape.vocab_size, samples)
-        return start_run(self.plan, grid, dataset)
+        plan, words = self.plan, self.plan.shape.vocab_size
+        if plan.spec.shortlist:
+            plan = replace(plan, spec=grid.from_rank_0(plan.spec))  # which has counted
+            if self.frequent is not None:
+                log.info("%s", self.frequent.words(words))
+        samples = plan.total_steps * self.config.train.global_batch_size
+        dataset = run_dataset(self.config.data, plan.model_dir, words, samples)
+        return start_run(plan, grid, dataset)
 
     def words(self) -> Words:
         plan, rows = self.plan, []
@@ -156,7 +168,8 @@ class TuneRun(Run[TuneConfig, TunePlan]):
         return parts
 
     def gather(self, name: str, parameter: nn.Parameter, part: torch.Tensor) -> torch.Tensor:
-        return gather_whole(name, parameter, part, self.plan.shape.vocab_size, self.grid)
+        words, of_exit = self.plan.shape.vocab_size, name.startswith("exit_heads.")
+        return gather_whole(name, parameter, part, self.plan.spec.scored(words) if of_exit else words, self.grid)
 
     def local(self, name: str, parameter: nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
         return local_slice(whole, parameter, self.grid.tp_rank)
