@@ -160,7 +160,7 @@ def _check_same(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
         )
     if "early_exit" in new and old["early_exit"].get("shortlist_ids") != new["early_exit"].get("shortlist_ids"):
         raise UserError(
-            f"out={out}: its run's exits.shortlist has other tokens than the {new['early_exit']['shortlist']} chosen now "
+            f"out={out}: its run's shortlist has other tokens than the {new['settings']['exits.shortlist']} chosen now "
             "(the model's special tokens have changed?); choose another out"
         )
 
