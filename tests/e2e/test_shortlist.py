@@ -1,4 +1,4 @@
-"""Exits that score the most frequent tokens only, through the command line: chosen once, trained, exported, measured."""
+"""Exits that score the most frequent tokens only, through the command line: chosen, trained, exported, measured."""
 
 import json
 import shutil
@@ -57,21 +57,14 @@ def strict(path: Path) -> dict:
 def test_the_tokens_are_the_most_frequent_ones(run, model_dir, corpus):
     """Counted here from the text itself; the end mark of the one document is among them however rare it is."""
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    counts = Counter(tokenizer(corpus.read_text()).input_ids + [tokenizer.eos_token_id])
-    special = set(tokenizer.all_special_ids)
-    common = [
-        token for token, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if token not in special
-    ]
+    counts = Counter([*tokenizer(corpus.read_text()).input_ids, tokenizer.eos_token_id])
+    special, order = set(tokenizer.all_special_ids), sorted(counts, key=lambda token: (-counts[token], token))
+    common = [token for token in order if token not in special]
     wanted = {*special, *common[: SIZE - len(special)]}
-    ids = chosen(run)
-    assert ids == sorted(wanted, key=lambda token: (-counts[token], token))
+    assert chosen(run) == sorted(wanted, key=lambda token: (-counts[token], token))
     assert counts[tokenizer.eos_token_id] == 1
-    assert load_file(run / "checkpoints" / "step_00000008" / "exits_003.safetensors")[
-        "exit_heads.3.head.weight"
-    ].shape == (
-        SIZE,
-        128,
-    )
+    trained = load_file(run / "checkpoints" / "step_00000008" / "exits_003.safetensors")
+    assert trained["exit_heads.3.head.weight"].shape == (SIZE, 128)
 
 
 def test_every_grid_trains_the_same_and_goes_on_elsewhere(run, arguments, tmp_path):
@@ -121,9 +114,8 @@ def test_stock_transformers_and_ee_scale_open_the_same_exits(exported, run, mode
         assert torch.equal(model.exit_heads["1"].head.weight, trained["exit_heads.1.head.weight"])
         for k in (1, 3):
             assert torch.equal(output.exit_logits[k], outputs[0].exit_logits[k])
-            assert torch.equal(
-                output.exit_logits[k].isfinite().any((0, 1)).nonzero()[:, 0], torch.tensor(sorted(tokens))
-            )
+            said = output.exit_logits[k].isfinite().any((0, 1)).nonzero()[:, 0]
+            assert said.tolist() == sorted(tokens)
     settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     said = base.generate(ids, **settings)
     assert torch.equal(models[0].generate(ids, exit_policy="lossless", **settings), said)
