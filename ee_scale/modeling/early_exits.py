@@ -90,10 +90,14 @@ class EarlyExits(DecodeLoop):
             self.trail.left_early(row, self.next[slot], len(self.sequences.layers[row]), tokens[slot])
 
     def _check_some(self, scores: torch.Tensor, chosen: dict[int, int]) -> None:
-        """Raise ValueError where processors have forbidden every token that an exit's shortlist head scores."""
+        """Raise ValueError where processors leave a choice, but none among the tokens of an exit's shortlist head.
+
+        scores [N, V]. What they then say of the others is not the model's; a single token left is forced, and right.
+        """
         count = self.runner.spec.shortlist
         if count and self.sequences.processors:
-            empty = scores.isneginf().all(-1).tolist()
+            ids = self.runner.model.exit_heads[str(self.policy.layers[0])].shortlist.ids(scores.device)
+            empty = (scores[:, ids].isneginf().all(-1) & (scores.isfinite().sum(-1) != 1)).tolist()
             if layers := [k for slot, k in chosen.items() if empty[slot] and k < self.runner.num_layers]:
                 raise ValueError(
                     f"exit_policy={self.policy.name}: logits processors forbid all {count} tokens that the exit at "
