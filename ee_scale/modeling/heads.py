@@ -16,8 +16,8 @@ from transformers import PreTrainedConfig
 from .kinds import KINDS, ExitKind, Tap
 from .shortlist import Shortlist
 
-HEADS = ("tied", "low_rank", "full", "shortlist")
 SHORTLIST = "shortlist"
+HEADS = ("tied", "low_rank", "full", SHORTLIST)
 LARGEST_RANK, LARGEST_CAP = 1 << 20, 1e30
 SMALLEST_SHORTLIST = 2  # a margin is between two
 

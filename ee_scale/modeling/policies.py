@@ -96,7 +96,7 @@ def resolve_policy(
     """Check what a person asked for. Raises ValueError in one line that names the option and the values in conflict.
 
     threshold: a number, one per exit of the model, one list per row, or {layer: value}; left out, the limits that
-    `ee-scale calibrate` stored (those of a row's tag where there are any). head_tokens: `ExitSpec.shortlist_ids`.
+    `ee-scale calibrate` stored (of a row's tag where there are any). head_tokens: `ExitSpec.shortlist_ids`.
     """
     name = "off" if name is None else name
     if name not in POLICIES:
@@ -106,11 +106,8 @@ def resolve_policy(
         check_calibration(calibration, vocab_size)
     _check_layers(name, layers, layer, min_layer)
     patience, max_pending = 2 if patience is None else patience, 8 if max_pending is None else max_pending
-    _check_counts(
-        exit_patience=(patience, 1),
-        exit_max_pending=(max_pending, 0),
-        exit_draft_length=(0 if draft_length is None else draft_length, 0),
-    )
+    drafts = 0 if draft_length is None else draft_length
+    _check_counts(exit_patience=(patience, 1), exit_max_pending=(max_pending, 0), exit_draft_length=(drafts, 0))
     if draft_length is not None and name != "lossless":
         raise ValueError(f"exit_draft_length={draft_length}: only exit_policy=lossless drafts, not {name!r}")
     chosen = tuple(k for k in layers if min_layer is None or k >= min_layer)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ee_scale
 from ee_scale.cli.main import main
+from ee_scale.reading import read_json, write_json
 
 SIZE = 15  # of 301, of which the text has about two dozen; odd, so that tp=2 pads
 GIVEN = ["exits.head=shortlist", f"exits.shortlist={SIZE}", "exits.kl_weight=0.5", "exits.kl_temperature=2"]
@@ -91,6 +92,12 @@ def test_another_shortlist_is_another_run(run, arguments, tmp_path, capsys):
         said = capsys.readouterr().err
         assert said.count("error: ") == 1
         assert message in said
+    # As if the special tokens had been others then.
+    identity = read_json(tmp_path / "run" / "run.json")
+    identity["early_exit"]["shortlist_ids"].reverse()
+    write_json(tmp_path / "run" / "run.json", identity)
+    assert main([*arguments, f"out={tmp_path / 'run'}"]) == 2
+    assert f"its run's shortlist has other tokens than the {SIZE} chosen now" in capsys.readouterr().err
 
 
 def test_the_length_means_nothing_to_other_heads(finished_run, tune_arguments, tmp_path):

@@ -9,6 +9,7 @@ import torch
 from helpers.models import SHORTLIST, VOCAB, load_whole, some_tokens, spec_of, tiny_config, write_model
 from transformers import AutoModelForCausalLM
 
+from ee_scale.backbone import loading
 from ee_scale.backbone.exit_layers import read_spec, resolve_exit_layers
 from ee_scale.backbone.loading import TensorFolder
 from ee_scale.backbone.parallel import padded_vocab
@@ -214,6 +215,15 @@ def test_copies_come_from_where_the_paper_takes_them(folder: Path) -> None:
         assert copy_source(kind, name, 5, tensors) == source
 
 
+@pytest.mark.parametrize("block", [1, 64 * 5, 64 * 131, 1 << 22])
+def test_rows_are_read_a_block_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(loading, "BLOCK", block)
+    tensors, rows = TensorFolder(folder), torch.tensor(some_tokens())
+    name = "model.embed_tokens.weight"
+    assert torch.equal(tensors.read_rows(name, rows), tensors.read(name)[rows])
+    assert tensors.read_rows(name, rows[:0]).shape == (0, 64)
+
+
 def test_low_rank_factors_start_as_no_update() -> None:
     up = whole_low_rank("3.head.up.weight", torch.empty(66, 8), VOCAB, seed=0)
     assert up.shape == (VOCAB, 8)  # the whole vocabulary, whatever the shard
@@ -245,6 +255,7 @@ def test_random_matrices(folder: Path, name: str, source: str, std: float) -> No
     config, tensors = load_whole(folder).config, TensorFolder(folder)
     whole = whole_random(name, source, tensors, config, seed=1)
     assert tuple(whole.shape) == tensors.shape(source)
+    assert whole_random(name, source, tensors, config, 1, rows=SHORTLIST).shape == (SHORTLIST, whole.shape[1])
     assert whole.std().item() == pytest.approx(std, rel=0.05)
     assert abs(whole.mean().item()) < 0.05 * std
     assert torch.equal(whole, whole_random(name, source, tensors, config, seed=1))
