@@ -14,6 +14,7 @@ from ee_scale.config.compose import to_yaml
 from ee_scale.errors import STOPPED, UserError
 from ee_scale.exits.joint import FROZEN
 from ee_scale.files import write_text
+from ee_scale.modeling.heads import SHORTLIST
 from ee_scale.reading import Count, check_fields, parse_json, read_json, write_json
 from ee_scale.training.recipe import Recipe
 
@@ -58,6 +59,8 @@ def run_identity(recipe: Recipe[Any, Any], data: dict[str, Any]) -> dict[str, An
         settings[BACKBONE] = FROZEN
     if not settings.get(OWN_TEXT):
         settings = {key: value for key, value in settings.items() if not key.startswith(OWN_TEXT)}
+    if settings.get("exits.head") != SHORTLIST:  # then its length means nothing
+        settings.pop("exits.shortlist", None)
     model_dir = recipe.plan.model_dir
     given = find_gguf(Path(recipe.config.model.path).expanduser())  # what lies in the cache may be gone some day
     return {
@@ -159,6 +162,11 @@ def _check_same(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
         raise UserError(
             f"out={out}: its run was trained on other data: {_changed(old['data'], new)}; give that back, or choose "
             "another out"
+        )
+    if "early_exit" in new and old["early_exit"].get("shortlist_ids") != new["early_exit"].get("shortlist_ids"):
+        raise UserError(
+            f"out={out}: its run's shortlist has other tokens than the {new['settings']['exits.shortlist']} chosen now "
+            "(the model's special tokens have changed?); choose another out"
         )
 
 

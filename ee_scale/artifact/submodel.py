@@ -96,6 +96,11 @@ def _check(run: Path, spec: ExitSpec, exit_layer: int) -> None:
             f"exit={exit_layer}: {run} has exits of kind '{spec.kind}', {spec.exit_kind.no_stock}; "
             "use kind=early_exit or kind=sidecar"
         )
+    if spec.shortlist:
+        raise UserError(
+            f"exit={exit_layer}: {run} has heads of kind 'shortlist', which score {spec.shortlist} tokens; a stock "
+            "model scores all of them, so it cannot say the same; use kind=early_exit or kind=sidecar"
+        )
 
 
 def _cut_config(base: Path, submodel: Submodel) -> dict[str, Any]:

@@ -9,14 +9,16 @@ from transformers import PreTrainedConfig
 from ee_scale.backbone.stages import balanced_bounds
 from ee_scale.errors import UserError, one_line
 from ee_scale.modeling.heads import ExitSpec
+from ee_scale.modeling.shortlist import Shortlist
 
 
-def read_spec(values: object, here: str | Path, num_layers: int | None = None) -> ExitSpec:
-    """`early_exit` as some file says it. Raises `UserError` for what no exit is, or a model of `num_layers` has not."""
+def read_spec(values: object, here: str | Path, config: PreTrainedConfig | None = None) -> ExitSpec:
+    """`early_exit` as some file says it. Raises `UserError` for what no exit is, or what `config`'s model has not."""
     try:
         spec = ExitSpec.from_dict(values)
-        if num_layers is not None:
-            resolve_exit_layers(list(spec.layers), num_layers)
+        if config is not None:
+            resolve_exit_layers(list(spec.layers), config.num_hidden_layers)
+            Shortlist(spec.shortlist_ids, config.vocab_size)
     except (ValueError, TypeError) as error:
         raise UserError(f"{here}: early_exit: {one_line(error).removeprefix('early_exit: ')}") from error
     return spec
@@ -25,7 +27,7 @@ def read_spec(values: object, here: str | Path, num_layers: int | None = None) -
 def exits_of(here: str | Path, config: PreTrainedConfig) -> ExitSpec | None:
     """The exits that a config names; None without any. Raises `UserError` as `read_spec`."""
     values = getattr(config, "early_exit", None)
-    return read_spec(values, here, config.num_hidden_layers) if values else None
+    return read_spec(values, here, config) if values else None
 
 
 def resolve_exit_layers(

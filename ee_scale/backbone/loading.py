@@ -159,6 +159,17 @@ class TensorFolder:
         except (SafetensorError, RuntimeError) as error:  # a number type that torch has no whole bytes for
             raise UserError(f"{self.files[name]}: cannot read '{name}' ({one_line(error)})") from error
 
+    def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Some rows of a matrix, int64 [n] -> [n, D], read a block at a time."""
+        count, width = self.shape(name)
+        step = max(1, BLOCK // width)
+        found = self.read(name, 0, 0, 0).new_empty(len(rows), width)
+        for start in range(0, count, step):
+            here = (rows >= start) & (rows < start + step)
+            if here.any():
+                found[here] = self.read(name, 0, start, min(start + step, count))[rows[here] - start]
+        return found
+
     def _slice(self, name: str) -> Any:
         stored = self.stored_name(name)
         if stored not in self.files:
@@ -207,12 +218,14 @@ class LoadTask:
     Attributes:
         dim: dimension cut over the tensor group; None: whole on every rank.
         size: size of the whole tensor along `dim` in the file (smaller than tp x the slice for a padded vocabulary).
+        rows: those of the file's matrix that are wanted, in the order of the target's, int64 [n]; None: all.
     """
 
     target: torch.Tensor
     source: str
     dim: int | None = None
     size: int = 0
+    rows: torch.Tensor | None = None
 
 
 def load_tensors(tasks: list[LoadTask], tensors: TensorFolder, tp_rank: int, tp: int) -> None:
@@ -237,9 +250,13 @@ def load_tensors(tasks: list[LoadTask], tensors: TensorFolder, tp_rank: int, tp:
 
 def _copy_slice(task: LoadTask, tensors: TensorFolder, tp_rank: int) -> None:
     step = task.target.shape[task.dim]
-    start, stop = min(tp_rank * step, task.size), min((tp_rank + 1) * step, task.size)
+    count = task.size if task.rows is None else len(task.rows)
+    start, stop = min(tp_rank * step, count), min((tp_rank + 1) * step, count)
     if stop - start < step:
         with torch.no_grad():
             task.target.zero_()
-    part = tensors.read(task.source, task.dim, start, stop)
+    if task.rows is None:
+        part = tensors.read(task.source, task.dim, start, stop)
+    else:
+        part = tensors.read_rows(task.source, task.rows[start:stop])
     fill(task.target.narrow(task.dim, 0, stop - start), part, task.source)

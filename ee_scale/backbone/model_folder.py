@@ -91,7 +91,7 @@ class ModelFolder:
         """The exits that exits.json or the config names."""
         if self.sidecar is None:
             return exits_of(self.path, self.config)
-        return read_spec(self.sidecar["early_exit"], self.path, self.config.num_hidden_layers)
+        return read_spec(self.sidecar["early_exit"], self.path, self.config)
 
     @property
     def weight_files(self) -> list[Path]:

@@ -1,5 +1,6 @@
 """This rank's frozen part of a Hugging Face model: build on the meta device, cut, swap, load slices."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -61,13 +62,18 @@ class BackboneStage(nn.Module):
         *,
         final_norm: bool = False,
         lm_head: bool = False,
+        lm_head_tokens: Sequence[int] = (),
     ):
-        """`model` comes from `meta_model` and is used up. `lm_head` keeps a frozen output matrix on this stage."""
+        """`model` comes from `meta_model` and is used up.
+
+        lm_head: keep a frozen output matrix on this stage; lm_head_tokens: only its rows of these tokens (empty: all).
+        """
         super().__init__()
         self.model_config = model.config
         self.family = decoder_family(model.config)
         self.layer_indices = plan.layers(grid.stage)
         self.base = self._cut(model, final_norm and plan.is_last(grid.stage))
+        self.lm_head_tokens = tuple(lm_head_tokens)
         self._swap(grid, dtype, with_lm_head=lm_head)
         self.requires_grad_(False)
 
@@ -95,16 +101,24 @@ class BackboneStage(nn.Module):
                 self.base.embed_tokens = vocab_embedding(embedding, scale, group, dtype)
             self.lm_head = None
             if with_lm_head:
-                rows = padded_vocab(config.vocab_size, group.size())
+                rows = padded_vocab(len(self.lm_head_tokens) or config.vocab_size, group.size())
                 self.lm_head = column_linear(config.hidden_size, rows, False, group, dtype)
-                if config.tie_word_embeddings and self.base.embed_tokens is not None:
+                whole = not self.lm_head_tokens
+                if whole and config.tie_word_embeddings and self.base.embed_tokens is not None:
                     self.lm_head.weight = self.base.embed_tokens.weight
         materialise(self.base, grid.device)
 
     def load(self, tensors: TensorFolder, grid: Grid) -> None:
         """Read this rank's slices. Raises `UserError` for missing tensors and wrong shapes."""
+        tokens = {"lm_head.weight": self.lm_head_tokens}
         tasks = [
-            load_task(parameter, self.source_name(name, tensors), self.model_config.vocab_size, grid.layout.tp)
+            load_task(
+                parameter,
+                self.source_name(name, tensors),
+                self.model_config.vocab_size,
+                grid.layout.tp,
+                tokens.get(name, ()),
+            )
             for name, parameter in self.named_parameters()
         ]
         load_tensors(tasks, tensors, grid.tp_rank, grid.layout.tp)
@@ -131,12 +145,16 @@ def output_matrix_name(tensors: TensorFolder) -> str:
     return "lm_head.weight" if "lm_head.weight" in tensors else "model.embed_tokens.weight"
 
 
-def load_task(parameter: nn.Parameter, source: str, vocab_size: int, tp: int) -> LoadTask:
-    """The task that fills a parameter; vocabulary matrices are as long as the vocabulary, whatever their padding."""
+def load_task(parameter: nn.Parameter, source: str, vocab_size: int, tp: int, tokens: Sequence[int] = ()) -> LoadTask:
+    """The task that fills a parameter; vocabulary matrices are as long as the vocabulary, whatever their padding.
+
+    tokens: those whose rows a vocabulary matrix gets, in this order; empty: all.
+    """
     dim = cut_dim(parameter)
     if dim is None:
         return LoadTask(parameter, source)
-    return LoadTask(parameter, source, dim, vocab_size if is_vocabulary(source) else parameter.shape[dim] * tp)
+    rows = torch.tensor(tokens) if tokens else None
+    return LoadTask(parameter, source, dim, vocab_size if is_vocabulary(source) else parameter.shape[dim] * tp, rows)
 
 
 def is_vocabulary(name: str) -> bool:

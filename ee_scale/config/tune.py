@@ -30,10 +30,17 @@ class ExitsConfig:
     kind: str = setting("mlp", "what an exit trains before its head", rule=Choices(KINDS))
     head: str = setting(
         "low_rank",
-        "output head: the frozen lm_head (tied), lm_head plus a low-rank update, or an own copy (full)",
-        rule=one_of("tied", "low_rank", "full"),
+        "output head: the frozen lm_head (tied), lm_head plus a low-rank update, an own copy (full), or an own copy "
+        "for the most frequent tokens only (shortlist)",
+        rule=one_of("tied", "low_rank", "full", "shortlist"),
     )
     rank: int = setting(64, "rank r of the low-rank head", rule=at_least(1))
+    shortlist: int = setting(
+        8192,
+        "tokens that a shortlist head scores: the most frequent ones of the training data, and all special ones; "
+        "labels outside are left out of the exits' loss",
+        rule=at_least(2),
+    )
     init: str = setting("copy", "start from the backbone's own modules, or random", rule=one_of("copy", "random"))
     loss_weights: Any = setting(1.0, "weight of the exits' losses: one number, or one per exit")
     loss_weight_init: float = setting(0.0, "loss weight at step 0 of the weight warm-up")

@@ -112,7 +112,7 @@ def exit_info(model_map: ModelMap, spec: ExitSpec, k: int) -> dict[str, TensorIn
         found |= model_map.rows_info(body_rows(body, model_map.layer_rows), prefix + body.exit_prefix)
     if spec.exit_kind.normed:
         found[f"{prefix}norm.weight"] = model_map.rows_info((FINAL_NORM,), "")[FINAL_NORM.hf[0]]
-    head = spec.head_shapes(shape.hidden_size, shape.vocab_size)
+    head = spec.head_shapes(shape.hidden_size, spec.scored(shape.vocab_size))
     return found | {prefix + name: TensorInfo(size) for name, size in head.items()}
 
 

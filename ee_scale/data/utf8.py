@@ -59,8 +59,8 @@ class Decoder:
             raise UserError(f"{self._place(chunk, at)}: {words}{self.bad.hint}") from error
         if NUL in text and not self.bad.replace:
             at = chunk.index(b"\0")
-            words = f"byte {self.position + at} is NUL, so this is no text"
-            raise UserError(f"{self._place(chunk, at)}: {words}{self.bad.hint}")
+            here, byte = self._place(chunk, at), self.position + at
+            raise UserError(f"{here}: byte {byte} is NUL, so this is no text{self.bad.hint}")
         self.position += len(chunk)
         self.line += chunk.count(b"\n")
         if text and not self._started:

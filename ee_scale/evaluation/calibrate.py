@@ -19,7 +19,7 @@ from ee_scale.data.inputs import load_tokenizer, sources
 from ee_scale.errors import UserError
 from ee_scale.evaluation.calibration import Calibrated, Goal, calibrate, shortlist
 from ee_scale.evaluation.evaluate import check_length, read_prefixes, read_tagged
-from ee_scale.evaluation.records import Records, Window, batched, collect
+from ee_scale.evaluation.records import Records, Window, batched, collect, finite
 from ee_scale.evaluation.tags import document_windows
 from ee_scale.files import write_text
 from ee_scale.grid import pick_device
@@ -124,6 +124,7 @@ def _stored(found: Calibrated, goal: Goal, records: Records) -> dict[str, Any]:
         "confidence": goal.confidence,
         "certified": found.certified,
         **facts,
+        "loss_increase": finite(found.loss_increase),
         "exits": {
             k: {"share": share, "agreement": own} for k, share, own in zip(layers, shares, agreements, strict=True)
         },

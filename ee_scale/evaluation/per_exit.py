@@ -13,8 +13,9 @@ class ExitQuality:
     """One exit (or the final layer) on a text.
 
     Attributes:
-        loss: mean next-token cross entropy, nats.
+        loss: mean next-token cross entropy, nats; of an exit that scores a shortlist, over the tokens in it.
         agreement: share of positions whose most likely token is that of the final layer.
+        covered: share of positions whose next token the exit scores; None where every exit scores every token.
     """
 
     layer: int
@@ -22,10 +23,11 @@ class ExitQuality:
     loss: float
     perplexity: float
     agreement: float
+    covered: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "covered" or value is not None}
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,20 @@ class Gap:
 
 def exit_qualities(records: Records) -> list[ExitQuality]:
     """Exits in order of depth, the final layer last."""
-    losses, agreements = records.losses.double().mean(-1), records.matches.double().mean(-1)
-    rows = [_quality(k, False, float(losses[i]), float(agreements[i])) for i, k in enumerate(records.layers)]
-    return [*rows, _quality(records.num_layers, True, float(records.final_losses.double().mean()), 1.0)]
+    agreements, scored = records.matches.double().mean(-1), ~records.losses.isposinf()
+    covered = scored.double().mean(-1) if records.layers and not scored.all() else None
+    rows = [
+        _quality(
+            k,
+            False,
+            float(records.losses[i][scored[i]].double().mean()),
+            float(agreements[i]),
+            None if covered is None else float(covered[i]),
+        )
+        for i, k in enumerate(records.layers)
+    ]
+    final = float(records.final_losses.double().mean())
+    return [*rows, _quality(records.num_layers, True, final, 1.0, None if covered is None else 1.0)]
 
 
 def largest_gap(values: Mapping[str, float]) -> Gap | None:
@@ -71,5 +84,5 @@ def agreement_gap(by_tag: Mapping[str, list[ExitQuality]]) -> tuple[int, Gap] | 
     return max(gaps, key=lambda item: item[1].size, default=None)
 
 
-def _quality(layer: int, final: bool, loss: float, agreement: float) -> ExitQuality:
-    return ExitQuality(layer, final, loss, exp(min(loss, 700)), agreement)
+def _quality(layer: int, final: bool, loss: float, agreement: float, covered: float | None) -> ExitQuality:
+    return ExitQuality(layer, final, loss, exp(min(loss, 700)), agreement, covered)

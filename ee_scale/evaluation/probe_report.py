@@ -118,7 +118,8 @@ def verdict(rows: Sequence[Outlook], parts: PartTimes, untrained: bool, repeated
         said.append(UNTRAINED)
         said += _aim(rows)
     short = max(rows, key=lambda row: row.shortlisted)
-    if parts.costs.head_layers >= DEAR_HEAD or short.shortlisted > 1.05 * lossless.sampled[1]:
+    whole = parts.with_shortlist != parts.costs  # the exits' own heads have no shortlist yet
+    if whole and (parts.costs.head_layers >= DEAR_HEAD or short.shortlisted > 1.05 * lossless.sampled[1]):
         said.append(
             f"The full head costs {parts.costs.head_layers:.1f} layers. With a shortlist of {parts.shortlist:,} tokens "
             f"c falls from {short.cost:.3f} to {parts.with_shortlist.draft_cost(short.layer):.3f} at layer "

@@ -20,11 +20,14 @@ from ee_scale.log import titled_table
 def quality_table(rows: Sequence[ExitQuality], title: str, before: Sequence[ExitQuality] | None = None) -> Table:
     """One line per exit; `before` adds the loss of the untrained exits."""
     losses = ("loss at copy-init", "loss after tuning") if before else ("loss",)
-    table = titled_table(title, ("exit after layer", *losses, "perplexity", "agreement with final"))
+    some = any(row.covered is not None for row in rows)  # a shortlist: its loss is over the tokens in it
+    columns = ("exit after layer", *losses, "perplexity", "agreement with final", *["tokens scored"] * some)
+    table = titled_table(title, columns)
     for index, row in enumerate(rows):
         first = ("-" if row.final else f"{before[index].loss:.3f}",) if before else ()
         name = f"{row.layer} (final)" if row.final else str(row.layer)
-        table.add_row(name, *first, f"{row.loss:.3f}", f"{row.perplexity:,.2f}", f"{row.agreement:.1%}")
+        covered = [] if row.covered is None else [f"{row.covered:.1%}"]
+        table.add_row(name, *first, f"{row.loss:.3f}", f"{row.perplexity:,.2f}", f"{row.agreement:.1%}", *covered)
     return table
 
 

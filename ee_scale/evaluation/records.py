@@ -6,6 +6,7 @@ N predicted tokens, m exits in order of depth, U units (windows or documents tha
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import isfinite
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -45,7 +46,8 @@ class Records:
         layers: the exits, in order of depth; num_layers: layers of the whole model.
         scores: policy -> fp32 [m, N], what that policy compares with its limits.
         tokens: each exit's most likely token, int32 [m, N]; final_tokens: the whole model's, int32 [N].
-        losses: cross entropy of each exit in nats, fp32 [m, N]; final_losses: fp32 [N].
+        losses: cross entropy of each exit in nats, fp32 [m, N], infinite where it does not score the true token (a
+            shortlist); final_losses: fp32 [N].
         units: the unit of each token, int64 [N], 0..U-1 in order of first appearance.
         tags: the tag of each unit (None where the data has none).
     """
@@ -168,7 +170,10 @@ class Outcome:
     layers: torch.Tensor
 
     def summary(self) -> dict[str, float]:
-        """`match_rate` (share of tokens), `loss` (nats per token), `mean_depth` (layers per token)."""
+        """`match_rate` (share of tokens), `loss` (nats per token), `mean_depth` (layers per token).
+
+        The loss is infinite where a token leaves at an exit that does not score the true one.
+        """
         return {
             "match_rate": float(self.match.double().mean()),
             "loss": float(self.losses.double().mean()),
@@ -186,6 +191,11 @@ def outcome(records: Records, layers: torch.Tensor) -> Outcome:
             match = torch.where(here, records.matches[i], match)
             losses = torch.where(here, records.losses[i], losses)
     return Outcome(match, losses, layers)
+
+
+def finite(value: float) -> float | None:
+    """A number for JSON, which has no infinity."""
+    return value if isfinite(value) else None
 
 
 def _read(model: PreTrainedModel, batch: Sequence[Window], policies: Sequence[str]) -> dict[str, torch.Tensor]:

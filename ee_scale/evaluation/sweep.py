@@ -11,7 +11,7 @@ import torch
 from ee_scale.errors import UserError, one_line
 from ee_scale.evaluation.calibration import Limits, calibrated_layers, limit_policy
 from ee_scale.evaluation.per_exit import Gap, largest_gap
-from ee_scale.evaluation.records import Outcome, Records, outcome, simulate
+from ee_scale.evaluation.records import Outcome, Records, finite, outcome, simulate
 from ee_scale.modeling.policies import SCORES
 
 SWEEP_POINTS = 21
@@ -44,11 +44,13 @@ class SweepPoint:
     speed: dict[int, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, flat but for `tags`."""
+        """Plain values, flat but for `tags`; JSON has no infinity, so such a loss is None."""
         flat = {key: getattr(self, key) for key in ("name", "limit", "match_rate", "loss", "mean_depth")}
+        flat["loss"] = finite(self.loss)
         for what in ("tokens_per_second", "speed"):
             flat |= {f"{what}_batch_{size}": value for size, value in getattr(self, what).items()}
-        return {**flat, "tags": self.tags} if self.tags else flat
+        tags = {tag: {**figures, "loss": finite(figures["loss"])} for tag, figures in self.tags.items()}
+        return {**flat, "tags": tags} if tags else flat
 
 
 def sweep_limits(records: Records, policy: str) -> list[float]:

@@ -75,7 +75,7 @@ def measure_parts(
     base, lm_head = model.base_model, model.get_output_embeddings()
     cache = FilledCache(context, max(rows))
     weight = lm_head.weight
-    size = min(SHORTLIST, max(1, weight.shape[0] // 8))
+    size = model.exit_spec.shortlist or min(SHORTLIST, max(1, weight.shape[0] // 8))
     hidden = torch.randn(batch, max(rows), weight.shape[1], device=weight.device, dtype=weight.dtype)
     one = hidden[:, :1]
     parts: dict[Any, Callable[[], Any]] = {("layers", n): layer_pass(base, cache, hidden[:, :n]) for n in rows}
@@ -91,7 +91,7 @@ def measure_parts(
         head={n: found["head", n] for n in rows},
         checks={k: found["exit", k] for k in model.exit_spec.layers},
     )
-    saved = found["all tokens"] - found["shortlist"]
+    saved = 0.0 if model.exit_spec.shortlist else found["all tokens"] - found["shortlist"]  # whose checks have it
     checks = {k: max(check - saved, 0.0) for k, check in costs.checks.items()}
     return PartTimes(
         costs, size, Costs(count, costs.layer, costs.head, checks), _generate_time(model, context, weight.device)
@@ -137,7 +137,7 @@ def _exit_check(model: PreTrainedModel, k: int, one: torch.Tensor, cache: Filled
 
     def run() -> None:
         states = head.hidden(tap, norm, lambda layer, x: own_layer())
-        logits = head.logits(states, model.get_output_embeddings())
+        logits = head.scored_logits(states, model.get_output_embeddings())
         torch.stack(score("threshold", logits)).tolist()
 
     return run

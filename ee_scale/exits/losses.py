@@ -1,7 +1,7 @@
 """The loss of one exit: forward, backward and free, a chunk of logits at a time."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import cos, pi
 
 import torch
@@ -13,7 +13,7 @@ from ee_scale.modeling.heads import ExitHead
 
 @dataclass(frozen=True)
 class LossSettings:
-    """What logits are trained on; see `ExitsConfig` for the meaning of each field."""
+    """What logits are trained on; see `ExitsConfig` for the meaning of each field. vocab_size: tokens scored."""
 
     vocab_size: int
     chunk_tokens: int = 1024
@@ -38,9 +38,17 @@ def exit_backward(
     hidden [B, S, D]: the exit's own; labels, loss_mask [B, S]; final_hidden [B, S, D]: what the lm_head reads after
     the last layer (the teacher), for the KL term. Returns fp32 [2] (mean cross entropy, mean KL), and the gradient of
     `hidden` for the modules in front of it.
+
+    A shortlist head learns from the positions whose label is in its shortlist, as EAGLE-3's draft head does (arXiv
+    2503.01840): all others are masked out of loss and means. Its teacher is the final layer's distribution over those
+    tokens: `lm_head` has their rows only.
     """
+    if head.shortlist is not None:
+        places = head.shortlist.places(labels)
+        labels, loss_mask = places.clamp(min=0), loss_mask * (places >= 0)
+        settings = replace(settings, vocab_size=head.spec.shortlist)
     return token_backward(
-        lambda piece: head.logits(piece, lm_head),
+        lambda piece: head.scored_logits(piece, lm_head),
         hidden,
         labels,
         loss_mask,

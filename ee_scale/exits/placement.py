@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 from ee_scale.errors import UserError
 from ee_scale.families.registry import decoder_family
 from ee_scale.families.sizes import ModelShape
-from ee_scale.modeling.heads import ExitSpec
+from ee_scale.modeling.heads import SHORTLIST, ExitSpec
 from ee_scale.modeling.kinds import KINDS
 
 
@@ -22,8 +22,15 @@ def resolve_loss_weights(weights: float | Sequence[float], exit_layers: Sequence
     return dict(zip(exit_layers, values, strict=True))
 
 
-def exit_spec(model_config: PreTrainedConfig, layers: Sequence[int], kind: str, head: str, rank: int) -> ExitSpec:
-    """The spec of these exits on this model. Raises `UserError` if nothing would be trained."""
+def exit_spec(
+    model_config: PreTrainedConfig, layers: Sequence[int], kind: str, head: str, rank: int, shortlist: int = 0
+) -> ExitSpec:
+    """The spec of these exits on this model, `shortlist_ids` left open.
+
+    Raises `UserError` if nothing would be trained, or a shortlist is longer than the vocabulary.
+    """
+    if head == SHORTLIST and shortlist > model_config.vocab_size:
+        raise UserError(f"exits.shortlist={shortlist} is above the model's vocab_size={model_config.vocab_size}")
     if not KINDS[kind].trains and head == "tied":
         raise UserError(f"exits.kind={kind} with exits.head=tied has nothing to train; use head=low_rank or full")
     family = decoder_family(model_config)
@@ -35,12 +42,13 @@ def exit_spec(model_config: PreTrainedConfig, layers: Sequence[int], kind: str, 
         mlp_input_norm=family.mlp_input_norm,
         mlp_output_norm=family.mlp_output_norm,
         logit_softcap=family.softcap(model_config),
+        shortlist=shortlist if head == SHORTLIST else 0,
     )
 
 
 def exit_parameters(spec: ExitSpec, shape: ModelShape) -> int:
     """Trainable parameters of one exit (norms and biases left out)."""
-    head = spec.head_shapes(shape.hidden_size, shape.vocab_size).values()
+    head = spec.head_shapes(shape.hidden_size, spec.scored(shape.vocab_size)).values()
     return spec.exit_kind.parameters(shape) + sum(map(prod, head))
 
 

@@ -93,8 +93,8 @@ class TuningStage(nn.Module):
         return self.exit_heads[str(k)].hidden(tap, output_norm, run_layer)
 
     def exit_logits(self, k: int, tap: Tap) -> torch.Tensor:
-        """Logits of exit k, [B, S, V/tp] (padding included)."""
-        return self.exit_heads[str(k)].logits(self.exit_hidden(k, tap), self.backbone.lm_head)
+        """Logits of exit k, [B, S, V/tp], of a shortlist [B, S, N/tp] (padding included)."""
+        return self.exit_heads[str(k)].scored_logits(self.exit_hidden(k, tap), self.backbone.lm_head)
 
     def frozen_digest(self) -> str:
         """Changes if any bit of a frozen tensor of this rank flips."""
@@ -116,15 +116,25 @@ def build_stage(
     """Meta model -> exits copied -> stage cut -> tensor axis swapped. Weights are still empty: see `load_stage`.
 
     `teacher` keeps the final norm on the last stage and the lm_head on every stage with exits (KL term);
-    `own_logits` keeps both on the last stage, for the model's own logits; `cls`: the class of the stage.
+    `own_logits` keeps both on the last stage, for the model's own logits; `cls`: the class of the stage. Where nothing
+    but a teacher of shortlist heads reads the lm_head, it has the rows of their tokens only.
     """
+    assert len(spec.shortlist_ids) == spec.shortlist  # the training data was counted (`Tune.prepare`)
     model = meta_model(config, dtype, attn_implementation)
     mine = plan.exits(grid.stage)
     heads = build_exit_heads(spec, model.base_model.layers, model.base_model.norm, config.vocab_size)
     heads = nn.ModuleDict({str(k): heads[str(k)] for k in mine})
     is_last = plan.is_last(grid.stage)
     needs_lm_head = (bool(mine) and (spec.reads_lm_head or teacher)) or (own_logits and is_last)
-    backbone = BackboneStage(model, plan, grid, dtype, final_norm=teacher or own_logits, lm_head=needs_lm_head)
+    backbone = BackboneStage(
+        model,
+        plan,
+        grid,
+        dtype,
+        final_norm=teacher or own_logits,
+        lm_head=needs_lm_head,
+        lm_head_tokens=() if own_logits else spec.shortlist_ids,
+    )
     tensor_axis = tensor_plan(config, grid.layout.tp)
     for head in heads.values():
         _shard_exit(head, tensor_axis, config, grid, dtype)
@@ -132,12 +142,12 @@ def build_stage(
 
 
 def _shard_exit(head: ExitHead, plan: dict[str, str], config: PreTrainedConfig, grid: Grid, dtype: torch.dtype) -> None:
-    rows = padded_vocab(config.vocab_size, grid.layout.tp)
+    rows = padded_vocab(head.spec.scored(config.vocab_size), grid.layout.tp)
     kind, body = head.spec.exit_kind, head.body
     with torch.device(grid.device):
         if body is not None:
             swap_projections(body, plan, kind.body.prefix, grid.tp_group, dtype)
-        if head.spec.head == "full":
+        if head.spec.owns_matrix:
             head.head = column_linear(config.hidden_size, rows, False, grid.tp_group, dtype)
         elif head.spec.head == "low_rank":
             head.head.up = column_linear(head.spec.rank, rows, False, grid.tp_group, dtype)
@@ -152,24 +162,26 @@ def _shard_exit(head: ExitHead, plan: dict[str, str], config: PreTrainedConfig, 
 def load_stage(stage: TuningStage, tensors: TensorFolder, grid: Grid, *, init: str, seed: int) -> None:
     """Read the backbone's slices and initialise the exits (`copy` from the backbone, or `random`)."""
     stage.backbone.load(tensors, grid)
-    config, tp = stage.backbone.model_config, grid.layout.tp
+    config, tp, tokens = stage.backbone.model_config, grid.layout.tp, stage.spec.shortlist_ids
     tasks: list[LoadTask] = []
     for name, parameter in stage.exit_heads.named_parameters():
         source = copy_source(stage.spec.exit_kind, name, config.num_hidden_layers, tensors)
         if source is None:
             _fill(name, parameter, whole_low_rank(name, parameter, config.vocab_size, seed), grid)
         elif init == "copy":
-            tasks.append(load_task(parameter, source, config.vocab_size, tp))
+            tasks.append(load_task(parameter, source, config.vocab_size, tp, tokens if is_vocabulary(name) else ()))
         else:
-            _fill(name, parameter, whole_random(name, source, tensors, config, seed), grid)
+            rows = stage.spec.shortlist if is_vocabulary(name) else 0
+            _fill(name, parameter, whole_random(name, source, tensors, config, seed, rows), grid)
     load_tensors(tasks, tensors, grid.tp_rank, tp)
 
 
 def load_trained_stage(stage: TuningStage, tensors: TensorFolder, exits: TensorFolder, grid: Grid) -> None:
     """Read the backbone's slices and those of trained exits (`exit_heads.*`). Raises `UserError`."""
     stage.backbone.load(tensors, grid)
+    rows = stage.spec.scored(stage.backbone.model_config.vocab_size)
     tasks = [
-        load_task(parameter, f"exit_heads.{name}", stage.backbone.model_config.vocab_size, grid.layout.tp)
+        load_task(parameter, f"exit_heads.{name}", rows, grid.layout.tp)
         for name, parameter in stage.exit_heads.named_parameters()
     ]
     load_tensors(tasks, exits, grid.tp_rank, grid.layout.tp)
@@ -194,12 +206,15 @@ def whole_low_rank(name: str, parameter: torch.Tensor, vocab_size: int, seed: in
     return torch.empty(parameter.shape).uniform_(-bound, bound, generator=named_generator(name, seed))
 
 
-def whole_random(name: str, source: str, tensors: TensorFolder, config: PreTrainedConfig, seed: int) -> torch.Tensor:
-    """Whole tensor of a randomly initialised exit (EE-LLM's rules).
+def whole_random(
+    name: str, source: str, tensors: TensorFolder, config: PreTrainedConfig, seed: int, rows: int = 0
+) -> torch.Tensor:
+    """Whole tensor of a randomly initialised exit (EE-LLM's rules), with so many rows (0: those of its source).
 
     Matrices N(0, std); output projections N(0, std / sqrt(2 k)) for an exit at layer k; biases zero; norms neutral.
     """
     shape = tensors.shape(source)
+    shape = (rows or shape[0], *shape[1:])
     if len(shape) == 1:
         return torch.full(shape, 0.0 if source.endswith(".bias") else decoder_family(config).neutral_norm)
     std = config.initializer_range

@@ -61,6 +61,8 @@ def untrained_exits(path: Path, spec: ExitSpec, **kwargs: Any) -> Any:
             sources = [(head.body, spec.exit_kind.body_source(layers, int(k))), (head.norm, model.base_model.norm)]
             if isinstance(head.head, LowRankHead):
                 head.head.up.weight.zero_()
+            elif head.shortlist is not None:
+                head.head.weight.copy_(lm_head.weight[head.shortlist.ids(lm_head.weight.device)])
             else:
                 sources.append((head.head, lm_head))
             for target, source in sources:

@@ -175,7 +175,9 @@ class PipelineDecoder:
             hidden = self.stage.exit_hidden(k, tap)
         if silent:
             return
-        logits = self._whole(self.stage.exit_heads[str(k)].logits(hidden[:, -1], self.stage.backbone.lm_head))
+        head = self.stage.exit_heads[str(k)]
+        scored = head.scored_logits(hidden[:, -1], self.stage.backbone.lm_head)
+        logits = head.over_vocabulary(self._whole(scored, head.spec.scored(self.config.vocab_size)))
         asked = self.decisions.ask(k, logits, torch.tensor([token.row], device=logits.device))
         leave, token.score, best = torch.cat([value.double() for value in asked]).tolist()  # one wait for the device
         if leave:
@@ -196,15 +198,15 @@ class PipelineDecoder:
     def _final_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Normed states [1, S, D] -> the model's own logits [1, V] at the last position."""
         backbone = self.stage.backbone
-        return backbone.family.cap(self._whole(backbone.lm_head(hidden[:, -1])), self.config)
+        return backbone.family.cap(self._whole(backbone.lm_head(hidden[:, -1]), self.config.vocab_size), self.config)
 
-    def _whole(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits [1, V/tp] -> [1, V], the same bits on every tensor rank."""
+    def _whole(self, logits: torch.Tensor, count: int) -> torch.Tensor:
+        """Logits [1, V/tp] of V = `count` tokens -> [1, V], the same bits on every tensor rank."""
         if self.grid.layout.tp > 1:
             parts = [torch.empty_like(logits) for _ in range(self.grid.layout.tp)]
             dist.all_gather(parts, logits.contiguous(), group=self.grid.tp_group)
             logits = torch.cat(parts, dim=-1)
-        return logits[:, : self.config.vocab_size]
+        return logits[:, :count]
 
     def _exit_cache(self, k: int, row: int) -> DynamicCache:
         """Keys and values of the own layer of exit k."""

@@ -21,7 +21,7 @@ def plan_decoding(
     """Cut the whole model into `pp` stages, balanced by the weights that a token reads. Raises `UserError`."""
     shape = shape_of(folder.config)
     tensor_plan(folder.config, tp)
-    head = shape.vocab_size * shape.hidden_size
+    head = 0 if folder.exits and folder.exits.shortlist else shape.vocab_size * shape.hidden_size
     cost = head + (exit_parameters(folder.exits, shape) if folder.exits else 0)
     return plan_stages(
         shape.num_layers,

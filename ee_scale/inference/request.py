@@ -137,6 +137,7 @@ def read_policy(
             tags=tags,
             batch_size=rows,
             vocab_size=folder.config.vocab_size,
+            head_tokens=folder.exits.shortlist_ids if folder.exits else (),
             **policy_options(config),
         )
 

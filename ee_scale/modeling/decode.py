@@ -160,6 +160,7 @@ def choose_policy(
         tags=options.get("exit_tags"),
         batch_size=batch_size,
         vocab_size=model.config.vocab_size,
+        head_tokens=model.exit_spec.shortlist_ids,
         **{OPTIONS[key]: value for key, value in options.items() if key in OPTIONS},
     )
 

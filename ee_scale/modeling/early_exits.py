@@ -52,7 +52,9 @@ class EarlyExits(DecodeLoop):
                     break
         slots = range(len(self.rows))
         # All rows at once: processors may count their calls.
-        self.tokens = self.choose(torch.stack([logits[slot] for slot in slots]), self.rows)
+        scores = self.scored(torch.stack([logits[slot] for slot in slots]), self.rows)
+        self._check_some(scores, chosen)
+        self.tokens = self.sequences.pick(scores)
         self.next = [position + 1 for position in self.next]
         self.sequences.append_to_all(self.rows, self.tokens.tolist(), [chosen[slot] for slot in slots], seen)
 
@@ -86,6 +88,21 @@ class EarlyExits(DecodeLoop):
             row = self.rows[slot]
             chosen[slot], logits[slot] = k, own[slot]
             self.trail.left_early(row, self.next[slot], len(self.sequences.layers[row]), tokens[slot])
+
+    def _check_some(self, scores: torch.Tensor, chosen: dict[int, int]) -> None:
+        """Raise ValueError where processors leave a choice, but none among the tokens of an exit's shortlist head.
+
+        scores [N, V]. What they then say of the others is not the model's; a single token left is forced, and right.
+        """
+        count = self.runner.spec.shortlist
+        if count and self.sequences.processors:
+            ids = self.runner.model.exit_heads[str(self.policy.layers[0])].shortlist.ids(scores.device)
+            empty = (scores[:, ids].isneginf().all(-1) & (scores.isfinite().sum(-1) != 1)).tolist()
+            if layers := [k for slot, k in chosen.items() if empty[slot] and k < self.runner.num_layers]:
+                raise ValueError(
+                    f"exit_policy={self.policy.name}: logits processors forbid all {count} tokens that the exit at "
+                    f"layer {layers[0]} scores (head=shortlist); use exit_policy=lossless, or leave it out"
+                )
 
     def _finish(
         self, hidden: torch.Tensor, block: Block, chosen: dict[int, int], logits: dict[int, torch.Tensor]

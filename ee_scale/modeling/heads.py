@@ -14,9 +14,12 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from .kinds import KINDS, ExitKind, Tap
+from .shortlist import Shortlist
 
-HEADS = ("tied", "low_rank", "full")
+SHORTLIST = "shortlist"
+HEADS = ("tied", "low_rank", "full", SHORTLIST)
 LARGEST_RANK, LARGEST_CAP = 1 << 20, 1e30
+SMALLEST_SHORTLIST = 2  # a margin is between two
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,13 @@ class ExitSpec:
     Attributes:
         layers: an exit at k reads the hidden state after k layers, k = 1..L.
         kind: a name of `KINDS`: what is in front of the head.
-        head: `tied` (the frozen lm_head), `low_rank` (lm_head + up(down(x))), `full` (its own matrix).
+        head: `tied` (the frozen lm_head), `low_rank` (lm_head + up(down(x))), `full` (its own matrix), `shortlist` (its
+            own matrix, with rows for some tokens only).
         rank: r of the low-rank head.
         mlp_input_norm, mlp_output_norm, logit_softcap: see `ee_scale.families.family.Family`; the last is a value.
+        shortlist: N, the tokens that a shortlist head scores; 0 for the others.
+        shortlist_ids: those tokens, the most frequent ones first, the same at every exit; empty as long as nobody has
+            counted the training data.
     """
 
     layers: tuple[int, ...]
@@ -38,13 +45,18 @@ class ExitSpec:
     mlp_input_norm: str | None = "post_attention_layernorm"
     mlp_output_norm: str | None = None
     logit_softcap: float | None = None
+    shortlist: int = 0
+    shortlist_ids: tuple[int, ...] = ()
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ExitSpec":
         """From the JSON form. Raises ValueError on values that no exit has, TypeError on unknown keys."""
         if not isinstance(values, dict) or not isinstance(values.get("layers"), list | tuple):
             raise ValueError("early_exit: 'layers' is missing or no list")
-        spec = cls(**{**values, "layers": tuple(values["layers"])})
+        ids = values.get("shortlist_ids", ())
+        if not isinstance(ids, list | tuple):
+            raise ValueError("early_exit: shortlist_ids is no list")
+        spec = cls(**{**values, "layers": tuple(values["layers"]), "shortlist_ids": tuple(ids)})
         kinds = tuple(KINDS)  # unlike a dict it can be asked for anything that JSON holds
         if spec.kind not in kinds or spec.head not in HEADS:
             raise ValueError(f"early_exit: kind={spec.kind!r} (of {kinds}), head={spec.head!r} (of {HEADS})")
@@ -58,7 +70,22 @@ class ExitSpec:
         cap = spec.logit_softcap
         if cap is not None and (type(cap) not in (int, float) or not 0 < cap <= LARGEST_CAP):
             raise ValueError("early_exit: logit_softcap is not a number above 0")
+        spec._check_shortlist()
         return spec
+
+    def _check_shortlist(self) -> None:
+        count, ids = self.shortlist, self.shortlist_ids
+        if self.head != SHORTLIST:
+            if count != 0 or ids:
+                raise ValueError(f"early_exit: head={self.head!r} has no shortlist")
+            return
+        if type(count) is not int or count < SMALLEST_SHORTLIST or count != len(ids):
+            raise ValueError(
+                f"early_exit: shortlist={count!r:.20} is not the number of shortlist_ids, {len(ids)}, or is below "
+                f"{SMALLEST_SHORTLIST}"
+            )
+        if any(type(token) is not int or token < 0 for token in ids) or len(set(ids)) < count:
+            raise ValueError("early_exit: shortlist_ids are not whole numbers from 0 on, each of them once")
 
     @property
     def exit_kind(self) -> ExitKind:
@@ -66,15 +93,24 @@ class ExitSpec:
         return KINDS[self.kind]
 
     @property
+    def owns_matrix(self) -> bool:
+        """Whether its head has an output matrix of its own."""
+        return self.head in ("full", SHORTLIST)
+
+    @property
     def reads_lm_head(self) -> bool:
         """Whether its head needs the backbone's output matrix."""
-        return self.head != "full"
+        return not self.owns_matrix
+
+    def scored(self, vocab_size: int) -> int:
+        """Tokens that its head scores, of so many: rows of its output matrix."""
+        return self.shortlist or vocab_size
 
     def head_shapes(self, hidden_size: int, rows: int) -> dict[str, tuple[int, int]]:
-        """The head's own tensors for so many rows of the vocabulary, by their names in the exit."""
+        """The head's own tensors, by their names in the exit; rows: tokens that it scores, or those of a rank."""
         if self.head == "low_rank":
             return {"head.down.weight": (self.rank, hidden_size), "head.up.weight": (rows, self.rank)}
-        return {"head.weight": (rows, hidden_size)} if self.head == "full" else {}
+        return {"head.weight": (rows, hidden_size)} if self.owns_matrix else {}
 
     def output_norm(self, layer: nn.Module) -> nn.Module | None:
         """The frozen norm behind the MLP of a backbone's layer, where the family has one."""
@@ -86,7 +122,9 @@ class ExitSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
-        return {**asdict(self), "layers": list(self.layers)}
+        values = {**asdict(self), "layers": list(self.layers), "shortlist_ids": list(self.shortlist_ids)}
+        own = ("shortlist", "shortlist_ids")
+        return {name: value for name, value in values.items() if self.head == SHORTLIST or name not in own}
 
 
 class ModelWithExits(Protocol):
@@ -170,11 +208,12 @@ class ExitHead(nn.Module):
         if body is not None:
             self.add_module(spec.exit_kind.body.name, body)
         self.norm = norm
+        self.shortlist = Shortlist(spec.shortlist_ids, vocab_size) if spec.shortlist else None
         self.head: nn.Module | None = None
         if spec.head == "low_rank":
             self.head = LowRankHead(hidden_size, vocab_size, spec.rank)
-        elif spec.head == "full":
-            self.head = nn.Linear(hidden_size, vocab_size, bias=False)
+        elif spec.owns_matrix:
+            self.head = nn.Linear(hidden_size, spec.scored(vocab_size), bias=False)
 
     @property
     def body(self) -> nn.Module | None:
@@ -193,7 +232,21 @@ class ExitHead(nn.Module):
         return hidden if self.norm is None else self.norm(hidden)
 
     def logits(self, hidden: torch.Tensor, lm_head: nn.Module | None) -> torch.Tensor:
-        """[..., D] -> logits [..., V]; `lm_head` is the backbone's frozen output matrix (not read by `full`)."""
+        """[..., D] -> logits [..., V] by token id; minus infinity for those that a shortlist head does not score.
+
+        `lm_head` is the backbone's frozen output matrix (not read where the head owns one).
+        """
+        return self.over_vocabulary(self.scored_logits(hidden, lm_head))
+
+    def over_vocabulary(self, logits: torch.Tensor) -> torch.Tensor:
+        """What `scored_logits` gives, of all tokens together, as [..., V] by token id."""
+        return logits if self.shortlist is None else self.shortlist.over_vocabulary(logits)
+
+    def scored_logits(self, hidden: torch.Tensor, lm_head: nn.Module | None) -> torch.Tensor:
+        """[..., D] -> logits of the tokens that the head scores: [..., V], or [..., N] in the order of its shortlist.
+
+        A head that is cut over tensor ranks gives this rank's part, padding included.
+        """
         if self.head is None:
             logits = lm_head(hidden)
         elif isinstance(self.head, LowRankHead):

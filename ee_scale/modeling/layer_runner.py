@@ -13,6 +13,7 @@ from torch import nn
 
 from .heads import ExitTaps, LowRankHead, ModelWithExits, Tap
 from .position_cache import GROWTH, PositionCache
+from .shortlist import Shortlist
 from .versions import CACHE
 
 ATTENTION = ("sdpa", "eager")  # kernels that take a mask of our own
@@ -272,16 +273,21 @@ class LayerRunner:
 class ShortHead:
     """An exit's head for a shortlist of tokens only. A full head costs several layers where the vocabulary is large."""
 
-    def __init__(self, model: ModelWithExits, k: int, ids: torch.Tensor):
-        """ids [N]: the tokens, in the order of the logits."""
+    def __init__(self, model: ModelWithExits, k: int, shortlist: Shortlist):
+        """shortlist: the tokens, in the order of the logits; those of a shortlist head, or some of them."""
         head, lm_head = model.exit_heads[str(k)], model.get_output_embeddings()
-        self.ids = ids
         self.capped = head.spec.capped
         self.down = self.up = None
+        weight = (head.head if head.spec.owns_matrix else lm_head).weight
+        ids = shortlist.ids(weight.device)
         if isinstance(head.head, LowRankHead):
             self.down, self.up = head.head.down, head.head.up.weight[ids]
-        own = head.head is not None and self.down is None
-        self.weight = (head.head if own else lm_head).weight[ids]
+        if head.shortlist is None:
+            self.weight = weight[ids]
+        elif head.shortlist.tokens == shortlist.tokens:
+            self.weight = weight
+        else:
+            self.weight = weight[head.shortlist.places(ids)]
 
     def __call__(self, head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., N]."""

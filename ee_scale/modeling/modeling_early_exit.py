@@ -124,7 +124,8 @@ class EarlyExitMixin:
         exit_max_pending: tokens whose deeper keys and values may wait to be computed.
         exit_draft_length: 'lossless': drafts per pass, None: decided draft by draft. An exit whose drafts are rejected
             again and again rests for growing spells, in which every pass makes one token as plain decoding does.
-        exit_shortlist: 'lossless': draft among this many tokens (as calibrated), or among these token ids.
+        exit_shortlist: 'lossless': draft among this many tokens (as calibrated; with shortlist heads: of theirs), or
+            among these token ids.
         exit_log: path or `DecisionLog`; exit_requests, exit_tags: a name and a tag per row, for the log;
             exit_audit: share of early tokens that are compared with the full model when its layers catch up.
 

@@ -6,13 +6,14 @@ R rows of a batch, m exits in order of depth, V vocabulary.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import inf, isfinite, isnan
+from math import inf, isnan
 from typing import Any
 
 import torch
 
 from .costs import MAX_DRAFT
 from .policy_names import POLICIES
+from .shortlist import choose_tokens
 
 LARGEST_LIMIT, LARGEST_ID = 1e30, 1 << 31
 CALIBRATION_KEY = "early_exit_calibration"  # in generation_config.json
@@ -90,11 +91,12 @@ def resolve_policy(
     draft_length: int | None = None,
     shortlist: int | Sequence[int] | None = None,
     vocab_size: int | None = None,
+    head_tokens: Sequence[int] = (),
 ) -> ExitPolicy:
     """Check what a person asked for. Raises ValueError in one line that names the option and the values in conflict.
 
     threshold: a number, one per exit of the model, one list per row, or {layer: value}; left out, the limits that
-    `ee-scale calibrate` stored (those of a row's tag where there are any).
+    `ee-scale calibrate` stored (of a row's tag where there are any). head_tokens: `ExitSpec.shortlist_ids`.
     """
     name = "off" if name is None else name
     if name not in POLICIES:
@@ -104,11 +106,8 @@ def resolve_policy(
         check_calibration(calibration, vocab_size)
     _check_layers(name, layers, layer, min_layer)
     patience, max_pending = 2 if patience is None else patience, 8 if max_pending is None else max_pending
-    _check_counts(
-        exit_patience=(patience, 1),
-        exit_max_pending=(max_pending, 0),
-        exit_draft_length=(0 if draft_length is None else draft_length, 0),
-    )
+    drafts = 0 if draft_length is None else draft_length
+    _check_counts(exit_patience=(patience, 1), exit_max_pending=(max_pending, 0), exit_draft_length=(drafts, 0))
     if draft_length is not None and name != "lossless":
         raise ValueError(f"exit_draft_length={draft_length}: only exit_policy=lossless drafts, not {name!r}")
     chosen = tuple(k for k in layers if min_layer is None or k >= min_layer)
@@ -133,7 +132,7 @@ def resolve_policy(
         max_pending=max_pending,
         draft_length=draft_length,
         max_draft=max(MAX_DRAFT, draft_length or 0),
-        shortlist=_shortlist(shortlist, name, calibration, vocab_size),
+        shortlist=choose_tokens(shortlist, name, (calibration or {}).get("shortlist"), vocab_size, head_tokens),
     )
 
 
@@ -316,31 +315,6 @@ def _calibrated(
 
 def _reachable(name: str, limit: float) -> bool:
     return limit >= 0 if SCORES[name].low else limit <= 1
-
-
-def _shortlist(
-    wanted: int | Sequence[int] | None, name: str, calibration: Mapping[str, Any] | None, vocab_size: int | None
-) -> tuple[int, ...] | None:
-    if wanted is None:
-        return None
-    if name != "lossless":
-        raise ValueError(f"exit_shortlist: only exit_policy=lossless can draft from a shortlist, not {name!r}")
-    if isinstance(wanted, bool) or (isinstance(wanted, (int, float)) and (not isfinite(wanted) or wanted < 1)):
-        raise ValueError(f"exit_shortlist={wanted!r}: give a number of tokens, or token ids")
-    if isinstance(wanted, int):
-        stored = (calibration or {}).get("shortlist")
-        if not stored:
-            raise ValueError(
-                f"exit_shortlist={wanted}: no shortlist stored; give token ids, or run `ee-scale calibrate`"
-            )
-        return tuple(stored[:wanted])
-    ids = tuple(int(token) for token in wanted)
-    wrong = [token for token in ids if token < 0 or (vocab_size is not None and token >= vocab_size)]
-    if not ids or wrong or len(set(ids)) != len(ids):
-        raise ValueError(
-            f"exit_shortlist: {f'token {wrong[0]} is not in 0..{vocab_size - 1}' if wrong else 'empty or repeated ids'}"
-        )
-    return ids
 
 
 def _list(layers: Sequence[int]) -> str:

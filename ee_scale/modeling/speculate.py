@@ -18,6 +18,7 @@ from .layer_runner import Block, ShortHead
 from .loop import DecodeLoop
 from .policies import score
 from .sequences import looks_back
+from .shortlist import Shortlist
 
 
 class Speculation(DecodeLoop):
@@ -28,10 +29,12 @@ class Speculation(DecodeLoop):
         policy, runner = self.policy, self.runner
         self.drafting = Drafting(policy.layers, runner.num_layers, policy.max_draft, policy.draft_length)
         self.short: dict[int, ShortHead] = {}
+        self.shortlist: Shortlist | None = None
         self.ids: torch.Tensor | None = None
         if policy.shortlist is not None:
-            self.ids = torch.tensor(policy.shortlist, device=runner.device)
-            self.short = {k: ShortHead(runner.model, k, self.ids) for k in policy.layers}
+            self.shortlist = Shortlist(policy.shortlist, runner.model.config.vocab_size)
+            self.ids = self.shortlist.ids(runner.device)
+            self.short = {k: ShortHead(runner.model, k, self.shortlist) for k in policy.layers}
         self.drafted = self.accepted = self.slot_cycles = 0
         self.used = dict.fromkeys(policy.layers, 0)
 
@@ -89,10 +92,8 @@ class Speculation(DecodeLoop):
         scores, best = score("threshold", logits) if adaptive else (None, logits.argmax(-1))
         if not sequences.do_sample and not sequences.draft_processors:
             return (best if self.ids is None else self.ids[best]), scores, None
-        if self.ids is not None:
-            whole = logits.new_full((len(logits), self.runner.model.config.vocab_size), float("-inf"))
-            whole[:, self.ids] = logits
-            logits = whole
+        if self.shortlist is not None:
+            logits = self.shortlist.over_vocabulary(logits)
         self._try(drafts)
         prefixes = [sequences.lengths[row] + len(drafts) for row in self.rows]
         processed = sequences.process(logits, self.rows, prefixes, draft=True)

@@ -27,10 +27,10 @@ def exit_flops(
     trains too; teacher: the final layer's logits are computed for a KL term; confidence: one more pass of the head,
     for the weights of the tokens; pre_norm: a layer reads a normed state.
     """
-    width, vocabulary = shape.hidden_size, 2 * shape.vocab_size * shape.hidden_size
+    width, vocabulary = shape.hidden_size, 2 * spec.scored(shape.vocab_size) * shape.hidden_size
     kind = spec.exit_kind
     reaches = kind.trains or through  # a gradient is wanted in front of the head
-    passes = 2 if spec.head == "full" or trains_matrix else 1  # forward; and gradients of the matrix
+    passes = 2 if spec.owns_matrix or trains_matrix else 1  # forward; and gradients of the matrix
     if reaches:
         passes += 1
     once, head = vocabulary, passes * vocabulary

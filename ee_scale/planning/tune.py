@@ -181,6 +181,11 @@ class TunePlan(Plan[TuneConfig]):
         """Of one tensor rank, padding included."""
         return padded_vocab(self.shape.vocab_size, self.layout.tp) // self.layout.tp
 
+    @property
+    def _scored_rows(self) -> int:
+        """The same for the tokens that an exit scores."""
+        return padded_vocab(self.spec.scored(self.shape.vocab_size), self.layout.tp) // self.layout.tp
+
     def parameters(self, stage: int) -> Parameters:
         local = local_model(self.model_config, self.layout.tp, torch.float32)
         layer, norm, spec = first_layer(local), final_norm(local), self.spec
@@ -189,17 +194,20 @@ class TunePlan(Plan[TuneConfig]):
         width, rows = self.shape.hidden_size, self._vocabulary_rows
         vocabulary = rows * width
         own_loss = last and self.backbone.trains
+        few = bool(spec.shortlist) and not own_loss  # a teacher of shortlist heads has the rows of their tokens only
         reads_head = own_loss or (exits > 0 and (spec.reads_lm_head or self.teaches))
         backbone = layers * count(layer)
         if stage == 0:
             backbone += vocabulary
-        if reads_head and not (stage == 0 and self.shape.tied_embeddings):  # where one matrix serves both ends
+        if reads_head and few:
+            backbone += self._scored_rows * width
+        elif reads_head and not (stage == 0 and self.shape.tied_embeddings):  # where one matrix serves both ends
             backbone += vocabulary
         if own_loss or (last and self.teaches):
             backbone += count(norm)
         body = spec.exit_kind.body_in(layer)
         own_norm = count(norm) if spec.exit_kind.normed else 0
-        head = [prod(shape) for shape in spec.head_shapes(width, rows).values()]
+        head = [prod(shape) for shape in spec.head_shapes(width, self._scored_rows).values()]
         trained, biggest = exits * (count(body) + own_norm + sum(head)), [0]
         if exits:
             biggest += [own_norm, *head]
@@ -259,17 +267,19 @@ class TunePlan(Plan[TuneConfig]):
 
     def _logits(self, stage: int, size: int) -> float:
         config, exits = self.config, len(self.stages.exits(stage))
-        if not exits and not (self.backbone.trains and self.stages.is_last(stage)):
+        own_loss = self.backbone.trains and self.stages.is_last(stage)
+        if not exits and not own_loss:
             return 0.0
-        trains_matrix = self.spec.head == "full" or self.backbone.mode == FULL
+        rows = self._vocabulary_rows if own_loss else self._scored_rows
+        trains_matrix = self.spec.owns_matrix or self.backbone.mode == FULL
         return logits_bytes(
             config.train.micro_batch_size * config.data.seq_length,
             config.exits.loss_chunk_tokens,
-            self._vocabulary_rows,
+            rows,
             size,
             pair=self.spec.head == "low_rank" and exits > 0,
             teacher=self.teaches,
-            largest=self._vocabulary_rows * (self.shape.hidden_size if trains_matrix else self.spec.rank),
+            largest=rows * (self.shape.hidden_size if trains_matrix else self.spec.rank),
         )
 
     def traffic(self, *, bf16: bool) -> list[StageTraffic]:
@@ -307,7 +317,7 @@ def plan_tune(config: TuneConfig, model_dir: Path, model_config: PreTrainedConfi
     check_lengths(config, shape.max_positions, shape.num_layers)
     tensor_plan(model_config, parallel.tp)
     layers = resolve_exit_layers(exits.layers, shape.num_layers, parallel.pp, parallel.stages)
-    spec = exit_spec(model_config, layers, exits.kind, exits.head, exits.rank)
+    spec = exit_spec(model_config, layers, exits.kind, exits.head, exits.rank, exits.shortlist)
     backbone = config.backbone
     stages = plan_stages(
         shape.num_layers,

@@ -1,7 +1,7 @@
 """The recipe `tune`: exits on a backbone that is frozen, adapted, or trained with them."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -14,6 +14,7 @@ from ee_scale.backbone.shard import model_tensors
 from ee_scale.config.tune import TuneConfig
 from ee_scale.data.builtin import training_model
 from ee_scale.data.epochs import Epochs
+from ee_scale.data.frequent import FrequentTokens, frequent_tokens
 from ee_scale.data.inputs import check_run_text, run_dataset
 from ee_scale.data.loader import batches
 from ee_scale.engine.clipping import ALL, TOGETHER
@@ -41,6 +42,7 @@ class Tune(Recipe[TuneConfig, TunePlan]):
     # Known where the run was prepared: the folder of its taps, the prefix of the text that the model has written.
     taps_folder: Path | None = None
     own_text: str | None = None
+    frequent: FrequentTokens | None = None  # on the rank that prepares, where heads have a shortlist
 
     @classmethod
     def of(cls, config: TuneConfig) -> Self:
@@ -50,8 +52,12 @@ class Tune(Recipe[TuneConfig, TunePlan]):
         return cls(plan)
 
     def prepare(self, *, progress: bool) -> dict[str, Any]:
-        found = check_run_text(self.config.data, self.plan.model_dir, self.plan.shape.vocab_size, progress=progress)
-        if self.config.data.own_text:
+        data, model_dir, words = self.config.data, self.plan.model_dir, self.plan.shape.vocab_size
+        found = check_run_text(data, model_dir, words, progress=progress)
+        if size := self.plan.spec.shortlist:
+            self.frequent = frequent_tokens(data, model_dir, words, size)
+            self.plan = replace(self.plan, spec=replace(self.plan.spec, shortlist_ids=self.frequent.ids))
+        if data.own_text:
             self.own_text, digest = prepare_own_text(self.plan, found, progress=progress)
             found["own_text"] = digest
         if (kept := self.plan.kept_taps) is not None:
@@ -62,11 +68,15 @@ class Tune(Recipe[TuneConfig, TunePlan]):
         return {"early_exit": self.plan.spec.to_dict()}
 
     def build(self, grid: Grid, out: Path, scratch: Path | None = None) -> "TuneRun":
-        samples = self.plan.total_steps * self.config.train.global_batch_size
+        plan, words = self.plan, self.plan.shape.vocab_size
+        if plan.spec.shortlist:
+            plan = replace(plan, spec=grid.from_rank_0(plan.spec))  # which has counted
+            if self.frequent is not None:
+                log.info("%s", self.frequent.words(words))
+        samples = plan.total_steps * self.config.train.global_batch_size
         own_text = grid.from_rank_0(self.own_text)
-        dataset = run_dataset(self.config.data, self.plan.model_dir, self.plan.shape.vocab_size, samples, own_text)
-        run = start_run(self.plan, grid, dataset)
-        if (kept := self.plan.kept_taps) is not None:
+        run = start_run(plan, grid, run_dataset(self.config.data, plan.model_dir, words, samples, own_text))
+        if (kept := plan.kept_taps) is not None:
             run.taps = open_taps(kept, self.taps_folder, grid)
         return run
 
@@ -194,7 +204,8 @@ class TuneRun(Run[TuneConfig, TunePlan]):
         return parts
 
     def gather(self, name: str, parameter: nn.Parameter, part: torch.Tensor) -> torch.Tensor:
-        return gather_whole(name, parameter, part, self.plan.shape.vocab_size, self.grid)
+        words, of_exit = self.plan.shape.vocab_size, name.startswith("exit_heads.")
+        return gather_whole(name, parameter, part, self.plan.spec.scored(words) if of_exit else words, self.grid)
 
     def local(self, name: str, parameter: nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
         return local_slice(whole, parameter, self.grid.tp_rank)

@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.models import VOCAB, load_whole, write_model
+from helpers.models import VOCAB, load_whole, spec_of, write_model
 from helpers.spawn import spawn
 from torch.nn import functional
 
 from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.errors import UserError
-from ee_scale.exits.placement import exit_spec
 from ee_scale.grid import Layout, join_grid, leave_grid
 from ee_scale.inference.model import EarlyExitForCausalLM, untrained_exits
 from ee_scale.inference.pipeline import Decoded, PipelineDecoder, check_pipeline
@@ -30,6 +29,7 @@ MODELS = {  # family -> kind, head
     "qwen3": ("norm", "tied"),
     "mistral": ("layer", "full"),
     "gemma2": ("mlp", "full"),
+    "qwen2": ("norm", "shortlist"),
 }
 GRIDS = {2: (Layout(pp=2), Layout(tp=2)), 4: (Layout(pp=4), Layout(tp=2, pp=2))}
 SAMPLING = {"do_sample": True, "temperature": 0.9, "top_k": 20}
@@ -63,6 +63,7 @@ CASES = {
     "mistral-off": Case("mistral", "off"),
     "gemma2": Case("gemma2", "threshold", {"threshold": 0.032}),
     "gemma2-off": Case("gemma2", "off"),
+    "qwen2": Case("qwen2", "entropy", {"threshold": 1.2}),
 }
 
 
@@ -92,7 +93,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             whole.lm_head.weight.mul_(HEAD_SCALE)
             whole.model.embed_tokens.weight.mul_(EMBEDDING_SCALE)
         whole.save_pretrained(base)
-        spec = exit_spec(whole.config, EXITS, kind, head, rank=4)
+        spec = spec_of(whole.config, EXITS, kind, head)
         model = untrained_exits(base, spec)
         torch.manual_seed(1)
         with torch.no_grad():
@@ -126,7 +127,7 @@ def reference(root: Path, case: str) -> Decoded:
 def measure(policy: str, logits: torch.Tensor) -> float:
     p = functional.softmax(logits, -1)
     top = p.sort(descending=True).values
-    return {"margin": top[0] - top[1], "entropy": -(p * p.log()).sum()}.get(policy, top[0]).item()
+    return {"margin": top[0] - top[1], "entropy": torch.special.entr(p).sum()}.get(policy, top[0]).item()
 
 
 def chosen_layer(case: Case, row: int, logits: dict[int, torch.Tensor]) -> tuple[int, float]:
@@ -239,7 +240,7 @@ def test_the_cases_leave_at_every_exit_and_end_early(expected: dict) -> None:
     for case in ("threshold", "threshold-by-row", "entropy", "margin", "patience", "processors"):
         layers = {k for row in expected[case].exit_layers for k in row[1:]}
         assert len(layers) >= 3, (case, layers)
-    for case in ("qwen3", "mistral", "gemma2"):
+    for case in ("qwen3", "mistral", "gemma2", "qwen2"):
         assert len({k for row in expected[case].exit_layers for k in row[1:]}) >= 2, case
     assert [len(row) < NEW for row in expected["eos"].tokens].count(True) >= 1
     assert expected["processors"].tokens != expected["threshold"].tokens

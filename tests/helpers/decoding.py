@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from ee_scale.exits.placement import exit_spec
 from ee_scale.inference.model import untrained_exits
 from ee_scale.modeling.early_exits import EarlyExits
 from ee_scale.modeling.speculate import Speculation
 from ee_scale.modeling.versions import CACHE
-from helpers.models import VOCAB, write_model
+from helpers.models import VOCAB, spec_of, write_model
 
 LAYERS = 5  # of every model here
 EOS = 120
@@ -63,7 +62,7 @@ def make_pair(
                 layer.mlp.down_proj.weight.mul_(calm)
         model.save_pretrained(source)
     base = AutoModelForCausalLM.from_pretrained(source, **options).eval()
-    model = untrained_exits(source, exit_spec(AutoConfig.from_pretrained(source), exits, kind, head, 4), **options)
+    model = untrained_exits(source, spec_of(AutoConfig.from_pretrained(source), exits, kind, head), **options)
     torch.manual_seed(0)
     with torch.no_grad():  # copies of the backbone would hide a head that reads the wrong module
         for parameter in model.exit_heads.parameters():
@@ -106,7 +105,7 @@ def limits_for(pair: Pair, policy: str, shares: Sequence[float]) -> list[float]:
 def _score(policy: str, logits: torch.Tensor) -> torch.Tensor:
     p = logits.float().softmax(-1)
     if policy == "entropy":
-        return -(p * p.log()).sum(-1)
+        return -torch.special.xlogy(p, p).sum(-1)
     top = p.sort(-1, descending=True).values
     return top[..., 0] - top[..., 1] if policy == "margin" else top[..., 0]
 

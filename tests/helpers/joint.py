@@ -20,11 +20,10 @@ from ee_scale.config.tune import BackboneConfig, ExitsConfig, TrainConfig, TuneC
 from ee_scale.engine import two_way
 from ee_scale.engine.joint import FINAL, JointPipelineEngine
 from ee_scale.exits.joint import JointStage, output_copies
-from ee_scale.exits.placement import exit_spec
 from ee_scale.exits.stage import build_stage, gather_whole, load_stage, local_slice
 from ee_scale.grid import Grid
-from helpers.models import VOCAB, load_whole
-from helpers.reference import BATCH, micro_batches, soft_cap, start_noise
+from helpers.models import VOCAB, load_whole, some_tokens, spec_of
+from helpers.reference import BATCH, micro_batches, on_shortlist, soft_cap, start_noise
 
 SEED = 3
 
@@ -111,8 +110,10 @@ class Reference:
             modules["layer"] = copied(layers[-1])
         if self.job.kind != "embedding":
             modules["norm"] = copied(norm)
-        if self.job.head == "full":
+        if self.job.head in ("full", "shortlist"):
             modules["head"] = copied(self.model.lm_head)
+        if self.job.head == "shortlist":
+            modules["head"].weight = nn.Parameter(self.model.lm_head.weight[some_tokens()].clone())
         named = {f"exit_heads.{k}.{name}": p for name, p in modules.named_parameters()}
         if self.job.head == "low_rank":
             for part in ("down", "up"):
@@ -167,8 +168,9 @@ class Reference:
         return soft_cap(logits, self.model.config)
 
     def _loss(self, logits: torch.Tensor, batch: dict[str, torch.Tensor], early: bool) -> tuple[torch.Tensor, float]:
-        mask = batch["loss_mask"]
-        ce = functional.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="none")
+        short = early and self.job.head == "shortlist"
+        labels, mask = on_shortlist(batch) if short else (batch["labels"], batch["loss_mask"])
+        ce = functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
         learned, trust = (mask > 0).float(), torch.ones_like(mask)
         if self.job.confidence and early:
             trust = logits.detach().softmax(-1).max(-1).values
@@ -214,7 +216,7 @@ def train_reference(folder: Path, job: JointJob, start: dict[str, torch.Tensor])
 def build_joint_engine(folder: Path, job: JointJob, grid: Grid, *, bf16: bool = False) -> JointPipelineEngine:
     """This rank's engine at the start values that the reference uses too."""
     config = ModelFolder(folder).decoder_config
-    spec = exit_spec(config, job.exit_layers, job.kind, job.head, job.rank)
+    spec = spec_of(config, job.exit_layers, job.kind, job.head, job.rank)
     plan = plan_stages(config.num_hidden_layers, grid.layout.pp, job.exit_layers, whole_model=True)
     dtype = torch.bfloat16 if bf16 else torch.float32
     stage = build_stage(config, plan, spec, grid, dtype, own_logits=True, cls=JointStage)
@@ -223,7 +225,7 @@ def build_joint_engine(folder: Path, job: JointJob, grid: Grid, *, bf16: bool = 
     stage.train_backbone(backbone, output_copies(plan, spec, config.tie_word_embeddings), grid, SEED)
     for name, parameter in file_names(stage).items():
         if name.startswith("exit_heads.") or ".lora_B." in name:
-            whole = gather_whole(name, parameter, parameter.detach(), VOCAB, grid)
+            whole = gather_whole(name, parameter, parameter.detach(), rows_of(name, stage), grid)
             with torch.no_grad():
                 parameter.copy_(local_slice(noisy(name, whole), parameter, grid.tp_rank))
     config = TuneConfig(
@@ -235,6 +237,11 @@ def build_joint_engine(folder: Path, job: JointJob, grid: Grid, *, bf16: bool = 
     engine = JointPipelineEngine.build(stage, grid, config)
     engine.loss_weights = dict(zip(job.exit_layers, job.loss_weights, strict=True))
     return engine
+
+
+def rows_of(name: str, stage: JointStage) -> int:
+    """Of a matrix over tokens, by its name in files."""
+    return stage.spec.scored(VOCAB) if name.startswith("exit_heads.") else VOCAB
 
 
 def file_names(stage: JointStage) -> dict[str, nn.Parameter]:
@@ -250,7 +257,7 @@ def train_on_grid(engine: JointPipelineEngine, job: JointJob, grid: Grid) -> Joi
         found = {}
         for name, parameter in named.items():
             part = read(parameter).detach().float().view(parameter.shape)
-            found[name] = gather_whole(name, parameter, part, VOCAB, grid).clone()
+            found[name] = gather_whole(name, parameter, part, rows_of(name, engine.stage), grid).clone()
         return found
 
     def clip_and_keep(*args: Any, **options: Any) -> Any:
@@ -268,6 +275,6 @@ def train_on_grid(engine: JointPipelineEngine, job: JointJob, grid: Grid) -> Joi
             record.norms.append(engine.grad_norm.item())
     record.parameters = whole(safe_get_full_fp32_param)
     for name, parameter in named.items():
-        held = gather_whole(name, parameter, parameter.detach(), VOCAB, grid)
+        held = gather_whole(name, parameter, parameter.detach(), rows_of(name, engine.stage), grid)
         assert torch.equal(held.float(), record.parameters[name]) or parameter.dtype != torch.float32, name
     return record

@@ -1,5 +1,7 @@
-"""Tiny random models of every family, written as Hugging Face folders."""
+"""Tiny random models of every family, written as Hugging Face folders; and specs of exits on them."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +9,15 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from ee_scale.exits.placement import exit_spec
 from ee_scale.families.decoders import DECODERS
+from ee_scale.modeling.heads import ExitSpec
 
 FAMILIES = tuple(family.name for family in DECODERS)
 CUT_FAMILIES = tuple(family for family in FAMILIES if family != "olmo2")  # those that can be tensor-parallel
 VOCAB = 131  # odd: tp = 2 and 4 both pad
 SLIDING_WINDOW = 8
+SHORTLIST = 37  # so is this one
 
 
 def tiny_config(family: str, **changes: Any) -> Any:
@@ -40,6 +45,17 @@ def tiny_config(family: str, **changes: Any) -> Any:
     if family in ("qwen2", "olmo2"):
         del values["head_dim"]
     return CONFIG_MAPPING[family](**(values | changes))
+
+
+def some_tokens(count: int = SHORTLIST, vocab_size: int = VOCAB) -> list[int]:
+    """Token ids for a shortlist, in no order that anything else has."""
+    return torch.randperm(vocab_size, generator=torch.Generator().manual_seed(9))[:count].tolist()
+
+
+def spec_of(config: Any, layers: Sequence[int], kind: str, head: str, rank: int = 4) -> ExitSpec:
+    """The spec of exits on a tiny model; a shortlist head scores `some_tokens`."""
+    spec = exit_spec(config, layers, kind, head, rank, min(SHORTLIST, config.vocab_size // 2))
+    return replace(spec, shortlist_ids=tuple(some_tokens(spec.shortlist, config.vocab_size)))
 
 
 def write_model(folder: Path, family: str, seed: int = 0, **changes: Any) -> Path:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from helpers.models import VOCAB, load_whole
+from helpers.models import VOCAB, load_whole, some_tokens
 
 BATCH, SEQUENCE = 2, 12  # of a micro-batch
 
@@ -94,8 +94,10 @@ class ReferenceExit(nn.Module):
             self.head = nn.Module()
             self.head.down = nn.Linear(model.config.hidden_size, job.rank, bias=False)
             self.head.up = nn.Linear(job.rank, VOCAB, bias=False)
-        elif job.head == "full":
+        elif job.head in ("full", "shortlist"):
             self.head = copy.deepcopy(model.lm_head)
+        if job.head == "shortlist":
+            self.head.weight = nn.Parameter(model.lm_head.weight[some_tokens()].clone())
         self.requires_grad_(True)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
@@ -148,11 +150,12 @@ def exit_loss(
     job: Job, logits: torch.Tensor, final: torch.Tensor, batch: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, list[float]]:
     """(loss to differentiate, [mean cross entropy, mean KL]) of one exit on one micro-batch, dense."""
-    mask = batch["loss_mask"]
+    labels, mask = on_shortlist(batch) if job.head == "shortlist" else (batch["labels"], batch["loss_mask"])
     learned = (mask > 0).float()
-    ce = functional.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="none")
+    ce = functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
     per_token, kl = ce, torch.zeros_like(ce)
     if job.kl_weight:
+        final = final[..., some_tokens()] if job.head == "shortlist" else final
         t = job.kl_temperature
         student, teacher = functional.log_softmax(logits / t, -1), functional.log_softmax(final / t, -1)
         kl = functional.kl_div(student, teacher, log_target=True, reduction="none").sum(-1) * t**2
@@ -160,6 +163,12 @@ def exit_loss(
     trust = logits.detach().softmax(-1).max(-1).values if job.confidence else torch.ones_like(mask)
     means = [((value * mask).sum() / learned.sum()).item() for value in (ce.detach(), kl.detach())]
     return (per_token * mask * trust).sum() / (learned * trust).sum(), means
+
+
+def on_shortlist(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(labels as places in the shortlist, the mask without those that are not in it)."""
+    same = batch["labels"][..., None] == torch.tensor(some_tokens())
+    return same.int().argmax(-1), batch["loss_mask"] * same.any(-1)
 
 
 def train(folder: Path, job: Job, on_step: Callable[[int], None] = lambda step: None) -> Record:

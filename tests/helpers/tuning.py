@@ -17,11 +17,10 @@ from ee_scale.config.groups import OptimConfig
 from ee_scale.config.tune import ExitsConfig, TrainConfig, TuneConfig
 from ee_scale.engine import frozen
 from ee_scale.engine.frozen import FrozenPipelineEngine
-from ee_scale.exits.placement import exit_spec
 from ee_scale.exits.stage import TuningStage, build_stage, load_stage
 from ee_scale.families.build import meta_model
 from ee_scale.grid import Grid
-from helpers.models import VOCAB
+from helpers.models import VOCAB, spec_of
 from helpers.reference import BATCH, Job, Record, micro_batches, start_noise
 
 Shards = dict[str, tuple[int | None, torch.Tensor]]  # parameter -> (dimension that is cut, this rank's part)
@@ -38,7 +37,7 @@ def build_engine(
 ) -> FrozenPipelineEngine:
     """This rank's engine, at the start values that the reference uses too."""
     config = ModelFolder(folder).decoder_config
-    spec = exit_spec(config, job.exit_layers, job.kind, job.head, job.rank)
+    spec = spec_of(config, job.exit_layers, job.kind, job.head, job.rank)
     dtype = torch.bfloat16 if bf16 else torch.float32
     plan = plan or plan_of(folder, job, grid.layout.pp)
     stage = build_stage(config, plan, spec, grid, dtype, teacher=job.kl_weight > 0)
@@ -71,7 +70,7 @@ def add_start_noise(stage: TuningStage, grid: Grid) -> None:
         if dim is not None:
             shape[dim] *= grid.layout.tp
         if name.endswith(("head.weight", "head.up.weight")):
-            shape[0] = VOCAB
+            shape[0] = stage.spec.scored(VOCAB)
         noise = start_noise(name, tuple(shape))
         if dim is not None:
             step = parameter.shape[dim]

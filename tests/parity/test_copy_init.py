@@ -5,19 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.models import FAMILIES, VOCAB, load_whole, tiny_config, write_model
+from helpers.models import FAMILIES, VOCAB, load_whole, some_tokens, spec_of, tiny_config, write_model
 from helpers.reference import backbone_states, soft_cap
 from helpers.spawn import spawn
+from torch.nn import functional
 
 from ee_scale.backbone.loading import TensorFolder
 from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.backbone.stages import plan_stages
-from ee_scale.exits.placement import exit_spec
 from ee_scale.exits.stage import TuningStage, build_stage, load_stage
 from ee_scale.grid import Layout, join_grid
 
 LAYERS = (1, 2, 3, 4, 5)  # 5 is the last: its lens is the model itself
-EXITS = [(kind, head) for kind in ("norm", "mlp") for head in ("tied", "low_rank", "full")]
+EXITS = [(kind, head) for kind in ("norm", "mlp") for head in ("tied", "low_rank", "full")] + [("norm", "shortlist")]
 CASES = [(family, tied, *exit_) for family in FAMILIES for tied in (False, True) for exit_ in EXITS]
 
 
@@ -38,10 +38,10 @@ def exits_and_lenses(rank: int, root: Path) -> dict[tuple, dict[int, tuple[torch
     for family, tied, kind, head in CASES:
         folder = root / f"{family}-{tied}"
         config = ModelFolder(folder).decoder_config
-        spec = exit_spec(config, LAYERS, kind, head, rank=4)
+        spec = spec_of(config, LAYERS, kind, head)
         stage = build_stage(config, plan_stages(5, 1, LAYERS), spec, grid, torch.float32)
         load_stage(stage, TensorFolder(folder), grid, init="copy", seed=0)
-        lens = logit_lens(folder, ids)
+        lens = logit_lens(folder, ids, some_tokens() if head == "shortlist" else None)
         found[family, tied, kind, head] = {k: (exit_, lens[k]) for k, exit_ in exit_logits(stage, ids).items()}
     return found
 
@@ -53,11 +53,16 @@ def exit_logits(stage: TuningStage, ids: torch.Tensor) -> dict[int, torch.Tensor
 
 
 @torch.no_grad()
-def logit_lens(folder: Path, ids: torch.Tensor) -> dict[int, torch.Tensor]:
+def logit_lens(folder: Path, ids: torch.Tensor, tokens: list[int] | None) -> dict[int, torch.Tensor]:
+    """Of some tokens, in this order, or of all."""
     model = load_whole(folder)
     states, _, final = backbone_states(model, ids)
-    lens = {k: soft_cap(model.lm_head(model.model.norm(states[k])), model.config) for k in LAYERS}
-    assert torch.equal(lens[LAYERS[-1]], final)
+    matrix = model.lm_head.weight if tokens is None else model.lm_head.weight[tokens]
+    lens = {k: soft_cap(functional.linear(model.model.norm(states[k]), matrix), model.config) for k in LAYERS}
+    if tokens is None:
+        assert torch.equal(lens[LAYERS[-1]], final)
+    else:
+        torch.testing.assert_close(lens[LAYERS[-1]], final[..., tokens])
     return lens
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.decoding import (
     LAYERS,
+    PAD,
     Pair,
     after_each_step,
     cache_error,
@@ -20,9 +21,10 @@ from helpers.decoding import (
     slow_exits,
     spoil,
 )
+from helpers.models import VOCAB, some_tokens
 
 FAMILIES = ("llama", "qwen3", "mistral")
-BODIES = (("norm", "tied"), ("mlp", "full"), ("layer", "low_rank"))
+BODIES = (("norm", "tied"), ("mlp", "full"), ("layer", "low_rank"), ("norm", "shortlist"))
 EXITS = (1, 2, 4)
 NEW = 12
 
@@ -50,10 +52,11 @@ def _check(pair: Pair, inputs: dict, rule: Any, caps: tuple[int, ...] = (0, 2, 8
     return Counter(layer for _, layers in slow for layer in layers)
 
 
+POLICIES = (("threshold",), ("threshold", "patience"), ("margin", "entropy"), ("entropy", "threshold", "patience"))
 CASES = [
     (family, *body, policy)
     for i, family in enumerate(FAMILIES)
-    for body, policies in zip(BODIES, (("threshold",), ("threshold", "patience"), ("margin", "entropy")), strict=True)
+    for body, policies in zip(BODIES, POLICIES, strict=True)
     for policy in (policies if i == 0 else policies[i % len(policies) :][:1])
 ]
 
@@ -70,6 +73,17 @@ def test_equals_a_loop_without_cache(folder, family, kind, head, policy):
     rule = score_rule(policy, dict(zip(EXITS, limits, strict=True)))
     used = _check(pair, inputs, rule, policy=policy, exit_threshold=limits)
     assert set(used) == {*EXITS, LAYERS}  # the rule was put to the test everywhere
+
+
+def test_processors_that_forbid_a_whole_shortlist_are_refused(folder):
+    """An exit has nothing to say then; the final layer has."""
+    pair, inputs = make_pair(folder, "llama", "norm", "shortlist", EXITS), prompts(2)
+    others = sorted(set(range(VOCAB)) - set(some_tokens()) - {PAD})
+    options = {"max_new_tokens": 3, "prefix_allowed_tokens_fn": lambda row, ids: others}
+    want = pair.reference(inputs, **options)
+    assert torch.equal(pair.generate(inputs, "lossless", **options).sequences, want)
+    with pytest.raises(ValueError, match=r"processors forbid all 37 tokens that the exit at layer 2 scores"):
+        pair.generate(inputs, "fixed", exit_layer=2, **options)
 
 
 def test_patience_leaves_when_exits_agree(folder):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.ee_llm import EELLM, Tensors, ee_config, random_tensors
-from helpers.models import load_whole, tiny_config, write_model
+from helpers.models import load_whole, spec_of, tiny_config, write_model
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
@@ -484,9 +484,22 @@ def test_what_ee_llm_would_compute_otherwise_is_refused(tmp_path: Path, family: 
     assert plain.opened.model.exits.layers == (2,)
 
 
-def random_exits(folder: Path, family: str, **changes: Any) -> Path:
+def test_shortlist_heads_stay_with_hugging_face(tmp_path: Path):
+    """EE-LLM's exits score every token; another folder of the same model has the same exits, verified."""
+    src = random_exits(tmp_path / "src", "llama", head="shortlist")
+    refused = r"classes=legacy: EE-LLM has no heads of kind 'shortlist' \(shortlist=37 of vocab_size=131\)"
+    with pytest.raises(UserError, match=refused):
+        make_conversion(ConvertConfig(src=src, out=tmp_path / "out", to="megatron_legacy"))
+    again = convert(src, tmp_path / "again", "hf")
+    assert open_model(again).exit_spec == open_model(src).exit_spec
+    same(again, {name: TensorFolder(src).read(name) for name in TensorFolder(src).files})
+    sidecar = convert(src, tmp_path / "sidecar", "sidecar", model=tmp_path / "base")
+    assert torch.equal(logits_of(sidecar)[1][2], logits_of(src)[1][2])
+
+
+def random_exits(folder: Path, family: str, head: str = "full", **changes: Any) -> Path:
     base = write_model(folder.with_name("base"), family, num_hidden_layers=2, **changes)
-    untrained_exits(base, exit_spec(load_whole(base).config, (2,), "norm", "full", rank=1)).save_pretrained(folder)
+    untrained_exits(base, spec_of(load_whole(base).config, (2,), "norm", head)).save_pretrained(folder)
     return folder
 
 

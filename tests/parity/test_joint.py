@@ -11,10 +11,11 @@ from helpers.joint import (
     JointRecord,
     build_joint_engine,
     file_names,
+    rows_of,
     train_on_grid,
     train_reference,
 )
-from helpers.models import VOCAB, write_model
+from helpers.models import write_model
 from helpers.reference import relative_error
 from helpers.spawn import spawn
 
@@ -34,6 +35,7 @@ JOBS = {
         JointJob("qwen3", "mlp", "low_rank", "low_rank", checkpointing=True),
         JointJob("llama", "norm", "tied", "low_rank", tied=True, targets=("attention",)),
         JointJob("gemma2", "layer", "full", "low_rank", targets=("mlp",)),
+        JointJob("llama", "norm", "shortlist", "full", exit_layers=(1, 2, 5)),
     )
 }
 GRIDS = {
@@ -81,7 +83,7 @@ def run_cases(rank: int, root: Path, cases: list[tuple]) -> dict[tuple, tuple[Jo
         grid = join_grid(Layout(*layout), torch.device("cpu"))
         engine = build_joint_engine(model_of(root, job), job, grid)
         start = {
-            name: gather_whole(name, parameter, parameter.detach(), VOCAB, grid).clone()
+            name: gather_whole(name, parameter, parameter.detach(), rows_of(name, engine.stage), grid).clone()
             for name, parameter in file_names(engine.stage).items()
         }
         records[layout, name] = (train_on_grid(engine, job, grid), start)

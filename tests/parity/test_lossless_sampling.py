@@ -15,11 +15,19 @@ TEXTS = 20_000
 PROMPT = [3, 1, 4]
 
 
+SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4}
+SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 1, "eos_token_id": None, "pad_token_id": 0}
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> Pair:
-    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4}
-    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "eos_token_id": None, "pad_token_id": 0}
-    return make_pair(tmp_path_factory.mktemp("sampling"), "llama", exits=(1, 3), calm=0.3, **sizes)
+    return make_pair(tmp_path_factory.mktemp("sampling"), "llama", exits=(1, 3), calm=0.3, **SIZES)
+
+
+@pytest.fixture(scope="module")
+def short_pair(tmp_path_factory) -> Pair:
+    """Exits that score three of the seven tokens."""
+    return make_pair(tmp_path_factory.mktemp("short"), "llama", head="shortlist", exits=(1, 3), calm=0.3, **SIZES)
 
 
 @torch.no_grad()
@@ -78,11 +86,13 @@ CASES = {
     "any drafts": ({}, 1.0, 1.0),
     "shortlist": ({"exit_layer": 3, "exit_draft_length": 3, "exit_shortlist": [5, 0, 2]}, 1.3, 1.0),
     "top p": ({"exit_layer": 1, "exit_draft_length": 2}, 1.2, 0.8),
+    "shortlist heads": ({"exit_layer": 3, "exit_draft_length": 2}, 1.3, 1.0),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_joint_law(pair, name):
+def test_joint_law(pair, short_pair, name):
+    pair = short_pair if name == "shortlist heads" else pair
     options, temperature, top_p = CASES[name]
     got = sample(pair.model, 1, exit_policy="lossless", temperature=temperature, top_p=top_p, **options)
     assert got.sequences.shape == (TEXTS, len(PROMPT) + 5)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.clutter import check_copy, clutter
 from helpers.convert import convert
-from helpers.models import FAMILIES, VOCAB, write_model
+from helpers.models import FAMILIES, VOCAB, spec_of, write_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -21,7 +21,6 @@ from ee_scale.artifact.submodel import export_submodel
 from ee_scale.backbone.fingerprint import fingerprint
 from ee_scale.backbone.loading import TensorFolder
 from ee_scale.errors import UserError
-from ee_scale.exits.placement import exit_spec
 from ee_scale.files import file_digest
 from ee_scale.inference.model import EarlyExitForCausalLM, untrained_exits
 from ee_scale.modeling.modeling_early_exit import AUTO_MAP, PREFIX, code_files
@@ -57,7 +56,7 @@ def write_run(folder: Path, base: Path, model: Any, steps: tuple[int, ...] = (1,
 
 def with_exits(base: Path, kind: str, head: str, exits: tuple[int, ...] = EXITS) -> Any:
     """The base model with exits that are no copies of it."""
-    model = untrained_exits(base, exit_spec(AutoConfig.from_pretrained(base), exits, kind, head, 4))
+    model = untrained_exits(base, spec_of(AutoConfig.from_pretrained(base), exits, kind, head))
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.exit_heads.parameters():
@@ -159,6 +158,9 @@ def test_what_cannot_be_exported(bases, run, tmp_path):
     raw = write_run(tmp_path / "raw", bases / "llama", with_exits(bases / "llama", "embedding", "full"))
     with pytest.raises(UserError, match="'embedding', whose head reads the hidden state without a norm"):
         export_submodel(raw, tmp_path / "out", 2)
+    few = write_run(tmp_path / "few", bases / "llama", with_exits(bases / "llama", "norm", "shortlist"))
+    with pytest.raises(UserError, match="heads of kind 'shortlist', which score 37 tokens; a stock model scores all"):
+        export_submodel(few, tmp_path / "out", 2)
     assert not (tmp_path / "out").exists()
 
 

@@ -32,6 +32,8 @@ JOBS = {
         Job("gemma2", "layer", "full", clip_grad=0.5),
         Job("qwen3", "mlp", "low_rank", exit_layers=(2, 3, 5), kl_weight=0.5, kl_temperature=0.5, clip_grad=0.5),
         Job("olmo2", "mlp", "low_rank", clip_grad=0.5),
+        Job("gemma2", "norm", "shortlist", tied=True, kl_weight=0.7, kl_temperature=2.0, clip_grad=0.3),
+        Job("llama", "embedding", "shortlist", confidence=True, clip_grad=0.2),
         Job("qwen2", "mlp", "full", tied=True, clip_grad=0.5, steps=2),  # four tensor ranks on two cores are slow
     )
 }

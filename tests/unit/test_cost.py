@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from deepspeed.runtime.pipe.schedule import TrainSchedule
-from helpers.models import VOCAB, tiny_config
+from helpers.models import SHORTLIST, VOCAB, some_tokens, tiny_config
 from megatron.core.tensor_parallel import layers as megatron_layers
 from megatron.core.tensor_parallel import mappings
 from replay import Op, operations, replay
@@ -35,12 +35,14 @@ from ee_scale.planning.tune import TunePlan, plan_tune
 
 ROWS, LENGTH = 2, 16
 TUNE = ["model=tiny", "data=python", f"data.seq_length={LENGTH}", f"train.micro_batch_size={ROWS}"]
-TUNE += ["train.global_batch_size=8", "exits.layers=[2,4]", "exits.rank=4"]
+TUNE += ["train.global_batch_size=8", "exits.layers=[2,4]", "exits.rank=4", f"exits.shortlist={SHORTLIST}"]
 
 
 def tune_plan(family: str = "llama", *overrides: str, **changes: Any) -> TunePlan:
     config = compose_config("tune", [*TUNE, *overrides])
-    return plan_tune(config, Path("nowhere"), tiny_config(family, **changes))
+    plan = plan_tune(config, Path("nowhere"), tiny_config(family, **changes))
+    # Costs follow from the number of tokens alone; the modules they are compared with want the tokens.
+    return replace(plan, spec=replace(plan.spec, shortlist_ids=tuple(some_tokens(plan.spec.shortlist))))
 
 
 def supernet_plan(model_config: Any, *overrides: str) -> SupernetPlan:
@@ -121,7 +123,7 @@ def test_parameters_of_olmo2_without_tensor_parallelism(groups_without_processes
 def test_joint_parameters_are_those_of_the_real_stages(
     groups_without_processes, mode: str, tied: bool, tp: int
 ) -> None:
-    for kind, head in (("mlp", "low_rank"), ("norm", "full")):
+    for kind, head in (("mlp", "low_rank"), ("norm", "full"), ("norm", "shortlist")):
         overrides = [f"exits.kind={kind}", f"exits.head={head}", f"parallel.tp={tp}", "parallel.pp=2"]
         plan = tune_plan("qwen2", *overrides, f"backbone={mode}", tie_word_embeddings=tied)
         copies = output_copies(plan.stages, plan.spec, tied)
@@ -215,7 +217,10 @@ def test_frozen_flops_are_those_that_torch_counts(family: str, kind: str, head: 
     assert work.backward == work.teacher == 0
 
 
-@pytest.mark.parametrize(("kind", "head"), [("mlp", "full"), ("layer", "low_rank"), ("embedding", "low_rank")])
+JOINT_CASES = [("mlp", "full"), ("layer", "low_rank"), ("embedding", "low_rank"), ("norm", "shortlist")]
+
+
+@pytest.mark.parametrize(("kind", "head"), JOINT_CASES)
 def test_joint_flops_are_those_that_torch_counts(kind: str, head: str) -> None:
     plan = tune_plan("llama", f"exits.kind={kind}", f"exits.head={head}", "backbone=full")
     model = eager_model("llama")
@@ -235,12 +240,13 @@ def test_joint_flops_are_those_that_torch_counts(kind: str, head: str) -> None:
     assert again.work()[0].total - work.total == work.forward
 
 
-def test_teacher_and_confidence_cost_a_pass_of_the_head() -> None:
-    plain, more = tune_plan("llama", "exits.head=tied"), ["exits.kl_weight=1", "exits.confidence_weighting=true"]
-    both = tune_plan("llama", "exits.head=tied", *more)
-    head = 2 * plain.shape.vocab_size * plain.shape.hidden_size
+@pytest.mark.parametrize(("head", "words"), [("tied", VOCAB), ("shortlist", SHORTLIST)])
+def test_teacher_and_confidence_cost_a_pass_of_the_head(head: str, words: int) -> None:
+    more = ["exits.kl_weight=1", "exits.confidence_weighting=true"]
+    plain, both = tune_plan("llama", f"exits.head={head}"), tune_plan("llama", f"exits.head={head}", *more)
+    once = 2 * words * plain.shape.hidden_size
     extra = both.work()[0].exits - plain.work()[0].exits
-    assert extra == 2 * head * 2  # two exits, two passes each
+    assert extra == 2 * once * 2  # two exits, two passes each
 
 
 def test_stages_share_the_work() -> None:

@@ -68,7 +68,8 @@ def test_command(page: str, command: str):
     elif words[:2] == ["docker", "build"]:
         assert (ROOT / words[words.index("-f") + 1]).is_file()
     else:
-        assert words[:3] == ["pip", "install", "."]
+        assert words[:2] == ["pip", "install"]
+        assert re.fullmatch(r"\.(\[\w+\])?", words[2])
         assert words[3:] in ([], ["-c", "constraints.txt"])
 
 

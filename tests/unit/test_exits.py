@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.models import VOCAB, load_whole, tiny_config, write_model
+from helpers.models import SHORTLIST, VOCAB, load_whole, some_tokens, spec_of, tiny_config, write_model
 from transformers import AutoModelForCausalLM
 
-from ee_scale.backbone.exit_layers import resolve_exit_layers
+from ee_scale.backbone import loading
+from ee_scale.backbone.exit_layers import read_spec, resolve_exit_layers
 from ee_scale.backbone.loading import TensorFolder
 from ee_scale.backbone.parallel import padded_vocab
 from ee_scale.errors import UserError
@@ -92,8 +93,9 @@ def test_spec_survives_json(family: str, kind: str, head: str) -> None:
         with pytest.raises(UserError, match="nothing to train"):
             exit_spec(tiny_config(family), [1, 3], kind, head, 8)
         return
-    spec = exit_spec(tiny_config(family), [1, 3], kind, head, 8)
+    spec = spec_of(tiny_config(family), [1, 3], kind, head, 8)
     assert ExitSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    assert ("shortlist_ids" in spec.to_dict()) == (head == "shortlist")  # other files are what they were
     names = {
         "llama": ("post_attention_layernorm", None, None),
         "gemma2": ("pre_feedforward_layernorm", "post_feedforward_layernorm", 4.0),
@@ -110,6 +112,55 @@ def test_spec_refuses_unknown_kinds(change: dict) -> None:
         ExitSpec.from_dict({"layers": [1], "colour": "red"})
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shortlist": 4}, "shortlist=4 is not the number of shortlist_ids, 3"),
+        ({"shortlist": 1, "shortlist_ids": [5]}, "or is below 2"),
+        ({"shortlist_ids": 3}, "shortlist_ids is no list"),
+        ({"shortlist_ids": [5, 0, 5]}, "each of them once"),
+        ({"shortlist_ids": [5, -1, 7]}, "whole numbers from 0 on"),
+        ({"shortlist_ids": [5, 0, True]}, "whole numbers from 0 on"),
+        ({"head": "full"}, "head='full' has no shortlist"),
+    ],
+)
+def test_spec_refuses_wrong_shortlists(change: dict, message: str) -> None:
+    values = {"layers": [1], "head": "shortlist", "shortlist": 3, "shortlist_ids": [5, 0, 7]}
+    assert ExitSpec.from_dict(values).shortlist_ids == (5, 0, 7)
+    with pytest.raises(ValueError, match=message):
+        ExitSpec.from_dict({**values, **change})
+
+
+def test_a_shortlist_has_tokens_of_the_vocabulary() -> None:
+    values = {"layers": [1], "head": "shortlist", "shortlist": 2, "shortlist_ids": [5, VOCAB]}
+    with pytest.raises(UserError, match=rf"here: early_exit: shortlist_ids: {VOCAB} is not in 0..{VOCAB - 1}"):
+        read_spec(values, "here", tiny_config("llama"))
+    with pytest.raises(UserError, match=f"exits.shortlist={VOCAB + 1} is above the model's vocab_size={VOCAB}"):
+        exit_spec(tiny_config("llama"), [1], "norm", "shortlist", 4, VOCAB + 1)
+
+
+def test_a_shortlist_head_is_a_full_head_with_some_rows() -> None:
+    """Its logits are those rows' of a full head, by token id; no other token can be chosen."""
+    model = AutoModelForCausalLM.from_config(tiny_config("llama"))
+    heads = {}
+    for head in ("full", "shortlist"):
+        spec = spec_of(model.config, [2], "norm", head)
+        heads[head] = build_exit_heads(spec, model.model.layers, model.model.norm, VOCAB)["2"]
+    tokens, hidden = torch.tensor(some_tokens()), torch.randn(2, 3, 64)
+    with torch.no_grad():
+        heads["shortlist"].head.weight.copy_(heads["full"].head.weight[tokens])
+        whole, some = (heads[head].logits(hidden, None) for head in ("full", "shortlist"))
+        scored = heads["shortlist"].scored_logits(hidden, None)
+    assert some.shape == whole.shape
+    assert scored.shape == (2, 3, SHORTLIST)
+    torch.testing.assert_close(some[..., tokens], whole[..., tokens])
+    assert torch.equal(some[..., tokens], scored)
+    assert some.isneginf().sum() == 6 * (VOCAB - SHORTLIST)
+    places = heads["shortlist"].shortlist.places(torch.arange(VOCAB))
+    assert torch.equal(places[tokens], torch.arange(SHORTLIST))
+    assert int((places == -1).sum()) == VOCAB - SHORTLIST
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("head", HEADS)
 def test_parameter_count_and_cost(kind: str, head: str) -> None:
@@ -117,12 +168,12 @@ def test_parameter_count_and_cost(kind: str, head: str) -> None:
     if (kind, head) == ("embedding", "tied"):
         return
     config = tiny_config("llama")
-    spec, shape = exit_spec(config, [2], kind, head, 8), shape_of(config)
+    spec, shape = spec_of(config, [2], kind, head, 8), shape_of(config)
     model = meta_model_of(config)
     exit_head = build_exit_heads(spec, model.model.layers, model.model.norm, VOCAB)["2"]
     matrices = sum(p.numel() for p in exit_head.parameters() if p.ndim > 1)
     assert exit_parameters(spec, shape) == matrices
-    frozen = 0 if head == "full" else VOCAB * 64
+    frozen = 0 if head in ("full", "shortlist") else VOCAB * 64
     assert exit_cost(spec, shape) == 3 * matrices + 2 * frozen
     assert (exit_head.norm is None) == (kind == "embedding")
 
@@ -164,6 +215,15 @@ def test_copies_come_from_where_the_paper_takes_them(folder: Path) -> None:
         assert copy_source(kind, name, 5, tensors) == source
 
 
+@pytest.mark.parametrize("block", [1, 64 * 5, 64 * 131, 1 << 22])
+def test_rows_are_read_a_block_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(loading, "BLOCK", block)
+    tensors, rows = TensorFolder(folder), torch.tensor(some_tokens())
+    name = "model.embed_tokens.weight"
+    assert torch.equal(tensors.read_rows(name, rows), tensors.read(name)[rows])
+    assert tensors.read_rows(name, rows[:0]).shape == (0, 64)
+
+
 def test_low_rank_factors_start_as_no_update() -> None:
     up = whole_low_rank("3.head.up.weight", torch.empty(66, 8), VOCAB, seed=0)
     assert up.shape == (VOCAB, 8)  # the whole vocabulary, whatever the shard
@@ -195,6 +255,7 @@ def test_random_matrices(folder: Path, name: str, source: str, std: float) -> No
     config, tensors = load_whole(folder).config, TensorFolder(folder)
     whole = whole_random(name, source, tensors, config, seed=1)
     assert tuple(whole.shape) == tensors.shape(source)
+    assert whole_random(name, source, tensors, config, 1, rows=SHORTLIST).shape == (SHORTLIST, whole.shape[1])
     assert whole.std().item() == pytest.approx(std, rel=0.05)
     assert abs(whole.mean().item()) < 0.05 * std
     assert torch.equal(whole, whole_random(name, source, tensors, config, seed=1))

@@ -58,6 +58,14 @@ def test_calibrated_limits():
     assert _resolve("lossless", shortlist=[5, 6], vocab_size=8).shortlist == (5, 6)
 
 
+def test_shortlist_heads_draft_among_their_own_tokens():
+    heads = {"head_tokens": (4, 9, 1), "calibration": CALIBRATION}
+    assert _resolve("lossless", **heads).shortlist == (4, 9, 1)
+    assert _resolve("lossless", shortlist=2, **heads).shortlist == (4, 9)
+    assert _resolve("lossless", shortlist=[1, 4], **heads).shortlist == (1, 4)
+    assert _resolve("threshold", **heads).shortlist is None
+
+
 def test_fixed_and_lossless_layers():
     assert _resolve("fixed", layer=4).layers == (4,)
     assert _resolve("lossless", layer=4).layers == (4,)
@@ -100,6 +108,7 @@ def test_fixed_and_lossless_layers():
         ("lossless", {"shortlist": [1, 1]}, "exit_shortlist.*repeated"),
         ("lossless", {"shortlist": [1, 8], "vocab_size": 8}, r"exit_shortlist.*8 is not in 0\.\.7"),
         ("fixed", {"layer": 2, "shortlist": [1]}, "exit_shortlist.*lossless"),
+        ("lossless", {"shortlist": [1, 3], "head_tokens": (4, 1)}, "exit_shortlist: token 3 is not among the 2"),
     ],
 )
 def test_bad_requests_name_the_option(name, options, says):

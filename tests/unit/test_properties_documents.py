@@ -42,6 +42,7 @@ from ee_scale.palettes.manifest import MANIFEST, Device, Manifest, Member, Tried
 from ee_scale.reading import DEEPEST, parse_json, read_json, read_object, write_json
 
 SPEC = ExitSpec((2, 4), "mlp", "low_rank", 8).to_dict()
+SHORT = ExitSpec((2, 4), "norm", "shortlist", shortlist=3, shortlist_ids=(5, 0, 7)).to_dict()
 CALIBRATION = {
     "policy": "threshold",
     "thresholds": {"2": 0.9, "4": None},
@@ -258,18 +259,21 @@ def test_a_changed_manifest_says_what_it_says(folder, document) -> None:
 # --- exits and calibrations
 
 
-@given(mutated(SPEC))
+@given(mutated(SPEC) | mutated(SHORT))
+@example({**SHORT, "shortlist_ids": [5, 0, 10]})
+@example({**SHORT, "shortlist": 10**12})
 @example({**SPEC, "layers": "12"})
 @example({**SPEC, "layers": [[1]]})
 @example({**SPEC, "rank": 10**12})
 @example({**SPEC, "kind": {}})
 @examples(100)
 def test_exits_of_a_config(document) -> None:
-    found = refused(lambda: read_spec(document, "config.json", 6))
+    found = refused(lambda: read_spec(document, "config.json", SimpleNamespace(num_hidden_layers=6, vocab_size=10)))
     if found is not None:
         assert found.to_dict() == {**ExitSpec(()).to_dict(), **document}
         assert all(1 <= k <= 6 for k in found.layers)
         assert (found.kind in KINDS, found.head in HEADS) == (True, True)
+        assert all(0 <= token < 10 for token in found.shortlist_ids)
 
 
 @given(json_files({"eos_token_id": 1, CALIBRATION_KEY: CALIBRATION}))

@@ -55,7 +55,7 @@ class HuggingFaceRun:
         head = self._loaded(self.heads[str(number)], f"{PREFIX}{number}")
         # No family with a norm behind its MLP has a map to Megatron.
         hidden = head.hidden(tap, None, lambda layer, x: run_single_layer(self.base, layer, x))
-        logits = head.logits(hidden, self._lm_head() if self.model.exits.reads_lm_head else None)
+        logits = head.scored_logits(hidden, self._lm_head() if self.model.exits.reads_lm_head else None)
         head.to("meta")
         return logits
 

@@ -78,6 +78,11 @@ def check_layout(model: Model, layout: MegatronLayout) -> None:
             )
         if model.exits and model.exits.exit_kind.ee_llm is None:
             raise UserError(f"classes=legacy: EE-LLM has no exits of kind '{model.exits.kind}'")
+        if model.exits and model.exits.shortlist:
+            raise UserError(
+                f"classes=legacy: EE-LLM has no heads of kind 'shortlist' (shortlist={model.exits.shortlist} of "
+                f"vocab_size={model.map.shape.vocab_size}); its exits score every token"
+            )
     elif model.exits:
         raise UserError("classes=core: Megatron-Core has no exits; use classes=legacy (EE-LLM), or drop the exits")
 
