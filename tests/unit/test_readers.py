@@ -8,6 +8,7 @@ import lzma
 import os
 import sys
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 
 import pyarrow
@@ -191,7 +192,7 @@ def test_a_folder_of_what_cannot_be_read_names_it(tmp_path):
         ("a.tar.gz", b"x", ".tar files are not read; unpack it first"),
         ("a.jsonl.gz", b"no gzip", "cannot read (Not a gzipped file"),
         ("a.txt.gz", gzip.compress(b"text" * 99, mtime=0)[:-12], "cannot read ("),
-        ("a.txt.bz2", bz2.compress(os.urandom(9999))[:-50], "cannot read ("),
+        ("a.txt.bz2", bz2.compress(Random(0).randbytes(9999))[:-50], "cannot read ("),
         ("a.txt.xz", lzma.compress(b"text" * 99)[:-30], "cannot read ("),
         ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "UTF-16 text; write it as UTF-8 first"),
         ("a.json", b'[{"text": "a"}, {"text": 3}]', "line 1: field 'text' is not text but int"),
