@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from ee_scale import api
 from ee_scale.artifact.export import export_early_exit
+from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.cli import train
 from ee_scale.cli.console import console
 from ee_scale.config.compose import compose_config
@@ -18,6 +20,7 @@ from ee_scale.config.schema import DemoConfig, GenerateConfig
 from ee_scale.data.builtin import made_of
 from ee_scale.data.inputs import load_tokenizer
 from ee_scale.data.smollm2 import MISSING, find_smollm2
+from ee_scale.errors import UserError
 from ee_scale.evaluation.colours import coloured_text, exit_choices, first_agreeing, legend
 from ee_scale.evaluation.evaluate import measure, open_for_measuring
 from ee_scale.evaluation.per_exit import ExitQuality
@@ -57,16 +60,25 @@ def run(config: DemoConfig, overrides: Sequence[str]) -> int:
     """Exits measured as copies, tuned on two processes, exported, measured again, seen in a text, timed."""
     configure_logging()
     started, terminal, out = time.perf_counter(), console(), Path(config.out).expanduser()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out / ".lock", timeout=0):
+            _show(config, out, terminal)
+    except Timeout:
+        raise UserError(f"out={config.out}: another demo writes there; give another folder") from None
+    terminal.print(
+        f"\nplot {out / 'exits.png'}   model {out / 'model'}   {time.perf_counter() - started:.0f} s", highlight=False
+    )
+    return 0
+
+
+def _show(config: DemoConfig, out: Path, terminal: Terminal) -> None:
     subject = _subject(config, terminal)
     before, after, tokens = _tuned(subject, config, out, terminal)
     title = f"exits of {subject.name}, {after[-1].layer} layers, on {tokens:,} held-out tokens"
     terminal.print(quality_table(after, title, before))
     plot_quality(out / "exits.png", after, before)
     _show_text(out / "model", subject, config, terminal)
-    terminal.print(
-        f"\nplot {out / 'exits.png'}   model {out / 'model'}   {time.perf_counter() - started:.0f} s", highlight=False
-    )
-    return 0
 
 
 def _subject(config: DemoConfig, terminal: Terminal) -> Subject:
@@ -74,12 +86,16 @@ def _subject(config: DemoConfig, terminal: Terminal) -> Subject:
     training = ("train.micro_batch_size=4", "train.global_batch_size=8")
     found = find_smollm2() if config.model == "smollm2" else None
     if found is not None:
+        folder = _in_bf16(found, _cache(config) / "models")
+        depth, words = (getattr(ModelFolder(folder).config, name) for name in ("num_hidden_layers", "vocab_size"))
+        # The heads of a whole vocabulary would be most of the work.
+        head = ("exits.head=shortlist", f"exits.shortlist={min(4096, words // 4)}")
         return Subject(
             name="SmolLM2-135M-Instruct",
-            model=str(_in_bf16(found, _cache(config) / "models")),
-            layers=(10, 20),
+            model=str(folder),
+            layers=tuple(depth * n // 6 for n in (3, 4, 5)),
             kind="layer",
-            training=(*training, "optim.lr=3e-4", f"train.steps={config.steps or 60}"),
+            training=(*training, *head, "optim.lr=1e-3", f"train.steps={config.steps or 100}"),
             tokens=10_000,
             prompt=config.prompt or "What is a list in Python? Give a short example.",
             chat=True,
@@ -101,9 +117,10 @@ def _subject(config: DemoConfig, terminal: Terminal) -> Subject:
 def _in_bf16(file: Path, models: Path) -> Path:
     """A GGUF file as a plain folder in the number type that CPUs and GPUs multiply fastest; made once."""
     folder = models / f"{file.stem}-bf16-{made_of(file_digest(file))}"
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        api.convert(ConvertConfig(src=str(file), to="hf", dtype="bf16", out=str(folder)))
+    models.mkdir(parents=True, exist_ok=True)
+    with FileLock(models / f".{folder.name}.lock"):  # another demo may be making it
+        if not folder.is_dir():
+            api.convert(ConvertConfig(src=str(file), to="hf", dtype="bf16", out=str(folder)))
     return folder
 
 

@@ -18,16 +18,19 @@ from ee_scale.log import titled_table
 
 
 def quality_table(rows: Sequence[ExitQuality], title: str, before: Sequence[ExitQuality] | None = None) -> Table:
-    """One line per exit; `before` adds the loss of the untrained exits."""
+    """One line per exit; `before` adds loss and agreement of the untrained exits."""
     losses = ("loss at copy-init", "loss after tuning") if before else ("loss",)
+    agreements = ("agreement at copy-init", "after tuning") if before else ("agreement with final",)
     some = any(row.covered is not None for row in rows)  # a shortlist: its loss is over the tokens in it
-    columns = ("exit after layer", *losses, "perplexity", "agreement with final", *["tokens scored"] * some)
+    columns = ("exit after layer", *losses, "perplexity", *agreements, *["tokens scored"] * some)
     table = titled_table(title, columns)
     for index, row in enumerate(rows):
         first = ("-" if row.final else f"{before[index].loss:.3f}",) if before else ()
+        agreed = ("-" if row.final else f"{before[index].agreement:.1%}",) if before else ()
         name = f"{row.layer} (final)" if row.final else str(row.layer)
         covered = [] if row.covered is None else [f"{row.covered:.1%}"]
-        table.add_row(name, *first, f"{row.loss:.3f}", f"{row.perplexity:,.2f}", f"{row.agreement:.1%}", *covered)
+        figures = (*first, f"{row.loss:.3f}", f"{row.perplexity:,.2f}", *agreed, f"{row.agreement:.1%}", *covered)
+        table.add_row(name, *figures)
     return table
 
 
