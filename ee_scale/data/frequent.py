@@ -10,8 +10,7 @@ from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.config.groups import DataConfig
 from ee_scale.data.corpora import num_tokens, open_tokens, read_tokens
 from ee_scale.data.dataset import SCAN_TOKENS, checked_weights
-from ee_scale.data.inputs import load_tokenizer, sources
-from ee_scale.data.text import prepare_text
+from ee_scale.data.inputs import load_tokenizer, run_prefixes
 from ee_scale.errors import UserError
 
 
@@ -70,7 +69,7 @@ def frequent_tokens(data: DataConfig, model_dir: Path, vocab_size: int, size: in
             f"exits.shortlist={size}: the model has {len(special)} special tokens, which a shortlist always holds; "
             "give a larger one"
         )
-    prefixes = prepare_text(sources(data.path), tokenizer, model_dir, data.cache_dir, data.text_key, progress=False)
+    prefixes = run_prefixes(data, model_dir)
     counts = [count_tokens(prefix, vocab_size) for prefix in prefixes]
     if data.weights and (weights := checked_weights(prefixes, list(data.weights), "data")) is not None:
         counts = [weight * own / own.sum() for weight, own in zip(weights, counts, strict=True)]
