@@ -113,10 +113,14 @@ def palette(config: PaletteConfig) -> "Manifest":
         What lies in `out`: every member with its sizes, cost and quality.
     """
     config = _ready(config)
+    from ee_scale.grid import leave_grid
     from ee_scale.palettes.make import make_palette
 
-    with kept_environment():
-        return make_palette(config)
+    try:
+        with kept_environment():
+            return make_palette(config)
+    finally:
+        leave_grid()  # another call may want another one
 
 
 def export(config: ExportConfig) -> Exported:

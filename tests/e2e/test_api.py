@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core import parallel_state
 from safetensors.torch import load_file
 
 import ee_scale
@@ -78,6 +79,7 @@ def test_supernet_and_palette(supernet_arguments, supernet_run, tmp_path):
     sizes = {"count": 1, "trials": 2, "seconds": 0.02, "tokens": 8, "new_tokens": 2, "device": "cpu"}
     manifest = ee_scale.palette(PaletteConfig(src=str(run.folder), out=str(tmp_path / "palette"), **sizes))
     assert not LAUNCHERS & os.environ.keys()
+    assert not parallel_state.is_initialized()  # another call may want another grid
     assert manifest == read_manifest(tmp_path / "palette")
     assert (tmp_path / "palette" / manifest.members[0].folder / "config.json").is_file()
 

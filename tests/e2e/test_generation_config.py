@@ -98,7 +98,7 @@ def test_stop_strings_of_a_streamed_answer(exported, tmp_path, capsys):
         assert main(["generate", *given, *policy]) == 0
         said = capsys.readouterr()
         assert said.out == want[0] + "\n"
-        assert f"\n{want[1]} tokens in" in said.err
+        assert f"\n{want[1]} tokens in" in f"\n{said.err}"
 
 
 @pytest.mark.parametrize(

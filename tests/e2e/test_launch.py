@@ -39,6 +39,8 @@ def test_debug_config_survives_a_killed_rank_and_passes_signals_on(tmp_path):
     with subprocess.Popen(command, **options) as first:
         try:
             wait_for_step(7, metrics, first)
+            while not list(metrics.parent.glob("checkpoints/step_*")) and first.poll() is None:
+                time.sleep(0.01)
             (victim,) = (rank for rank in psutil.Process(first.pid).children() if rank.environ()["LOCAL_RANK"] == "1")
             victim.kill()
             killed_at = metrics.read_text().count("\n")

@@ -8,7 +8,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from ee_scale.config.groups import DataConfig
-from ee_scale.data import frequent
+from ee_scale.data import frequent, inputs
 from ee_scale.data.frequent import count_tokens, frequent_tokens, most_frequent
 from ee_scale.errors import UserError
 
@@ -59,7 +59,8 @@ def test_counts_are_read_in_chunks(tmp_path, monkeypatch):
 def model(monkeypatch):
     """A tokenizer with two special tokens, one of them without a row, and a model with two ends of text."""
     settings = SimpleNamespace(eos_token_id=[9, 10])
-    monkeypatch.setattr(frequent, "load_tokenizer", lambda folder: SimpleNamespace(all_special_ids=[9, VOCAB]))
+    for module in (frequent, inputs):
+        monkeypatch.setattr(module, "load_tokenizer", lambda folder: SimpleNamespace(all_special_ids=[9, VOCAB]))
     monkeypatch.setattr(frequent, "ModelFolder", lambda f: SimpleNamespace(generation_config=lambda: settings))
 
 

@@ -86,8 +86,9 @@ NEEDED = {"src": "s", "out": "o", "model": "m", "data": "d", "log": "l", "to": "
 
 
 def given(verb: str) -> list[str]:
-    known = {field.name for field in fields(VERBS[verb])}
-    return [f"{key}={value}" for key, value in NEEDED.items() if key in known]
+    rules = {field.name: field.metadata.get("rule") for field in fields(VERBS[verb])}
+    fits = {key: value for key, value in NEEDED.items() if key in rules and (not rules[key] or rules[key].holds(value))}
+    return [f"{key}={value}" for key, value in fits.items()]
 
 
 def text_keys(verb: str) -> list[str]:
