@@ -7,11 +7,12 @@ import torch
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from ee_scale.evaluation.cost_model import flat_costs
+from ee_scale.evaluation.cost_model import needed_acceptance
 from ee_scale.log import titled_table
-from ee_scale.modeling.costs import best_draft_length
+from ee_scale.modeling.costs import Costs, best_draft_length
 
 THRESHOLD, TURNS = 0.9, 2
+GOAL = 1.2  # a speed that would be worth it
 PLAIN = "all layers"
 WAYS: dict[str, dict[str, str | float]] = {
     PLAIN: {"exit_policy": "off"},
@@ -95,17 +96,16 @@ def prediction(model: PreTrainedModel, acceptance: dict[int, float], ratio: floa
     def size(part: str) -> int:
         return sum(count for name, count in sizes.items() if f".{part}." in f".{name}")
 
-    layer = size("layers.0")
+    layer, spec = size("layers.0"), model.exit_spec
     head = model.config.vocab_size * model.config.hidden_size / layer
-    checks = {k: size(f"exit_heads.{k}") / layer for k in acceptance}
-    found = []
-    for k, accepted in acceptance.items():
-        check = checks[k] + (0 if checks[k] > head else head)
-        length, speed = best_draft_length(flat_costs(model.config.num_hidden_layers, head, check), k, accepted)
-        found.append((speed, k, length, accepted))
-    speed, k, length, accepted = max(found)
-    return (
-        f"Lossless decoding is not faster here ({ratio:.2f}x): a CPU computes every drafted token, and a device that "
-        f"waits for weights does not. For a GPU at batch 1 the cost model gives {speed:.2f}x, from layer {k} "
-        f"({accepted:.0%} of its tokens are right) with drafts of {length}."
+    checks = {k: size(f"exit_heads.{k}") / layer + (0 if spec.owns_matrix else head) for k in acceptance}
+    costs = Costs(model.config.num_hidden_layers, {1: 1.0}, {1: head}, checks)
+    speed, k = max((best_draft_length(costs, k, accepted)[1], k) for k, accepted in acceptance.items())
+    words = (
+        f"Lossless decoding is not faster here ({ratio:.2f}x): a CPU pays for every drafted token, and a device that "
+        f"waits for weights does not. For a GPU at batch 1 the cost model gives {speed:.2f}x with layer {k}, "
+        f"{acceptance[k]:.0%} of whose tokens are right"
     )
+    if (needed := needed_acceptance(costs, k, GOAL)) is not None and needed > acceptance[k]:
+        words += f"; {GOAL:g}x would need {needed:.0%}, which takes longer training"
+    return f"{words}."
