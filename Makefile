@@ -1,4 +1,5 @@
-# make demo: from nothing to early exits of a real language model (93 MB) in a few minutes.   make test: the whole suite.   make lint: ruff, mypy.
+# make demo: from nothing to early exits of a real language model (93 MB) in a few minutes.
+# make test: the whole suite.   make lint: ruff, mypy.
 # make docs: README's pages and the API reference as a site in build/docs.
 # make lock: write the newest versions that pyproject.toml allows into constraints.txt; `make install` installs those.
 # make test-newest, make test-oldest: numbers, decoding and exports with the newest and the oldest that it allows. The

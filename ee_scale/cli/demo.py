@@ -42,7 +42,7 @@ class Subject:
     """What is shown on which model.
 
     Attributes:
-        exits, training: settings of the exits (measured before, too), and of the training run.
+        layers, kind: of the exits, which are measured before, too; training: more settings of the run.
         tokens: held-out tokens that are measured; prompt: what is continued, as a chat message with `chat`.
     """
 
@@ -60,12 +60,18 @@ def run(config: DemoConfig, overrides: Sequence[str]) -> int:
     """Exits measured as copies, tuned on two processes, exported, measured again, seen in a text, timed."""
     configure_logging()
     started, terminal, out = time.perf_counter(), console(), Path(config.out).expanduser()
-    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / ".lock", timeout=0)
     try:
-        with FileLock(out / ".lock", timeout=0):
-            _show(config, out, terminal)
+        out.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
     except Timeout:
         raise UserError(f"out={config.out}: another demo writes there; give another folder") from None
+    except OSError as error:
+        raise UserError(f"out={config.out}: cannot write there ({error.strerror})") from error
+    try:
+        _show(config, out, terminal)
+    finally:
+        lock.release()
     terminal.print(
         f"\nplot {out / 'exits.png'}   model {out / 'model'}   {time.perf_counter() - started:.0f} s", highlight=False
     )
@@ -127,7 +133,7 @@ def _in_bf16(file: Path, models: Path) -> Path:
 def demo_backbone(config: DemoConfig) -> Path:
     """Folder of the small Llama."""
     with shares("training a backbone") as show:
-        return trained_llama(_cache(config), config.pretrain_minutes, lambda share, loss: show(share))
+        return trained_llama(_cache(config), config.pretrain_minutes, show)
 
 
 def _tuned(

@@ -27,6 +27,7 @@ from ee_scale.modeling.kinds import KINDS
 from ee_scale.progress import stages
 
 MOST_EXITS = 11
+ROWS = 4  # that are read at once
 
 
 def run(config: ProbeConfig, overrides: Sequence[str]) -> int:
@@ -98,7 +99,7 @@ def _text(
     """Windows of the data as `data.loader.windows` has them; each is longer than a prompt. Raises `UserError`."""
     prefixes = read_prefixes(config, model, tokenizer, folder)
     length = min(config.prompt_tokens + config.new_tokens, model.config.max_position_embeddings)
-    found = list(windows(prefixes, length, 4, max(config.max_tokens, length * config.prompts)))
+    found = list(windows(prefixes, length, ROWS, max(config.max_tokens, length * config.prompts)))
     if (length := found[0][0].shape[1]) <= config.prompt_tokens:
         raise UserError(f"prompt_tokens={config.prompt_tokens}: the data has only {length} tokens")
     return found
@@ -119,8 +120,8 @@ def _read(
     for name, temperature in (("greedy", None), ("sampled", config.temperature)):
         writes = partial(show, f"the model writes ({name})")
         passage = own_text(model, prompts, config.new_tokens, temperature, config.seed, tokenizer, writes)
-        rows = [Passage(ids[None], kept[None]) for ids, kept in zip(passage.ids, passage.kept, strict=True)]
-        readings[name] = read(_passing(rows, len(rows), partial(show, f"reading what it wrote ({name})")))
+        parts = [Passage(*part) for part in zip(passage.ids.split(ROWS), passage.kept.split(ROWS), strict=True)]
+        readings[name] = read(_passing(parts, len(parts), partial(show, f"reading what it wrote ({name})")))
         if temperature is None:
             repeated = repeated_share(passage)
     return readings, repeated

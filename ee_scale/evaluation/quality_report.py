@@ -19,9 +19,10 @@ from ee_scale.log import titled_table
 
 def quality_table(rows: Sequence[ExitQuality], title: str, before: Sequence[ExitQuality] | None = None) -> Table:
     """One line per exit; `before` adds loss and agreement of the untrained exits."""
-    losses = ("loss at copy-init", "loss after tuning") if before else ("loss",)
-    agreements = ("agreement at copy-init", "after tuning") if before else ("agreement with final",)
     some = any(row.covered is not None for row in rows)  # a shortlist: its loss is over the tokens in it
+    loss = "loss of scored tokens" if some else "loss"
+    losses = ("loss at copy-init", f"{loss} after tuning") if before else (loss,)
+    agreements = ("agreement at copy-init", "after tuning") if before else ("agreement with final",)
     columns = ("exit after layer", *losses, "perplexity", *agreements, *["tokens scored"] * some)
     table = titled_table(title, columns)
     for index, row in enumerate(rows):

@@ -60,12 +60,11 @@ class KeptTaps:
         return f"up to {bytes_text(self.nbytes)} ({self.read:,} sequences of {each}) in {root}, which has {free} free"
 
 
-def check_room(kept: KeptTaps, folder: Path) -> int:
-    """Bytes that a run will add to the folder of its taps. Raises `UserError` if its disk has less."""
+def check_room(kept: KeptTaps, folder: Path) -> None:
+    """Raises `UserError` if the disk of a folder has less room than what a run will add to it."""
     needed, free = kept.missing(folder), shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
             f"data.cache_taps=true: {bytes_text(needed)} are needed, {bytes_text(free)} are free in {folder}; choose "
             "another data.cache_dir, or fewer data.sequences"
         )
-    return needed

@@ -19,10 +19,10 @@ from ee_scale.files import published
 LAYERS, HIDDEN, VOCAB, SEQ_LENGTH, BATCH = 12, 128, 1024, 256, 4
 
 
-def trained_llama(cache: Path, minutes: float, report: Callable[[float, float], None]) -> Path:
+def trained_llama(cache: Path, minutes: float, report: Callable[[float], None]) -> Path:
     """Folder of a small Llama trained on Python's documentation and library; trained once, then cached in `cache`.
 
-    `report` is told (share of the time, loss) while it trains.
+    `report` is told the share of the time while it trains.
     """
     text = open_source("python", "text").identity
     folder = cache / "models" / f"demo-{LAYERS}x{HIDDEN}-{minutes:g}min-{made_of(VOCAB, SEQ_LENGTH, BATCH, text)}"
@@ -35,9 +35,8 @@ def trained_llama(cache: Path, minutes: float, report: Callable[[float, float], 
     dataset = build_gpt_dataset(prefixes, None, SEQ_LENGTH, 20_000, 0, *ids, len(tokenizer), cache / "data")
     torch.manual_seed(0)
     model = LlamaForCausalLM(llama_config(tokenizer, layers=LAYERS, hidden=HIDDEN, max_positions=2 * SEQ_LENGTH))
-    pretrain(
-        model, batches(dataset, micro_batch_size=BATCH, num_micro_batches=1, dp_rank=0, dp_size=1), 60 * minutes, report
-    )
+    data = batches(dataset, micro_batch_size=BATCH, num_micro_batches=1, dp_rank=0, dp_size=1)
+    pretrain(model, data, 60 * minutes, report)
     with published(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -48,18 +47,17 @@ def pretrain(
     model: PreTrainedModel,
     data: Iterator[dict[str, torch.Tensor]],
     seconds: float,
-    report: Callable[[float, float], None],
+    report: Callable[[float], None],
     *,
     lr: float = 3e-3,
-) -> float:
+) -> None:
     """AdamW under bf16 autocast with a learning rate that reaches zero when the time is up.
 
-    `data` yields tokens and labels [B, S]; `report` is told (share of the time, loss). Returns the last loss,
-    smoothed.
+    `data` yields tokens and labels [B, S]; `report` is told the share of the time.
     """
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.05)
-    started, smooth, share = time.perf_counter(), float("nan"), 0.0
+    started = time.perf_counter()
     for batch in data:
         share = (time.perf_counter() - started) / seconds
         if share >= 1:
@@ -73,7 +71,5 @@ def pretrain(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        smooth = loss.item() if smooth != smooth else 0.95 * smooth + 0.05 * loss.item()
-        report(share, smooth)
+        report(share)
     model.eval()
-    return smooth

@@ -101,6 +101,16 @@ def test_demo(tmp_path):
     assert "step" not in again.stderr
 
 
+def test_commands_load_no_compiler(tmp_path):
+    """Megatron's fuser would load torch's inductor, which takes a second; nothing here is compiled."""
+    code = (
+        "import sys; from ee_scale.libraries import prepare_libraries; prepare_libraries(); import ee_scale.cli.train;"
+        "assert 'megatron.core.jit' in sys.modules; assert 'torch._inductor.compile_fx' not in sys.modules"
+    )
+    done = start([sys.executable, "-c", code], tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["tune", "--help"]])
 def test_help_is_quick(arguments, tmp_path):
     code = "import sys; from ee_scale.cli.main import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
