@@ -11,9 +11,9 @@ from helpers.reference import BATCH, Job, start_noise
 from helpers.spawn import spawn
 from helpers.tuning import build_engine
 
-from ee_scale.data.dataset import build_gpt_dataset
+from ee_scale.config.groups import DataConfig
+from ee_scale.data.inputs import run_dataset
 from ee_scale.data.loader import batches
-from ee_scale.data.text import prepare_text
 from ee_scale.grid import Layout, join_grid, leave_grid
 
 # An exit of the last layer, with a norm of its own, says what the model says.
@@ -33,11 +33,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def samples(folder: Path) -> torch.utils.data.Dataset:
-    tokenizer = chat_tokenizer(CHATML)
-    given = (tokenizer, folder, folder / "cache", "text", False)
-    ids = (tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer))
-    prefixes = prepare_text([str(folder / "chat.jsonl")], *given)
-    return build_gpt_dataset(prefixes, None, SEQUENCE, STEPS * JOB.micro_batches * BATCH, 1, *ids, folder / "cache")
+    """As a run has them, with the epochs around them."""
+    data = DataConfig(str(folder / "chat.jsonl"), seq_length=SEQUENCE, seed=1, cache_dir=str(folder / "cache"))
+    return run_dataset(data, folder, len(chat_tokenizer(CHATML)), STEPS * JOB.micro_batches * BATCH)
 
 
 def train(rank: int, folder: Path, layouts: list[tuple[int, int, int]]) -> dict:

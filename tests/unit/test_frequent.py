@@ -5,11 +5,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers.chats import chat_tokenizer
+from helpers.models import write_model
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from ee_scale.config.groups import DataConfig
 from ee_scale.data import frequent, inputs
 from ee_scale.data.frequent import count_tokens, frequent_tokens, most_frequent
+from ee_scale.data.inputs import run_prefixes
 from ee_scale.errors import UserError
 
 VOCAB = 12
@@ -80,3 +83,16 @@ def test_special_tokens_need_room(model, tmp_path):
     assert frequent_tokens(data, tmp_path, VOCAB, 2).ids == (9, 10)
     with pytest.raises(UserError, match=r"exits.shortlist=1: the model has 2 special tokens, .*; give a larger one"):
         frequent_tokens(data, tmp_path, VOCAB, 1)
+
+
+def test_bytes_that_are_no_text_are_those_of_the_run(tmp_path):
+    """Counted are the tokens of `errors=replace`, which are not read a second time, strictly."""
+    tokenizer = chat_tokenizer()
+    write_model(tmp_path, "llama", vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "text.txt").write_bytes(b"the layer reads the token \xff " * 20)
+    data = DataConfig(str(tmp_path / "text.txt"), errors="replace", cache_dir=str(tmp_path / "cache"))
+    prefixes = run_prefixes(data, tmp_path)
+    most = int(count_tokens(prefixes[0], len(tokenizer)).argmax())
+    assert most in frequent_tokens(data, tmp_path, len(tokenizer), 8).ids
+    assert len(list((tmp_path / "cache").glob("text-*"))) == 1
