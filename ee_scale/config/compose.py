@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import asdict, fields, is_dataclass
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, overload
 
@@ -46,9 +47,8 @@ def compose_config(verb: str, overrides: Sequence[str] = ()) -> Config:
 
     Raises `UserError` in one line for unknown keys, wrong types and values that their field refuses.
     """
-    store = ConfigStore.instance()
-    for name, node in VERBS.items():
-        store.store(name=f"{name}_schema", node=node)
+    for name, schema in VERBS.items():
+        _store(name, schema)
     try:
         arguments = [word for word in (expand_shorthand(verb, text) for text in overrides) if not _gone(verb, word)]
         with _hydra(verb):
@@ -56,6 +56,11 @@ def compose_config(verb: str, overrides: Sequence[str] = ()) -> Config:
         return cast(Config, _finished(config))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error, verb)) from error
+
+
+@cache  # Hydra reads the whole schema each time
+def _store(verb: str, schema: type) -> None:
+    ConfigStore.instance().store(name=f"{verb}_schema", node=schema)
 
 
 def checked(config: C) -> C:

@@ -7,6 +7,7 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from pydoc_data import topics
 from typing import Any
@@ -114,15 +115,23 @@ def python_documents(split: str = "train") -> Iterator[tuple[str, str]]:
     for name, text in sorted(topics.topics.items()):
         if _python_split(f"topics/{name}") == split:
             yield f"topics/{name}", text
-    root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root).as_posix()
-        if SKIPPED_PYTHON_FOLDERS.intersection(name.split("/")[:-1]) or _python_split(name) != split:
+    for name, path in _python_files():
+        if _python_split(name) != split:
             continue
         try:
             yield name, path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue
+
+
+@cache
+def _python_files() -> list[tuple[str, Path]]:
+    """Names and paths. Folders that are skipped are not looked into: all installed packages may lie there."""
+    root, found = Path(sysconfig.get_path("stdlib")), []
+    for folder, inner, files in os.walk(root):
+        inner[:] = set(inner) - SKIPPED_PYTHON_FOLDERS
+        found += [Path(folder, file) for file in files if file.endswith(".py")]
+    return [(path.relative_to(root).as_posix(), path) for path in sorted(found)]
 
 
 def _python_split(name: str) -> str:

@@ -16,9 +16,6 @@ import torch
 from helpers.deprecations import forbid_deprecated_calls
 from helpers.spawn import CHILD_ENVIRONMENT, PRELOAD
 
-COMMANDS = ("train", "palette", "export", "evaluate", "generate")
-MODULES = [*PRELOAD, *(f"ee_scale.cli.{command}" for command in COMMANDS)]
-
 
 @dataclass(frozen=True)
 class Finished:
@@ -54,7 +51,7 @@ def run_cli(
     weights. `inject`: called with the rank in each process before the command runs (an importable function).
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(MODULES)
+    context.set_forkserver_preload(PRELOAD)
     port = _free_port()
     options = (arguments, folder, die_at_step, die_in_save, measure_here, inject)
     ranks = [

@@ -16,8 +16,11 @@ import torch
 
 from helpers.deprecations import forbid_deprecated_calls
 
-# Imported once, in the fork server; every rank is a fork of it and starts at once.
+# Imported once, in the fork server; every rank is a fork of it and starts at once. A worker has one such server, and
+# whoever asks first says what it imports: one list for ranks and commands.
+COMMANDS = ("train", "palette", "export", "evaluate", "generate")
 PRELOAD = ["torch", "transformers", "megatron.core", "deepspeed", "ee_scale.engine.frozen"]
+PRELOAD += ["ee_scale.training.tune", "ee_scale.training.supernet", *(f"ee_scale.cli.{name}" for name in COMMANDS)]
 CHILD_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"}
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

@@ -155,6 +155,18 @@ def test_python_sources_have_a_held_out_part(prepare, tokenizer, monkeypatch):
     assert [documents(prefix, tokenizer) for prefix in prefixes] == [["the train part"], ["the valid part"]]
 
 
+def test_python_sources_come_by_name_and_installed_packages_are_not_looked_into(tmp_path, monkeypatch):
+    for name in ("b.py", "a/c.py", "a.py", "a/.d.py", "a/note.txt", "site-packages/e/f.py", "a/tests/g.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    looked, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: looked.append(str(path)) or scandir(path))
+    monkeypatch.setattr(corpora.sysconfig, "get_path", lambda _: str(tmp_path))
+    files = corpora._python_files.__wrapped__()
+    assert files == [(name, tmp_path / name) for name in ("a/.d.py", "a/c.py", "a.py", "b.py")]
+    assert sorted(looked) == [str(tmp_path), str(tmp_path / "a")]
+
+
 # Cache
 
 
