@@ -1,5 +1,7 @@
 """A pipeline engine that tells observers what it does: idle time, traces and the watchdog read the same stream."""
 
+import contextlib
+import io
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +30,13 @@ class ObservedEngine(PipelineEngine):
     def __init__(self, *args: object, **kwargs: object):
         self.observers: list[Observer] = []
         super().__init__(*args, **kwargs)
+
+    def close(self) -> None:
+        """Let go of the parameters, which live on: their hooks and links are what keeps an engine's memory."""
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints what it has removed
+            self.destroy()
+        for parameter in self.module.parameters():
+            parameter.grad = parameter._hp_grad = None
 
     @contextmanager
     def during(self, name: str, **fields: object) -> Iterator[None]:

@@ -64,17 +64,16 @@ class Loop:
 
     def train(self, total_steps: int) -> None:
         """The steps that are left. Raises RuntimeError if something frozen changed, and what `begin` does."""
-        engine = None
         with self.running():
             while self.run.step < total_steps:
-                if (wanted := self.run.ready()) is not engine:
-                    engine = wanted
-                    self._watch(engine)
+                self._watch(self.run.ready())  # and keeps no hand on it: an engine is gone when its phase is over
                 self.begin()
                 self.end(self.run.train_step())
 
     def _watch(self, engine: ObservedEngine) -> None:
-        """What happens in the engine is metered, and seen by the watchdog."""
+        """What happens in a new engine is metered, and seen by the watchdog."""
+        if engine.observers:
+            return
         meter = self.stream.meter
         engine.observers += [self.watchdog] if meter is None else [self.watchdog, meter]
         self.stream.restart_clock()
