@@ -4,7 +4,7 @@ Each time it builds them it looks whether several texts are packed into a row, w
 A mask with four dimensions it takes for a finished one, and passes it on to the layers as it is.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,12 +23,12 @@ class HandedMasks:
             layer.register_forward_pre_hook(self._hand, with_kwargs=True)
 
     @contextmanager
-    def handed(self, layers: Iterable[nn.Module], x: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
+    def handed(self, layers: Sequence[nn.Module], x: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
         """Arguments for a call of the model, made inside the block without cache and padding, that runs these layers.
 
         x: its ids [B, S] or hidden states [B, S, D].
         """
-        if all((id(layer), x.shape[:2]) in self._masks for layer in layers):
+        if len(layers) and all((id(layer), x.shape[:2]) in self._masks for layer in layers):
             yield {"attention_mask": self._blank}
             return
         self._keeps = True

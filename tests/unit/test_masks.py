@@ -69,6 +69,12 @@ def test_one_layer_alone(base: nn.Module) -> None:
                 assert torch.equal(run_single_layer(base, layer, hidden, **given), expected)
 
 
+def test_a_model_without_layers_is_handed_nothing(base: nn.Module) -> None:
+    """A stage of which a subnet has none; a text classifier's call has a mask of its own then too."""
+    with HandedMasks(base.layers).handed([], tokens(0)) as given:
+        assert given == {}
+
+
 @torch.no_grad()
 def test_calls_outside_are_their_own_business(base: nn.Module) -> None:
     """A cache, or padding, has other masks, which must not come back later."""
