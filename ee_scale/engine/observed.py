@@ -8,8 +8,11 @@ from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.schedule import PipeSchedule
+
+from ee_scale.engine.bf16 import reduce_gradients, update
 
 Mark = TypeVar("Mark")
 # What waits for another stage. A send does too: gloo and NCCL hand a tensor over when the other side takes it.
@@ -37,6 +40,15 @@ class ObservedEngine(PipelineEngine):
             self.destroy()
         for parameter in self.module.parameters():
             parameter.grad = parameter._hp_grad = None
+
+    def _bf16_reduce_grads(self) -> None:
+        reduce_gradients(self.optimizer, self.mpu.get_data_parallel_group())
+
+    def _exec_optimizer_step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
+        if isinstance(self.optimizer, BF16_Optimizer):
+            update(self.optimizer)
+        else:
+            super()._exec_optimizer_step(lr_kwargs)
 
     @contextmanager
     def during(self, name: str, **fields: object) -> Iterator[None]:
