@@ -113,14 +113,10 @@ def palette(config: PaletteConfig) -> "Manifest":
         What lies in `out`: every member with its sizes, cost and quality.
     """
     config = _ready(config)
-    from ee_scale.grid import leave_grid
     from ee_scale.palettes.make import make_palette
 
-    try:
-        with kept_environment():
-            return make_palette(config)
-    finally:
-        leave_grid()  # another call may want another one
+    with _left_grid(), kept_environment():
+        return make_palette(config)
 
 
 def export(config: ExportConfig) -> Exported:
@@ -213,18 +209,27 @@ def _ready(config: C) -> C:
 
 def _train(verb: str, config: TrainingConfig) -> TrainedRun:
     config = _ready(config)
-    from ee_scale.grid import leave_grid
     from ee_scale.launching.job import run_job
     from ee_scale.launching.multirun import last_losses
     from ee_scale.training.recipe import recipe_of
 
-    try:
-        with kept_environment(), _stored(config) as words:
-            _ended(run_job(recipe_of(verb).of(config), words), f"out={config.out}")
-    finally:
-        leave_grid()  # another call may want another one
+    with _left_grid(), kept_environment(), _stored(config) as words:
+        _ended(run_job(recipe_of(verb).of(config), words), f"out={config.out}")
     losses = last_losses(folder := Path(config.out).expanduser())
     return TrainedRun(folder, losses.pop("step", 0), losses)
+
+
+@contextmanager
+def _left_grid() -> Iterator[None]:
+    """Behind the block no grid is joined any more: another call may want another one."""
+    from ee_scale.grid import abandon_grid, leave_grid
+
+    try:
+        yield
+    except BaseException:
+        abandon_grid()
+        raise
+    leave_grid()
 
 
 @contextmanager

@@ -5,6 +5,7 @@ The only file that makes process groups or reads the launcher's environment (RAN
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from megatron.core import parallel_state
 from ee_scale.errors import UserError
 
 T = TypeVar("T")
+_met_here = False  # whether the default process group is ours to destroy, and not of who calls us
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,7 @@ def join_grid(
     `init_method` and `rank` are for processes that were not started by torchrun (tests, one-process runs).
     Raises `UserError` if the world is not tp x pp x dp.
     """
+    global _met_here
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -160,11 +163,15 @@ def join_grid(
         store = dist.HashStore() if alone else None
         rank = 0 if alone else -1 if rank is None else rank
         size = -1 if rank == -1 else layout.world_size  # -1: as the launcher says
-        dist.init_process_group(backend, init_method, timeout, size, rank, store)
+        # NCCL would guess the device at the first barrier, and warn.
+        bound = device if device.type == "cuda" else None
+        dist.init_process_group(backend, init_method, timeout, size, rank, store, device_id=bound)
+        _met_here = True
     if dist.get_world_size() != layout.world_size:
         raise UserError(world_size_message(layout, dist.get_world_size()))
     _join_deepspeed(device)
-    parallel_state.initialize_model_parallel(layout.tp, layout.pp)
+    # Of groups with some ranks only: the others take part in making one of NCCL, and would wait where it is gloo's.
+    parallel_state.initialize_model_parallel(layout.tp, layout.pp, create_gloo_process_groups=False)
     metrics_group, save_group = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
     grid = Grid(layout, dist.get_rank(), device, metrics_group, save_group)
     _assert_one_order(grid)
@@ -172,8 +179,25 @@ def join_grid(
 
 
 def leave_grid() -> None:
-    """Drop Megatron's groups, so that the same processes can join another grid (tests)."""
+    """Drop all groups, so that the same processes can join another grid; the world too, if `join_grid` made it.
+
+    All ranks call it, when nothing is under way any more. Without it NCCL warns at the end of a process.
+    """
+    global _met_here
     parallel_state.destroy_model_parallel()
+    if _met_here and dist.is_initialized():
+        deepspeed.comm.destroy_process_group()
+    _met_here = False
+
+
+def abandon_grid() -> None:
+    """`leave_grid` after an error, which the others need not have met: waits for nobody."""
+    global _met_here
+    parallel_state.destroy_model_parallel()
+    if _met_here and dist.is_initialized() and dist.get_backend() == "nccl":
+        with suppress(Exception):  # what is left ends with the process
+            dist.distributed_c10d._abort_process_group()
+        _met_here = False
 
 
 def world_size_message(layout: Layout, world_size: int) -> str:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from ee_scale.artifact.checkpoint import STATE, checkpoints
 from ee_scale.backbone.loading import TensorFolder
 from ee_scale.backbone.narrowing import fill
+from ee_scale.engine.staging import Staging
 from ee_scale.engine.state import MOMENTS, restore_tensors, whole_tensors
 from ee_scale.files import file_digest, sync
 from ee_scale.grid import Grid
@@ -47,7 +48,7 @@ def take_snapshot(run: Run, facts: dict[str, Any]) -> Snapshot:
     It costs the memory of parameters and moments (12 bytes per trained parameter) on the rank that writes its stage,
     and that of one parameter on the others.
     """
-    writes = run.grid.writes_stage()
+    writes, staging = run.grid.writes_stage(), Staging(run.grid.device)
     files: dict[str, dict[str, torch.Tensor]] = {}
     for part in run.saved_parts():
         parameters: dict[str, torch.Tensor] = {}
@@ -55,13 +56,14 @@ def take_snapshot(run: Run, facts: dict[str, Any]) -> Snapshot:
         for name, parameter in part.frozen:
             whole = run.gather(name, parameter, parameter.detach().float())
             if writes:
-                parameters[name] = whole.to("cpu", copy=True).contiguous()  # it may be the live tensor itself
-        for name, tensors in whole_tensors(part.training, run.gather):
+                on_host = staging.to_host(whole)  # on a CPU it may be the live tensor itself
+                parameters[name] = (on_host.clone() if on_host is whole else on_host).contiguous()
+        for name, tensors in whole_tensors(part.training, run.gather, staging):
             if writes:
                 parameters[name] = tensors["param"].contiguous()
                 moments |= {f"{name}.{moment}": tensors[moment].contiguous() for moment in MOMENTS}
         if writes and part.training:
-            made = run.optimizer_steps - run.engine.guard.skipped[part.group]
+            made = run.optimizer_steps - int(run.engine.guard.count(part.group))
             moments[_updates(part.group)] = torch.tensor([made])
         files |= {name: tensors for name, tensors in ((part.file, parameters), (part.moments_file, moments)) if tensors}
     return Snapshot(run.step, {"step": run.step, "consumed_samples": run.consumed_samples, **facts}, files)
@@ -105,7 +107,7 @@ def load_checkpoint(folder: Path, run: Run, state: dict[str, Any]) -> None:
 
     def updates(group: int) -> int:
         made = int(tensors.read(_updates(group))) if _updates(group) in tensors else run.optimizer_steps
-        run.engine.guard.skipped[group] = run.optimizer_steps - made
+        run.engine.guard.recall(group, run.optimizer_steps - made)
         return made
 
     restore_tensors(training, read, run.local, run.engine.optimizer, updates)

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from ee_scale.backbone.loading import LoadTask, TensorFolder, load_tensors
+from ee_scale.backbone.masks import HandedMasks
 from ee_scale.backbone.model_tensors import ModelTensors
 from ee_scale.backbone.parallel import (
     STYLES,
@@ -76,6 +77,7 @@ class BackboneStage(nn.Module):
         self.lm_head_tokens = tuple(lm_head_tokens)
         self._swap(grid, dtype, with_lm_head=lm_head)
         self.requires_grad_(False)
+        self._masks = HandedMasks(self.base.layers)
 
     def _cut(self, model: nn.Module, final_norm: bool) -> nn.Module:
         base = model.base_model
@@ -137,7 +139,10 @@ class BackboneStage(nn.Module):
     def forward(self, x: torch.Tensor, **options: object) -> torch.Tensor:
         """options: those of transformers' base model. A `Cache` for this stage's layers is extended; x continues it."""
         inputs = {"inputs_embeds": x} if x.is_floating_point() else {"input_ids": x}
-        return self.base(**inputs, **{"use_cache": False, **options}).last_hidden_state
+        if options:
+            return self.base(**inputs, **{"use_cache": False, **options}).last_hidden_state
+        with self._masks.handed(self.base.layers, x) as masks:
+            return self.base(**inputs, **masks, use_cache=False).last_hidden_state
 
 
 def output_matrix_name(tensors: TensorFolder) -> str:

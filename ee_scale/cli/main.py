@@ -23,6 +23,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code: 0, 2 for bad input (one line on stderr), 1 for a run that cannot go on,
     75 for one that a signal stopped after it had saved, 130 when interrupted.
     """
+    code = FAILED  # of an error that nobody catches
+    try:
+        code = _main(arguments)
+    finally:
+        _leave_grid(in_order=code in (0, REQUEUE))
+    return code
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments:
         guide()
@@ -69,6 +78,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno != errno.ENAMETOOLONG:
             raise
         return _say(f"error: {error.strerror}: {shown(error.filename)}", BAD_INPUT, speaks=_speaks())
+
+
+def _leave_grid(*, in_order: bool) -> None:
+    """Of the groups that a command made. Where ranks did not end together, none waits for the others."""
+    if (grid := sys.modules.get("ee_scale.grid")) is not None:
+        grid.leave_grid() if in_order else grid.abandon_grid()
 
 
 def _loaded(name: str) -> ModuleType:

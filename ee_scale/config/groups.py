@@ -10,6 +10,11 @@ from omegaconf import MISSING
 T = TypeVar("T")
 # Help lines of settings that several commands have.
 TEXT_KEY = "field of a record that holds the text, or the conversation; without it: messages, or prompt and completion"
+LIGER = "liger"
+CHUNK = (
+    "tokens whose logits exist at the same time; null: 1024 on a CPU, on a GPU as many as have 2^28 logits (at least "
+    "1024)"
+)
 ERRORS = "bytes that are no UTF-8 text, and NUL: strict refuses them by file, line and byte; replace puts U+FFFD there"
 
 
@@ -205,6 +210,12 @@ class BatchConfig:
     micro_batch_size: int = setting(4, "sequences per rank and micro-batch", rule=at_least(1))
     global_batch_size: int = setting(
         16, "sequences per optimizer step, over all replicas and micro-batches", rule=at_least(1)
+    )
+    loss_kernel: str = setting(
+        "torch",
+        "what computes cross entropies: torch, or the kernel of liger-kernel (GPUs, parallel.tp=1; reported losses of "
+        "tokens are rounded to bf16)",
+        rule=one_of("torch", LIGER),
     )
     precision: str = setting("auto", "auto: bf16 on GPU, fp32 on CPU", rule=one_of("auto", "fp32", "bf16"))
     save_every: int = setting(

@@ -6,6 +6,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from ee_scale.config.groups import (
+    CHUNK,
     BatchConfig,
     DataConfig,
     LauncherConfig,
@@ -80,7 +81,7 @@ class DistillConfig:
     )
     feature_dim: int = setting(128, "dimension that hidden states are projected to", rule=at_least(1))
     temperature: float = setting(1.0, "temperature of both distributions in the KL term", rule=above(0))
-    loss_chunk_tokens: int = setting(1024, "tokens whose logits exist at the same time", rule=at_least(1))
+    loss_chunk_tokens: int | None = setting(None, CHUNK, rule=at_least(1))
 
 
 @dataclass

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ee_scale.config.groups import (
+    CHUNK,
     BatchConfig,
     Choices,
     DataConfig,
@@ -57,7 +58,7 @@ class ExitsConfig:
         rule=at_least(0),
     )
     kl_temperature: float = setting(1.0, "temperature of both distributions in the KL term", rule=above(0))
-    loss_chunk_tokens: int = setting(1024, "tokens whose logits exist at the same time", rule=at_least(1))
+    loss_chunk_tokens: int | None = setting(None, CHUNK, rule=at_least(1))
 
 
 @dataclass

@@ -97,6 +97,14 @@ def _stack(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {key: torch.stack([item[key] for item in items]) for key in BATCH_KEYS}
 
 
+def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """A batch where it is used. A GPU copies it when it comes to it, and the host does not wait: from pinned memory,
+    which is used again when it is done (torch's allocator knows), so that the next batch is made meanwhile."""
+    if device.type != "cuda":
+        return {name: tensor.to(device) for name, tensor in batch.items()}
+    return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
 def windows(
     prefixes: list[str], seq_length: int, batch_size: int, max_tokens: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:

@@ -54,6 +54,7 @@ def head_backward(
     scale: float,
     teacher_logits: torch.Tensor | None,
     teacher: tuple[nn.Module, torch.Tensor] | None,
+    kernel: str = "torch",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Backward of (1 - kl_weight) task loss + kl_weight KL(teacher || subnet) into the head.
 
@@ -70,6 +71,7 @@ def head_backward(
             ce_weight=1 - alpha,
             kl_weight=alpha,
             kl_temperature=distill.temperature,
+            kernel=kernel,
         )
         return token_backward(head, final, batch["labels"], batch["loss_mask"], losses, scale, teacher)
     leaf = final.detach().requires_grad_(final.requires_grad)

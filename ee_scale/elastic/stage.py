@@ -11,6 +11,7 @@ from torch import nn
 
 from ee_scale.backbone.digest import bit_digest
 from ee_scale.backbone.loading import TensorFolder
+from ee_scale.backbone.masks import HandedMasks
 from ee_scale.backbone.model_tensors import ModelTensors
 from ee_scale.backbone.narrowing import fill
 from ee_scale.backbone.parallel import padded_vocab
@@ -113,6 +114,7 @@ class ElasticStage(nn.Module):
                 base.embed_tokens = None
             if not self.is_last:
                 base.norm = nn.Identity()
+        self._masks = HandedMasks(self.layers.values() if family.task == "causal_lm" else ())  # texts have padding
         self._outputs: dict[int, torch.Tensor] | None = None
         for i, layer in self.layers.items():
             layer.register_forward_hook(partial(self._keep, i))
@@ -144,7 +146,8 @@ class ElasticStage(nn.Module):
         else:
             inputs["use_cache"] = False
         self._outputs = {} if features else None
-        output = self.base(**inputs)
+        with self._masks.handed([self.layers[i] for i in self.spec.layers if i in self.layers], x) as masks:
+            output = self.base(**inputs, **masks)
         states, self._outputs = self._outputs or {}, None
         pooled = self.map.family.task == "classify" and self.is_last
         return (output.pooler_output if pooled else output.last_hidden_state), states

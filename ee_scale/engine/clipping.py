@@ -5,7 +5,7 @@ depend on how the exits are spread over stages. A supernet is one group over all
 where DeepSpeed's two optimizers keep them between the reduction and the step.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -34,19 +34,23 @@ def clip_groups(
     """Scale each group's gradient to an L2 norm of at most `max_norm` (0: leave it). Returns the norms before.
 
     losses: of each group, a scalar of this replica and stage; `guard` decides by them, and by the norms, which groups
-    are not updated: their gradients become zero and they are marked for `GuardedAdamW`.
+    are not updated: they are marked for `GuardedAdamW`.
     across_stages: every pipeline stage holds a part of the same groups.
     """
     groups = optimizer.optimizer.param_groups
-    keys = sorted({group[CLIP_KEY] for group in groups})
-    totals = torch.stack([losses[key].float() for key in keys])
+    assert sorted({group[CLIP_KEY] for group in groups}) == sorted(guard.keys)
+    places = [guard.keys.index(group[CLIP_KEY]) for group in groups]
+    totals = torch.stack([losses[key].float() for key in guard.keys])
     dist.all_reduce(totals, group=grid.dp_group)
-    squares = torch.zeros(len(keys), device=grid.device)
-    for index, group in enumerate(groups):
-        for parameter, gradient in _gradients(optimizer, index):
-            # A parameter that is whole on every tensor rank, or has copies on other stages, counts once.
-            if (cut_dim(parameter) is not None or grid.tp_rank == 0) and not getattr(parameter, COPY, False):
-                squares[keys.index(group[CLIP_KEY])] += gradient.float().pow(2).sum()
+    squares = torch.zeros(len(guard.keys), device=grid.device)
+    for index, place in enumerate(places):
+        # A parameter that is whole on every tensor rank, or has copies on other stages, counts once.
+        counted = [
+            gradient
+            for parameter, gradient in _gradients(optimizer, index)
+            if (cut_dim(parameter) is not None or grid.tp_rank == 0) and not getattr(parameter, COPY, False)
+        ]
+        squares[place] += sum_of_squares(counted, grid.device)
     dist.all_reduce(squares, group=grid.tp_group)
     if not isinstance(optimizer, BF16_Optimizer):
         dist.all_reduce(squares, group=grid.dp_group)
@@ -54,17 +58,36 @@ def clip_groups(
         both = torch.stack([squares, totals])
         dist.all_reduce(both, group=grid.pp_group)
         squares, totals = both
-    norms = dict(zip(keys, squares.sqrt(), strict=True))
-    skipped = guard.judge(keys, totals / grid.layout.dp, squares)
-    for index, group in enumerate(groups):
-        group["skipped"] = group[CLIP_KEY] in skipped
-        factor = (max_norm / (norms[group[CLIP_KEY]] + 1e-6)).clamp(max=1.0)
-        for _, gradient in _gradients(optimizer, index):
-            if group["skipped"]:
-                gradient.zero_()  # 0 x inf is no number, and DeepSpeed would drop the other groups' update too
-            elif max_norm > 0:
-                gradient.mul_(factor)
-    return norms
+    norms = squares.sqrt()
+    left_out = guard.judge(totals / grid.layout.dp, squares)
+    factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
+    for index, place in enumerate(places):
+        groups[index]["left_out"] = left_out[place]
+        _scale(optimizer, index, factors[place] if max_norm > 0 else None, left_out[place])
+    return dict(zip(guard.keys, norms, strict=True))
+
+
+def sum_of_squares(tensors: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Over all numbers, fp32 scalar: a few launches for all tensors together. 0 for none."""
+    if not tensors:
+        return torch.zeros((), device=device)
+    # In fp64, because fp32 norms of large tensors are wrong on a CPU: by 3% at 200 million numbers.
+    return torch.stack(torch._foreach_norm(tensors, 2, torch.float64)).square().sum().float()
+
+
+def _scale(optimizer: Optimizer, index: int, factor: torch.Tensor | None, left_out: torch.Tensor) -> None:
+    """What this replica updates of a group by."""
+    if isinstance(optimizer, BF16_Optimizer):
+        if factor is not None:
+            optimizer.fp32_groups_gradient_flat_partition[index].mul_(factor)
+        return
+    # 0 x inf is no number, and DeepSpeed would drop the other groups' update too. In fp32 it waits for the device in
+    # any case, for a norm of its own.
+    gradients = [gradient for _, gradient in _gradients(optimizer, index)]
+    if left_out:
+        torch._foreach_zero_(gradients)
+    elif factor is not None and gradients:
+        torch._foreach_mul_(gradients, factor)
 
 
 def _gradients(optimizer: Optimizer, index: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

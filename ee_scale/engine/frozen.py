@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.schedule import ForwardPass, LoadMicroBatch, OptimizerStep
 
-from ee_scale.config.tune import ExitsConfig, TuneConfig
+from ee_scale.config.tune import TuneConfig
+from ee_scale.data.loader import to_device
 from ee_scale.engine.clipping import clip_groups
 from ee_scale.engine.guard import UpdateGuard
 from ee_scale.engine.observed import ObservedEngine
@@ -20,14 +21,16 @@ from ee_scale.exits.taps import TapStep
 from ee_scale.grid import Grid
 
 
-def loss_settings(stage: TuningStage, exits: ExitsConfig) -> LossSettings:
-    """The `exits` group's part of the losses, for a stage's vocabulary."""
+def loss_settings(stage: TuningStage, config: TuneConfig) -> LossSettings:
+    """The settings' part of the losses, for a stage's vocabulary."""
+    exits = config.exits
     return LossSettings(
         stage.backbone.model_config.vocab_size,
         exits.loss_chunk_tokens,
         exits.confidence_weighting,
         kl_weight=exits.kl_weight,
         kl_temperature=exits.kl_temperature,
+        kernel=config.train.loss_kernel,
     )
 
 
@@ -55,12 +58,12 @@ class FrozenPipelineEngine(ObservedEngine):
     def prepare(self, stage: TuningStage, grid: Grid, config: TuneConfig) -> None:
         """Attributes that the base class does not know."""
         self.stage, self.process_grid, self._clip = stage, grid, config.optim.clip_grad
-        self.loss_settings = loss_settings(stage, config.exits)
+        self.loss_settings = loss_settings(stage, config)
         self.share_final = config.exits.kl_weight > 0
         self.loss_weights = dict.fromkeys(stage.exit_layers, 1.0)
         if stage.exit_layers:
             start_moments(self.optimizer)
-        self.guard = UpdateGuard(config.train.spike_factor)
+        self.guard = UpdateGuard(stage.exit_layers, config.train.spike_factor, grid.device)
         self.grad_norms: dict[int, torch.Tensor] = {}
         self._losses: dict[int, torch.Tensor] = {}
         self._micro_batches: Iterator[dict[str, torch.Tensor]] = iter(())
@@ -98,9 +101,9 @@ class FrozenPipelineEngine(ObservedEngine):
         return self._losses
 
     @property
-    def skipped(self) -> dict[int, int]:
-        """Updates that were left out so far, by exit."""
-        return {k: self.guard.skipped[k] for k in self.stage.exit_layers}
+    def skipped(self) -> dict[int, torch.Tensor]:
+        """Updates that were left out so far, by exit: int64 scalars on the device."""
+        return {k: self.guard.count(k) for k in self.stage.exit_layers}
 
     def set_lr(self, lr: float) -> None:
         """Learning rate of the next step."""
@@ -115,7 +118,7 @@ class FrozenPipelineEngine(ObservedEngine):
         batch = next(self._micro_batches)
         if self._kept is not None:
             self._kept.load(buffer_id, batch["tokens"])
-        self._batch[buffer_id] = {name: batch[name].to(self.device, non_blocking=True) for name in batch}
+        self._batch[buffer_id] = to_device(batch, self.device)
         if self.is_first_stage():
             self.pipe_buffers["inputs"][buffer_id] = self._batch[buffer_id]["tokens"]
 

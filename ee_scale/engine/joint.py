@@ -19,6 +19,7 @@ from deepspeed.runtime.pipe.schedule import (
 )
 
 from ee_scale.config.tune import TuneConfig
+from ee_scale.data.loader import to_device
 from ee_scale.engine.clipping import ALL, COPY
 from ee_scale.engine.frozen import loss_settings
 from ee_scale.engine.schedule import JointSchedule
@@ -59,7 +60,7 @@ class JointPipelineEngine(TwoWayEngine):
     def prepare(self, stage: JointStage, grid: Grid, config: TuneConfig) -> None:
         """Attributes that the base class does not know."""
         self.stage, self._final_weight = stage, config.backbone.final_weight
-        self.loss_settings = loss_settings(stage, config.exits)
+        self.loss_settings = loss_settings(stage, config)
         self.prepare_updates(grid, config)
         self.copies_group = grid.stages_group(stage.copies)
         self.loss_weights: dict[int, float] = dict.fromkeys(stage.exit_layers, 1.0)
@@ -81,7 +82,7 @@ class JointPipelineEngine(TwoWayEngine):
 
     def _load(self, buffer_id: int) -> None:
         batch = next(self._micro_batches)
-        slot = _Slot({name: batch[name].to(self.device, non_blocking=True) for name in batch})
+        slot = _Slot(to_device(batch, self.device))
         if self.is_first_stage():
             slot.x = slot.batch["tokens"]
         self._slots[buffer_id] = slot

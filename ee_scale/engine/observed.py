@@ -1,13 +1,18 @@
 """A pipeline engine that tells observers what it does: idle time, traces and the watchdog read the same stream."""
 
+import contextlib
+import io
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.schedule import PipeSchedule
+
+from ee_scale.engine.bf16 import reduce_gradients, update
 
 Mark = TypeVar("Mark")
 # What waits for another stage. A send does too: gloo and NCCL hand a tensor over when the other side takes it.
@@ -28,6 +33,22 @@ class ObservedEngine(PipelineEngine):
     def __init__(self, *args: object, **kwargs: object):
         self.observers: list[Observer] = []
         super().__init__(*args, **kwargs)
+
+    def close(self) -> None:
+        """Let go of the parameters, which live on: their hooks and links are what keeps an engine's memory."""
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints what it has removed
+            self.destroy()
+        for parameter in self.module.parameters():
+            parameter.grad = parameter._hp_grad = None
+
+    def _bf16_reduce_grads(self) -> None:
+        reduce_gradients(self.optimizer, self.mpu.get_data_parallel_group())
+
+    def _exec_optimizer_step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
+        if isinstance(self.optimizer, BF16_Optimizer):
+            update(self.optimizer)
+        else:
+            super()._exec_optimizer_step(lr_kwargs)
 
     @contextmanager
     def during(self, name: str, **fields: object) -> Iterator[None]:

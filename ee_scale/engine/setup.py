@@ -3,10 +3,11 @@
 import contextlib
 import io
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
+from deepspeed.runtime import bf16_optimizer
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
@@ -22,17 +23,21 @@ EngineType = TypeVar("EngineType", bound=PipelineEngine)
 
 
 class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that leaves out the groups marked `skipped`: their weights, moments and step counts stay as they are."""
+    """AdamW that leaves out the groups whose `left_out` (an fp32 scalar on their device) is 1, without reading it here.
+
+    Their weights, moments and step counts stay as they are. It is what torch's fused kernel does for a gradient scaler
+    that has found an infinite number.
+    """
 
     def step(self, closure: Callable[[], float] | None = None) -> None:
         """One update of the other groups."""
-        left_out = [p for group in self.param_groups if group.get("skipped") for p in group["params"]]
-        gradients = [parameter.grad for parameter in left_out]
-        for parameter in left_out:
-            parameter.grad = None
-        super().step(closure)
-        for parameter, gradient in zip(left_out, gradients, strict=True):
-            parameter.grad = gradient
+        groups = self.param_groups
+        try:
+            for group in groups:
+                self.param_groups, self.found_inf = [group], group.get("left_out")
+                super().step(closure)
+        finally:
+            self.param_groups, self.found_inf = groups, None
 
 
 def guarded_adamw(groups: dict[int, list[nn.Parameter]], optim: OptimConfig) -> GuardedAdamW:
@@ -80,7 +85,7 @@ def build_engine(
     micro_batch_size = train.micro_batch_size
     num_micro_batches = check_batch(train.global_batch_size, micro_batch_size, grid.layout.dp)
     config = deepspeed_config(grid, micro_batch_size, num_micro_batches, bf16, trains=optimizer is not None)
-    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its settings
+    with contextlib.redirect_stdout(io.StringIO()), _kept_peak():  # DeepSpeed prints its settings
         # One "layer" per stage; a rank registers its own stage only.
         pipe = PipelineModule([stage] * grid.layout.pp, topology=grid.layout.topology(), partition_method="uniform")
         mpu = StageMpu(pipe.mpu())
@@ -92,6 +97,18 @@ def build_engine(
             config=config,
             config_class=DeepSpeedConfig(config, mpu),
         )
+
+
+@contextlib.contextmanager
+def _kept_peak() -> Iterator[None]:
+    """DeepSpeed prints the peak of the device's memory on the way, and forgets it: what the run tells of it would lack
+    what building takes."""
+    see_memory_usage = bf16_optimizer.see_memory_usage
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        bf16_optimizer.see_memory_usage = see_memory_usage
 
 
 def _tells_news(record: logging.LogRecord) -> bool:

@@ -12,6 +12,7 @@ from deepspeed.utils import (
 from torch import nn
 
 from ee_scale.engine.clipping import CLIP_KEY, Optimizer
+from ee_scale.engine.staging import Staging
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -36,7 +37,7 @@ def start_moments(optimizer: Optimizer, updates: Callable[[int], int] = lambda g
 
 
 def whole_tensors(
-    parameters: Iterable[tuple[str, nn.Parameter]], gather: Gather
+    parameters: Iterable[tuple[str, nn.Parameter]], gather: Gather, staging: Staging
 ) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     """For each parameter its name and {'param', 'exp_avg', 'exp_avg_sq'}: whole, fp32, on the CPU.
 
@@ -45,7 +46,8 @@ def whole_tensors(
     for name, parameter in parameters:
         parts = {"param": safe_get_full_fp32_param(parameter)}
         parts |= {moment: safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS}
-        yield name, {key: gather(name, parameter, part.view(parameter.shape)).cpu() for key, part in parts.items()}
+        wholes = {key: gather(name, parameter, part.view(parameter.shape)) for key, part in parts.items()}
+        yield name, {key: staging.to_host(whole) for key, whole in wholes.items()}
 
 
 def restore_tensors(

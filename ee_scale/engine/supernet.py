@@ -16,6 +16,7 @@ from deepspeed.runtime.pipe.schedule import (
 )
 
 from ee_scale.config.supernet import SupernetConfig
+from ee_scale.data.loader import to_device
 from ee_scale.elastic.distill import FROZEN, FeatureLoss, head_backward
 from ee_scale.elastic.factors import FactorSet
 from ee_scale.elastic.sampling import FULL, ROLES, Draw
@@ -56,6 +57,7 @@ class SupernetEngine(TwoWayEngine):
     def prepare(self, stage: ElasticStage, grid: Grid, config: SupernetConfig, teacher_phases: int | None) -> None:
         """Attributes that the base class does not know."""
         self.stage, self.distill, self.teacher_phases = stage, config.distill, teacher_phases
+        self._kernel = config.train.loss_kernel
         self.prepare_updates(grid, config)
         distills = teacher_phases is not None
         self._features = None
@@ -75,7 +77,7 @@ class SupernetEngine(TwoWayEngine):
         replica, averaged over the role's draws; only the last stage knows the first two.
         """
         count = self.micro_batches
-        self._batches = [_to(next(micro_batches), self.device) for _ in range(count)]
+        self._batches = [to_device(next(micro_batches), self.device) for _ in range(count)]
         self._stream, self._pairs, self._taught = stream, {}, {m: _Taught() for m in range(count)}
         self._next = dict.fromkeys((ForwardPass, BackwardPass, SendActivation, RecvActivation, SendGrad, RecvGrad), 0)
         self._losses = torch.zeros(len(ROLES), 3, device=self.device)
@@ -166,6 +168,7 @@ class SupernetEngine(TwoWayEngine):
             draw.weight,
             taught.logits if learns else None,
             teacher,
+            self._kernel,
         )
         self._losses[ROLES.index(draw.role), :2] += means
         return gradient
@@ -203,7 +206,3 @@ class SupernetEngine(TwoWayEngine):
         **TwoWayEngine._INSTRUCTION_MAP,
         Teach: _teach,
     }
-
-
-def _to(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -32,7 +32,7 @@ class TwoWayEngine(ObservedEngine):
     def prepare_updates(self, grid: Grid, config: TrainingConfig) -> None:
         """Attributes that the base class does not know."""
         self.process_grid, self._clip = grid, config.optim.clip_grad
-        self.guard = UpdateGuard(config.train.spike_factor)
+        self.guard = UpdateGuard([ALL], config.train.spike_factor, grid.device)
         self.grad_norm = torch.zeros(())
         start_moments(self.optimizer)
 
@@ -42,9 +42,9 @@ class TwoWayEngine(ObservedEngine):
         return {TOGETHER: self.grad_norm} if self.is_last_stage() else {}
 
     @property
-    def skipped(self) -> dict[str, int]:
-        """Updates that were left out so far; the last stage tells."""
-        return {TOGETHER: self.guard.skipped[ALL]} if self.is_last_stage() else {}
+    def skipped(self) -> dict[str, torch.Tensor]:
+        """Updates that were left out so far, an int64 scalar on the device; the last stage tells."""
+        return {TOGETHER: self.guard.count(ALL)} if self.is_last_stage() else {}
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Groups of the AdamW underneath."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from math import cos, pi
 
 import torch
+from megatron.core import parallel_state
 from torch import nn
 
 from ee_scale.exits.vocab_parallel import confidence, cross_entropy, kl_divergence, mask_padding
@@ -16,11 +17,25 @@ class LossSettings:
     """What logits are trained on; see `ExitsConfig` for the meaning of each field. vocab_size: tokens scored."""
 
     vocab_size: int
-    chunk_tokens: int = 1024
+    chunk_tokens: int | None = None
     confidence_weighting: bool = False
     ce_weight: float = 1.0
     kl_weight: float = 0.0
     kl_temperature: float = 1.0
+    kernel: str = "torch"
+
+
+LEAST_CHUNK = 1024  # tokens; on a CPU larger ones gain nothing
+GPU_LOGITS = 2**28  # of a chunk that is chosen here: half a gigabyte in bf16, and a matrix product that fills a GPU
+
+
+def chunk_tokens(given: int | None, columns: int, device: str) -> int:
+    """Tokens whose logits [tokens, columns] exist at the same time: as given, else by the type of the device."""
+    if given is not None:
+        return given
+    if device == "cpu":
+        return LEAST_CHUNK
+    return max(LEAST_CHUNK, 1 << (GPU_LOGITS // columns).bit_length() - 1)
 
 
 def exit_backward(
@@ -81,7 +96,9 @@ def token_backward(
         piece = flat[part].requires_grad_(needs_grad)
         return piece, mask_padding(logits_of(piece), settings.vocab_size)
 
-    parts = [slice(i, i + settings.chunk_tokens) for i in range(0, len(flat), settings.chunk_tokens)]
+    columns = -(-settings.vocab_size // parallel_state.get_tensor_model_parallel_world_size())
+    size = chunk_tokens(settings.chunk_tokens, columns, flat.device.type)
+    parts = [slice(i, i + size) for i in range(0, len(flat), size)]
     learned = (mask > 0).float()
     trust = _confidence(chunk, parts) if settings.confidence_weighting else torch.ones_like(mask)
     tokens, total_weight = learned.sum().clamp(min=1), (trust * learned).sum().clamp(min=1e-6)
@@ -96,7 +113,7 @@ def token_backward(
             kl = kl_divergence(logits, target, settings.kl_temperature)
             means[1] += (kl.detach() * mask[part]).sum() / tokens
             loss = settings.kl_weight * kl
-        ce = cross_entropy(logits, labels[part])
+        ce = cross_entropy(logits, labels[part], settings.kernel)  # after the KL: it may overwrite the logits
         means[0] += (ce.detach() * mask[part]).sum() / tokens
         ((loss + settings.ce_weight * ce) * weights[part]).sum().mul(scale / total_weight).backward()
         gradients.append(piece.grad)

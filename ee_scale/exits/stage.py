@@ -13,6 +13,7 @@ from transformers import Cache, PreTrainedConfig
 
 from ee_scale.backbone.digest import bit_digest, named_generator
 from ee_scale.backbone.loading import LoadTask, TensorFolder, load_tensors
+from ee_scale.backbone.masks import HandedMasks
 from ee_scale.backbone.narrowing import fill
 from ee_scale.backbone.parallel import (
     ROW,
@@ -51,6 +52,7 @@ class TuningStage(nn.Module):
         layers = {int(k): backbone.base.layers[int(k) - 1 - first] for k in exit_heads}
         self._layers = [layers]
         self._taps = [ExitTaps(spec, layers)]
+        self._masks = [HandedMasks(head.body for head in exit_heads.values() if spec.exit_kind.attends)]
 
     @property
     def backbone(self) -> BackboneStage:
@@ -88,7 +90,10 @@ class TuningStage(nn.Module):
         output_norm = self.spec.output_norm(self._layers[0][k])
 
         def run_layer(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-            return run_single_layer(self.backbone.base, layer, hidden, **{CACHE: cache})
+            if cache is not None:
+                return run_single_layer(self.backbone.base, layer, hidden, **{CACHE: cache})
+            with self._masks[0].handed([layer], hidden) as masks:
+                return run_single_layer(self.backbone.base, layer, hidden, **masks)
 
         return self.exit_heads[str(k)].hidden(tap, output_norm, run_layer)
 

@@ -5,6 +5,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
+from ee_scale.config.groups import LIGER
+
 
 def mask_padding(logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """Logits [..., V/tp] with the padded rows of the vocabulary at the lowest value, so that no softmax sees them."""
@@ -16,18 +18,50 @@ def mask_padding(logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
     return logits.masked_fill(padding, torch.finfo(logits.dtype).min)
 
 
-def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Next-token loss per token: logits [N, V/tp], labels [N] -> fp32 [N]. May overwrite fp32 logits (Megatron)."""
-    return vocab_parallel_cross_entropy(logits, labels)
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, kernel: str = "torch") -> torch.Tensor:
+    """Next-token loss per token: logits [N, V/tp], labels [N] -> fp32 [N]. May overwrite the logits."""
+    if kernel == LIGER:
+        return _liger_cross_entropy(logits, labels)
+    if parallel_state.get_tensor_model_parallel_world_size() > 1:
+        return vocab_parallel_cross_entropy(logits, labels)
+    return _CrossEntropy.apply(logits, labels)
+
+
+def _liger_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """On whole logits, which become their own gradient."""
+    from liger_kernel.ops import LigerCrossEntropyFunction  # an extra, and Triton with it
+
+    ignored, z_loss, smoothing = -100, 0.0, 0.0
+    return LigerCrossEntropyFunction.apply(logits, labels, None, ignored, z_loss, smoothing, "none")[0].float()
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """On whole logits: fewer passes over them than Megatron's, whose sums over one rank are calls too. One backward."""
+
+    @staticmethod
+    def forward(ctx, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        log_p = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+        ctx.save_for_backward(log_p, labels.unsqueeze(-1))
+        ctx.dtype = logits.dtype
+        return -log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        log_p, places = ctx.saved_tensors
+        gradient = log_p.exp_()  # nothing else reads it
+        gradient.scatter_add_(-1, places, gradient.new_full(places.shape, -1.0))
+        return gradient.mul_(grad.unsqueeze(-1)).to(ctx.dtype), None
 
 
 def log_normalizer(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(largest logit, log sum exp) over the whole vocabulary, fp32 [N] each."""
     group = parallel_state.get_tensor_model_parallel_group()
     largest = logits.max(dim=-1).values
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    if group.size() > 1:
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
     total = (logits - largest.unsqueeze(-1)).exp().sum(dim=-1)
-    dist.all_reduce(total, group=group)
+    if group.size() > 1:
+        dist.all_reduce(total, group=group)
     return largest, largest + total.log()
 
 
@@ -49,7 +83,8 @@ class _KLDivergence(torch.autograd.Function):
         q = log_q.exp()
         # A padded row has q = 0 and two very low logarithms, infinite at a temperature below 1: 0 x inf is no number.
         loss = torch.where(q > 0, q * (log_q - log_p), 0.0).sum(dim=-1)
-        dist.all_reduce(loss, group=parallel_state.get_tensor_model_parallel_group())
+        if (group := parallel_state.get_tensor_model_parallel_group()).size() > 1:
+            dist.all_reduce(loss, group=group)
         ctx.save_for_backward(log_p.exp() - q)
         return loss
 

@@ -65,7 +65,7 @@ BF16, FP32 = 2, 4  # bytes of a number
 # What DeepSpeed's ZeRO-1 keeps of a trained number, whatever its type: whole; and divided over replicas.
 GRADIENT_BYTES = FP32
 OPTIMIZER_BYTES = 3 * FP32  # master copy and two moments
-BUCKET = 50_000_000  # numbers that are reduced over replicas at once (`engine.setup`)
+BUCKET = 50_000_000  # fp32 numbers that are reduced over replicas at once (`engine.setup`); bf16's are, where they lie
 # All-reduces of a hidden state outside the layers: of looked-up rows; of the gradient of what an output matrix reads.
 EMBEDDING_CALL, HEAD_CALL = 1, 1
 # What a process holds besides: CUDA context, kernels and NCCL's buffers (assumed); libraries on a CPU (measured,
@@ -202,7 +202,7 @@ def rank_memory(
     """Of a rank with these parameters of `size` bytes each; `crossing`: bytes that cross stages."""
     trained = parameters.trained
     flat = FP32 * trained / dp if size == FP32 else 0  # the gradients' flat copy
-    bucket = FP32 * min(trained, BUCKET) if dp > 1 else 0
+    bucket = FP32 * min(trained, BUCKET) if size == FP32 and dp > 1 else 0
     update = 2 * FP32 * parameters.largest  # what the step needs for one tensor
     # Activations are gone when the step is taken.
     moment = max(0.0, max(flat + bucket, update) - activations - logits)

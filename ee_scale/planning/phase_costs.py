@@ -13,6 +13,7 @@ from ee_scale.elastic.distill import FROZEN
 from ee_scale.elastic.factors import FactorPlan
 from ee_scale.elastic.order import UnitOrder
 from ee_scale.elastic.subnet import SearchSpace, SubnetSpec, drop_order
+from ee_scale.exits.losses import chunk_tokens
 from ee_scale.families.family import HEADS
 from ee_scale.modeling.kinds import LAYER_BACKWARD, LAYER_FORWARD
 from ee_scale.planning.estimates import (
@@ -190,7 +191,7 @@ def phase_memory(plan: SupernetSetup, index: int, stage: int, dtype: torch.dtype
     logits = 0.0
     if last and plan.task == "causal_lm":
         columns = padded_vocab(plan.map.config.vocab_size, plan.layout.tp) // plan.layout.tp
-        chunk, trained = config.distill.loss_chunk_tokens, columns * (rank or hidden)
+        chunk, trained = chunk_tokens(config.distill.loss_chunk_tokens, columns, device), columns * (rank or hidden)
         logits = logits_bytes(tokens, chunk, columns, size, pair=bool(rank), teacher=learns, largest=trained)
     crossing = 4 * state if plan.stages.launched > 1 else 0  # hidden states and gradients, received and sent
     held = (phase_parameters(plan, index, stage), plan.layout.dp, size, device)

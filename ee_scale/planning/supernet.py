@@ -28,6 +28,7 @@ from ee_scale.planning.estimates import (
     filled_pipe,
     mean_work,
 )
+from ee_scale.planning.loss import check_loss_kernel
 from ee_scale.planning.phase_costs import (
     draws_per_micro_batch,
     phase_memory,
@@ -88,6 +89,7 @@ def plan_supernet(
 ) -> SupernetPlan:
     """Check the config against model and data. Raises `UserError`."""
     check_supernet(config)
+    check_loss_kernel(config)
     task, parallel = task_of(config, model_config), config.parallel
     if labels:
         model_config.num_labels = len(labels)

@@ -16,6 +16,7 @@ from ee_scale.backbone.stages import StagePlan, plan_stages
 from ee_scale.config.checks import check_batch, check_tune
 from ee_scale.config.tune import BackboneConfig, TuneConfig
 from ee_scale.exits.joint import FROZEN, FULL, LOW_RANK, output_copies
+from ee_scale.exits.losses import LEAST_CHUNK, chunk_tokens
 from ee_scale.exits.placement import exit_cost, exit_spec, resolve_loss_weights
 from ee_scale.families.family import Family
 from ee_scale.families.registry import decoder_family
@@ -41,6 +42,7 @@ from ee_scale.planning.estimates import (
     rank_traffic,
 )
 from ee_scale.planning.exit_costs import exit_flops, exit_passes
+from ee_scale.planning.loss import check_loss_kernel
 from ee_scale.planning.passes import (
     add_pairs,
     count,
@@ -91,7 +93,8 @@ class TunePlan(Plan[TuneConfig]):
         return tuple(self.stages.exits(stage))
 
     def reliefs(self) -> Mapping[str, Any]:
-        return {"backbone.activation_checkpointing": True} if self.backbone.trains else {}
+        smaller = {} if self.config.exits.loss_chunk_tokens else {"exits.loss_chunk_tokens": LEAST_CHUNK}
+        return smaller | ({"backbone.activation_checkpointing": True} if self.backbone.trains else {})
 
     def bubble(self) -> tuple[float, str]:
         p, m = self.layout.pp, self.num_micro_batches
@@ -232,7 +235,7 @@ class TunePlan(Plan[TuneConfig]):
         size, crossing = dtype.itemsize, 0
         if self.stages.launched > 1:  # hidden states, and gradients where they cross, received and sent
             crossing = (4 if self.backbone.trains else 2) * self._state_bytes(size)
-        activations, logits = self._activations(stage, dtype), self._logits(stage, size)
+        activations, logits = self._activations(stage, dtype), self._logits(stage, size, device)
         held = (self.parameters(stage), self.layout.dp, size, device)
         return rank_memory(*held, activations=activations, logits=logits, crossing=crossing)
 
@@ -265,7 +268,7 @@ class TunePlan(Plan[TuneConfig]):
             kept += 2 * state
         return kept + max(once, body.working)
 
-    def _logits(self, stage: int, size: int) -> float:
+    def _logits(self, stage: int, size: int, device: str) -> float:
         config, exits = self.config, len(self.stages.exits(stage))
         own_loss = self.backbone.trains and self.stages.is_last(stage)
         if not exits and not own_loss:
@@ -274,7 +277,7 @@ class TunePlan(Plan[TuneConfig]):
         trains_matrix = self.spec.owns_matrix or self.backbone.mode == FULL
         return logits_bytes(
             config.train.micro_batch_size * config.data.seq_length,
-            config.exits.loss_chunk_tokens,
+            chunk_tokens(config.exits.loss_chunk_tokens, rows, device),
             rows,
             size,
             pair=self.spec.head == "low_rank" and exits > 0,
@@ -313,6 +316,7 @@ class TunePlan(Plan[TuneConfig]):
 def plan_tune(config: TuneConfig, model_dir: Path, model_config: PreTrainedConfig) -> TunePlan:
     """Check the config against the model and cut it into stages. Raises `UserError`."""
     check_tune(config)
+    check_loss_kernel(config)
     shape, parallel, exits = shape_of(model_config), config.parallel, config.exits
     check_lengths(config, shape.max_positions, shape.num_layers)
     tensor_plan(model_config, parallel.tp)

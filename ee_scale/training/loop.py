@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
+from ee_scale.engine.guard import LATE
 from ee_scale.engine.observed import ObservedEngine
 from ee_scale.errors import FAILED, REQUEUE, STOPPED, Requeue, RunError
 from ee_scale.files import write_text
@@ -64,17 +65,16 @@ class Loop:
 
     def train(self, total_steps: int) -> None:
         """The steps that are left. Raises RuntimeError if something frozen changed, and what `begin` does."""
-        engine = None
         with self.running():
             while self.run.step < total_steps:
-                if (wanted := self.run.ready()) is not engine:
-                    engine = wanted
-                    self._watch(engine)
+                self._watch(self.run.ready())  # and keeps no hand on it: an engine is gone when its phase is over
                 self.begin()
                 self.end(self.run.train_step())
 
     def _watch(self, engine: ObservedEngine) -> None:
-        """What happens in the engine is metered, and seen by the watchdog."""
+        """What happens in a new engine is metered, and seen by the watchdog."""
+        if engine.observers:
+            return
         meter = self.stream.meter
         engine.observers += [self.watchdog] if meter is None else [self.watchdog, meter]
         self.stream.restart_clock()
@@ -95,21 +95,26 @@ class Loop:
         train, logging = self.run.config.train, self.run.config.logging
         self.run.step += 1
         engine, guard = self.run.engine, self.run.engine.guard
-        if self.run.grid.writes_stage():
-            for key, reason in guard.reasons.items():
-                log.warning("step %d: update of %s left out (%s)", self.run.step, _name(key), reason)
+        saves = made.last or self.run.step % train.save_every == 0
+        self._tell_left_out(late=0 if saves else LATE)
         self.stream.add(
             self.run.step, made.learning_rate, made.losses, grad_norms=engine.grad_norms, skipped=engine.skipped
         )
         given_up = max(guard.in_a_row.values(), default=0) >= train.max_skipped
         self.votes.cast(self.signals.number, given_up)
-        saves = made.last or self.run.step % train.save_every == 0
         if saves or self.run.step % logging.every == 0:
             self.stream.flops_per_token = self.run.flops_per_token
             self.stream.flush()
         self._report(wait=saves)
         if saves:
             self._save()
+
+    def _tell_left_out(self, late: int) -> None:
+        """Of all steps but the last `late`, which a GPU may not have come to yet."""
+        for since, reasons in self.run.engine.guard.verdicts(late):
+            if self.run.grid.writes_stage():
+                for key, reason in reasons.items():
+                    log.warning("step %d: update of %s left out (%s)", self.run.step - since, _name(key), reason)
 
     def _report(self, wait: bool) -> None:
         for metrics in self.stream.ready(wait=wait):
@@ -154,6 +159,7 @@ class Loop:
         raise RunError(f"{self.out}: {reason}")
 
     def _finish_numbers(self) -> None:
+        self._tell_left_out(late=0)
         self.votes.drain()
         self.stream.flush()
         self._report(wait=True)

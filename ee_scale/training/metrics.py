@@ -79,7 +79,7 @@ class _Known:
 
     losses: Mapping[Key, torch.Tensor]
     grad_norms: Mapping[Key, torch.Tensor]
-    skipped: Mapping[Key, int]
+    skipped: Mapping[Key, torch.Tensor]
 
 
 class MetricsStream:
@@ -119,7 +119,7 @@ class MetricsStream:
         losses: Mapping[Key, torch.Tensor],
         *,
         grad_norms: Mapping[Key, torch.Tensor] | None = None,
-        skipped: Mapping[Key, int] | None = None,
+        skipped: Mapping[Key, torch.Tensor] | None = None,
     ) -> None:
         """What this stage knows at a step (counted from 1): fp32 [measures or more] by key, of this replica.
 
@@ -166,8 +166,9 @@ class MetricsStream:
             if first.grad_norms and self.norm_keys:
                 norms = torch.stack([torch.stack(list(known.grad_norms.values())) for known in self._known])
                 table[:, self._places(first.grad_norms), -2] = norms.float().cpu()
-            for row, known in zip(table, self._known, strict=True):
-                row[self._places(known.skipped), -1] = torch.tensor([float(n) for n in known.skipped.values()])
+            if first.skipped:
+                counts = torch.stack([torch.stack(list(known.skipped.values())) for known in self._known])
+                table[:, self._places(first.skipped), -1] = counts.float().cpu()
         return table / self.grid.layout.dp
 
     def _places(self, keys: Mapping[Key, Any]) -> list[int]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-import wandb
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ee_scale.config.groups import LoggingConfig
@@ -109,6 +108,8 @@ class WandbSink:
         self._run, self._keyed_by = None, keyed_by
         self._repeated: int | None = None
         try:
+            import wandb  # here, because it takes seconds and few runs want it
+
             self._run = wandb.init(
                 project=logging.wandb_project,
                 name=logging.wandb_name or out.name,

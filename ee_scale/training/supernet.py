@@ -127,6 +127,7 @@ class SupernetRun(Run[SupernetConfig, SupernetPlan]):
     def ready(self) -> SupernetEngine:
         due = self.plan.phases.index_at(self.step)
         if self.engine is None or due != self.index:
+            self._close_engine()
             open_phases(self, due)
             self.start_engine()
         if self.config.train.verify_frozen and not self.frozen:
@@ -150,6 +151,12 @@ class SupernetRun(Run[SupernetConfig, SupernetPlan]):
             name = self.plan.phases[self.index].name
             log.info("stage '%s' done; backbone unchanged (digest %s)", name, digest)
         return Step(learning_rate, dict(zip(ROLES, losses, strict=True)), last)
+
+    def _close_engine(self) -> None:
+        """Master copies, moments and gradients of a finished phase are nothing that the next one needs."""
+        if self.engine is not None:
+            self.engine.close()
+            self.engine = None
 
     def start_engine(self) -> None:
         """Of the last opened phase. What the frozen teacher consists of is merged into the backbone."""

@@ -97,7 +97,7 @@ def run_slow(root: Path, grid: Grid, slow: int) -> dict[str, Any]:
             mine.append({k: (loss[0].item(), engine.grad_norms[k].item()) for k, loss in losses.items()})
             if step == JOB.steps and grid.stage == 1:
                 losses[LAST] = losses[LAST] * float("nan")
-            skipped = {LAST: step // 4} if grid.stage == 1 else None
+            skipped = {LAST: torch.tensor(step // 4)} if grid.stage == 1 else None
             stream.add(step, 0.1, losses, grad_norms=engine.grad_norms, skipped=skipped)
         stream.flush()
     found = list(stream.ready(wait=True))

@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+from helpers.spawn import spawn
 
-from ee_scale.errors import UserError
-from ee_scale.grid import LaunchInfo, Layout, launch_info, pick_device, world_size_message
+from ee_scale import grid
+from ee_scale.cli import main as command
+from ee_scale.errors import BAD_INPUT, FAILED, REQUEUE, UserError
+from ee_scale.grid import LaunchInfo, Layout, join_grid, launch_info, leave_grid, pick_device, world_size_message
 
 LAYOUTS = [Layout(), Layout(2, 1, 1), Layout(2, 3, 4), Layout(1, 4, 2), Layout(4, 2, 1)]
 
@@ -66,3 +70,66 @@ def test_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_world_size_message() -> None:
     assert world_size_message(Layout(2, 3, 1), 4) == "4 processes, but tp=2 x pp=3 (stages launched) x dp=1 needs 6"
+
+
+class MetError(Exception):
+    """Raised where a process group would be made."""
+
+
+def test_nccl_is_told_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    def meet(*args: object, **options: object) -> None:
+        given.append((args[0], options["device_id"]))
+        raise MetError
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(dist, "init_process_group", meet)
+    for device in (torch.device("cuda", 1), torch.device("cpu")):
+        with pytest.raises(MetError):
+            join_grid(Layout(), device)
+    assert given == [("nccl", torch.device("cuda", 1)), ("gloo", None)]
+
+
+def come_and_go(rank: int) -> list[bool]:
+    """Whether there is a process group: after leaving a world that was there, and in and after two of our own."""
+    join_grid(Layout(), torch.device("cpu"))
+    leave_grid()
+    found = [dist.is_initialized()]
+    dist.destroy_process_group()
+    for _ in range(2):
+        joined = join_grid(Layout(), torch.device("cpu"))
+        dist.all_reduce(torch.ones(1), group=joined.dp_group)
+        found.append(dist.is_initialized())
+        leave_grid()
+        found.append(dist.is_initialized())
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # which the helper waits in
+    return found
+
+
+def test_a_world_of_our_own_is_left_behind() -> None:
+    assert spawn(come_and_go, 1) == [[True, True, False, True, False]]
+
+
+def test_nobody_waits_for_the_others_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that leaves in order destroys its groups, which waits for the others; one that fails aborts them."""
+    called: list[str] = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(grid.deepspeed.comm, "destroy_process_group", lambda: called.append("destroy"))
+    monkeypatch.setattr(dist.distributed_c10d, "_abort_process_group", lambda: called.append("abort"))
+    for code in (0, REQUEUE, FAILED, BAD_INPUT):
+        monkeypatch.setattr(grid, "_met_here", True)
+        monkeypatch.setattr(command, "_main", lambda arguments, code=code: code)
+        assert command.main([]) == code
+    assert called == ["destroy", "destroy", "abort", "abort"]
+
+    def fail(arguments: object) -> int:
+        raise MetError
+
+    monkeypatch.setattr(grid, "_met_here", True)
+    monkeypatch.setattr(command, "_main", fail)
+    with pytest.raises(MetError):
+        command.main([])
+    assert called[4:] == ["abort"]

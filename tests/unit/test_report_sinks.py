@@ -1,7 +1,9 @@
 """metrics.jsonl, the progress line, and Weights & Biases (a fake one) across a kill and a resume."""
 
+import importlib
 import json
 import logging
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,7 +56,7 @@ class Server:
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Server:
     fake = Server()
-    monkeypatch.setattr(sinks, "wandb", fake)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
     return fake
 
 
@@ -101,6 +103,16 @@ def test_a_failing_wandb_is_off(server, monkeypatch, caplog):
         sink(at(step))
     sink.close()
     assert [r.getMessage() for r in caplog.records] == ["wandb failed and is off for the rest of the run: no network"]
+
+
+def test_runs_that_do_not_want_wandb_need_none(monkeypatch, caplog):
+    monkeypatch.setattr(log, "propagate", True)
+    monkeypatch.setattr(log, "handlers", [])
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it was not installed
+    importlib.reload(sinks)
+    sinks.WandbSink(Path("a"), SETTINGS, {}, "id", "exit")(at(1))
+    (told,) = caplog.records
+    assert told.getMessage().startswith("wandb failed and is off for the rest of the run: import of wandb")
 
 
 def strict(line: str) -> dict[str, Any]:
