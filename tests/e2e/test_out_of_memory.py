@@ -41,7 +41,7 @@ def really_full(rank: int) -> None:
 def full_in_decoding(rank: int) -> None:
     from ee_scale.modeling.loop import DecodeLoop
 
-    def run(self: DecodeLoop) -> None:
+    def run(self: DecodeLoop, *_: object) -> None:
         raise torch.OutOfMemoryError(FULL)
 
     DecodeLoop.run = run
