@@ -65,10 +65,10 @@ def write_models(folder: str, device: str, shape: dict[str, int], agreement: flo
     return {"seconds": time.perf_counter() - start, "agreement": agreed}
 
 
-def measure_tune(arguments: list[str], profiles: bool) -> dict[str, Any]:
+def measure_tune(folder: str, arguments: list[str], profiles: bool) -> dict[str, Any]:
     """Steps of `ee-scale tune` on random tokens, with stage and engine as the command builds them."""
     logging.set_verbosity_error()
-    config = compose_config("tune", arguments)
+    config = compose_config("tune", [f"model={folder}", *arguments])
     plan, where = Tune.of(config).plan, pick_device(config.parallel.device)
     (foretold,) = plan.memory(bf16=is_bf16(config), device=where.type)
     run = start_run(plan, join_grid(plan.layout, where, 5.0))

@@ -1,6 +1,6 @@
 """Benchmark of one GPU: steps of `tune` on a Llama of 1.5 B parameters, and decoding with exits on it.
 
-    TMPDIR=/dev/shm python scripts/bench_gpu.py --json gpu.json
+    python scripts/bench_gpu.py --json gpu.json                 # TMPDIR=/dev/shm is the quickest place for 6 GB
     python scripts/bench_gpu.py --json small.json --small       # does it run at all; works on a CPU too
 
 Models are random, drawn on the device, and lie in a temporary folder. Every line is in the file as soon as it is
@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 Row = dict[str, Any]
+Line = tuple[str, str, str, tuple[Any, ...]]  # name, what measures it, on which model, and how
 
 SHAPE = {"layers": 16, "hidden": 2048, "vocab": 128256}
 SMALL = {"layers": 12, "hidden": 64, "vocab": 512}
@@ -70,10 +71,10 @@ class Bench:
         self.check_machine()
         for part in self.arguments.parts:
             lines = self.tune_lines() if part == "tune" else self.decode_lines()
-            for name, target, given in lines:
+            for name, target, model, given in lines:
                 found = self.results[part].get(name, {"error": "not measured"})
                 if "error" in found:
-                    self.write(part, name, self.ask(target, *given))
+                    self.write(part, name, self.ask(target, self.model(model), *given))
                     self.tell(part, name)
 
     def check_machine(self) -> None:
@@ -89,7 +90,7 @@ class Bench:
         self.results["machine"] = before or found
         self.save()
 
-    def tune_lines(self) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    def tune_lines(self) -> Iterator[Line]:
         length = SMALL_LENGTH if self.arguments.small else LENGTH
         small = ["train.micro_batch_size=1", "train.global_batch_size=2"] if self.arguments.small else []
         for name in SMALL_TUNE if self.arguments.small else TUNE:
@@ -100,13 +101,13 @@ class Bench:
                 f"parallel.device={self.arguments.device}",
                 *small,
             ]
-            yield name, "measure_tune", ([f"model={self.model('plain')}", *words], name in PROFILED)
+            yield name, "measure_tune", "plain", (words, name in PROFILED)
 
-    def decode_lines(self) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    def decode_lines(self) -> Iterator[Line]:
         words = ["--random", "given", "--device", self.arguments.device]
         words += SMALL_SIZE if self.arguments.small else FULL_SIZE
         for name in list(DECODE)[: 1 if self.arguments.small else None]:
-            yield name, "measure_decode", (self.model("exits"), [*words, *DECODE[name]])
+            yield name, "measure_decode", "exits", ([*words, *DECODE[name]],)
 
     def model(self, name: str) -> str:
         """The folder of a model, drawn when it is first asked for."""
@@ -125,6 +126,8 @@ class Bench:
         quiet = {"PYTHONWARNINGS": "ignore", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1"}
         # Asked through NVML, the number of GPUs starts no CUDA, which would not survive a fork.
         quiet |= {"DS_ACCELERATOR": self.arguments.device, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+        if self.arguments.device == "cpu":
+            quiet["OMP_NUM_THREADS"] = "1"
         limits = {"seconds": min(left, MOST), "forks": self.forks, "preload": ["_bench_gpu"]}
         try:
             return run_timed(f"_bench_gpu:{target}", *given, **limits, **quiet)
