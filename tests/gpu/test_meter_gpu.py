@@ -1,6 +1,7 @@
 """Idle time on a GPU is the stream's, not the host's, and reading it waits for nothing."""
 
 import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def test_a_wait_on_the_stream_counts_although_the_host_ran_ahead():
     ahead = time.perf_counter() - started
     torch.cuda.synchronize()
     reading = meter.read()
-    waiting, working = (a.elapsed_time(b) / 1e3 for a, b in zip(marks, marks[1:], strict=False))
+    waiting, working = (a.elapsed_time(b) / 1e3 for a, b in pairwise(marks))
     assert reading.wall == pytest.approx(waiting + working, rel=0.01)
     assert reading.waiting == pytest.approx(waiting, rel=0.01)
     assert reading.waiting > 2 * working > 0.1
