@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.cli import run_cli
-from helpers.device import DEVICE, metrics, train, two_gpus
+from helpers.device import DEVICE, metrics, train, train_on_cpu, two_gpus
+from helpers.runs import recipe
 from transformers import AutoModelForCausalLM
 
 from ee_scale.palettes.manifest import read_manifest
@@ -14,15 +15,21 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(scope="module")
-def supernet(supernet_arguments, tmp_path_factory) -> Path:
+def arguments(supernet_arguments) -> list[str]:
+    """Ten steps that are small enough for the losses of two number types to stay together."""
+    return [*supernet_arguments, recipe((3, 3, 4), 1e-3, 4)]
+
+
+@pytest.fixture(scope="module")
+def supernet(arguments, tmp_path_factory) -> Path:
     """The folder of a finished run in bf16."""
     folder = tmp_path_factory.mktemp("supernet-on-device")
-    train(folder, supernet_arguments)
+    train(folder, arguments)
     return folder
 
 
-def test_bf16_follows_fp32_on_a_cpu(supernet, supernet_run):
-    ours, reference = metrics(supernet / "run"), metrics(supernet_run)
+def test_bf16_follows_fp32_on_a_cpu(supernet, arguments, tmp_path):
+    ours, reference = metrics(supernet / "run"), train_on_cpu(tmp_path, arguments)
     assert len(ours) == len(reference) == 10
     for mine, theirs in zip(ours, reference, strict=True):
         # bf16 sorts units of nearly the same importance otherwise, so small subnets need not keep the same ones.
@@ -48,7 +55,7 @@ def test_palette(supernet):
 
 
 @two_gpus
-def test_two_tensor_ranks_follow_one(supernet, supernet_arguments, tmp_path):
-    ours = train(tmp_path, [*supernet_arguments, "parallel.tp=2"], 2)
+def test_two_tensor_ranks_follow_one(supernet, arguments, tmp_path):
+    ours = train(tmp_path, [*arguments, "parallel.tp=2"], 2)
     for two, one in zip(ours, metrics(supernet / "run"), strict=True):
         assert two["loss"]["full"] == pytest.approx(one["loss"]["full"], abs=5e-2)
