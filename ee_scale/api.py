@@ -152,8 +152,10 @@ def evaluate(config: EvaluateConfig) -> "Evaluation":
     """
     config = _ready(config)
     from ee_scale.evaluation.evaluate import run_evaluation
+    from ee_scale.planning.out_of_memory import reading_advice, told_when_full
 
-    return run_evaluation(config)
+    with told_when_full(lambda: reading_advice(config)):
+        return run_evaluation(config)
 
 
 def calibrate(config: CalibrateConfig) -> "Calibration":
@@ -166,8 +168,10 @@ def calibrate(config: CalibrateConfig) -> "Calibration":
     """
     config = _ready(config)
     from ee_scale.evaluation.calibrate import run_calibration
+    from ee_scale.planning.out_of_memory import reading_advice, told_when_full
 
-    return run_calibration(config)
+    with told_when_full(lambda: reading_advice(config)):
+        return run_calibration(config)
 
 
 def generate(config: GenerateConfig) -> list[Generated]:
@@ -185,11 +189,14 @@ def generate(config: GenerateConfig) -> list[Generated]:
     from ee_scale.inference.request import checked_request
     from ee_scale.inference.run import answer_lines, answer_rows, decode_here
     from ee_scale.launching.ranks import run_ranks
+    from ee_scale.planning.out_of_memory import decoding_advice, told_when_full
 
     request = checked_request(config)
     size, device = config.parallel.tp * config.parallel.pp, pick_device(config.device)
     if size == 1:
-        rows = answer_rows(request, decode_here(request, device))
+        with told_when_full(lambda: decoding_advice(config, request.folder, max(map(len, request.prompts)))):
+            answers = decode_here(request, device)
+        rows = answer_rows(request, answers)
         if config.out is not None:
             write_text(Path(config.out).expanduser(), answer_lines(rows))
     else:

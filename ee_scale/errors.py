@@ -15,6 +15,10 @@ class RunError(RuntimeError):
     """A run that cannot go on (losses are no numbers, a rank hangs), in one line. Exit code 1."""
 
 
+class OutOfMemoryError(RunError):
+    """A rank found no memory left. It alone knows, so it says the line itself."""
+
+
 class Requeue(SystemExit):
     """A signal asked the run to leave; its state is saved, the same command goes on. Exit code 75.
 

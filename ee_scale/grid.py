@@ -17,6 +17,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from megatron.core import parallel_state
 
 from ee_scale.errors import UserError
+from ee_scale.gpu import check_capability
 
 T = TypeVar("T")
 _met_here = False  # whether the default process group is ours to destroy, and not of who calls us
@@ -70,7 +71,7 @@ def launch_info() -> LaunchInfo | None:
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """'auto', 'cpu' or 'cuda' -> the device of this process. Raises `UserError` for a missing GPU."""
+    """'auto', 'cpu' or 'cuda' -> this process's device. Raises `UserError` for a GPU that is missing or too old."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -80,6 +81,7 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
             f"local rank {local_rank} has no GPU of its own: {torch.cuda.device_count()} GPUs on this node; "
             "start fewer processes per node"
         )
+    check_capability(local_rank)
     return torch.device("cuda", local_rank)
 
 

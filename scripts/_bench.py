@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _bench_models import llama, write_model
 from _children import Job
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.backbone.shard import model_tensors
@@ -35,18 +36,10 @@ def dtype_of(job: Job) -> torch.dtype:
 
 def save_model(job: Job) -> None:
     """Write the random model of a job to its folder."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=job.vocab,
-        hidden_size=job.hidden,
-        intermediate_size=job.hidden * 11 // 4,
-        num_hidden_layers=job.layers,
-        num_attention_heads=max(1, job.hidden // 64),
-        num_key_value_heads=max(1, job.hidden // 64),
-        max_position_embeddings=job.sequence,
-        tie_word_embeddings=False,
-    )
-    AutoModelForCausalLM.from_config(config, dtype=dtype_of(job)).save_pretrained(job.folder)
+    heads = max(1, job.hidden // 64)
+    sizes = {"intermediate_size": job.hidden * 11 // 4, "num_key_value_heads": heads}
+    config = llama(job.layers, job.hidden, job.vocab, max_position_embeddings=job.sequence, **sizes)
+    write_model(Path(job.folder), config, job.device, dtype_of(job))
 
 
 def make_batch(job: Job, device: torch.device) -> MicroBatches:

@@ -2,12 +2,14 @@
 
 import importlib
 import os
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
 from typing import Any
 
 
@@ -40,9 +42,31 @@ def run_child(target: str, *args: Any, **environment: str) -> Any:
     return run_children(target, [args], **environment)[0]
 
 
+def run_timed(
+    target: str, *args: Any, seconds: float, forks: bool, preload: Sequence[str] = (), **environment: str
+) -> Any:
+    """The same for `seconds` at most; `forks`: of a process that has imported `preload` before, for many short ones.
+
+    Forks have the environment of the first call. Raises RuntimeError as `run_children` does, and after that time.
+    """
+    context = get_context("forkserver" if forks else "spawn")
+    if forks:
+        context.set_forkserver_preload([*preload])
+    return _run(context, target, [args], environment, seconds)[0]
+
+
 def run_children(target: str, arguments: list[tuple[Any, ...]], **environment: str) -> list[Any]:
     """The same in one process for each tuple of arguments, at once. Raises RuntimeError with a child's traceback."""
-    context = get_context("spawn")
+    return _run(get_context("spawn"), target, arguments, environment)
+
+
+def _run(
+    context: BaseContext,
+    target: str,
+    arguments: list[tuple[Any, ...]],
+    environment: dict[str, str],
+    seconds: float | None = None,
+) -> list[Any]:
     with _environment(environment):
         pairs = []
         for args in arguments:
@@ -53,9 +77,13 @@ def run_children(target: str, arguments: list[tuple[Any, ...]], **environment: s
             pairs.append((process, mine))
     try:
         results: dict[Connection, Any] = {}
+        end = None if seconds is None else time.monotonic() + seconds
         while len(results) < len(pairs):
             # Whoever fails first ends it: the others may be waiting for that process.
-            for pipe in wait([pipe for _, pipe in pairs if pipe not in results]):
+            left = None if end is None else max(0.0, end - time.monotonic())
+            if not (ready := wait([pipe for _, pipe in pairs if pipe not in results], left)):
+                raise RuntimeError(f"{target}: not done after {seconds:.0f} s")
+            for pipe in ready:
                 results[pipe] = _result(target, pipe)
         return [results[pipe] for _, pipe in pairs]
     finally:

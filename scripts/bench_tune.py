@@ -14,7 +14,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -61,27 +61,29 @@ def environment(device: str, **more: str) -> dict[str, str]:
     return {"DS_ACCELERATOR": device, **quiet, **more}
 
 
-def part_a(folder: Path, device: str, quick: bool) -> dict[str, Any]:
+Found = Iterator[dict[str, Any]]
+
+
+def part_a(folder: Path, device: str, quick: bool, heads: list[str]) -> Found:
     """Step time of ours, the ideal and the naive loop; exits at a quarter, a half and three quarters."""
-    rows = []
-    for head in ("low_rank", "full"):
+    rows, checks = [], []
+    for head in heads:
         size = SIZES[device, quick, "step"]
         exits = tuple(size["layers"] * i // 4 for i in (1, 2, 3))
         job = make_job(folder, device, size, exits, head=head, rounds=5 if quick else 11)
-        rows.append(run_child("_bench_parts:measure_steps", job, **environment(device)))
-    checks = []
-    for row in rows:
+        row = run_child("_bench_parts:measure_steps", job, **environment(device))
+        rows.append(row)
         for name, text, wanted in (("over_ideal", "ideal", 1.15), ("over_naive", "naive loop", 1.0)):
-            what = f"step time / {text}, head {row['head']} (fastest rounds: {row[name + '_fastest']:.3f})"
+            what = f"step time / {text}, head {head} (fastest rounds: {row[name + '_fastest']:.3f})"
             checks.append(check(what, row[name], wanted))
-    return {"rows": rows, "checks": checks, "size": {**size, "exits": exits}}
+        yield {"rows": rows, "checks": checks, "size": {**size, "exits": exits}}
 
 
-def part_b(folder: Path, device: str, quick: bool) -> dict[str, Any] | None:
-    """Idle share of each of 4 stages, flushed and run-ahead; None where the CPU's answer stands for this device."""
+def part_b(folder: Path, device: str, quick: bool, heads: list[str]) -> Found:
+    """Idle share of each of 4 stages, flushed and run-ahead; nothing where the CPU's answer stands for this device."""
     real = (torch.cuda.device_count() if device == "cuda" else len(os.sched_getaffinity(0))) >= STAGES
     if device == "cuda" and not real:
-        return None
+        return
     size = SIZES[device, quick, "step"] if real else TINY
     exits = tuple(size["layers"] * i // STAGES for i in range(1, STAGES + 1))
     wait = 0.0 if real else 0.04
@@ -98,10 +100,10 @@ def part_b(folder: Path, device: str, quick: bool) -> dict[str, Any] | None:
         for row in rows
     ]
     formula = (STAGES - 1) / (MICRO_BATCHES + STAGES - 1)
-    return {"rows": rows, "checks": checks, "formula": formula, "wait": wait, "size": size}
+    yield {"rows": rows, "checks": checks, "formula": formula, "wait": wait, "size": size}
 
 
-def part_c(folder: Path, device: str, quick: bool) -> dict[str, Any]:
+def part_c(folder: Path, device: str, quick: bool, heads: list[str]) -> Found:
     """Peak memory for 1, 2, 4 and 8 exits, and of the naive loop with 8; the deepest exit is always the same."""
     size = SIZES[device, quick, "memory"]
     # Every block of 64 KiB and more goes back to the system when it is freed: resident memory is what is in use.
@@ -116,21 +118,19 @@ def part_c(folder: Path, device: str, quick: bool) -> dict[str, Any]:
     growth = (last["rest"] - first["rest"]) / (last["state"] - first["state"])
     # 5%: room for what the exits read (see the note of the table), not for logits.
     text = f"memory, {first['exits']} to {last['exits']} exits: growth of the rest / growth of the heads' state"
-    return {"rows": rows, "checks": [check(text, growth, 0.05, percent=True)], "size": size}
+    yield {"rows": rows, "checks": [check(text, growth, 0.05, percent=True)], "size": size}
 
 
-def part_d(folder: Path, device: str, quick: bool) -> dict[str, Any]:
+def part_d(folder: Path, device: str, quick: bool, heads: list[str]) -> Found:
     """Time of an epoch that computes, that keeps and that reads what exits read; exits as in part a."""
-    size, rows = SIZES[device, quick, "taps"], []
+    size, rows, checks = SIZES[device, quick, "taps"], [], []
     exits = tuple(size["layers"] * i // 4 for i in (1, 2, 3))
-    for head in ("low_rank", "full"):
+    for head in heads:
         job = make_job(folder, device, size, exits, head=head, rounds=3 if quick else 5)
-        rows.append(run_child("_bench_parts:measure_taps", job, str(folder / f"taps-{head}"), **environment(device)))
-    checks = [
-        check(f"second epoch / first, head {row['head']}", row["seconds"]["read"] / row["seconds"]["kept"], 0.5)
-        for row in rows
-    ]
-    return {"rows": rows, "checks": checks, "size": size}
+        row = run_child("_bench_parts:measure_taps", job, str(folder / f"taps-{head}"), **environment(device))
+        rows.append(row)
+        checks.append(check(f"second epoch / first, head {head}", row["seconds"]["read"] / row["seconds"]["kept"], 0.5))
+        yield {"rows": rows, "checks": checks, "size": size}
 
 
 def check(what: str, got: float, wanted: float, percent: bool = False) -> dict[str, Any]:
@@ -138,7 +138,9 @@ def check(what: str, got: float, wanted: float, percent: bool = False) -> dict[s
     return {"what": what, "wanted": wanted, "got": got, "ok": got <= wanted, "percent": percent}
 
 
-PARTS: dict[str, Callable[[Path, str, bool], dict[str, Any] | None]] = {
+HEADS = ("low_rank", "full")
+# Each yields what it has found whenever there is more of it.
+PARTS: dict[str, Callable[[Path, str, bool, list[str]], Found]] = {
     "a": part_a,
     "b": part_b,
     "c": part_c,
@@ -158,8 +160,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--parts", default="a,b,c,d", help="a: step time, b: idle share, c: peak memory, d: kept taps")
     choices = ("auto", "cpu", "cuda")
     parser.add_argument("--device", choices=choices, default="auto", help="auto: the CPU, then the GPU if there is one")
+    parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS), help="of parts a and d")
     parser.add_argument("--quick", action="store_true", help="small models and few rounds: does it run at all")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers, as they come")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a picture (PNG or SVG)")
     arguments = parser.parse_args()
     arguments.parts = [part.strip() for part in arguments.parts.split(",")]
@@ -169,6 +172,23 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
     return arguments
+
+
+def measure(
+    part: str, folder: Path, device: str, arguments: argparse.Namespace, console: Console, before: list[dict[str, Any]]
+) -> dict[str, Any] | None:
+    """One part, told head by head; all numbers are written whenever there are more of them."""
+    start, result = time.perf_counter(), None
+    with console.status(f"part {part} on {device}"):
+        for found in PARTS[part](folder, device, arguments.quick, arguments.heads):
+            result = {"part": part, "device": device, "took": time.perf_counter() - start, **found}
+            if "head" in (row := found["rows"][-1]):
+                times = ", ".join(f"{name} {value * 1e3:.1f} ms" for name, value in row["seconds"].items())
+                console.print(f"part {part} on {device}, head {row['head']}: {times}", highlight=False)
+            if arguments.json:
+                text = json.dumps({"machine": machine(), "results": [*before, result]}, indent=2)
+                arguments.json.write_text(text + "\n")
+    return result
 
 
 def main() -> None:
@@ -181,17 +201,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for device in devices:
             for part in arguments.parts:
-                start = time.perf_counter()
-                with console.status(f"part {part} on {device}"):
-                    found = PARTS[part](Path(folder), device, arguments.quick)
+                found = measure(part, Path(folder), device, arguments, console, results)
                 if found is None:
                     console.print(f"part {part} on {device}: fewer than {STAGES} GPUs, see the CPU's table\n")
                     continue
-                results.append({"part": part, "device": device, "took": time.perf_counter() - start, **found})
-                print_part(console, results[-1])
+                results.append(found)
+                print_part(console, found)
     print_checks(console, results)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine(), "results": results}, indent=2) + "\n")
     if arguments.plot:
         plot(results, arguments.plot)
 

@@ -11,6 +11,8 @@ from hypothesis import HealthCheck, settings
 
 from ee_scale.libraries import prepare_libraries
 
+pytest_plugins = ["helpers.runs"]
+
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it when it is imported
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall when tests run beside other work
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

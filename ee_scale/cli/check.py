@@ -4,12 +4,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ee_scale.cli.console import console
 from ee_scale.config.schema import VERBS, TrainingConfig
+from ee_scale.gpu import check_training, gpu_facts
 from ee_scale.log import titled_table
 from ee_scale.planning.estimates import Plan
 from ee_scale.planning.fits import GIB, bytes_text, check_fits, device_type, is_bf16, room_of
@@ -19,12 +21,14 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers"
 
 
 def run(verb: str, config: TrainingConfig, overrides: Sequence[str]) -> int:
-    """Print the plan. Raises `UserError` if a rank needs more memory than its device has."""
+    """Print the plan. Raises `UserError` for GPUs that cannot run it, and if a rank needs more memory than there is."""
     plan, terminal = recipe_of(verb).of(config).plan, console()
     print_settings(terminal, verb, config)
     print_stages(terminal, plan)
     print_traffic(terminal, plan)
     print_summary(terminal, plan)
+    if device_type(config) == "cuda" and torch.cuda.is_available():
+        check_training(bf16=is_bf16(config))
     check_fits(plan)
     return 0
 
@@ -99,6 +103,7 @@ def print_summary(terminal: Console, plan: Plan) -> None:
         "memory": "of the device unknown here: give parallel.device_memory_gb"
         if room is None
         else f"{room.name} {bytes_text(room.limit)}{', shared by its ranks' if room.shared else ''}",
+        **(gpu_facts() if device_type(config) == "cuda" else {}),
         **plan.notes(),
     }
     table = Table(box=None, show_header=False)

@@ -15,6 +15,7 @@ from ee_scale.inference.request import Request, check_config, check_model, check
 from ee_scale.inference.run import Answers, answer_lines, answer_rows, decode_here, decode_on_grid
 from ee_scale.launching.ranks import run_ranks
 from ee_scale.log import configure_logging, visible
+from ee_scale.planning.out_of_memory import decoding_advice, told_when_full
 
 
 def run(config: GenerateConfig, overrides: Sequence[str]) -> int:
@@ -34,10 +35,12 @@ def run(config: GenerateConfig, overrides: Sequence[str]) -> int:
         return run_ranks("generate", overrides, layout.world_size, device)
     request = check_prompts(config, folder, load_tokenizer(folder.base, "model")) if leader else None
     streamer = open_stream(request) if request is not None and request.streams else None
-    if request is not None and layout.world_size == 1:
-        answers = decode_here(request, device, streamer)
-    else:
-        answers = decode_on_grid(config, folder, request, layout, device, streamer)
+    longest = max(map(len, request.prompts)) if request is not None else 0
+    with told_when_full(lambda: decoding_advice(config, folder, longest)):
+        if request is not None and layout.world_size == 1:
+            answers = decode_here(request, device, streamer)
+        else:
+            answers = decode_on_grid(config, folder, request, layout, device, streamer)
     if request is not None:
         finish(request, answers)
     return 0

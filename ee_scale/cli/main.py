@@ -12,7 +12,7 @@ from ee_scale.cli.console import console
 from ee_scale.cli.help import guide, overview, prefix_help, verb_help
 from ee_scale.config.compose import compose_config, stored_config, to_yaml
 from ee_scale.config.schema import PREFIXES, RECIPES, VERBS, Config
-from ee_scale.errors import BAD_INPUT, FAILED, REQUEUE, Requeue, RunError, UserError
+from ee_scale.errors import BAD_INPUT, FAILED, REQUEUE, OutOfMemoryError, Requeue, RunError, UserError
 from ee_scale.launching.signals import STOPPING
 from ee_scale.libraries import prepare_libraries
 from ee_scale.log import spelled
@@ -71,7 +71,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     except Requeue as left:
         return _say(str(left), REQUEUE, speaks=_is_first())
     except RunError as error:
-        return _say(f"error: {error}", FAILED, speaks=_is_first())
+        return _say(f"error: {error}", FAILED, speaks=_is_first() or isinstance(error, OutOfMemoryError))
     except UserError as error:
         return _say(f"error: {error}", BAD_INPUT, speaks=_speaks())
     except OSError as error:

@@ -24,6 +24,7 @@ from ee_scale.grid import pick_device
 from ee_scale.inference.model import open_model, untrained_exits
 from ee_scale.log import configure_logging
 from ee_scale.modeling.kinds import KINDS
+from ee_scale.planning.out_of_memory import reading_advice, told_when_full
 from ee_scale.progress import stages
 
 MOST_EXITS = 11
@@ -33,6 +34,11 @@ ROWS = 4  # that are read at once
 def run(config: ProbeConfig, overrides: Sequence[str]) -> int:
     """Read text, let the model write, time the parts; print the table and the verdict, write files with `out`."""
     configure_logging()
+    with told_when_full(lambda: reading_advice(config)):
+        return _run(config)
+
+
+def _run(config: ProbeConfig) -> int:
     model, untrained = _open(config)
     folder = Path(model.config.name_or_path)
     tokenizer = load_tokenizer(folder, "model")

@@ -24,6 +24,7 @@ from ee_scale.grid import Grid, join_grid, launch_info
 from ee_scale.launching.job import log_as_rank, rank_device
 from ee_scale.launching.ranks import run_ranks
 from ee_scale.log import titled_table
+from ee_scale.planning.out_of_memory import told_when_full, training_advice
 from ee_scale.reading import write_json
 from ee_scale.training.recipe import Recipe, recipe_of
 
@@ -44,7 +45,9 @@ def run(verb: str, config: TrainingConfig, overrides: Sequence[str]) -> int:
         _clear(folder)
     if launched is None and layout.world_size > 1:
         return run_ranks("trace", [verb, *overrides], layout.world_size, device)
-    trace_rank(recipe, join_grid(layout, device, config.parallel.timeout_minutes), folder)
+    grid = join_grid(layout, device, config.parallel.timeout_minutes)
+    with told_when_full(lambda: training_advice(recipe.plan, grid.stage)):
+        trace_rank(recipe, grid, folder)
     return 0
 
 

@@ -16,9 +16,12 @@ from ee_scale.artifact.writer import CheckpointWriter
 from ee_scale.config.groups import ParallelConfig
 from ee_scale.config.schema import TrainingConfig
 from ee_scale.errors import REQUEUE, STOPPED, Requeue, RunError, UserError
+from ee_scale.gpu import check_training
 from ee_scale.grid import Grid, LaunchInfo, Layout, join_grid, launch_info, pick_device, world_size_message
 from ee_scale.launching.ranks import run_ranks
 from ee_scale.log import configure_logging, log
+from ee_scale.planning.fits import is_bf16
+from ee_scale.planning.out_of_memory import told_when_full, training_advice
 from ee_scale.reading import Count, check_fields, read_object
 from ee_scale.training.loop import Loop
 from ee_scale.training.recipe import Recipe
@@ -44,6 +47,8 @@ def run_job(recipe: Recipe[Any, Any], overrides: Sequence[str], show: Callable[[
     if launched is not None:
         _leave_again(out)
     device = rank_device(config.parallel, layout, launched)
+    if device.type == "cuda":
+        check_training(bf16=is_bf16(config))
     # Under torchrun the other ranks wait for rank 0 in join_grid; bad input ends the job before they train.
     opened = prepare_run(recipe) if launched is None or launched.rank == 0 else None
     if launched is None and opened is not None:
@@ -56,7 +61,9 @@ def run_job(recipe: Recipe[Any, Any], overrides: Sequence[str], show: Callable[[
         code = run_ranks(recipe.verb, overrides, layout.world_size, device, out, config.launcher.max_restarts)
     else:
         with _one_line_for_lost_ranks():
-            train_rank(recipe, join_grid(layout, device, config.parallel.timeout_minutes), opened)
+            grid = join_grid(layout, device, config.parallel.timeout_minutes)
+            with told_when_full(lambda: training_advice(recipe.plan, grid.stage)):
+                train_rank(recipe, grid, opened)
     if launched is None and code == 0:
         log.info("done; next: ee-scale %s src=%s out=<folder>", recipe.next_verb, config.out)
     return code

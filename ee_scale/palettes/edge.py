@@ -78,7 +78,7 @@ def measure_edge(
     """Measure the model of `folder` in a process of its own, for about `seconds` after loading.
 
     task: 'causal_lm' or 'classify'; device: 'cpu' or 'cuda'. Raises `UserError` with the last line of the process if
-    it fails.
+    it fails, `torch.OutOfMemoryError` if it found no memory left.
     """
     request = {"folder": str(folder), "task": task, "tokens": tokens, "new_tokens": new_tokens}
     request |= {"seconds": seconds, "device": device, "threads": threads}
@@ -89,6 +89,8 @@ def measure_edge(
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
+        if lines[-1].startswith("torch.OutOfMemoryError"):
+            raise torch.OutOfMemoryError(f"{folder}: {lines[-1].partition(': ')[2]}")
         raise UserError(f"{folder}: cannot be measured ({lines[-1].removeprefix('ee_scale.errors.UserError: ')})")
     return EdgeMeasure(**json.loads(done.stdout.splitlines()[-1]))
 

@@ -29,6 +29,8 @@ from ee_scale.palettes.judge import Judge, PartTimes
 from ee_scale.palettes.manifest import Device, Manifest, Member, Tried, write_manifest
 from ee_scale.palettes.recommend import write_palette_report
 from ee_scale.palettes.search import Candidate, pareto, search, verified
+from ee_scale.planning.estimates import BF16, FP32, uses_bf16
+from ee_scale.planning.out_of_memory import model_advice, told_when_full
 from ee_scale.planning.supernet import SupernetPlan, plan_supernet
 from ee_scale.progress import shares
 from ee_scale.training.supernet import ORDER, build_stage, open_phases, start_run
@@ -49,11 +51,18 @@ def make_palette(config: PaletteConfig) -> Manifest:
     plan = stored_plan(src, supernet, config)
     check_length(config, plan)
     batches = held_out(config, plan)
-    with new_folder(out) as folder:
+    with new_folder(out) as folder, told_when_full(lambda: _advice(config, plan)):
         manifest = Palette(config, src, supernet, plan, batches, folder).make()
         write_manifest(folder, manifest)
         write_palette_report(folder, manifest)
     return manifest
+
+
+def _advice(config: PaletteConfig, plan: SupernetPlan) -> str:
+    """Where memory runs out: what was foretold, and what needs less."""
+    size = BF16 if uses_bf16("auto", pick_device(config.device)) else FP32
+    change = f"batch_size={config.batch_size // 2}" if config.batch_size > 1 else "device=cpu"
+    return model_advice(size * plan.map.parameters(plan.map.shape.full), change)
 
 
 def check_length(config: PaletteConfig, plan: SupernetPlan) -> None:

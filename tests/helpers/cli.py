@@ -6,15 +6,20 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from helpers.deprecations import forbid_deprecated_calls
 from helpers.spawn import CHILD_ENVIRONMENT, PRELOAD
+
+_servers: dict[str, forkserver.ForkServer] = {}
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,7 @@ def run_cli(
     die_in_save: bool = False,
     measure_here: bool = False,
     inject: Callable[[int], None] | None = None,
+    device: str = "cpu",
 ) -> Finished:
     """Run a command with `folder` as working directory; with several ranks, each under torchrun's variables.
 
@@ -49,18 +55,19 @@ def run_cli(
     all files of a checkpoint are written and only the rename is missing. `measure_here`: a palette's folders are
     measured in the command's own process, which saves seconds for each, and their memory is said to be twice their
     weights. `inject`: called with the rank in each process before the command runs (an importable function).
+    `device`: what DeepSpeed is imported for, 'cpu' or 'cuda'; the command's own settings say where it runs.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
     port = _free_port()
-    options = (arguments, folder, die_at_step, die_in_save, measure_here, inject)
+    options = (arguments, folder, die_at_step, die_in_save, measure_here, inject, device)
     ranks = [
         context.Process(target=_rank, args=(rank, world_size, port, *options), daemon=True)
         for rank in range(world_size)
     ]
     try:
-        for process in ranks:
-            process.start()
+        with _forks_for(device):
+            for process in ranks:
+                process.start()
         for process in ranks:
             process.join()
     finally:
@@ -68,6 +75,26 @@ def run_cli(
             process.kill()
     codes = [process.exitcode for process in ranks]
     return Finished(codes, [(folder / f".output_{rank}").read_text() for rank in range(world_size)])
+
+
+@contextmanager
+def _forks_for(device: str) -> Iterator[None]:
+    """Processes are forks of one that has imported everything, DeepSpeed for this device; it is made when first used.
+
+    Python has one such process, which is the CPU's.
+    """
+    if device == "cpu":
+        forkserver.set_forkserver_preload(PRELOAD)
+        yield
+        return
+    if device not in _servers:
+        _servers[device] = forkserver.ForkServer()
+        _servers[device].set_forkserver_preload(PRELOAD)
+    # The number of GPUs is asked of NVML: CUDA itself would not survive the fork.
+    variables = {"DS_ACCELERATOR": device, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    connect = _servers[device].connect_to_new_process
+    with mock.patch.dict(os.environ, variables), mock.patch.object(forkserver, "connect_to_new_process", connect):
+        yield
 
 
 def _free_port() -> int:
@@ -86,8 +113,9 @@ def _rank(
     die_in_save: bool,
     measure_here: bool,
     inject: Callable[[int], None] | None,
+    device: str,
 ) -> None:
-    os.environ.update(CHILD_ENVIRONMENT)
+    os.environ.update(CHILD_ENVIRONMENT | {"DS_ACCELERATOR": device})
     if world_size > 1:
         os.environ.update(
             RANK=str(rank),

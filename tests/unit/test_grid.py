@@ -62,6 +62,7 @@ def test_device(monkeypatch: pytest.MonkeyPatch) -> None:
         pick_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: [])
     assert pick_device("auto", 1) == torch.device("cuda", 1)
     assert pick_device("cpu", 1) == torch.device("cpu")
     with pytest.raises(UserError, match="local rank 2 has no GPU of its own: 2 GPUs on this node"):

@@ -32,6 +32,7 @@ ORDER = [
     "modeling",
     "config",
     "families",
+    "gpu",
     "grid",
     "backbone",
     "exits",

@@ -1,4 +1,4 @@
-"""A small trained-for-nothing model with a tokenizer, and text, made once."""
+"""Fixtures for all tests: a small trained-for-nothing model with a tokenizer, text, and runs on them, made once."""
 
 import json
 import random
