@@ -14,6 +14,7 @@ from torch import nn
 from .heads import ExitTaps, LowRankHead, ModelWithExits, Tap
 from .position_cache import GROWTH, PositionCache
 from .shortlist import Shortlist
+from .transfers import send
 from .versions import CACHE
 
 ATTENTION = ("sdpa", "eager")  # kernels that take a mask of our own
@@ -76,11 +77,11 @@ class LayerRunner:
         if self.taps is not None:
             self.taps.remove()
 
-    def keep_rows(self, rows: torch.Tensor) -> None:
-        """Forget all rows but these."""
-        self.cache.keep_rows(rows)
-        self.states = {k: None if state is None else state[rows] for k, state in self.states.items()}
-        self.exit_lengths = {k: [old[i] for i in rows.tolist()] for k, old in self.exit_lengths.items()}
+    def keep_rows(self, rows: list[int], index: torch.Tensor) -> None:
+        """Forget all rows but these; `index`: the same on the device."""
+        self.cache.keep_rows(index)
+        self.states = {k: None if state is None else state[index] for k, state in self.states.items()}
+        self.exit_lengths = {k: [old[i] for i in rows] for k, old in self.exit_lengths.items()}
 
     # -- passes ----------------------------------------------------------------------------------------------------
 
@@ -95,7 +96,7 @@ class LayerRunner:
             columns = self.numbers[None, first : first + length]
             rotary = self.cos[:, first : first + length], self.sin[:, first : first + length]
         else:
-            columns = torch.tensor(starts, device=self.device)[:, None] + self.numbers[:length]
+            columns = send(starts, self.device)[:, None] + self.numbers[:length]
             rotary = self.cos[0][columns], self.sin[0][columns]
         return Block(starts, length, first if uniform else None, columns, end, rotary)
 
