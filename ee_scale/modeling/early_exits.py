@@ -35,10 +35,9 @@ class Answers:
     """
 
     def __init__(self, rows: int, num_layers: int, device: torch.device):
+        self.rows, self.num_layers, self.device = rows, num_layers, device
         self.undecided: torch.Tensor | None = None  # all
-        self.layers = torch.full((rows,), num_layers, device=device)
-        self.scores = torch.full((rows,), float("nan"), device=device)
-        self.best = self.logits = None
+        self.layers = self.scores = self.best = self.logits = None
 
     def exit_says(
         self, k: int, leave: torch.Tensor, scores: torch.Tensor, best: torch.Tensor, logits: torch.Tensor
@@ -46,12 +45,11 @@ class Answers:
         """Of all rows [R]; heard by those that are undecided."""
         self._hear(best, logits)
         if self.undecided is None:
-            self.scores, self.undecided = scores, ~leave
-        else:
-            self.scores = torch.where(self.undecided, scores, self.scores)
-            leave = leave & self.undecided
-            self.undecided = self.undecided & ~leave
-        self.layers = self.layers.masked_fill(leave, k)
+            self.scores, self.layers, self.undecided = scores, torch.where(leave, k, self.num_layers), ~leave
+            return
+        self.scores = torch.where(self.undecided, scores, self.scores)
+        self.layers = self.layers.masked_fill(leave & self.undecided, k)
+        self.undecided = self.undecided & ~leave
 
     def final_layer_says(self, logits: torch.Tensor) -> None:
         """Logits [R, V]."""
@@ -62,6 +60,14 @@ class Answers:
             best = torch.where(self.undecided, best, self.best)
             logits = torch.where(self.undecided[:, None], logits, self.logits)
         self.best, self.logits = best, logits
+
+    def tell(self) -> tuple[torch.Tensor, ...]:
+        """undecided, layers, scores and best."""
+        if self.undecided is None:
+            self.undecided = torch.ones(self.rows, dtype=torch.bool, device=self.device)
+            self.layers = torch.full((self.rows,), self.num_layers, device=self.device)
+            self.scores = torch.full((self.rows,), float("nan"), device=self.device)
+        return self.undecided, self.layers, self.scores, self.best
 
 
 class Waits:
@@ -163,13 +169,11 @@ class EarlyExits(DecodeLoop):
             tokens, empty = sequences.pick(scores), self._empty(scores)
         self.tokens = tokens
         ended = sequences.write(self.index, tokens)
-        undecided = torch.ones_like(tokens, dtype=torch.bool) if answers.undecided is None else answers.undecided
-        audited = self.audited[1] if self.audited else none
-        return read(undecided, tokens, ended, answers.layers, answers.scores, answers.best, empty, audited)
+        return read(*answers.tell(), tokens, ended, empty, self.audited[1] if self.audited else none)
 
     def _take(self, told: list[list]) -> None:
         """Keep the tokens that `_tell` told of. Raises ValueError where there was nothing to choose from."""
-        undecided, tokens, ended, layers, scores, best, empty, audited = told
+        undecided, layers, scores, best, tokens, ended, empty, audited = told
         for slot, nothing in enumerate(empty):
             if nothing and not undecided[slot]:
                 raise ValueError(

@@ -72,6 +72,9 @@ class LayerRunner:
         self.checks: Counter[int] = Counter()
         self._rotary_table(capacity)
 
+    def freeze(self) -> None:
+        """The prompt is over."""
+
     def close(self) -> None:
         """Take the hooks off."""
         if self.taps is not None:
@@ -135,7 +138,7 @@ class LayerRunner:
     def _remember(self, k: int, hidden: torch.Tensor, block: Block) -> None:
         state = self._state(k, block.end)
         if block.start is None:
-            state[self.cache.numbers[:, None], block.columns] = hidden
+            state[self.cache.numbers[: len(hidden), None], block.columns] = hidden
         else:
             state[:, block.start : block.start + block.length] = hidden
 
@@ -143,7 +146,7 @@ class LayerRunner:
         """The remembered hidden states after k layers at a block, [B, q, D]."""
         state = self._state(k, block.end)
         if block.start is None:
-            return state[self.cache.numbers[:, None], block.columns]
+            return state[self.cache.numbers[: len(block.columns), None], block.columns]
         return state[:, block.start : block.start + block.length]
 
     def _state(self, k: int, end: int) -> torch.Tensor:
@@ -177,15 +180,18 @@ class LayerRunner:
         at: which of the q positions: -1, the last -> [B, V], or a slice -> [B, q', V].
         """
         self.checks[k] += 1
-        head = self.model.exit_heads[str(k)]
         if self.spec.exit_kind.attends:
-            states = self._exit_layer(k, head.body, hidden, block)
+            states = self._exit_layer(k, self.model.exit_heads[str(k)].body, hidden, block)
             tap = Tap(states[:, at])
         elif self.taps is not None:
             tap = self.taps.taps.pop(k).at(at)
         else:
             tap = Tap(hidden[:, at])
-        output_norm = self.spec.output_norm(self.layers[k - 1])
+        return self._head_logits(k, tap, shortlist)
+
+    def _head_logits(self, k: int, tap: Tap, shortlist: "ShortHead | None") -> torch.Tensor:
+        """What exit k reads at some positions -> its logits there."""
+        head, output_norm = self.model.exit_heads[str(k)], self.spec.output_norm(self.layers[k - 1])
         ready = head.hidden(tap, output_norm, lambda layer, states: states)
         return head.logits(ready, self.model.get_output_embeddings()) if shortlist is None else shortlist(head, ready)
 

@@ -66,6 +66,7 @@ class DecodeLoop:
                 if 0 <= position - start < part.shape[1]:
                     states[row] = hidden[row, position - start]
         logits = runner.final_logits(states)
+        runner.freeze()
         self.tokens = sequences.pick(self.scored(logits, self.rows))
         tokens, ended = read(self.tokens, sequences.write(self.index, self.tokens))
         sequences.append_to_all(self.rows, tokens, [runner.num_layers] * len(ids), [nan] * len(ids), ended)

@@ -177,7 +177,7 @@ class Sequences:
         if self.scores is not None:
             self.scores[row, column] = scores.clone()
         if self.logits is not None:
-            self.logits[row, column] = logits.float()
+            self.logits[row, column] = logits.to(torch.float32, copy=True)
 
     @property
     def keeps_scores(self) -> bool:

@@ -17,6 +17,8 @@ def read(*values: torch.Tensor) -> list[list]:
 
     Token ids and fp32 numbers go through fp64, which holds them exactly.
     """
+    if waits_are_free(values[0].device):
+        return [value.tolist() for value in values]
     packed = torch.cat([value.double() for value in values]).tolist()
     lists, end = [], 0
     for value in values:

@@ -8,7 +8,7 @@ import torch
 from helpers.decoding import LAYERS, Pair, after_each_step, limits_for, make_pair, prompts, script_drafts
 from helpers.host_reads import host_reads
 
-from ee_scale.modeling import early_exits, speculate
+from ee_scale.modeling import early_exits, speculate, transfers
 from ee_scale.modeling.loop import DecodeLoop
 
 NEW = 48
@@ -29,7 +29,7 @@ def pair(request, folder) -> Pair:
 @pytest.fixture
 def as_on_a_gpu(monkeypatch) -> None:
     """Waiting is dear."""
-    for module in (early_exits, speculate):
+    for module in (early_exits, speculate, transfers):
         monkeypatch.setattr(module, "waits_are_free", lambda device: False)
 
 
