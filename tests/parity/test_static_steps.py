@@ -12,8 +12,9 @@ from helpers.decoding import Pair, after_each_step, limits_for, make_pair, promp
 from helpers.host_reads import host_reads
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ee_scale.modeling import static_runner
+from ee_scale.modeling import position_cache, static_runner
 from ee_scale.modeling.layer_runner import Block, LayerRunner
+from ee_scale.modeling.versions import CACHE
 
 FAMILIES = ("llama", "qwen3", "mistral", "gemma2")
 BODIES = (("mlp", "low_rank"), ("layer", "full"), ("norm", "shortlist"))
@@ -154,3 +155,29 @@ def test_recorded_parts(folder, traced, kind, head, policy, ends):
     assert set(traced.made) == parts
     assert traced.replays > 2 * sum(traced.made.values())
     assert (len({int(row.count_nonzero()) for row in got.exit_layers}) > 1) == ends
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_recordings_of_memory_that_moved_are_forgotten(pair, traced, monkeypatch, policy):
+    """Text that outgrows the cache moves it, and the tables of positions."""
+    make = static_runner.StaticRunner.__init__
+    monkeypatch.setattr(static_runner.StaticRunner, "__init__", lambda self, *args: make(self, *args[:-1], 16))
+    monkeypatch.setattr(position_cache, "GROWTH", 4)
+    want = _generate(pair, 2, policy)
+    got = _generate(pair, 2, policy, exit_graphs=True)
+    assert torch.equal(got.sequences, want.sequences)
+    assert torch.equal(got.exit_layers, want.exit_layers)
+
+
+def test_audits_and_the_cache_that_is_handed_back(pair, monkeypatch):
+    """What reads hidden states and keys behind the recorded parts' backs."""
+    trails: list[dict] = []
+    after_each_step(monkeypatch, lambda loop: trails.append(loop.trail.agrees))
+    plain = _generate(pair, 4, "threshold", exit_audit=1.0)
+    agrees = trails[-1]
+    got = _generate(pair, 4, "threshold", exit_audit=1.0, exit_graphs=True)
+    assert trails[-1] == agrees
+    assert agrees
+    for mine, theirs in zip(got[CACHE].layers, plain[CACHE].layers, strict=True):
+        torch.testing.assert_close(mine.keys, theirs.keys, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mine.values, theirs.values, rtol=1e-4, atol=1e-5)
