@@ -10,14 +10,15 @@ pytestmark = [
 ]
 
 
+@pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize(("kind", "head"), [("mlp", "full"), ("layer", "low_rank")])
-def test_lossless_says_what_transformers_says(tmp_path, kind, head):
+def test_lossless_says_what_transformers_says(tmp_path, kind, head, graphs):
     pair = make_pair(tmp_path, "llama", kind, head, dtype=torch.float64)
     inputs = {name: value.cuda() for name, value in prompts(5).items()}
     pair.base.cuda(), pair.model.cuda()
     want = pair.reference(inputs, max_new_tokens=24)
     for options in ({}, {"exit_layer": 1, "exit_draft_length": 3}):
-        got = pair.generate(inputs, "lossless", max_new_tokens=24, **options)
+        got = pair.generate(inputs, "lossless", max_new_tokens=24, exit_graphs=graphs, **options)
         assert torch.equal(got.sequences, want)
 
 
@@ -27,6 +28,8 @@ def test_lossless_says_what_transformers_says(tmp_path, kind, head):
         {"exit_policy": "lossless", "do_sample": True},
         {"exit_policy": "threshold", "exit_threshold": 0.02},
         {"exit_policy": "patience"},
+        {"exit_policy": "threshold", "exit_threshold": 0.02, "exit_graphs": True},
+        {"exit_policy": "lossless", "exit_graphs": True},
     ],
 )
 def test_bf16_runs(tmp_path, options):
