@@ -223,6 +223,7 @@ class GenerateConfig:
     max_pending: int | None = setting(None, "tokens whose deeper layers may wait to be computed; null: 8")
     draft_length: int | None = setting(None, "lossless: tokens per draft; null: by measured cost")
     shortlist: Any = setting(None, "lossless: draft among the N most frequent tokens (as calibrated), or token ids")
+    graphs: bool = setting(False, "steps with static shapes, recorded as CUDA graphs; on a CPU they gain nothing")
     show_exits: bool = setting(False, "colour each token by the layer it came from")
     log: str | None = setting(None, "decision log to append to (.jsonl), for `ee-scale report`")
     tag: Any = setting(None, "tag of the prompts (task, customer), or a list with one per prompt", texts=True)

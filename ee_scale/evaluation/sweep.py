@@ -12,6 +12,7 @@ from ee_scale.errors import UserError, one_line
 from ee_scale.evaluation.calibration import Limits, calibrated_layers, limit_policy
 from ee_scale.evaluation.per_exit import Gap, largest_gap
 from ee_scale.evaluation.records import Outcome, Records, finite, outcome, simulate
+from ee_scale.modeling.attention import without_cudnn
 from ee_scale.modeling.policies import SCORES
 
 SWEEP_POINTS = 21
@@ -102,6 +103,7 @@ def match_gap(points: Iterable[SweepPoint]) -> tuple[SweepPoint, Gap] | None:
     return max(found, key=lambda item: item[1].size, default=None)
 
 
+@without_cudnn()
 def time_points(
     points: Sequence[SweepPoint],
     generate: Callable[..., torch.Tensor],

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
+from ee_scale.modeling.attention import without_cudnn
 from ee_scale.modeling.costs import Costs
 from ee_scale.modeling.kinds import Tap
 from ee_scale.modeling.policies import score
@@ -59,6 +60,7 @@ class FilledCache:
 
 
 @torch.no_grad()
+@without_cudnn()
 def measure_parts(
     model: PreTrainedModel,
     context: int,

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from ee_scale.evaluation.cost_model import needed_acceptance
 from ee_scale.log import titled_table
+from ee_scale.modeling.attention import without_cudnn
 from ee_scale.modeling.costs import Costs, best_draft_length
 
 THRESHOLD, TURNS = 0.9, 2
@@ -39,6 +40,7 @@ class Decoded:
 
 
 @torch.no_grad()
+@without_cudnn()
 def decode_by_turns(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> dict[str, Decoded]:
     """Greedy answers to a prompt [1, S], the ways of `WAYS` in turn: what the machine does meanwhile hits all alike."""
     seconds: dict[str, float] = {}

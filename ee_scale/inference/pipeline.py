@@ -21,8 +21,10 @@ from ee_scale.families.sizes import with_layers
 from ee_scale.grid import Grid
 from ee_scale.inference.pipeline_messages import Decision, Line, Token
 from ee_scale.inference.pipeline_rows import Row, RowMaker
+from ee_scale.modeling.attention import without_cudnn
 from ee_scale.modeling.kinds import Tap
 from ee_scale.modeling.policies import Decisions, ExitPolicy
+from ee_scale.modeling.transfers import read
 from ee_scale.modeling.versions import CACHE
 
 
@@ -64,6 +66,7 @@ class PipelineDecoder:
         stage.on_exit(self._at_exit)
 
     @torch.no_grad()
+    @without_cudnn()
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -88,6 +91,7 @@ class PipelineDecoder:
         rows, settings = self.make_rows(prompts, seed, first_row, settings, tokenizer)
         self.policy = policy
         self.decisions = Decisions(policy, len(rows), self.grid.device)
+        self.numbers = torch.arange(len(rows), device=self.grid.device)
         self.caches: dict[int, DynamicCache] = {}
         self.exit_caches: dict[tuple[int, int], DynamicCache] = {}
         # Without them an answer is one small message.
@@ -178,10 +182,9 @@ class PipelineDecoder:
         head = self.stage.exit_heads[str(k)]
         scored = head.scored_logits(hidden[:, -1], self.stage.backbone.lm_head)
         logits = head.over_vocabulary(self._whole(scored, head.spec.scored(self.config.vocab_size)))
-        asked = self.decisions.ask(k, logits, torch.tensor([token.row], device=logits.device))
-        leave, token.score, best = torch.cat([value.double() for value in asked]).tolist()  # one wait for the device
+        (leave,), (token.score,), (best,) = read(*self.decisions.ask(k, logits, self.numbers[token.row, None]))
         if leave:
-            self._decide(k, int(best), logits)
+            self._decide(k, best, logits)
 
     def _decide(self, layer: int, best: int, logits: torch.Tensor) -> None:
         """Answer with a layer's most likely token and logits [1, V]: at once, later layers still have to run."""

@@ -19,6 +19,7 @@ from ee_scale.errors import UserError
 from ee_scale.families.build import meta_model
 from ee_scale.inference.pipeline_messages import Decision
 from ee_scale.inference.settings import check_settings, end_marks, stop_criterion
+from ee_scale.modeling.transfers import send
 
 
 @dataclass
@@ -43,14 +44,17 @@ class Row:
 
     def take(self, decision: Decision, settings: GenerationConfig) -> torch.Tensor | None:
         """Choose and keep the new token; returns it as [1, 1], or None when the text is finished."""
-        new = torch.tensor([[decision.token]], device=self.ids.device)
-        if decision.logits is not None:
+        if decision.logits is None:
+            token = decision.token
+            new = send([[token]], self.ids.device)
+        else:
             scores = self.processors(self.ids, decision.logits.float())
             new = scores.argmax(-1, keepdim=True)
             if settings.do_sample:
                 new = torch.multinomial(scores.softmax(-1), 1, generator=self.generator)
+            token = int(new)
         self.ids = torch.cat([self.ids, new], dim=1)
-        self.tokens.append(int(new))
+        self.tokens.append(token)
         self.layers.append(decision.layer)
         self.scores.append(decision.score)
         ended = self.tokens[-1] in end_marks(settings) or len(self.tokens) >= settings.max_new_tokens

@@ -85,6 +85,10 @@ def check_config(config: GenerateConfig) -> None:
         raise UserError(f"{logs[0]}={getattr(config, logs[0])}: policy=off makes no decisions; choose a policy")
     parallel = config.parallel
     check_pipeline(parallel.tp, parallel.pp, config.policy)
+    if config.graphs and config.policy == "off":
+        raise UserError("graphs=true: policy=off leaves decoding to transformers; choose a policy")
+    if config.graphs and parallel.tp * parallel.pp > 1:
+        raise UserError(f"graphs=true: needs one device, not tp={parallel.tp} x pp={parallel.pp}")
     if config.audit is not None and parallel.tp * parallel.pp > 1:
         raise UserError(f"audit={config.audit}: needs one device, not tp={parallel.tp} x pp={parallel.pp}")
 

@@ -73,6 +73,8 @@ def decode_here(request: Request, device: torch.device, streamer: BaseStreamer |
     log = DecisionLog(Path(config.log).expanduser()) if config.log else None
     if request.folder.exits is not None:
         settings |= {"exit_policy": config.policy, **{f"exit_{name}": value for name, value in options.items()}}
+    if config.graphs:
+        settings["exit_graphs"] = True
     torch.manual_seed(config.seed)
     ends, stop = end_marks(model.generation_config), stop_criterion(model.generation_config, request.tokenizer)
     pad = token_with_row(request.folder.config.vocab_size, request.tokenizer.pad_token_id, *sorted(ends))

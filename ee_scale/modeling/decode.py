@@ -19,6 +19,7 @@ from .policies import CALIBRATION_KEY, ExitPolicy, resolve_policy
 from .position_cache import fill_dynamic_cache
 from .sequences import Sequences
 from .speculate import Speculation
+from .static_runner import StaticRunner
 from .trail import Trail
 from .versions import CACHE
 
@@ -32,6 +33,7 @@ OPTIONS = {
     "exit_draft_length": "draft_length",
     "exit_shortlist": "shortlist",
 }
+GRAPHS = "exit_graphs"
 LOG_OPTIONS = ("exit_log", "exit_tags", "exit_requests", "exit_audit")  # they name what is written: arguments only
 logger = logging.get_logger(__name__)
 
@@ -89,7 +91,8 @@ class ExitDecoding:
         capacity = input_ids.shape[1] + min(sequences.max_length - input_ids.shape[1], 512)
         capacity += max(room, policy.max_pending + 1)
         trail = Trail(options, policy, input_ids, model)
-        runner = LayerRunner(model, policy.layers, len(input_ids), capacity)
+        make_runner = StaticRunner if wants_graphs(options) else LayerRunner
+        runner = make_runner(model, policy.layers, len(input_ids), capacity)
         loop = (Speculation if lossless else EarlyExits)(runner, sequences, policy, pads, trail, wants_cache)
         try:
             loop.run(generation_config.prefill_chunk_size)
@@ -141,6 +144,14 @@ def per_row(options: dict[str, Any], batch_size: int, copies: int) -> dict[str, 
     return options
 
 
+def wants_graphs(options: dict[str, Any]) -> bool:
+    """Whether steps run with static shapes. Raises ValueError for what is neither true nor false."""
+    wanted = options.get(GRAPHS, False)
+    if not isinstance(wanted, bool):
+        raise ValueError(f"{GRAPHS}={wanted!r}: give true or false")
+    return wanted
+
+
 def check_name(key: str, name: object) -> str | int | None:
     """A request or tag as the log writes it; tags are text there and in a calibration. Raises ValueError."""
     if name is None or isinstance(name, str):
@@ -175,7 +186,7 @@ def take_options(kwargs: dict[str, Any], *configs: GenerationConfig | None) -> d
     if ignored:
         names = ", ".join(ignored)
         logger.warning_once(f"generation config: {names} ignored; give what is logged as arguments of generate")
-    for key in OPTIONS:
+    for key in (*OPTIONS, GRAPHS):
         sources = [kwargs.pop(key, None), *(getattr(config, key, None) for config in configs)]
         value = next((value for value in sources if value is not None), None)
         if value is not None:

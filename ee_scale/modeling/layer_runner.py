@@ -14,6 +14,7 @@ from torch import nn
 from .heads import ExitTaps, LowRankHead, ModelWithExits, Tap
 from .position_cache import GROWTH, PositionCache
 from .shortlist import Shortlist
+from .transfers import send
 from .versions import CACHE
 
 ATTENTION = ("sdpa", "eager")  # kernels that take a mask of our own
@@ -71,16 +72,19 @@ class LayerRunner:
         self.checks: Counter[int] = Counter()
         self._rotary_table(capacity)
 
+    def freeze(self) -> None:
+        """The prompt is over."""
+
     def close(self) -> None:
         """Take the hooks off."""
         if self.taps is not None:
             self.taps.remove()
 
-    def keep_rows(self, rows: torch.Tensor) -> None:
-        """Forget all rows but these."""
-        self.cache.keep_rows(rows)
-        self.states = {k: None if state is None else state[rows] for k, state in self.states.items()}
-        self.exit_lengths = {k: [old[i] for i in rows.tolist()] for k, old in self.exit_lengths.items()}
+    def keep_rows(self, rows: list[int], index: torch.Tensor) -> None:
+        """Forget all rows but these; `index`: the same on the device."""
+        self.cache.keep_rows(index)
+        self.states = {k: None if state is None else state[index] for k, state in self.states.items()}
+        self.exit_lengths = {k: [old[i] for i in rows] for k, old in self.exit_lengths.items()}
 
     # -- passes ----------------------------------------------------------------------------------------------------
 
@@ -95,7 +99,7 @@ class LayerRunner:
             columns = self.numbers[None, first : first + length]
             rotary = self.cos[:, first : first + length], self.sin[:, first : first + length]
         else:
-            columns = torch.tensor(starts, device=self.device)[:, None] + self.numbers[:length]
+            columns = send(starts, self.device)[:, None] + self.numbers[:length]
             rotary = self.cos[0][columns], self.sin[0][columns]
         return Block(starts, length, first if uniform else None, columns, end, rotary)
 
@@ -134,7 +138,7 @@ class LayerRunner:
     def _remember(self, k: int, hidden: torch.Tensor, block: Block) -> None:
         state = self._state(k, block.end)
         if block.start is None:
-            state[self.cache.numbers[:, None], block.columns] = hidden
+            state[self.cache.numbers[: len(hidden), None], block.columns] = hidden
         else:
             state[:, block.start : block.start + block.length] = hidden
 
@@ -142,7 +146,7 @@ class LayerRunner:
         """The remembered hidden states after k layers at a block, [B, q, D]."""
         state = self._state(k, block.end)
         if block.start is None:
-            return state[self.cache.numbers[:, None], block.columns]
+            return state[self.cache.numbers[: len(block.columns), None], block.columns]
         return state[:, block.start : block.start + block.length]
 
     def _state(self, k: int, end: int) -> torch.Tensor:
@@ -176,15 +180,18 @@ class LayerRunner:
         at: which of the q positions: -1, the last -> [B, V], or a slice -> [B, q', V].
         """
         self.checks[k] += 1
-        head = self.model.exit_heads[str(k)]
         if self.spec.exit_kind.attends:
-            states = self._exit_layer(k, head.body, hidden, block)
+            states = self._exit_layer(k, self.model.exit_heads[str(k)].body, hidden, block)
             tap = Tap(states[:, at])
         elif self.taps is not None:
             tap = self.taps.taps.pop(k).at(at)
         else:
             tap = Tap(hidden[:, at])
-        output_norm = self.spec.output_norm(self.layers[k - 1])
+        return self._head_logits(k, tap, shortlist)
+
+    def _head_logits(self, k: int, tap: Tap, shortlist: "ShortHead | None") -> torch.Tensor:
+        """What exit k reads at some positions -> its logits there."""
+        head, output_norm = self.model.exit_heads[str(k)], self.spec.output_norm(self.layers[k - 1])
         ready = head.hidden(tap, output_norm, lambda layer, states: states)
         return head.logits(ready, self.model.get_output_embeddings()) if shortlist is None else shortlist(head, ready)
 

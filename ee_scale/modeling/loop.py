@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from .attention import without_cudnn
 from .layer_runner import Block, LayerRunner
 from .policies import ExitPolicy
 from .sequences import Sequences
 from .trail import Trail
+from .transfers import read, send
 
 
 class DecodeLoop:
@@ -31,17 +33,20 @@ class DecodeLoop:
         self.retired: list[Any] = [None] * len(pads)
         self.rows = list(range(len(pads)))  # slot -> row of the batch
         self.next = [sequences.prompt_length - pad for pad in pads]  # slot -> position of the newest token
-        self.tokens = sequences.ids.new_zeros(len(pads))  # slot -> the newest token, not run yet
+        # The same rows, and slot -> the newest token, not run yet: on the device, [R].
+        self.index = torch.arange(len(pads), device=runner.device)
+        self.tokens = sequences.ids.new_zeros(len(pads))
         self.passes = 0
 
     @torch.inference_mode()
     def run(self, chunk: int | None) -> None:
         """Decode until every row is done. Inference mode: small passes spend much of their time in bookkeeping."""
-        self.prefill(chunk)
-        while self.rows:
-            self.step()
-            self.passes += 1
-            self.drop_finished()
+        with without_cudnn():
+            self.prefill(chunk)
+            while self.rows:
+                self.step()
+                self.passes += 1
+                self.drop_finished()
 
     def prefill(self, chunk: int | None) -> None:
         """The prompts through all layers, and the first token of each row by the final layer."""
@@ -61,14 +66,11 @@ class DecodeLoop:
                 if 0 <= position - start < part.shape[1]:
                     states[row] = hidden[row, position - start]
         logits = runner.final_logits(states)
-        tokens = self.choose(logits, self.rows)
-        sequences.append_to_all(self.rows, tokens.tolist(), [runner.num_layers] * len(ids), [nan] * len(ids))
-        self.tokens = tokens
+        runner.freeze()
+        self.tokens = sequences.pick(self.scored(logits, self.rows))
+        tokens, ended = read(self.tokens, sequences.write(self.index, self.tokens))
+        sequences.append_to_all(self.rows, tokens, [runner.num_layers] * len(ids), [nan] * len(ids), ended)
         self.drop_finished()
-
-    def choose(self, logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
-        """Logits [N, V] for the next token of N rows -> tokens [N]."""
-        return self.sequences.pick(self.scored(logits, rows))
 
     def scored(self, logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
         """Logits [N, V] for the next token of N rows -> scores [N, V], kept if the caller wants them."""
@@ -94,12 +96,12 @@ class DecodeLoop:
 
     def keep_slots(self, keep: list[int]) -> None:
         """Forget all slots but these."""
-        index = torch.tensor(keep, dtype=torch.long, device=self.runner.device)
+        index = send(keep, self.runner.device)
         if keep:
-            self.runner.keep_rows(index)
+            self.runner.keep_rows(keep, index)
         self.rows = [self.rows[slot] for slot in keep]
         self.next = [self.next[slot] for slot in keep]
-        self.tokens = self.tokens[index]
+        self.tokens, self.index = self.tokens[index], self.index[index]
 
     def saw_prompt(self, hidden: torch.Tensor, block: Block) -> None:
         """After each chunk of the prompt."""

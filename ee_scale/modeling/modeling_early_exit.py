@@ -126,6 +126,8 @@ class EarlyExitMixin:
             again and again rests for growing spells, in which every pass makes one token as plain decoding does.
         exit_shortlist: 'lossless': draft among this many tokens (as calibrated; with shortlist heads: of theirs), or
             among these token ids.
+        exit_graphs: True: steps with static shapes, whose parts are recorded as CUDA graphs on a GPU (on a CPU they
+            run as they are, which gains nothing).
         exit_log: path or `DecisionLog`; exit_requests, exit_tags: a name and a tag per row, for the log;
             exit_audit: share of early tokens that are compared with the full model when its layers catch up.
 

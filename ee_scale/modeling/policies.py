@@ -14,6 +14,7 @@ import torch
 from .costs import MAX_DRAFT
 from .policy_names import POLICIES
 from .shortlist import choose_tokens
+from .transfers import read
 
 LARGEST_LIMIT, LARGEST_ID = 1e30, 1 << 31
 CALIBRATION_KEY = "early_exit_calibration"  # in generation_config.json
@@ -199,7 +200,10 @@ class Decisions:
 
     def said(self, row: int) -> tuple[int, int]:
         """(the last exit's token, how many exits in a row said it), which `patience` needs; else (-1, 0)."""
-        return (int(self.last[row]), int(self.agreed[row])) if self.policy.name == "patience" else (-1, 0)
+        if self.policy.name != "patience":
+            return -1, 0
+        (last,), (agreed,) = read(self.last[row, None], self.agreed[row, None])
+        return last, agreed
 
     def ask(self, k: int, logits: torch.Tensor, rows: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
         """Exit k of rows `rows` [R] (None: all) with logits [R, V] -> (leave, bool [R]; score [R]; token [R])."""

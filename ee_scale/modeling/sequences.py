@@ -21,6 +21,8 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from .transfers import read, send
+
 # transformers' processors that do not look at the text before: one call for any number of positions.
 WITHOUT_HISTORY = {
     "EpsilonLogitsWarper",
@@ -126,7 +128,7 @@ class Sequences:
         self.ids[:, : self.prompt_length] = input_ids
         self.lengths = [self.prompt_length] * self.batch_size
         self.done = [False] * self.batch_size
-        self.draft_room = draft_room
+        self.none_ended = torch.empty(0, dtype=torch.bool, device=input_ids.device)
         self.layers: list[list[int]] = [[] for _ in self.lengths]
         self.confidences: list[list[float]] = [[] for _ in self.lengths]
         wants = config.return_dict_in_generate
@@ -152,11 +154,13 @@ class Sequences:
         groups = defaultdict(list)
         for index, prefix in enumerate(prefixes):
             groups[prefix].append(index)
+        if len(groups) == 1 and len(rows) == self.batch_size:
+            return processors(self.ids[:, : prefixes[0]], logits.clone())  # some write into what they get
         scores = torch.empty_like(logits)
         for prefix, members in groups.items():
             # Processors may go by the place of a row in the batch, so they see all of it.
-            where = torch.tensor(members, device=logits.device)
-            owners = torch.tensor([rows[index] for index in members], device=logits.device)
+            where = send(members, logits.device)
+            owners = send([rows[index] for index in members], logits.device)
             whole = logits.new_zeros(self.batch_size, logits.shape[1])
             whole[owners] = logits[where]
             scores[where] = processors(self.ids[:, :prefix], whole)[owners]
@@ -173,50 +177,103 @@ class Sequences:
         if self.scores is not None:
             self.scores[row, column] = scores.clone()
         if self.logits is not None:
-            self.logits[row, column] = logits.float()
+            self.logits[row, column] = logits.to(torch.float32, copy=True)
 
     @property
     def keeps_scores(self) -> bool:
         return self.scores is not None or self.logits is not None
 
-    def append_to_all(self, rows: list[int], tokens: list[int], layers: list[int], confidences: list[float]) -> None:
-        """One token for each of these rows, which are equally long: criteria then see the batch, as in transformers."""
+    def try_tokens(self, index: torch.Tensor, rows: list[int], drafted: int, tokens: torch.Tensor) -> None:
+        """Put tokens [N] on trial behind rows and `drafted` drafts."""
+        columns = send([self.lengths[row] + drafted for row in rows], self.ids.device)
+        self.ids[index, columns] = tokens
+
+    def forget_trials(self, width: int) -> None:
+        """Take back what is on trial behind rows that are equally long."""
+        length = max(self.lengths)
+        self.ids[:, length : length + width] = self.pad
+
+    def write(self, index: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Put one token [N] behind each of the rows `index` [N], which are equally long, on their device.
+
+        Returns what criteria say of the whole batch, bool [B]; [0] where there are none, or a streamer has to hear of
+        the tokens before they do.
+        """
+        length = max(self.lengths)
+        self.ids[index, length] = tokens
+        return self._ended(length + 1) if self.criteria and self.streamer is None else self.none_ended
+
+    def append_to_all(
+        self, rows: list[int], tokens: list[int], layers: list[int], confidences: list[float], ended: list[bool]
+    ) -> None:
+        """What `write` has put behind these rows, as the host has read it."""
         for row, token, layer, confidence in zip(rows, tokens, layers, confidences, strict=True):
-            self.append(row, [token], [layer], [confidence], alone=False)
+            self._extend(row, [token], [layer], [confidence])
         length = self.lengths[rows[0]]
         self._stream(slice(None), length - 1)
-        if self.criteria:
-            ended = self.criteria(self.ids[:, :length], self.gathered(self.scores, float("-inf"), length)).tolist()
-            for row in rows:
-                self.done[row] = self.done[row] or ended[row]
+        if self.criteria and self.streamer is not None:
+            (ended,) = read(self._ended(length))
+        for row in rows if ended else ():
+            self.done[row] = self.done[row] or ended[row]
+
+    def _ended(self, length: int) -> torch.Tensor:
+        return self.criteria(self.ids[:, :length], self.gathered(self.scores, float("-inf"), length))
 
     def append(
-        self, row: int, tokens: list[int], layers: list[int], confidences: list[float], alone: bool = True
-    ) -> int:
-        """Add tokens until one ends the text; returns how many were added.
+        self,
+        rows: list[int],
+        tokens: list[list[int]],
+        layers: list[list[int]],
+        confidences: list[list[float]],
+        width: int,
+    ) -> list[int]:
+        """Add tokens to each row until one ends its text; returns how many were added.
 
-        `alone`: criteria and the streamer hear of this row, token by token; else they hear of the batch elsewhere.
+        width: columns behind the texts that may hold tokens on trial. Criteria and the streamer hear of one row after
+        the other, token by token.
         """
-        first = self.lengths[row]
-        count = len(tokens)
-        for index, token in enumerate(tokens):
-            if token in self.eos or first + index + 1 >= self.max_length:
-                self.done[row], count = True, index + 1
-                break
-        self.ids[row, first : first + count] = torch.tensor(tokens[:count], device=self.ids.device)
-        for index in range(count) if alone and self.criteria else ():
-            if bool(self.criteria(self.ids[row : row + 1, : first + index + 1], None)[0]):
-                self.done[row], count = True, index + 1
-                break
-        self.lengths[row] = first + count
-        self.layers[row] += layers[:count]
-        self.confidences[row] += confidences[:count]
-        if self.draft_room:
-            # What was on trial behind the text must not be taken for text.
-            self.ids[row, first + count :] = self.pad
-        for column in range(first, first + count) if alone else ():
-            self._stream(slice(row, row + 1), column)
-        return count
+        counts = [self._until_end(row, new) for row, new in zip(rows, tokens, strict=True)]
+        places = [[row, *range(self.lengths[row], self.lengths[row] + width)] for row in rows]
+        # What was on trial behind the text must not be taken for text.
+        kept = [new[:n] + [self.pad] * (width - n) for new, n in zip(tokens, counts, strict=True)]
+        sent = send([place + new for place, new in zip(places, kept, strict=True)], self.ids.device)
+        self.ids[sent[:, :1], sent[:, 1 : width + 1]] = sent[:, width + 1 :]
+        if self.criteria:
+            counts = self._until_told(rows, counts)
+        for row, new, n, where, seen in zip(rows, tokens, counts, layers, confidences, strict=True):
+            self._extend(row, new[:n], where[:n], seen[:n])
+            for column in range(self.lengths[row] - n, self.lengths[row]) if self.streamer is not None else ():
+                self._stream(slice(row, row + 1), column)
+        return counts
+
+    def _until_end(self, row: int, tokens: list[int]) -> int:
+        """How many of these tokens come up to and with an end mark, and fit."""
+        room = self.room(row)
+        return next((i for i, token in enumerate(tokens[:room], 1) if token in self.eos), min(room, len(tokens)))
+
+    def _until_told(self, rows: list[int], counts: list[int]) -> list[int]:
+        """The same for the criteria, which remember nothing: asked behind every token, heard in one wait."""
+        said = [
+            self.criteria(self.ids[row : row + 1, : self.lengths[row] + i], None)
+            for row, count in zip(rows, counts, strict=True)
+            for i in range(1, count + 1)
+        ]
+        (ended,), first, kept = read(torch.cat(said)), 0, []
+        for row, count in zip(rows, counts, strict=True):
+            own = ended[first : first + count]
+            first += count
+            if any(own):
+                self.done[row], count = True, own.index(True) + 1
+                self.ids[row, self.lengths[row] + count : self.lengths[row] + len(own)] = self.pad
+            kept.append(count)
+        return kept
+
+    def _extend(self, row: int, tokens: list[int], layers: list[int], confidences: list[float]) -> None:
+        self.lengths[row] += len(tokens)
+        self.layers[row] += layers
+        self.confidences[row] += confidences
+        if tokens[-1] in self.eos or self.lengths[row] >= self.max_length:
+            self.done[row] = True
 
     def _stream(self, rows: slice, column: int) -> None:
         """The tokens in one column to the streamer: [R], as plain decoding hands them on."""

@@ -7,18 +7,19 @@ overwritten. Greedy: the tokens of the full model. Sampling: its distribution, b
 R rows, g drafts, V vocabulary.
 """
 
-import time
 from math import nan
 from typing import Any
 
 import torch
 
+from .clocks import start_clock
 from .drafting import SEEN, Drafting
 from .layer_runner import Block, ShortHead
 from .loop import DecodeLoop
 from .policies import score
 from .sequences import looks_back
 from .shortlist import Shortlist
+from .transfers import read, send, waits_are_free
 
 
 class Speculation(DecodeLoop):
@@ -35,17 +36,18 @@ class Speculation(DecodeLoop):
             self.shortlist = Shortlist(policy.shortlist, runner.model.config.vocab_size)
             self.ids = self.shortlist.ids(runner.device)
             self.short = {k: ShortHead(runner.model, k, self.shortlist) for k in policy.layers}
+        self.waits_are_free = waits_are_free(runner.device)
         self.drafted = self.accepted = self.slot_cycles = 0
         self.used = dict.fromkeys(policy.layers, 0)
 
     def step(self) -> None:
         """Draft, verify, accept."""
         runner, drafting = self.runner, self.drafting
-        clock = Clock()
+        clock = start_clock(runner.device)
         k, accepted = drafting.start(), self.accepted
         starts = list(self.next)
         most = min(max(self.sequences.room(row) for row in self.rows) - 1, drafting.max_draft)
-        tokens, drafts, confidences, q = self.tokens, [], [], []
+        tokens, drafts, confidences, q = self.tokens, [], [], []  # all on the device
         chances = [1.0] * len(starts)
         more = most > 0 and drafting.goes_on(0, chances)
         while True:
@@ -57,10 +59,9 @@ class Speculation(DecodeLoop):
             tokens, scores, probabilities = self._draft(k, hidden, block, drafts)
             drafts.append(tokens)
             q.append(probabilities)
-            values = [nan] * len(starts) if scores is None else scores.tolist()
-            confidences.append(values)
             if scores is not None:
-                chances = [c * drafting.calibrated(k, value) for c, value in zip(chances, values, strict=True)]
+                confidences.append(scores)
+                chances = self._chances(k, chances, scores)
             more = len(drafts) < most and drafting.goes_on(len(drafts), chances)
             clock.lap("check")
         block = runner.block(starts, len(drafts) + 1)
@@ -71,13 +72,22 @@ class Speculation(DecodeLoop):
         if self.sequences.in_step:
             new = self._commit_in_step(k, logits, drafts, q, confidences)
         else:
-            new = self._commit(k, self._verify(logits, drafts, q), drafts, confidences)
+            new = self._commit(k, self._verify(logits, drafts, q), logits, drafts, confidences)
         self.used[k] += 1
         if drafts:
             drafting.tried(k, self.accepted - accepted)
-        clock.lap("tail")
+        clock.end("tail")
         drafting.took(k, len(drafts), clock["early"], clock["check"], clock["late"], clock["tail"])
         drafting.cycle_done(new, len(starts), clock.total())
+
+    def _chances(self, k: int, chances: list[float], scores: torch.Tensor) -> list[float]:
+        """For each row, that all its drafts are right: chances before the last draft, whose confidences are [R].
+
+        Where looking at them would hold the device up, what is known of the exit on the whole has to do.
+        """
+        if self.waits_are_free:
+            return [c * self.drafting.calibrated(k, value) for c, value in zip(chances, read(scores)[0], strict=True)]
+        return [c * self.drafting.acceptance(k) for c in chances]
 
     def _draft(
         self, k: int, hidden: torch.Tensor, block: Block, drafts: list[torch.Tensor]
@@ -106,17 +116,13 @@ class Speculation(DecodeLoop):
 
     def _try(self, drafts: list[torch.Tensor]) -> None:
         """Write drafts behind the texts, where processors look for what came before."""
-        sequences = self.sequences
-        if not drafts or not looks_back(sequences.processors):
-            return
-        last = drafts[-1]
-        for slot, row in enumerate(self.rows):
-            sequences.ids[row, sequences.lengths[row] + len(drafts) - 1] = last[slot]
+        if drafts and looks_back(self.sequences.processors):
+            self.sequences.try_tokens(self.index, self.rows, len(drafts) - 1, drafts[-1])
 
     def _verify(
         self, logits: torch.Tensor, drafts: list[torch.Tensor], q: list[torch.Tensor | None]
-    ) -> tuple[list[int], list[int], torch.Tensor, torch.Tensor]:
-        """Final logits [R, g+1, V] -> (drafts accepted per row, the token after them, scores, logits)."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Final logits [R, g+1, V] -> (drafts accepted [R], the tokens after them [R], scores [R, g+1, V])."""
         sequences, count, scores = self.sequences, len(drafts), logits
         if sequences.processors or sequences.do_sample:
             self._try(drafts)
@@ -124,44 +130,49 @@ class Speculation(DecodeLoop):
             prefixes = [sequences.lengths[row] + i for row in self.rows for i in range(count + 1)]
             scores = sequences.process(logits.flatten(0, 1), rows, prefixes).view(logits.shape)
         tried = torch.stack(drafts, 1) if drafts else self.tokens.new_zeros(len(self.rows), 0)
-        if not sequences.do_sample:
-            target = scores.argmax(-1)
-            accepted = (tried == target[:, :count]).long().cumprod(1).sum(1)
-            token = target.gather(1, accepted[:, None])[:, 0]
-        else:
-            accepted, token = accept_sampled(scores.float().softmax(-1), tried, q)
-        return accepted.tolist(), token.tolist(), scores, logits
+        if sequences.do_sample:
+            return *accept_sampled(scores.float().softmax(-1), tried, q), scores
+        target = scores.argmax(-1)
+        accepted = (tried == target[:, :count]).long().cumprod(1).sum(1)
+        return accepted, target.gather(1, accepted[:, None])[:, 0], scores
 
     def _commit(
         self,
         k: int,
-        kept: tuple[list[int], list[int], torch.Tensor, torch.Tensor],
+        verified: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        logits: torch.Tensor,
         drafts: list[torch.Tensor],
-        confidences: list[list[float]],
+        confidences: list[torch.Tensor],
     ) -> int:
         """Keep the accepted prefixes; returns the number of new tokens of all rows."""
-        accepted, after, scores, logits = kept
-        sequences, runner, total = self.sequences, self.runner, 0
-        tried = torch.stack(drafts, 1).tolist() if drafts else [[] for _ in self.rows]
-        for slot, row in enumerate(self.rows):
-            m = accepted[slot]
-            values = [value[slot] for value in confidences]
-            if self.drafting.length is None:
-                self.drafting.fared(k, values, m)
-            if sequences.keeps_scores:
-                for i in range(min(m + 1, sequences.room(row))):
-                    sequences.keep_scores(row, sequences.lengths[row] + i, scores[slot, i], logits[slot, i])
-            count = sequences.append(
-                row, [*tried[slot][:m], after[slot]], [k] * m + [runner.num_layers], [*values[:m], nan]
-            )
-            self.next[slot] += count
-            self.drafted += len(drafts)
-            self.accepted += min(m, count)
-            self.slot_cycles += 1
-            total += count
+        sequences, runner, count = self.sequences, self.runner, len(drafts)
+        accepted, self.tokens, scores = verified
+        right, after, *rest = read(accepted, self.tokens, *drafts, *confidences)
+        tried = [list(row) for row in zip(*rest[:count], strict=True)] or [[] for _ in right]
+        seen = [list(row) for row in zip(*rest[count:], strict=True)] or [[nan] * count for _ in right]
+        for slot, row in enumerate(self.rows) if sequences.keeps_scores else ():
+            for i in range(min(right[slot] + 1, sequences.room(row))):
+                sequences.keep_scores(row, sequences.lengths[row] + i, scores[slot, i], logits[slot, i])
+        counts = sequences.append(
+            self.rows,
+            [[*row[:m], token] for row, m, token in zip(tried, right, after, strict=True)],
+            [[k] * m + [runner.num_layers] for m in right],
+            [[*row[:m], nan] for row, m in zip(seen, right, strict=True)],
+            count + 1,
+        )
+        self.next = [place + new for place, new in zip(self.next, counts, strict=True)]
+        self._count([min(m, new) for m, new in zip(right, counts, strict=True)], count)
+        if self.drafting.length is None:
+            for row, m in zip(seen, right, strict=True):
+                self.drafting.fared(k, row, m)
         runner.clip(self.next)
-        self.tokens = torch.tensor(after, device=runner.device)
-        return total
+        return sum(counts)
+
+    def _count(self, accepted: list[int], drafted: int) -> None:
+        """Accepted drafts of each row, of so many drafted."""
+        self.drafted += drafted * len(accepted)
+        self.accepted += sum(accepted)
+        self.slot_cycles += len(accepted)
 
     def _commit_in_step(
         self,
@@ -169,7 +180,7 @@ class Speculation(DecodeLoop):
         logits: torch.Tensor,
         drafts: list[torch.Tensor],
         q: list[torch.Tensor | None],
-        confidences: list[list[float]],
+        confidences: list[torch.Tensor],
     ) -> int:
         """Verify and keep, token by token: final logits [R, g+1, V]; returns the number of new tokens of all rows.
 
@@ -177,47 +188,48 @@ class Speculation(DecodeLoop):
         plain decoding: once per token, behind the texts that stand.
         """
         sequences, runner, total = self.sequences, self.runner, 0
-        right, read = [0] * len(self.rows), 0
+        right, known = [0] * len(self.rows), [[nan] * len(self.rows)] * len(drafts)
+        sequences.forget_trials(len(drafts))
         for i in range(len(drafts) + 1):
             slots = [slot for slot, row in enumerate(self.rows) if not sequences.done[row]]
             if not slots:
                 break
-            index = torch.tensor(slots, device=runner.device)
-            scores = self.scored(logits[index, i], [self.rows[slot] for slot in slots])
+            rows, index = [self.rows[slot] for slot in slots], send(slots, runner.device)
+            scores = self.scored(logits[index, i], rows)
             if i < len(drafts):
-                fine, tokens = self._judge(scores, drafts[i][index], None if q[i] is None else q[i][index])
-                read = i + 1
+                fine, chosen = self._judge(scores, drafts[i][index], None if q[i] is None else q[i][index])
             else:
-                fine, tokens = [False] * len(slots), sequences.pick(scores)
-            layers = [k if good else runner.num_layers for good in fine]
-            seen = [confidences[i][slot] if good else nan for slot, good in zip(slots, fine, strict=True)]
-            sequences.append_to_all([self.rows[slot] for slot in slots], tokens.tolist(), layers, seen)
-            self.tokens[index] = tokens
+                fine, chosen = torch.zeros_like(index, dtype=torch.bool), sequences.pick(scores)
+            self.tokens[index] = chosen
+            ended = sequences.write(self.index[index], chosen)
+            good, tokens, ended, *first = read(fine, chosen, ended, *(confidences if i == 0 else ()))
+            known = first or known
+            layers = [k if yes else runner.num_layers for yes in good]
+            seen = [known[i][slot] if yes else nan for slot, yes in zip(slots, good, strict=True)]
+            sequences.append_to_all(rows, tokens, layers, seen, ended)
             total += len(slots)
-            for slot, good in zip(slots, fine, strict=True):
+            for slot, yes in zip(slots, good, strict=True):
                 self.next[slot] += 1
-                right[slot] += good
-            if not all(fine):
+                right[slot] += yes
+            if not all(good):
                 break
-        for slot in range(len(self.rows)):
-            if self.drafting.length is None:
-                self.drafting.fared(k, [value[slot] for value in confidences[:read]], right[slot])
-            self.drafted += len(drafts)
-            self.accepted += right[slot]
-            self.slot_cycles += 1
+        self._count(right, len(drafts))
+        if self.drafting.length is None:
+            for row, m in zip(zip(*known[: i + 1], strict=True), right, strict=False):
+                self.drafting.fared(k, row, m)
         runner.clip(self.next)
         return total
 
     def _judge(
         self, scores: torch.Tensor, draft: torch.Tensor, q: torch.Tensor | None
-    ) -> tuple[list[bool], torch.Tensor]:
-        """One draft per row [N] against the full model's scores [N, V]: (accepted, the token that stands [N])."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One draft per row [N] against the full model's scores [N, V]: (accepted [N], the token that stands [N])."""
         if not self.sequences.do_sample:
             target = scores.argmax(-1)
-            return (target == draft).tolist(), target
+            return target == draft, target
         p = scores.softmax(-1)
         accepted, other = accept_sampled(torch.stack([p, p], 1), draft[:, None], [q])
-        return accepted.bool().tolist(), torch.where(accepted.bool(), draft, other)
+        return accepted.bool(), torch.where(accepted.bool(), draft, other)
 
     def saw_prompt(self, hidden: torch.Tensor, block: Block) -> None:
         """First estimates of the exits' acceptance: how often they agree with the final layer on the prompt."""
@@ -226,12 +238,16 @@ class Speculation(DecodeLoop):
         runner, width = self.runner, min(SEEN, block.length)  # logits are dear
         last = slice(block.length - width, None)
         want = runner.final_logits(hidden[:, last]).argmax(-1)
-        ends = torch.tensor(self.next, device=runner.device)[:, None]
+        ends = send(self.next, runner.device)[:, None]
         valid = runner.numbers[block.end - width : block.end] < ends
+        sums = [valid.sum()]
         for k in self.policy.layers:
             tokens = runner.exit_logits(k, runner.recall(k, block), block, last, self.short.get(k)).argmax(-1)
             tokens = tokens if self.ids is None else self.ids[tokens]
-            self.drafting.foresaw(k, int(((tokens == want) & valid).sum()), int(valid.sum()))
+            sums.append(((tokens == want) & valid).sum())
+        ((count, *agreed),) = read(torch.stack(sums))
+        for k, right in zip(self.policy.layers, agreed, strict=True):
+            self.drafting.foresaw(k, right, count)
         runner.clip(self.next)
 
     def stats(self) -> dict[str, Any]:
@@ -269,24 +285,3 @@ def accept_sampled(
     # Rounding can leave nothing where p = q: then p itself is right.
     rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, last)
     return accepted, torch.multinomial(rest, 1)[:, 0]
-
-
-class Clock:
-    """Seconds by name. On a GPU the laps are those of the queue: they are right wherever numbers are read back."""
-
-    def __init__(self):
-        self.begin = self.last = time.perf_counter()
-        self.seconds: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        """Add the time since the last lap."""
-        now = time.perf_counter()
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
-        self.last = now
-
-    def total(self) -> float:
-        """Seconds since the start."""
-        return self.last - self.begin
-
-    def __getitem__(self, name: str) -> float:
-        return self.seconds.get(name, 0.0)

@@ -29,6 +29,7 @@ from ee_scale.backbone.loading import weight_bytes
 from ee_scale.errors import UserError
 from ee_scale.families.build import AUTO_CLASS
 from ee_scale.families.sizes import with_layers
+from ee_scale.modeling.attention import without_cudnn
 from ee_scale.modeling.versions import CACHE
 from ee_scale.palettes.energy import EnergyMeter, find_meter
 
@@ -178,6 +179,7 @@ def _warm_up(config: PreTrainedConfig, task: str, ids: torch.Tensor, steps: int)
     _round(model, ids, min(steps, 2), Timings())
 
 
+@without_cudnn()
 def _run(
     model: PreTrainedModel, ids: torch.Tensor, steps: int, seconds: float, meter: EnergyMeter | None
 ) -> tuple[Timings, float | None]:

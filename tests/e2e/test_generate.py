@@ -55,7 +55,10 @@ def said(arguments: list[str], capsys) -> tuple[str, str]:
     return captured.out, captured.err
 
 
-@pytest.mark.parametrize("policy", [["policy=off"], ["policy=lossless"], ["policy=threshold", "threshold=1.1"]])
+@pytest.mark.parametrize(
+    "policy",
+    [["policy=off"], ["policy=lossless"], ["policy=lossless", "graphs=true"], ["policy=threshold", "threshold=1.1"]],
+)
 def test_the_text_is_that_of_transformers(policy, given, expected, capsys):
     text, numbers = said([*given, *policy, f"prompt={PROMPT}"], capsys)
     assert text == expected[PROMPT] + "\n"
@@ -213,6 +216,8 @@ def test_it_starts_its_own_ranks(given, capfd, monkeypatch):
         (["prompt=[a,b]", "show_exits=true"], "show_exits=true: colours one answer on the terminal, not 2 prompts"),
         (["chat=true"], "chat=true: the tokenizer of"),
         (["parallel.dp=2"], "parallel.dp=2: decoding has no replicas"),
+        (["graphs=true"], "graphs=true: policy=off leaves decoding to transformers; choose a policy"),
+        (["policy=patience", "graphs=true", "parallel.pp=2"], "graphs=true: needs one device, not tp=1 x pp=2"),
         (["policy=lossless", "parallel.pp=2"], "policy=lossless drafts and verifies on one device"),
         (["parallel.tp=3"], "parallel.tp=3 does not divide num_attention_heads=4 of the model"),
         (["parallel.pp=5"], "parallel.pp=5: more stages than the model's 4 layers"),

@@ -20,14 +20,15 @@ TEXTS = ["the layer reads", "an exit says what comes next", "a token", "if it is
 NEAR = 2**-6  # of the largest logit: numbers of bf16 are 2**-8 apart, and kernels add up in another order
 
 
+@pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize(("kind", "head"), [("mlp", "full"), ("layer", "low_rank")])
-def test_lossless_says_what_transformers_says(device, tmp_path, kind, head):
+def test_lossless_says_what_transformers_says(device, tmp_path, kind, head, graphs):
     pair = make_pair(tmp_path, "llama", kind, head, dtype=torch.float64)
     inputs = {name: value.to(device) for name, value in prompts(5).items()}
     pair.base.to(device), pair.model.to(device)
     want = pair.reference(inputs, max_new_tokens=24)
     for options in ({}, {"exit_layer": 1, "exit_draft_length": 3}):
-        got = pair.generate(inputs, "lossless", max_new_tokens=24, **options)
+        got = pair.generate(inputs, "lossless", max_new_tokens=24, exit_graphs=graphs, **options)
         assert torch.equal(got.sequences, want)
 
 
@@ -37,6 +38,8 @@ def test_lossless_says_what_transformers_says(device, tmp_path, kind, head):
         {"policy": "lossless", "do_sample": True},
         {"policy": "threshold", "exit_threshold": 0.02},
         {"policy": "patience"},
+        {"policy": "threshold", "exit_threshold": 0.02, "exit_graphs": True},
+        {"policy": "lossless", "exit_graphs": True},
     ],
 )
 def test_bf16_runs(device, tmp_path, options):

@@ -53,6 +53,7 @@ LOSSLESS = {"exit_policy": "lossless"}
         ({**LOSSLESS, "output_attentions": True}, "exit_policy.*output_attentions"),
         ({**LOSSLESS, "custom_generate": lambda *args: None}, "exit_policy.*custom_generate"),
         ({**LOSSLESS, "stop_strings": ["a"]}, "stop_strings.*tokenizer"),
+        ({**LOSSLESS, "exit_graphs": "yes"}, "exit_graphs='yes': give true or false"),
         ({**SURE, "exit_tags": ["sql"]}, "exit_tags: 1 values for 2 prompts"),
         ({**SURE, "exit_requests": ["a"]}, "exit_requests: 1 values for 2 prompts"),
         ({**SURE, "exit_audit": 1.5}, "exit_audit=1.5"),
