@@ -11,6 +11,7 @@ import inspect
 import re
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -26,6 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from .decode import LOG_OPTIONS, ExitDecoding, settle_cache, take_options, take_stop_strings
 from .heads import ExitSpec, ExitTaps, build_exit_heads, run_single_layer
 from .kinds import ExitKind, Tap
+from .packing import packed_linears
 
 PREFIX = "exit_heads."
 AUTO_MAP = {"AutoModelForCausalLM": "modeling_early_exit.EarlyExitForCausalLM"}
@@ -39,7 +41,13 @@ class EarlyExitOutput(CausalLMOutputWithPast):
 
 
 class EarlyExitMixin:
-    """Goes in front of a `...ForCausalLM` class: its logits stay exactly as they are, exits come on top."""
+    """Goes in front of a `...ForCausalLM` class: its logits stay exactly as they are, exits come on top.
+
+    Attributes:
+        pack_weights: whether `generate` packs the linear layers on a CPU (see `packing`).
+    """
+
+    pack_weights = True
 
     def __init__(self, config: PreTrainedConfig, *args: object, **kwargs: object):
         super().__init__(config, *args, **kwargs)
@@ -133,6 +141,10 @@ class EarlyExitMixin:
         a seed gives the same text every time only if `exit_layer` and `exit_draft_length` are fixed too.
         Raises ValueError, in one line, for options that do not fit the model or one another.
         """
+        with packed_linears(self) if self.pack_weights else nullcontext():
+            return self._generate(inputs, kwargs)
+
+    def _generate(self, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> Any:
         name_cache(kwargs)
         options = take_options(kwargs, kwargs.get("generation_config"), self.generation_config)
         if options.get("exit_policy", "off") == "off":
@@ -212,7 +224,10 @@ class EarlyExitForCausalLM:
     ) -> Any:
         """As `PreTrainedModel.from_pretrained`. Raises ValueError if the folder has no exits, or not exactly those
         that its config names: a missing exit head is never filled with random numbers.
+
+        pack_weights: see `EarlyExitMixin`.
         """
+        pack_weights = kwargs.pop("pack_weights", True)
         kwargs.pop("trust_remote_code", None)
         kwargs.pop("adapter_kwargs", None)
         wants_info = kwargs.pop("output_loading_info", False)
@@ -222,6 +237,7 @@ class EarlyExitForCausalLM:
         model_class = early_exit_class(config)
         model, info = model_class.from_pretrained(path, *args, config=config, output_loading_info=True, **kwargs)
         check_exit_keys(path, info)
+        model.pack_weights = pack_weights
         return (model, info) if wants_info else model
 
 
