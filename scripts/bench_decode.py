@@ -6,12 +6,14 @@ Every way to decode continues the same prompts (first tokens of different docume
 temperature; ratios are to transformers' `generate` of the base model at the same batch size. Greedy text of a small
 model loops, which flatters every drafting method: both are shown. Peer: transformers' `assistant_early_exit` (batch 1
 only). Agreement: share of all new tokens that are the full model's choice given the text before them, counted in a
-separate pass that is not timed; limits are chosen on the model's own text after other prompts. The last column is what
+separate pass that is not timed; limits are chosen on the model's own text after other prompts. "Exits shuffled" say
+nothing: its speed "of no drafts", in the same loop, is what trying costs (wanted: 0.98x). The last column is what
 the cost model says for the acceptance or share and the part times of this run, relative to a step of all layers and the
 head; at a batch it leaves out that a group waits for its slowest row, and in threshold mode it is for batch 1.
 """
 
 import argparse
+import copy
 import json
 import platform
 import time
@@ -34,6 +36,7 @@ from ee_scale.modeling.costs import Costs, best_draft_length, lossless_speedup
 from ee_scale.modeling.policies import CALIBRATION_KEY, score
 
 REFERENCE = "transformers generate"
+NO_DRAFTS, SHUFFLED = "lossless, no drafts", "lossless, exits shuffled"
 SEPARATOR = "<|endoftext|>"
 
 
@@ -112,6 +115,8 @@ def contenders(model: Any, stock: Any, batch: int, limits: dict[int, Any], costs
     rows = [
         Contender(REFERENCE, stock.generate),
         Contender("our loop, exits off", with_exits, {"exit_policy": "threshold", "exit_threshold": 2.0}),
+        Contender(NO_DRAFTS, with_exits, {"exit_policy": "lossless", "exit_draft_length": 0}),
+        Contender(SHUFFLED, with_shuffled_exits(model).generate, {"exit_policy": "lossless"}),
         Contender("lossless", with_exits, {"exit_policy": "lossless"}),
         *(Contender(f"lossless, exit {k}", with_exits, {"exit_policy": "lossless", "exit_layer": k}) for k in layers),
         *(
@@ -145,6 +150,18 @@ def contenders(model: Any, stock: Any, batch: int, limits: dict[int, Any], costs
             if k < depth:
                 rows.append(Contender(f"assistant_early_exit={k}", stock.generate, {"assistant_early_exit": k}))
     return rows
+
+
+@torch.no_grad()
+def with_shuffled_exits(model: Any) -> Any:
+    """The same model, whose exits have their numbers in another order."""
+    view = copy.copy(model)
+    heads = copy.deepcopy(model.exit_heads)
+    for parameter in heads.parameters():
+        order = torch.randperm(parameter.numel(), device=parameter.device)
+        parameter.copy_(parameter.flatten()[order].view_as(parameter))
+    view._modules = {**model._modules, "exit_heads": heads}
+    return view
 
 
 def measure(
@@ -192,13 +209,15 @@ def count_new(sequences: torch.Tensor, group: torch.Tensor, row: Contender) -> i
     return int((finished.cumsum(1) <= 1).sum())
 
 
-def summary(row: Contender, reference: Contender, costs: Costs) -> dict[str, Any]:
-    """What is printed and stored."""
+def summary(row: Contender, rows: Sequence[Contender], costs: Costs) -> dict[str, Any]:
+    """What is printed and stored of one of the contenders, the reference being the first."""
+    reference, plain = rows[0], next(other for other in rows if other.name == NO_DRAFTS)
     depth = costs.num_layers
     result = {
         "name": row.name,
         "tokens_per_second": row.rate,
         "ratio": row.rate / reference.rate,
+        "of_no_drafts": row.rate / plain.rate if row.options.get("exit_policy") == "lossless" else None,
         "agreement": row.agreement,
         "seconds": row.seconds,
         "tokens": row.tokens,
@@ -241,7 +260,8 @@ def summary(row: Contender, reference: Contender, costs: Costs) -> dict[str, Any
 def print_table(out: Console, title: str, rows: list[dict[str, Any]]) -> None:
     """One line per contender."""
     table = Table(title=title, title_justify="left")
-    for name in ("", "tokens/s", "ratio", "agreement", "layer calls/token", "accepted", "drafts/cycle", "cost model"):
+    names = ("", "tokens/s", "ratio", "of no drafts", "agreement", "layer calls/token", "accepted", "drafts/cycle")
+    for name in (*names, "cost model"):
         table.add_column(name, justify="left" if not name else "right", no_wrap=True)
     for row in rows:
         predicted = row.get("predicted")
@@ -249,6 +269,7 @@ def print_table(out: Console, title: str, rows: list[dict[str, Any]]) -> None:
             row["name"],
             f"{row['tokens_per_second']:.0f}",
             f"{row['ratio']:.2f}x",
+            "" if row["of_no_drafts"] is None else f"{row['of_no_drafts']:.2f}x",
             "" if row["agreement"] is None else f"{row['agreement']:.2%}",
             f"{row['layer_calls_per_token']:.2f}" if "layer_calls_per_token" in row else "",
             f"{row['accepted']:.1%}" if "accepted" in row else "",
@@ -277,6 +298,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of every contender")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ...; auto: as stored")
+    parser.add_argument("--plain-weights", action="store_true", help="on a CPU: do not pack linear layers")
     parser.add_argument("--json", type=Path, help="file for all numbers")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -284,6 +306,7 @@ def main() -> None:
     logging.disable_progress_bar()
     out = Console(width=150)
     model = EarlyExitForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(args.device).eval()
+    model.pack_weights = not args.plain_weights
     stock = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(args.device).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     found = read_prompts(tokenizer, args.data, args.prompt_tokens, 4 * args.prompts, 2 * args.prompts).to(args.device)
@@ -310,7 +333,7 @@ def main() -> None:
         for batch in args.batches:
             rows = contenders(model, stock, batch, limits, costs_of[batch], args.peers)
             measure(rows, prompts, batch, mode, args.new_tokens, args.rounds)
-            table = [summary(row, rows[0], costs_of[batch]) for row in rows]
+            table = [summary(row, rows, costs_of[batch]) for row in rows]
             print_table(out, f"{label}, batch {batch}", table)
             result["tables"][f"{label}, batch {batch}"] = table
     if args.json:

@@ -130,13 +130,15 @@ class EarlyExitMixin:
         exit_min_layer: no exit before this layer. exit_patience: exits in a row that must agree.
         exit_layer: the exit of 'fixed', or the drafting exit of 'lossless' (None: chosen by measured cost).
         exit_max_pending: tokens whose deeper keys and values may wait to be computed.
-        exit_draft_length: 'lossless': drafts per pass, None: decided draft by draft. An exit whose drafts are rejected
-            again and again rests for growing spells, in which every pass makes one token as plain decoding does.
+        exit_draft_length: 'lossless': drafts per pass, None: decided draft by draft, where they pay. An exit whose
+            drafts are rejected again and again rests for growing spells, in which every pass makes one token as plain
+            decoding does.
         exit_shortlist: 'lossless': draft among this many tokens (as calibrated; with shortlist heads: of theirs), or
             among these token ids.
         exit_log: path or `DecisionLog`; exit_requests, exit_tags: a name and a tag per row, for the log;
             exit_audit: share of early tokens that are compared with the full model when its layers catch up.
 
+        On a CPU the linear layers are packed first (see `packing`), unless the model's `pack_weights` is false.
         With `return_dict_in_generate=True` the output is an `EarlyExitGenerateOutput`. With 'lossless' and sampling,
         a seed gives the same text every time only if `exit_layer` and `exit_draft_length` are fixed too.
         Raises ValueError, in one line, for options that do not fit the model or one another.
