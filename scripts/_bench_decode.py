@@ -1,5 +1,6 @@
 """The ways to decode that `bench_decode.py` compares, how they take turns, and what is counted of each."""
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from ee_scale.modeling.costs import Costs, best_draft_length, lossless_speedup
 from ee_scale.modeling.policies import CALIBRATION_KEY, score
 
 REFERENCE = "transformers generate"
+NO_DRAFTS, SHUFFLED = "lossless, no drafts", "lossless, exits shuffled"
 PROFILED = 8  # new tokens
 
 
@@ -80,6 +82,8 @@ def contenders(model: Any, stock: Any, batch: int, limits: dict[int, Any], costs
     rows = [
         Contender(REFERENCE, stock.generate),
         Contender("our loop, exits off", with_exits, {"exit_policy": "threshold", "exit_threshold": 2.0}),
+        Contender(NO_DRAFTS, with_exits, {"exit_policy": "lossless", "exit_draft_length": 0}),
+        Contender(SHUFFLED, with_shuffled_exits(model).generate, {"exit_policy": "lossless"}),
         Contender("lossless", with_exits, {"exit_policy": "lossless"}),
         *(Contender(f"lossless, exit {k}", with_exits, {"exit_policy": "lossless", "exit_layer": k}) for k in layers),
         *(
@@ -113,6 +117,18 @@ def contenders(model: Any, stock: Any, batch: int, limits: dict[int, Any], costs
             if k < depth:
                 rows.append(Contender(f"assistant_early_exit={k}", stock.generate, {"assistant_early_exit": k}))
     return rows
+
+
+@torch.no_grad()
+def with_shuffled_exits(model: Any) -> Any:
+    """The same model, whose exits have their numbers in another order."""
+    view = copy.copy(model)
+    heads = copy.deepcopy(model.exit_heads)
+    for parameter in heads.parameters():
+        order = torch.randperm(parameter.numel(), device=parameter.device)
+        parameter.copy_(parameter.flatten()[order].view_as(parameter))
+    view._modules = {**model._modules, "exit_heads": heads}
+    return view
 
 
 def measure(
@@ -178,13 +194,15 @@ def count_new(sequences: torch.Tensor, group: torch.Tensor, row: Contender) -> i
     return int((finished.cumsum(1) <= 1).sum())
 
 
-def summary(row: Contender, reference: Contender, costs: Costs) -> dict[str, Any]:
-    """What is printed and stored."""
+def summary(row: Contender, rows: Sequence[Contender], costs: Costs) -> dict[str, Any]:
+    """What is printed and stored of one of the contenders, the reference being the first."""
+    reference, plain = rows[0], next(other for other in rows if other.name == NO_DRAFTS)
     depth = costs.num_layers
     result = {
         "name": row.name,
         "tokens_per_second": row.rate,
         "ratio": row.rate / reference.rate,
+        "of_no_drafts": row.rate / plain.rate if row.options.get("exit_policy") == "lossless" else None,
         "agreement": row.agreement,
         "seconds": row.seconds,
         "tokens": row.tokens,

@@ -6,7 +6,8 @@ Every way to decode continues the same prompts (first tokens of different docume
 temperature; ratios are to transformers' `generate` of the base model at the same batch size. Greedy text of a small
 model loops, which flatters every drafting method: both are shown. Peer: transformers' `assistant_early_exit` (batch 1
 only). Agreement: share of all new tokens that are the full model's choice given the text before them, counted in a
-separate pass that is not timed; limits are chosen on the model's own text after other prompts. The last column is what
+separate pass that is not timed; limits are chosen on the model's own text after other prompts. "Exits shuffled" say
+nothing: its speed "of no drafts", in the same loop, is what trying costs (wanted: 0.98x). The last column is what
 the cost model says for the acceptance or share and the part times of this run, relative to a step of all layers and the
 head; at a batch it leaves out that a group waits for its slowest row, and in threshold mode it is for batch 1.
 """
@@ -70,7 +71,8 @@ def print_table(out: Console, title: str, rows: list[dict[str, Any]]) -> None:
     """One line per contender; what only a GPU has, only there."""
     gpu = any(row.get("busy") is not None for row in rows)
     table = Table(title=title, title_justify="left")
-    columns = ["", "tokens/s", "ratio", "agreement", "layer calls/token", "accepted", "drafts/cycle", "cost model"]
+    columns = ["", "tokens/s", "ratio", "of no drafts", "agreement", "layer calls/token", "accepted", "drafts/cycle"]
+    columns.append("cost model")
     for name in columns + ["same", "busy", "kernels/token", "waits/token"] * gpu:
         table.add_column(name, justify="left" if not name else "right", no_wrap=True)
     for row in rows:
@@ -79,6 +81,7 @@ def print_table(out: Console, title: str, rows: list[dict[str, Any]]) -> None:
             row["name"],
             f"{row['tokens_per_second']:.0f}",
             f"{row['ratio']:.2f}x",
+            "" if row["of_no_drafts"] is None else f"{row['of_no_drafts']:.2f}x",
             "" if row["agreement"] is None else f"{row['agreement']:.2%}",
             f"{row['layer_calls_per_token']:.2f}" if "layer_calls_per_token" in row else "",
             f"{row['accepted']:.1%}" if "accepted" in row else "",
@@ -120,6 +123,7 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of every contender")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ...; auto: as stored")
+    parser.add_argument("--plain-weights", action="store_true", help="on a CPU: do not pack linear layers")
     parser.add_argument("--json", type=Path, help="file for all numbers, written after every table")
     arguments = parser.parse_args(words)
     if arguments.random is None and (arguments.model is None or arguments.data is None):
@@ -151,6 +155,7 @@ def run_tables(arguments: argparse.Namespace, where: str, out: Console, result: 
     """Measure the model in the folder `where`; `result` is whole whenever this yields, after each table."""
     device, batches = arguments.device, arguments.batches
     model = EarlyExitForCausalLM.from_pretrained(where, dtype=arguments.dtype).to(device).eval()
+    model.pack_weights = not arguments.plain_weights
     stock = AutoModelForCausalLM.from_pretrained(where, dtype=arguments.dtype).to(device).eval()
     prompts, others = some_prompts(arguments, where, model.config.vocab_size)
     context = arguments.prompt_tokens + arguments.new_tokens // 2
@@ -170,7 +175,7 @@ def run_tables(arguments: argparse.Namespace, where: str, out: Console, result: 
         for batch in batches:
             ways = contenders(model, stock, batch, limits, costs_of[batch], arguments.peers)
             measure(ways, prompts, batch, mode, arguments.new_tokens, arguments.rounds)
-            table = [summary(way, ways[0], costs_of[batch]) for way in ways]
+            table = [summary(way, ways, costs_of[batch]) for way in ways]
             print_table(out, f"{label}, batch {batch}", table)
             result["tables"][f"{label}, batch {batch}"] = table
             yield

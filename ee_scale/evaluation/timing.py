@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from ee_scale.modeling.attention import without_cudnn
 from ee_scale.modeling.costs import Costs
 from ee_scale.modeling.kinds import Tap
+from ee_scale.modeling.packing import pack_linears
 from ee_scale.modeling.policies import score
 from ee_scale.modeling.versions import CACHE
 
@@ -72,19 +72,23 @@ def measure_parts(
     """Time layers, final head and exits of an early-exit model with `context` positions in the cache.
 
     The parts are timed in turns for `seconds`, so that other work on the machine slows all of them; `advance` hears
-    the share that is done. `rows` are positions of each of `batch` sequences that pass together.
+    the share that is done. `rows` are positions of each of `batch` sequences that pass together. Weights are packed as
+    `generate` packs them.
     """
-    base, lm_head = model.base_model, model.get_output_embeddings()
+    base, lm_head, weight = model.base_model, model.get_output_embeddings(), model.get_input_embeddings().weight
     cache = FilledCache(context, max(rows))
-    weight = lm_head.weight
-    size = model.exit_spec.shortlist or min(SHORTLIST, max(1, weight.shape[0] // 8))
-    hidden = torch.randn(batch, max(rows), weight.shape[1], device=weight.device, dtype=weight.dtype)
+    size = model.exit_spec.shortlist or min(SHORTLIST, max(1, lm_head.out_features // 8))
+    hidden = torch.randn(batch, max(rows), lm_head.in_features, device=weight.device, dtype=weight.dtype)
     one = hidden[:, :1]
+    short = nn.Linear(lm_head.in_features, size, bias=False, device=weight.device, dtype=weight.dtype).eval()
+    if model.pack_weights:
+        for part in (model, short):
+            pack_linears(part)
     parts: dict[Any, Callable[[], Any]] = {("layers", n): layer_pass(base, cache, hidden[:, :n]) for n in rows}
     parts |= {("head", n): lambda n=n: lm_head(base.norm(hidden[:, :n])).argmax(-1).tolist() for n in rows}
     parts |= {("exit", k): _exit_check(model, k, one, cache) for k in model.exit_spec.layers}
     parts["all tokens"] = lambda: lm_head(one)
-    parts["shortlist"] = lambda: linear(one, weight[:size])
+    parts["shortlist"] = lambda: short(one)
     found = _in_turns(parts, seconds, weight.device, advance)
     count = len(base.layers)
     costs = Costs(

@@ -24,7 +24,8 @@ class EarlyExitForCausalLM(modeling.EarlyExitForCausalLM):
     def from_pretrained(cls, path: str | Path, *args: Any, **kwargs: Any) -> Any:
         """The model with its exits, in eval mode. A sidecar opens its base model (`base_model=` overrides where).
 
-        Raises ValueError (`UserError` for folders) if exits and model do not belong together, or weights are encoded.
+        `pack_weights=False` leaves the weights plain on a CPU. Raises ValueError (`UserError` for folders) if exits and
+        model do not belong together, or weights are encoded.
         """
         base, gone = kwargs.pop("base_model", None), f"{GONE}; pass base_model=<folder>"
         folder = ModelFolder.find(Path(path), gone=gone, base=Path(base) if base else None)
@@ -33,12 +34,14 @@ class EarlyExitForCausalLM(modeling.EarlyExitForCausalLM):
             return super().from_pretrained(folder.path, *args, **kwargs)
         _ = folder.decoder_config
         _, exits = folder.tensors()
+        pack_weights = kwargs.pop("pack_weights", True)
         model = _with_new_heads(folder, folder.exits, **kwargs)
         _check_numbers(folder.base, model)
         dtype = next(model.exit_heads.parameters()).dtype
         state = {name.removeprefix(modeling.PREFIX): narrowed(exits.read(name), dtype, name) for name in exits.files}
         model.exit_heads.load_state_dict(state)
         setattr(model.generation_config, CALIBRATION_KEY, folder.calibration())  # not that of the base's exits
+        model.pack_weights = pack_weights
         return model
 
 

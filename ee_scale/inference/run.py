@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from ee_scale.data.encode import token_with_row
 from ee_scale.data.inputs import load_tokenizer
 from ee_scale.grid import Grid, Layout, join_grid
 from ee_scale.inference.model import open_model
+from ee_scale.inference.number_type import fastest_dtype
 from ee_scale.inference.pipeline import PipelineDecoder
 from ee_scale.inference.pipeline_model import load_decoding_stage, plan_decoding
 from ee_scale.inference.request import Request, plain_words, policy_options
 from ee_scale.inference.settings import end_marks, new_lengths, stop_criterion
 from ee_scale.modeling.decision_log import DecisionLog
+from ee_scale.modeling.packing import packed_linears
 from ee_scale.modeling.trail import request_names
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -62,7 +65,9 @@ def answer_lines(rows: Sequence[dict[str, Any]]) -> str:
 def decode_here(request: Request, device: torch.device, streamer: BaseStreamer | None = None) -> Answers:
     """All batches in this process, through the model's own `generate`."""
     config, answers = request.config, Answers()
-    model = open_model(request.folder.path, dtype=DTYPES.get(config.dtype, "auto")).to(device).eval()
+    dtype = DTYPES.get(config.dtype) or fastest_dtype(request.folder.config, device, config.pack_weights)
+    model = open_model(request.folder.path, dtype=dtype).to(device).eval()
+    model.pack_weights = config.pack_weights  # models with exits look at it
     options = policy_options(config)
     settings = {
         **request.sampling(),
@@ -87,7 +92,7 @@ def decode_here(request: Request, device: torch.device, streamer: BaseStreamer |
         extra = {name: value for name, value in extra.items() if value is not None}
         if config.audit:  # the seed is that of sampling: commands of one seed do not all audit the same places
             extra["exit_requests"] = request_names(len(prompts))
-        with plain_words():
+        with plain_words(), packed_linears(model) if config.pack_weights else nullcontext():
             output = model.generate(ids, attention_mask=mask, pad_token_id=pad, **settings, **extra)
         lengths = new_lengths(output.sequences, width, model.generation_config, stop)
         tokens = [row[width : width + n].tolist() for row, n in zip(output.sequences, lengths, strict=True)]

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 MAX_DRAFT = 12  # tokens per cycle, where nobody asked for more
+MEAN = 0.1  # weight of the newest measurement
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,45 @@ class Costs:
         rows = gamma + 1
         draft = self.layers(k * rows) + gamma * self.checks[k]
         return draft + self.layers(self.num_layers - k, rows) + self.final_head(rows)
+
+
+@dataclass
+class RowTime:
+    """Time of a part by rows, learned while decoding: one x (1 + jump [rows > 1] + slope (rows - 1)).
+
+    A second row is dear where one row has a kernel of its own, and further ones then cost little. The line through what
+    was seen of more rows is fitted by least squares; older measurements fade.
+    """
+
+    one: float
+    jump: float = 0.1
+    slope: float = 0.05
+    count: int = 0  # measurements of one row
+    # Sums over those of more: weight, further rows g, g^2, excess y, g y. They start as two on the line above, at g = 1
+    # and 8, of little weight.
+    sums: tuple[float, ...] = (0.5, 2.25, 16.25, 0.1625, 1.0375)
+
+    def at(self, rows: float) -> float:
+        """The time of so many rows."""
+        return self.one * (1 + (self.jump + self.slope * (rows - 1) if rows > 1 else 0.0))
+
+    def saw(self, rows: int, time: float) -> None:
+        """One measurement."""
+        if rows == 1:
+            self.one, self.count = mixed(self.one, time, self.count), self.count + 1
+            return
+        g, y = rows - 1, min(time, 3 * self.at(rows)) / self.one - 1
+        news = (1.0, g, g * g, y, g * y)
+        self.sums = tuple((1 - MEAN) * old + new for old, new in zip(self.sums, news, strict=True))
+        n, s1, s2, sy, sgy = self.sums
+        spread = s2 * n - s1 * s1
+        slope = max(0.0, (sgy * n - s1 * sy) / spread) if spread > 0.01 * s2 * n else min(self.slope, max(0.0, sy / s1))
+        self.slope, self.jump = slope, max(0.0, (sy - slope * s1) / n)
+
+
+def mixed(old: float, new: float, count: int) -> float:
+    """Running mean, `count` measurements old; one that was interrupted by something else counts for little."""
+    return new if count == 0 else old + max(MEAN, 1 / (count + 1)) * (min(new, 3 * old) - old)
 
 
 def expected_tokens(acceptance: float, gamma: int) -> float:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .heads import ExitTaps, LowRankHead, ModelWithExits, Tap
+from .packing import plain_weight
 from .position_cache import GROWTH, PositionCache
 from .shortlist import Shortlist
 from .transfers import send
@@ -285,10 +286,10 @@ class ShortHead:
         head, lm_head = model.exit_heads[str(k)], model.get_output_embeddings()
         self.capped = head.spec.capped
         self.down = self.up = None
-        weight = (head.head if head.spec.owns_matrix else lm_head).weight
+        weight = plain_weight(head.head if head.spec.owns_matrix else lm_head)
         ids = shortlist.ids(weight.device)
         if isinstance(head.head, LowRankHead):
-            self.down, self.up = head.head.down, head.head.up.weight[ids]
+            self.down, self.up = head.head.down, plain_weight(head.head.up)[ids]
         if head.shortlist is None:
             self.weight = weight[ids]
         elif head.shortlist.tokens == shortlist.tokens:

@@ -11,6 +11,7 @@ import inspect
 import re
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -26,6 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from .decode import LOG_OPTIONS, ExitDecoding, settle_cache, take_options, take_stop_strings
 from .heads import ExitSpec, ExitTaps, build_exit_heads, run_single_layer
 from .kinds import ExitKind, Tap
+from .packing import packed_linears
 
 PREFIX = "exit_heads."
 AUTO_MAP = {"AutoModelForCausalLM": "modeling_early_exit.EarlyExitForCausalLM"}
@@ -39,7 +41,13 @@ class EarlyExitOutput(CausalLMOutputWithPast):
 
 
 class EarlyExitMixin:
-    """Goes in front of a `...ForCausalLM` class: its logits stay exactly as they are, exits come on top."""
+    """Goes in front of a `...ForCausalLM` class: its logits stay exactly as they are, exits come on top.
+
+    Attributes:
+        pack_weights: whether `generate` packs the linear layers on a CPU (see `packing`).
+    """
+
+    pack_weights = True
 
     def __init__(self, config: PreTrainedConfig, *args: object, **kwargs: object):
         super().__init__(config, *args, **kwargs)
@@ -122,8 +130,9 @@ class EarlyExitMixin:
         exit_min_layer: no exit before this layer. exit_patience: exits in a row that must agree.
         exit_layer: the exit of 'fixed', or the drafting exit of 'lossless' (None: chosen by measured cost).
         exit_max_pending: tokens whose deeper keys and values may wait to be computed.
-        exit_draft_length: 'lossless': drafts per pass, None: decided draft by draft. An exit whose drafts are rejected
-            again and again rests for growing spells, in which every pass makes one token as plain decoding does.
+        exit_draft_length: 'lossless': drafts per pass, None: decided draft by draft, where they pay. An exit whose
+            drafts are rejected again and again rests for growing spells, in which every pass makes one token as plain
+            decoding does.
         exit_shortlist: 'lossless': draft among this many tokens (as calibrated; with shortlist heads: of theirs), or
             among these token ids.
         exit_graphs: True: steps with static shapes, whose parts are recorded as CUDA graphs on a GPU (on a CPU they
@@ -131,10 +140,15 @@ class EarlyExitMixin:
         exit_log: path or `DecisionLog`; exit_requests, exit_tags: a name and a tag per row, for the log;
             exit_audit: share of early tokens that are compared with the full model when its layers catch up.
 
+        On a CPU the linear layers are packed first (see `packing`), unless the model's `pack_weights` is false.
         With `return_dict_in_generate=True` the output is an `EarlyExitGenerateOutput`. With 'lossless' and sampling,
         a seed gives the same text every time only if `exit_layer` and `exit_draft_length` are fixed too.
         Raises ValueError, in one line, for options that do not fit the model or one another.
         """
+        with packed_linears(self) if self.pack_weights else nullcontext():
+            return self._generate(inputs, kwargs)
+
+    def _generate(self, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> Any:
         name_cache(kwargs)
         options = take_options(kwargs, kwargs.get("generation_config"), self.generation_config)
         if options.get("exit_policy", "off") == "off":
@@ -214,7 +228,10 @@ class EarlyExitForCausalLM:
     ) -> Any:
         """As `PreTrainedModel.from_pretrained`. Raises ValueError if the folder has no exits, or not exactly those
         that its config names: a missing exit head is never filled with random numbers.
+
+        pack_weights: see `EarlyExitMixin`.
         """
+        pack_weights = kwargs.pop("pack_weights", True)
         kwargs.pop("trust_remote_code", None)
         kwargs.pop("adapter_kwargs", None)
         wants_info = kwargs.pop("output_loading_info", False)
@@ -224,6 +241,7 @@ class EarlyExitForCausalLM:
         model_class = early_exit_class(config)
         model, info = model_class.from_pretrained(path, *args, config=config, output_loading_info=True, **kwargs)
         check_exit_keys(path, info)
+        model.pack_weights = pack_weights
         return (model, info) if wants_info else model
 
 

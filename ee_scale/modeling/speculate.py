@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .clocks import start_clock
-from .drafting import SEEN, Drafting
+from .drafting import SEEN, Drafting, known_of
 from .layer_runner import Block, ShortHead
 from .loop import DecodeLoop
 from .policies import score
@@ -28,7 +28,8 @@ class Speculation(DecodeLoop):
     def __init__(self, *args: Any):
         super().__init__(*args)
         policy, runner = self.policy, self.runner
-        self.drafting = Drafting(policy.layers, runner.num_layers, policy.max_draft, policy.draft_length)
+        known = known_of(runner.model, runner.device, runner.dtype, len(self.pads), policy.layers, policy.shortlist)
+        self.drafting = Drafting(policy.layers, runner.num_layers, policy.max_draft, policy.draft_length, known)
         self.short: dict[int, ShortHead] = {}
         self.shortlist: Shortlist | None = None
         self.ids: torch.Tensor | None = None

@@ -15,6 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM
 folder, ids, mask = sys.argv[1], *(torch.tensor(json.loads(text)) for text in sys.argv[2:4])
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+packing = sys.modules[type(model).generate.__module__.replace("modeling_early_exit", "packing")]
+packing.SMALLEST = 1  # the model's own matrices are small
 ran = {"off": model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)}
 for policy, options in json.loads(sys.argv[4]).items():
     ran[policy] = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, **options)
@@ -22,6 +24,8 @@ try:
     model.generate(ids, attention_mask=mask, exit_policy="speed")
 except ValueError as error:
     ran["error"] = torch.tensor([len(str(error).splitlines())])
+packed = [layer for layer in model.modules() if isinstance(layer, packing.PackedLinear)]
+assert bool(packed) == packing.packs(torch.float32)
 assert not [name for name in sys.modules if name.startswith("ee_scale.")]
 print(json.dumps({name: tokens.tolist() for name, tokens in ran.items()}))
 """
