@@ -3,6 +3,7 @@
 The only file that makes process groups or reads the launcher's environment (RANK, WORLD_SIZE, LOCAL_RANK).
 """
 
+import gc
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -21,6 +22,7 @@ from ee_scale.gpu import check_capability
 
 T = TypeVar("T")
 _met_here = False  # whether the default process group is ours to destroy, and not of who calls us
+_groups_before: set[dist.ProcessGroup] = set()  # the caller's groups, when `join_grid` was called
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def join_grid(
     `init_method` and `rank` are for processes that were not started by torchrun (tests, one-process runs).
     Raises `UserError` if the world is not tp x pp x dp.
     """
-    global _met_here
+    global _met_here, _groups_before
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -171,6 +173,7 @@ def join_grid(
         _met_here = True
     if dist.get_world_size() != layout.world_size:
         raise UserError(world_size_message(layout, dist.get_world_size()))
+    _groups_before = _groups()
     _join_deepspeed(device)
     # Of groups with some ranks only: the others take part in making one of NCCL, and would wait where it is gloo's.
     parallel_state.initialize_model_parallel(layout.tp, layout.pp, create_gloo_process_groups=False)
@@ -189,7 +192,17 @@ def leave_grid() -> None:
     parallel_state.destroy_model_parallel()
     if _met_here and dist.is_initialized():
         deepspeed.comm.destroy_process_group()
+    elif dist.is_initialized():
+        # A group of gloo has a thread that wakes up a hundred times a second, whether it is used or not.
+        for group in _groups() - _groups_before:
+            dist.destroy_process_group(group)
+        gc.collect()  # engines that are gone still hold theirs, in cycles
     _met_here = False
+
+
+def _groups() -> set[dist.ProcessGroup]:
+    """All groups of this process."""
+    return set(dist.distributed_c10d._world.pg_map)
 
 
 def abandon_grid() -> None:

@@ -1,5 +1,7 @@
 """Rank arithmetic, device choice and the launcher's words."""
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -91,6 +93,22 @@ def test_nccl_is_told_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(MetError):
             join_grid(Layout(), device)
     assert given == [("nccl", torch.device("cuda", 1)), ("gloo", None)]
+
+
+def threads_behind(rank: int) -> list[int]:
+    """Threads of this process after one and after three grids in a world that was there before."""
+    found = []
+    for _ in range(3):
+        join_grid(Layout(), torch.device("cpu"))
+        leave_grid()
+        found.append(len(os.listdir("/proc/self/task")))
+    return found
+
+
+def test_the_groups_of_a_grid_go_with_it() -> None:
+    """Each group of gloo has threads of its own."""
+    ((first, _, third),) = spawn(threads_behind, 1)
+    assert third <= first
 
 
 def come_and_go(rank: int) -> list[bool]:
