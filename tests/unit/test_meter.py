@@ -216,7 +216,7 @@ def two_stages(monkeypatch: pytest.MonkeyPatch, **kwargs: Any) -> list[StepMetri
         stream = MetricsStream(stage_grid(stage), [1, 3], 100, meter=meter, norm_keys=[1, 3], **kwargs)
         run(meter, clock, ("ForwardPass", busy), ("RecvActivation", waiting))
         for step, loss in enumerate(losses, start=1):
-            skipped = {k: step - 1} if k == 3 else {}
+            skipped = {k: torch.tensor(step - 1)} if k == 3 else {}
             norms = {k: torch.tensor(loss / 2)}
             stream.add(step, 0.1, {k: torch.tensor([loss, 9.0])}, grad_norms=norms, skipped=skipped)
         found = flushed(stream, monkeypatch, sent)
