@@ -253,7 +253,7 @@ def test_replicas_are_averaged_and_what_they_all_know_is_not_summed(monkeypatch)
     for loss in (2.0, 6.0):
         stream = MetricsStream(stage_grid(pp=1, dp=2), [1], 10, norm_keys=["all"])
         norms = {"all": torch.tensor(0.5)}
-        stream.add(1, 0.1, {1: torch.tensor([loss])}, grad_norms=norms, skipped={1: 4})
+        stream.add(1, 0.1, {1: torch.tensor([loss])}, grad_norms=norms, skipped={1: torch.tensor(4)})
         found = flushed(stream, monkeypatch, sent)
     assert found[0].values == {"loss": {1: 4.0}}
     assert (found[0].grad_norms, found[0].skipped) == ({"all": 0.5}, {1: 4})
