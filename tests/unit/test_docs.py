@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from functools import partial
+from importlib.metadata import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,6 +70,12 @@ def test_command(page: str, command: str):
         assert compose_config(verb, overrides)
     elif words[:2] == ["docker", "build"]:
         assert (ROOT / words[words.index("-f") + 1]).is_file()
+    elif words[0] == "transformers":
+        assert find_spec(f"transformers.cli.{words[1]}")
+    elif words[:2] == ["pip", "download"]:
+        assert f"{shlex.join(words)}\n" in (ROOT / "scripts" / "english_set.py").read_text()
+    elif words[2] == "transformers[serving]":
+        assert "serving" in metadata("transformers").get_all("Provides-Extra")
     else:
         assert words[:2] == ["pip", "install"]
         assert re.fullmatch(r"\.(\[\w+\])?", words[2])
