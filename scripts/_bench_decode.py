@@ -112,6 +112,11 @@ def contenders(model: Any, stock: Any, batch: int, limits: dict[int, Any], costs
         size = max(1, model.config.vocab_size // 2)
         options = {"exit_policy": "lossless", "exit_shortlist": size}
         rows.append(Contender(f"lossless, shortlist {size}", with_exits, options))
+    if model.device.type == "cuda":
+        recorded = {"exit_graphs": True}
+        off = {"exit_policy": "threshold", "exit_threshold": 2.0}
+        rows.append(Contender("our loop, exits off, graphs", with_exits, off | recorded))
+        rows.append(Contender("lossless, graphs", with_exits, {"exit_policy": "lossless"} | recorded))
     if batch == 1:
         for k in peers:
             if k < depth:

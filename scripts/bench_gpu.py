@@ -40,6 +40,7 @@ TUNE = {
     "low_rank": [*HALF, "backbone=low_rank"],
     "frozen, chunk 4096": [*BATCH, "exits.loss_chunk_tokens=4096"],
     "full, checkpointing": [*HALF, "backbone=full", "backbone.activation_checkpointing=true"],
+    "frozen, Liger": [*BATCH, "train.loss_kernel=liger"],
     "frozen, kind layer": [*BATCH, "exits.kind=layer"],
     "frozen, KL": [*BATCH, "exits.kl_weight=0.5"],
     "frozen, micro-batch 1": [*BATCH, "train.micro_batch_size=1"],

@@ -103,9 +103,10 @@ def prediction(model: PreTrainedModel, acceptance: dict[int, float], ratio: floa
     checks = {k: size(f"exit_heads.{k}") / layer + (0 if spec.owns_matrix else head) for k in acceptance}
     costs = Costs(model.config.num_hidden_layers, {1: 1.0}, {1: head}, checks)
     speed, k = max((best_draft_length(costs, k, accepted)[1], k) for k, accepted in acceptance.items())
+    faster = "hardly" if ratio > 1 else "not"
     words = (
-        f"Lossless decoding is not faster here ({ratio:.2f}x): a CPU pays for every drafted token, and a device that "
-        f"waits for weights does not. For a GPU at batch 1 the cost model gives {speed:.2f}x with layer {k}, "
+        f"Lossless decoding is {faster} faster here ({ratio:.2f}x): a CPU pays for every drafted token, and a device "
+        f"that waits for weights does not. For a GPU at batch 1 the cost model gives {speed:.2f}x with layer {k}, "
         f"{acceptance[k]:.0%} of whose tokens are right"
     )
     if (needed := needed_acceptance(costs, k, GOAL)) is not None and needed > acceptance[k]:
