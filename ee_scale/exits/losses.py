@@ -11,6 +11,9 @@ from torch import nn
 from ee_scale.exits.vocab_parallel import confidence, cross_entropy, kl_divergence, mask_padding
 from ee_scale.modeling.heads import ExitHead
 
+LEAST_CHUNK = 1024  # tokens; on a CPU larger ones gain nothing
+GPU_LOGITS = 2**28  # of a chunk that is chosen here: half a gigabyte in bf16, and a matrix product that fills a GPU
+
 
 @dataclass(frozen=True)
 class LossSettings:
@@ -23,10 +26,6 @@ class LossSettings:
     kl_weight: float = 0.0
     kl_temperature: float = 1.0
     kernel: str = "torch"
-
-
-LEAST_CHUNK = 1024  # tokens; on a CPU larger ones gain nothing
-GPU_LOGITS = 2**28  # of a chunk that is chosen here: half a gigabyte in bf16, and a matrix product that fills a GPU
 
 
 def chunk_tokens(given: int | None, columns: int, device: str) -> int:

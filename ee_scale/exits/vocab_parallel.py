@@ -36,7 +36,8 @@ def _liger_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Te
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """On whole logits: fewer passes over them than Megatron's, whose sums over one rank are calls too. One backward."""
+    """On whole logits, one backward. Its gradient takes the place of the log-probabilities; torch's own makes two more
+    tensors of this size, and Megatron's sums over one rank are calls."""
 
     @staticmethod
     def forward(ctx, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
