@@ -220,14 +220,9 @@ def summary(row: Contender, rows: Sequence[Contender], costs: Costs) -> dict[str
         result["checks_per_token"] = sum(sum(stats["exit_checks"].values()) for stats in row.stats) / row.tokens
     if row.total("cycles"):
         drafted, accepted = row.total("drafted"), row.total("accepted")
-        by_exit: dict[int, int] = {}
-        for stats in row.stats:
-            for k, count in stats["cycles_by_exit"].items():
-                by_exit[k] = by_exit.get(k, 0) + count
+        result["sources"] = by_source(row.stats)
         result |= {"drafted_per_cycle": drafted / row.total("slot_cycles"), "accepted": accepted / max(drafted, 1)}
-        result["cycles_by_exit"] = by_exit
-        gamma = row.options.get("exit_draft_length")
-        k = max(by_exit, key=by_exit.get)
+        gamma, k = row.options.get("exit_draft_length"), row.options.get("exit_layer")
         if gamma and drafted:
             alpha = acceptance_of(min(gamma + 1, 1 + accepted / row.total("slot_cycles")), gamma)
             best, limit = best_draft_length(costs, k, alpha)
@@ -247,6 +242,13 @@ def summary(row: Contender, rows: Sequence[Contender], costs: Costs) -> dict[str
         result["predicted"] = {"share": share, "speed": threshold_speedup(costs, {k: share})}
     result["layers"] = depth
     return result
+
+
+def by_source(stats: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """What became of each source's drafts, over calls."""
+    names = dict.fromkeys(name for call in stats for name in call["sources"])
+    keys = ("cycles", "drafted", "accepted")
+    return {name: {key: sum(call["sources"][name][key] for call in stats) for key in keys} for name in names}
 
 
 def inside(row: Contender) -> dict[str, Any]:

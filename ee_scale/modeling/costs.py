@@ -13,6 +13,19 @@ MEAN = 0.1  # weight of the newest measurement
 
 
 @dataclass(frozen=True)
+class DraftCost:
+    """What drafting from one source takes, in the unit of `Costs`.
+
+    Attributes:
+        each: one draft: the passes it needs, and the look at what they say.
+        shared: decoder layers that drafting leaves the states of, so that verification begins behind them.
+    """
+
+    each: float
+    shared: int = 0
+
+
+@dataclass(frozen=True)
 class Costs:
     """Times in one unit, whichever it is (seconds, or layers).
 
@@ -50,15 +63,22 @@ class Costs:
         """c: one draft token at exit k, as a share of an ordinary token."""
         return (self.layers(k) + self.checks[k]) / self.step
 
-    def cycle(self, k: int, gamma: int) -> float:
-        """Time of drafting `gamma` tokens at exit k and verifying them (Algorithm A of `speculate`).
+    def of_exit(self, k: int) -> DraftCost:
+        """Drafts of exit k, which runs the first k layers of the model itself."""
+        return DraftCost(self.layers(k) + self.checks[k], k)
 
-        Early layers run once more than drafts are read (on the last draft), and verification goes on from there:
-        (gamma + 1) k layers on one row, (L - k) layers and the final head on gamma + 1 rows.
+    def drafting(self, cost: DraftCost, gamma: int) -> float:
+        """Time of drafting `gamma` tokens and verifying them.
+
+        Shared layers run once more than drafts are read (on the last draft), one row at a time; verification runs the
+        others, and the final head, on gamma + 1 rows. Nothing shared: every layer on gamma + 1 rows.
         """
-        rows = gamma + 1
-        draft = self.layers(k * rows) + gamma * self.checks[k]
-        return draft + self.layers(self.num_layers - k, rows) + self.final_head(rows)
+        verified = self.layers(self.num_layers - cost.shared, gamma + 1) + self.final_head(gamma + 1)
+        return gamma * cost.each + self.layers(cost.shared) + verified
+
+    def cycle(self, k: int, gamma: int) -> float:
+        """The same of exit k."""
+        return self.drafting(self.of_exit(k), gamma)
 
 
 @dataclass

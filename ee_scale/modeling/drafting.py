@@ -1,15 +1,16 @@
-"""How far to draft, and from which exit: expected tokens per second from measured costs.
+"""How far to draft, and from which source: expected tokens per second from measured costs.
 
-What a cycle costs and brings is in `costs`; choosing the exit by the ratio of both follows DEL (arXiv 2504.05598), with
-seconds in place of layer counts. No draft at all is a choice like the others: where drafts do not pay, as measured, a
-pass makes one token as in plain decoding, and one draft is tried in spells that double.
+What a cycle costs and brings is in `costs`; choosing the source by the ratio of both follows DEL (arXiv 2504.05598),
+with seconds in place of layer counts. No draft at all is a choice like the others: where drafts do not pay, as
+measured, a pass makes one token as in plain decoding, and one draft is tried in spells that double.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
-from .costs import Costs, RowTime, expected_tokens, mixed
+from .costs import Costs, DraftCost, RowTime, expected_tokens, mixed
 
 BINS = 10
 PRIOR = 2.0  # observations that what earlier calls saw of an exit is worth
@@ -36,11 +37,12 @@ class Known:
         layer, tail: time of a layer, and of everything else that a cycle has, by rows. In units of one layer until the
             first measurement.
         check: time of reading an exit: about two layers until the first measurement.
+        each: source that shares no layers -> time of one draft.
         plain: seconds of a cycle without drafts, over those that `costs` says.
         cycles, drafts: how many cycles without and with drafts were measured.
         gap, due: cycles between drafts that are tried though they promise nothing; cycles until the next one.
         debt, stopped: what drafts lost, in tokens; whether that was too much, and is not paid back yet.
-        share: exit -> its acceptance in earlier calls.
+        share: source -> its acceptance in earlier calls.
     """
 
     layer: RowTime = field(default_factory=lambda: RowTime(1.0))
@@ -53,17 +55,19 @@ class Known:
     due: int = 0
     debt: float = 0.0
     stopped: bool = False
-    share: dict[int, float] = field(default_factory=dict)
+    share: dict[str, float] = field(default_factory=dict)
+    each: dict[str, float] = field(default_factory=dict)
 
-    def costs(self, layers: Sequence[int], num_layers: int, max_draft: int) -> Costs:
+    def costs(self, num_layers: int, max_draft: int) -> Costs:
         """Everything but layers and exits is one tail."""
         rows = range(1, max_draft + 2)
-        return Costs(
-            num_layers,
-            {n: self.layer.at(n) for n in rows},
-            {n: self.tail.at(n) for n in rows},
-            dict.fromkeys(layers, self.check),
-        )
+        return Costs(num_layers, {n: self.layer.at(n) for n in rows}, {n: self.tail.at(n) for n in rows}, {})
+
+    def draft_cost(self, source: "Priced") -> DraftCost:
+        """What drafting from a source takes."""
+        if source.shared:
+            return DraftCost(source.shared * self.layer.one + self.check, source.shared)
+        return DraftCost(self.each.get(source.name, source.each * self.layer.one))
 
 
 _known: WeakKeyDictionary[object, dict[tuple[Hashable, ...], Known]] = WeakKeyDictionary()
@@ -74,61 +78,70 @@ def known_of(model: object, *case: Hashable) -> Known:
     return _known.setdefault(model, {}).setdefault(case, Known())
 
 
-class Drafting:
-    """Decides the exit and length of each draft, from what earlier drafts cost and how they fared."""
+class Priced(Protocol):
+    """What the controller has to know of a source; see `sources.Source`."""
 
-    def __init__(
-        self,
-        layers: Sequence[int],
-        num_layers: int,
-        max_draft: int,
-        length: int | None = None,
-        known: Known | None = None,
-    ):
+    name: str
+    shared: int
+    each: float
+
+
+class Drafting:
+    """Decides the source and length of each draft, from what earlier drafts cost and how they fared."""
+
+    def __init__(self, num_layers: int, max_draft: int, length: int | None = None, known: Known | None = None):
         """`length` fixes the number of drafts (0: none); else it is decided draft by draft."""
-        self.layers, self.num_layers = tuple(layers), num_layers
-        self.max_draft, self.length = max_draft, length
+        self.num_layers, self.max_draft, self.length = num_layers, max_draft, length
         self.known = Known() if known is None else known
-        self.counts = {k: [0.0, 0.0] for k in layers}
-        self.bins = {k: [[0.0, 0.0] for _ in range(BINS)] for k in layers}
-        self.costs = self._costs()
         self.cycles = 0
-        self.rejected, self.gap = dict.fromkeys(layers, 0), dict.fromkeys(layers, GAP)
-        self.rests_until = dict.fromkeys(layers, 0)  # by number of cycles
-        self.agreed: set[int] = set()  # exits with an accepted draft
         self.drafted = 0  # in the last cycle
         self.trying = False  # this cycle drafts once, whatever is expected of it
-        self.turn = 0  # of the exits that are tried
-        self.current = max(layers, key=self.promise)
+        self.turn = 0  # of the sources that are tried
 
-    def acceptance(self, k: int) -> float:
-        """Probability that a draft of exit k is accepted."""
-        good, bad = self.counts[k]
-        return (good + PRIOR * self.known.share.get(k, GUESS)) / (good + bad + PRIOR)
+    def meet(self, sources: Iterable[Priced]) -> "Drafting":
+        """Choose among these sources from now on: at least one."""
+        self.sources = {source.name: source for source in sources}
+        self.counts = {name: [0.0, 0.0] for name in self.sources}
+        self.bins = {name: [[0.0, 0.0] for _ in range(BINS)] for name in self.sources}
+        self.rejected, self.gap = dict.fromkeys(self.sources, 0), dict.fromkeys(self.sources, GAP)
+        self.rests_until = dict.fromkeys(self.sources, 0)  # by number of cycles
+        self.agreed: set[str] = set()  # sources with an accepted draft
+        self.costs = self._costs()
+        self.current = max(self.sources, key=self.promise)
+        return self
 
-    def calibrated(self, k: int, confidence: float) -> float:
-        """The same for a draft of this confidence: shares seen in its bin, drawn to the exit's mean where few."""
-        good, seen = self.bins[k][_bin(confidence)]
-        return (good + 2 * (confidence + self.acceptance(k)) / 2) / (seen + 2)
+    def acceptance(self, name: str) -> float:
+        """Probability that a draft of this source is accepted."""
+        good, bad = self.counts[name]
+        return (good + PRIOR * self.known.share.get(name, GUESS)) / (good + bad + PRIOR)
+
+    def calibrated(self, name: str, confidence: float) -> float:
+        """The same for a draft of this confidence: shares seen in its bin, drawn to the source's mean where few."""
+        good, seen = self.bins[name][_bin(confidence)]
+        return (good + 2 * (confidence + self.acceptance(name)) / 2) / (seen + 2)
 
     def _costs(self) -> Costs:
-        return self.known.costs(self.layers, self.num_layers, self.max_draft)
+        return self.known.costs(self.num_layers, self.max_draft)
 
-    def promise(self, k: int) -> float:
-        """Best expected tokens per second with drafts of exit k, at a fixed length of one or more."""
-        a = min(self.acceptance(k), 0.999)
+    def cycle(self, name: str, drafts: int) -> float:
+        """Seconds of a cycle with so many drafts of this source."""
+        return self.costs.drafting(self.known.draft_cost(self.sources[name]), drafts)
+
+    def promise(self, name: str) -> float:
+        """Best expected tokens per second with drafts of this source, at a fixed length of one or more."""
+        a = min(self.acceptance(name), 0.999)
         lengths = range(1, self.max_draft + 1)
-        return max((expected_tokens(a, g) / self.costs.cycle(k, g) for g in lengths), default=0.0)
+        return max((expected_tokens(a, g) / self.cycle(name, g) for g in lengths), default=0.0)
 
     @property
     def plain(self) -> float:
         """Tokens per second without drafts."""
         return 1 / self.costs.step
 
-    def start(self) -> int:
-        """The exit of the next cycle."""
-        promises = {k: self.promise(k) for k in self.layers}
-        best = max(self._awake() or self.layers, key=promises.__getitem__)
+    def start(self) -> str:
+        """The source of the next cycle."""
+        promises = {name: self.promise(name) for name in self.sources}
+        best = max(self._awake() or list(self.sources), key=promises.__getitem__)
         if promises[best] > SWITCH * promises[self.current] or not self._wakes(self.current):
             self.current = best
         self.trying = self.length is None and not self._pays(self.current) and self._may_try()
@@ -136,101 +149,108 @@ class Drafting:
             self._refresh(self.current)
         return self.current
 
-    def _pays(self, k: int) -> bool:
-        """Whether drafts of exit k promise more than none, and have not lost too much."""
+    def _pays(self, name: str) -> bool:
+        """Whether drafts of source `name` promise more than none, and have not lost too much."""
         known = self.known
-        if known.cycles < MEASURED or known.stopped or not self._wakes(k):
+        if known.cycles < MEASURED or known.stopped or not self._wakes(name):
             return False
-        return self.promise(k) > EDGE * self.plain
+        return self.promise(name) > EDGE * self.plain
 
-    def _wakes(self, k: int) -> bool:
-        return self.cycles >= self.rests_until[k]
+    def _wakes(self, name: str) -> bool:
+        return self.cycles >= self.rests_until[name]
 
-    def _awake(self) -> list[int]:
-        return [k for k in self.layers if self._wakes(k)]
+    def _awake(self) -> list[str]:
+        return [name for name in self.sources if self._wakes(name)]
 
     def _may_try(self) -> bool:
-        """Whether one draft is due though it promises nothing; then its exit is the current one. They take turns."""
+        """Whether one draft is due though it promises nothing; then its source is the current one. They take turns."""
         awake, known = self._awake(), self.known
         if known.cycles < MEASURED or known.due > 0 or known.debt > 0 or not awake:
             return False
         self.current = awake[self.turn % len(awake)]
         return True
 
-    def _refresh(self, k: int) -> None:
+    def _refresh(self, name: str) -> None:
         """What was seen long ago counts for less: a text may have become easy."""
-        seen = sum(self.counts[k])
+        seen = sum(self.counts[name])
         if seen > FRESH:
-            self.counts[k] = [count * FRESH / seen for count in self.counts[k]]
+            self.counts[name] = [count * FRESH / seen for count in self.counts[name]]
 
     def goes_on(self, drafted: int, chances: Sequence[float]) -> bool:
         """Whether one more draft pays. chances: for each row, that all its drafts so far are accepted.
 
-        The first does if the exit promises more tokens per second than plain decoding, or one is due to be tried; more,
-        as long as the expected extra tokens per extra second exceed the best rate. None while the exit rests.
+        The first does if the source promises more tokens per second than plain decoding, or one is due to be tried;
+        more, as long as the expected extra tokens per extra second exceed the best rate. None while the source rests.
         """
-        k = self.current
-        if drafted >= self.max_draft or not self._wakes(k):
+        name = self.current
+        if drafted >= self.max_draft or not self._wakes(name):
             return False
-        if drafted and self.rests_until[k] and self.rejected[k]:
+        if drafted and self.rests_until[name] and self.rejected[name]:
             return False  # after a rest one draft tells enough
         if self.length is not None:
             return drafted < self.length
         if drafted == 0:
-            return self.trying or self._pays(k)
-        if self.trying or k not in self.agreed:
+            return self.trying or self._pays(name)
+        if self.trying or name not in self.agreed:
             return False  # one at a time until one was right
-        extra = self.costs.cycle(k, drafted + 1) - self.costs.cycle(k, drafted)
-        return sum(chances) * self.acceptance(k) > len(chances) * max(self.promise(k), self.plain) * extra
+        extra = self.cycle(name, drafted + 1) - self.cycle(name, drafted)
+        return sum(chances) * self.acceptance(name) > len(chances) * max(self.promise(name), self.plain) * extra
 
-    def tried(self, k: int, accepted: int) -> None:
-        """A cycle that drafted from exit k; `accepted` drafts of all rows. One more failure after a rest is enough."""
+    def tried(self, name: str, accepted: int) -> None:
+        """A cycle with drafts of one source, `accepted` of all rows. One more failure after a rest is enough."""
         if accepted:
-            self.agreed.add(k)
-            self.rejected[k], self.gap[k] = 0, GAP
+            self.agreed.add(name)
+            self.rejected[name], self.gap[name] = 0, GAP
             return
-        self.rejected[k] += 1
-        if self.rejected[k] >= REJECTED[k in self.agreed]:
-            self._rest(k, self.cycles + 1)
+        self.rejected[name] += 1
+        if self.rejected[name] >= REJECTED[name in self.agreed]:
+            self._rest(name, self.cycles + 1)
 
-    def foresaw(self, k: int, agreed: int, seen: int) -> None:
-        """On the prompt, exit k said at `agreed` of `seen` positions what the final layer said."""
-        self.counts[k] = [float(agreed), float(seen - agreed)]
+    def foresaw(self, name: str, agreed: int, seen: int) -> None:
+        """On the prompt a source said at `agreed` of `seen` positions what the final layer said."""
+        self.counts[name] = [float(agreed), float(seen - agreed)]
         if seen >= SEEN and not agreed:
-            self.rejected[k] = REJECTED[0]
-            self._rest(k, self.cycles)
+            self.rejected[name] = REJECTED[0]
+            self._rest(name, self.cycles)
 
-    def _rest(self, k: int, start: int) -> None:
-        self.rests_until[k] = start + self.gap[k]
-        self.gap[k] *= 2
+    def _rest(self, name: str, start: int) -> None:
+        self.rests_until[name] = start + self.gap[name]
+        self.gap[name] *= 2
 
-    def fared(self, k: int, confidences: Sequence[float], accepted: int) -> None:
+    def fared(self, name: str, confidences: Sequence[float], accepted: int) -> None:
         """One row's drafts: the first `accepted` were right, the one after them wrong, the rest says nothing.
 
         Old observations fade as new ones come.
         """
         for index, confidence in enumerate(confidences[: accepted + 1]):
             good = float(index < accepted)
-            self.counts[k] = [DECAY * self.counts[k][0] + good, DECAY * self.counts[k][1] + 1 - good]
-            for cell in self.bins[k]:
+            self.counts[name] = [DECAY * self.counts[name][0] + good, DECAY * self.counts[name][1] + 1 - good]
+            for cell in self.bins[name]:
                 cell[:] = [DECAY * count for count in cell]
-            cell = self.bins[k][_bin(confidence)]
+            cell = self.bins[name][_bin(confidence)]
             cell[0] += good
             cell[1] += 1
             share = self.known.share
-            share[k] = share.get(k, GUESS) + (1 - DECAY) * (good - share.get(k, GUESS))
+            share[name] = share.get(name, GUESS) + (1 - DECAY) * (good - share.get(name, GUESS))
 
-    def took(self, k: int, drafts: int, early: float, checks: float, late: float, tail: float) -> None:
-        """Seconds of one cycle: its early layers, its exit heads, its deep layers, everything else."""
-        known, layer = self.known, early / ((drafts + 1) * k)
-        if known.layer.count == 0:
-            known.tail.one, known.check = tail, 2 * layer
-        known.layer.saw(1, layer)
-        if k < self.num_layers:
-            known.layer.saw(drafts + 1, late / (self.num_layers - k))
+    def took(self, name: str, drafts: int, early: float, checks: float, late: float, tail: float) -> None:
+        """Seconds of one cycle: passes of the source, its looks at them, the model's other layers, everything else."""
+        known, shared = self.known, self.sources[name].shared if drafts else 0
+        behind = self.num_layers - shared
+        layer = early / ((drafts + 1) * shared) if shared else (early + late) / behind
+        if shared or not drafts:
+            if known.layer.count == 0:
+                known.tail.one, known.check = tail, 2 * layer
+            known.layer.saw(1, layer)
+        if drafts and behind and known.layer.count:
+            known.layer.saw(drafts + 1, late / behind)
         known.tail.saw(drafts + 1, tail)
-        if drafts:
-            known.check, known.drafts = mixed(known.check, checks / drafts, known.drafts), known.drafts + 1
+        if shared:
+            known.check = mixed(known.check, checks / drafts, known.drafts)
+        elif drafts:
+            each = (early + checks) / drafts
+            known.each[name] = mixed(known.each.get(name, each), each, known.drafts)
+        known.drafts += drafts > 0
         self.costs, self.drafted = self._costs(), drafts
 
     def cycle_done(self, tokens: int, rows: int, seconds: float) -> None:
@@ -243,7 +263,7 @@ class Drafting:
             return
         known.due, known.debt = max(0, known.due - 1), known.debt - SPEND
         if self.drafted:
-            usual = 3 * self.costs.cycle(self.current, self.drafted)  # all that is longer is not the drafts' fault
+            usual = 3 * self.cycle(self.current, self.drafted)  # all that is longer is not the drafts' fault
             known.debt += min(seconds, usual) / (known.plain * step) - tokens / rows
             if self._pays(self.current):
                 known.gap = GAP

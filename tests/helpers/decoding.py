@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from ee_scale.inference.model import untrained_exits
 from ee_scale.modeling.early_exits import EarlyExits
+from ee_scale.modeling.sources import Cycle, Draft, ExitSource
 from ee_scale.modeling.speculate import Speculation
 from ee_scale.modeling.versions import CACHE
 from helpers.models import VOCAB, spec_of, write_model
@@ -163,42 +164,43 @@ def script_drafts(monkeypatch: Any, pattern: str, answers: torch.Tensor, share: 
 
     Returns a growing list of (row, column, draft).
     """
-    draft, log = Speculation._draft, []
+    pick, log = ExitSource.pick, []
     lucky = torch.rand(answers.shape, generator=torch.Generator().manual_seed(1)) < {"all": 2, "mixed": share}.get(
         pattern, -1
     )
 
-    def scripted(self: Speculation, k: int, hidden: Any, block: Any, drafts: list[torch.Tensor]) -> tuple:
-        tokens, scores, q = draft(self, k, hidden, block, drafts)
+    def scripted(self: ExitSource, cycle: Cycle, hidden: Any, block: Any, draft: Draft) -> tuple:
+        tokens, scores, q = pick(self, cycle, hidden, block, draft)
         if pattern != "natural":
             tokens = tokens.clone()
-            for slot, row in enumerate(self.rows):
-                column = self.sequences.lengths[row] + len(drafts)
+            for slot, row in enumerate(cycle.rows):
+                column = self.sequences.lengths[row] + len(draft)
                 right = int(answers[row, column]) if column < answers.shape[1] else 3
                 near = column < answers.shape[1] and bool(lucky[row, column])
                 tokens[slot] = right if near else (right + 1) % VOCAB
         log.extend(
-            (row, self.sequences.lengths[row] + len(drafts), int(tokens[slot])) for slot, row in enumerate(self.rows)
+            (row, self.sequences.lengths[row] + len(draft), int(tokens[slot])) for slot, row in enumerate(cycle.rows)
         )
         return tokens, scores, q
 
-    monkeypatch.setattr(Speculation, "_draft", scripted)
+    monkeypatch.setattr(ExitSource, "pick", scripted)
     return log
 
 
 def watch_drafts(monkeypatch: Any) -> list[tuple[int, list[int], int, float | None]]:
     """A growing list of (exit, text of the row and its drafts so far, the next draft, its confidence or None)."""
-    draft, seen = Speculation._draft, []
+    pick, seen = ExitSource.pick, []
 
-    def watched(self: Speculation, k: int, hidden: Any, block: Any, drafts: list[torch.Tensor]) -> tuple:
-        answer = draft(self, k, hidden, block, drafts)
-        for slot, row in enumerate(self.rows):
-            text = self.sequences.ids[row, self.pads[row] : self.sequences.lengths[row]].tolist()
+    def watched(self: ExitSource, cycle: Cycle, hidden: Any, block: Any, draft: Draft) -> tuple:
+        answer = pick(self, cycle, hidden, block, draft)
+        for slot, row in enumerate(cycle.rows):
+            end = self.sequences.lengths[row]
+            text = self.sequences.ids[row, end - cycle.starts[slot] - 1 : end].tolist()
             confidence = None if answer[1] is None else float(answer[1][slot])
-            seen.append((k, [*text, *(int(d[slot]) for d in drafts)], int(answer[0][slot]), confidence))
+            seen.append((self.k, [*text, *(int(d[slot]) for d in draft.tokens)], int(answer[0][slot]), confidence))
         return answer
 
-    monkeypatch.setattr(Speculation, "_draft", watched)
+    monkeypatch.setattr(ExitSource, "pick", watched)
     return seen
 
 

@@ -26,7 +26,7 @@ from helpers.models import some_tokens
 from ee_scale.modeling.costs import MAX_DRAFT
 from ee_scale.modeling.drafting import Drafting
 from ee_scale.modeling.layer_runner import LayerRunner
-from ee_scale.modeling.speculate import Speculation
+from ee_scale.modeling.sources import ExitSource
 
 FAMILIES = ("llama", "qwen3", "mistral")
 BODIES = (("norm", "tied"), ("mlp", "full"), ("layer", "low_rank"), ("norm", "shortlist"))
@@ -132,7 +132,7 @@ def test_the_end_of_text_at_every_place(llama, monkeypatch, pattern, position):
     want = pair.reference(inputs, max_new_tokens=new, eos_token_id=eos)
     script_drafts(monkeypatch, "none" if pattern == "ends" else pattern, want)
     if pattern == "ends":
-        monkeypatch.setattr(Speculation, "_draft", _always(Speculation._draft, eos))
+        monkeypatch.setattr(ExitSource, "pick", _always(ExitSource.pick, eos))
     got = pair.generate(inputs, "lossless", max_new_tokens=new, eos_token_id=eos, exit_layer=3, exit_draft_length=3)
     assert torch.equal(got.sequences, want)
     text = row_text(got, inputs, 0, eos)
@@ -150,7 +150,7 @@ def test_the_end_of_text_at_every_place(llama, monkeypatch, pattern, position):
 
 
 def _always(draft: Any, token: int) -> Any:
-    def drafts(self: Speculation, *args: Any) -> tuple:
+    def drafts(self: ExitSource, *args: Any) -> tuple:
         tokens, scores, q = draft(self, *args)
         return torch.full_like(tokens, token), scores, q
 
@@ -230,7 +230,7 @@ def test_drafts_are_what_the_exit_says(folder, monkeypatch, kind, head):
         pair.generate(inputs, "lossless", max_new_tokens=8, exit_layer=layer, exit_draft_length=3)
     pair.generate(inputs, "lossless", max_new_tokens=8)  # any of the exits, any number
     # An exit that comes back after a while finds rejected drafts of its own in its layer's cache.
-    turns = cycle([2, 4, 4, 4])
+    turns = cycle(["exit 2", "exit 4", "exit 4", "exit 4"])
     with monkeypatch.context() as patch:
         patch.setattr(Drafting, "start", lambda self: next(turns))
         pair.generate(inputs, "lossless", max_new_tokens=14, exit_draft_length=4)

@@ -1,7 +1,7 @@
 """How far to draft and from which exit, as costs and acceptance say."""
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 
@@ -9,9 +9,19 @@ from ee_scale.modeling.costs import Costs, RowTime, best_draft_length
 from ee_scale.modeling.drafting import GAP, LIMIT, MEASURED, REJECTED, SEEN, SPEND, Drafting, Known, known_of
 
 
+class Exit:
+    """What the controller sees of an exit that shares k layers; here its name is k."""
+
+    each = 0.0
+
+    def __init__(self, k: int):
+        self.name = self.shared = k
+
+
 def _drafting(layers=(2, 6), num_layers=8, max_draft=12, length=None, known=None) -> Drafting:
     """One that has measured what a cycle without drafts takes."""
-    return Drafting(layers, num_layers, max_draft, length, known or Known(cycles=MEASURED))
+    drafting = Drafting(num_layers, max_draft, length, known or Known(cycles=MEASURED))
+    return drafting.meet([Exit(k) for k in layers])
 
 
 def _fares(drafting: Drafting, k: int, good: int, bad: int) -> None:
@@ -55,7 +65,7 @@ def test_experience_moves_the_choice_of_exit():
     drafting = _drafting()
     _fares(drafting, 2, 0, 50)
     _fares(drafting, 6, 50, 0)
-    drafting.costs = replace(drafting.costs, checks={2: 0.1, 6: 0.1})
+    drafting.known.check = 0.1
     assert drafting.start() == 6
     _fares(drafting, 2, 200, 0)  # the old counts fade
     assert drafting.start() == 2
@@ -74,10 +84,10 @@ def test_a_small_advantage_does_not_switch():
 def test_promise_is_the_best_of_tokens_per_second():
     drafting = _drafting()
     a = drafting.acceptance(2)
-    best = max((1 - a ** (g + 1)) / (1 - a) / drafting.costs.cycle(2, g) for g in range(1, 13))
+    best = max((1 - a ** (g + 1)) / (1 - a) / drafting.cycle(2, g) for g in range(1, 13))
     assert drafting.promise(2) == pytest.approx(best)
     # A draft and two passes of two layers, six deep layers over two rows, the rest: in layers.
-    assert drafting.costs.cycle(2, 1) == pytest.approx(2 * 2 + 2.0 + 6 * 1.15 + 2.0 * 1.15)
+    assert drafting.cycle(2, 1) == pytest.approx(2 * 2 + 2.0 + 6 * 1.15 + 2.0 * 1.15)
 
 
 def test_hopeless_drafts_are_not_made_and_sure_ones_are():
@@ -150,7 +160,7 @@ def test_losses_are_paid_back_before_the_next_draft():
 
 
 def test_nothing_is_drafted_before_a_plain_cycle_is_measured():
-    drafting = Drafting((2,), 8, 12)
+    drafting = Drafting(8, 12).meet([Exit(2)])
     _fares(drafting, 2, 400, 0)
     for _ in range(MEASURED):
         drafting.start()
@@ -170,9 +180,9 @@ def test_calls_of_one_kind_share_what_they_know():
     known.debt = 7.0
     assert known_of(model, "cpu", 1) is known
     assert known_of(model, "cpu", 8).debt == known_of(other, "cpu", 1).debt == 0
-    first = Drafting((2,), 8, 12, known=known)
+    first = Drafting(8, 12, known=known).meet([Exit(2)])
     _fares(first, 2, 0, 300)
-    assert Drafting((2,), 8, 12, known=known).acceptance(2) < 0.1
+    assert Drafting(8, 12, known=known).meet([Exit(2)]).acceptance(2) < 0.1
 
 
 @pytest.mark.parametrize(("jump", "slope"), [(0.0, 0.0), (1.5, 0.02), (0.1, 0.3), (0.0, 0.05)])
@@ -273,7 +283,7 @@ def test_one_accepted_draft_ends_the_spells():
         assert drafting.goes_on(0, [1.0])
     drafting.tried(drafting.current, 0)
     assert drafting.rests_until[drafting.current] == drafting.cycles + 1 + GAP
-    other = next(k for k in drafting.layers if k != drafting.current)
+    other = next(k for k in drafting.sources if k != drafting.current)
     assert drafting.rests_until[other] == 0
 
 
@@ -298,7 +308,7 @@ class Machine:
 
     def decode(self, tokens: int, seed: int, known: Known | None = None, shift: dict[int, float] | None = None) -> None:
         luck, costs, made = random.Random(seed), self.costs, [0] * self.rows
-        drafting = Drafting(tuple(self.rights), costs.num_layers, 12, known=known)
+        drafting = Drafting(costs.num_layers, 12, known=known).meet([Exit(k) for k in self.rights])
         for k, right in self.rights.items():
             drafting.foresaw(k, sum(luck.random() < right for _ in range(SEEN)), SEEN)
         while min(made) < tokens:
