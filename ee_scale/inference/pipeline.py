@@ -23,7 +23,7 @@ from ee_scale.families.sizes import with_layers
 from ee_scale.grid import Grid
 from ee_scale.inference.pipeline_lossless import Reach, Speculation, reach
 from ee_scale.inference.pipeline_messages import Decision, Line, Token
-from ee_scale.inference.pipeline_model import drafting_exit
+from ee_scale.inference.pipeline_model import drafting_exit, stage_costs
 from ee_scale.inference.pipeline_rows import Row, RowMaker
 from ee_scale.modeling.attention import without_cudnn
 from ee_scale.modeling.kinds import Tap
@@ -127,7 +127,8 @@ class PipelineDecoder:
         if policy.draft_length == 0:
             return replace(policy, layers=()), None
         k = drafting_exit(self.plan, policy.layers)
-        far = reach(self.plan.stage_of(k), self.plan.launched, rows, policy.draft_length)
+        costs = stage_costs(self.config, self.stage.spec, self.plan, k)
+        far = reach(self.plan.stage_of(k), costs, rows, policy.draft_length)
         return replace(policy, layers=(k,), layer=k), far
 
     def _lead(self, rows: list[Row], streamer: BaseStreamer | None) -> dict[str, int]:

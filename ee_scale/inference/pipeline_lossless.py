@@ -19,31 +19,71 @@ from ee_scale.inference.pipeline_rows import Draft, Row
 Launch = Callable[[int, torch.Tensor, int], tuple[Token, Decision | None]]
 
 
+# Of the exit's drafts: the share that is taken to be right before any was judged, how many that counts for, and how
+# older ones fade with each new one.
+GUESS, PRIOR, DECAY = 0.75, 2.0, 0.97
+EDGE = 1.02  # drafts must promise this much more than none
+
+
 @dataclass(frozen=True)
 class Reach:
     """How far drafts may run ahead.
 
     Attributes:
         stage: the one that drafts; stages: how many there are.
-        of_row: drafts in flight behind a text.
-        in_flight: positions of all texts in flight; those that no draft precedes set out even so.
+        of_row: drafts in flight behind a text, at most.
+        in_flight: positions of all texts in flight, at most.
+        times: with 1, 2, ... positions of one text in flight, the time between two answers of the last stage where the
+            draft between them was right, and where it was wrong; () where the number of drafts is given.
     """
 
     stage: int
     stages: int
     of_row: int
     in_flight: int
+    times: tuple[tuple[float, float], ...] = ()
+
+    def positions(self, acceptance: float) -> int:
+        """Drafts set out while fewer positions than these are in flight: so many pay best at this share of right ones.
+
+        Texts that fill the pipeline so need no drafts.
+        """
+        if not self.times:
+            return self.in_flight
+        mean = [acceptance * right + (1 - acceptance) * wrong for right, wrong in self.times]
+        best = min(range(len(mean)), key=mean.__getitem__)
+        return best + 1 if mean[best] * EDGE < mean[0] else 1
 
 
-def reach(stage: int, stages: int, rows: int, length: int | None) -> Reach:
-    """length: drafts in flight behind a text; None: as many as keep the stages busy.
+def reach(stage: int, costs: Sequence[float], rows: int, length: int | None) -> Reach:
+    """costs: time of each stage for a position, in any unit; length: drafts in flight behind a text; None: as pays.
 
-    A stage works at one position at a time, so that more of them than stages would only queue up, and would have to be
-    worked off first where a draft is rejected. Texts that fill the pipeline need no drafts.
+    A stage works at one position at a time, so that more of them than stages would only queue up.
     """
+    stages = len(costs)
     if length is not None:
         return Reach(stage, stages, length, rows * (length + 1))
-    return Reach(stage, stages, -(-stages // (stage + 1)) - 1, max(rows, stages))
+    counts = range(1, stages + 1)
+    slowest, way = max(*costs, sum(costs[: stage + 1])), sum(costs)
+    times = tuple((max(slowest, way / count), _time_of_rejections(stage, costs, count)) for count in counts)
+    return Reach(stage, stages, stages - 1, max(rows, stages), times)
+
+
+def _time_of_rejections(stage: int, costs: Sequence[float], count: int) -> float:
+    """Time from answer to answer where all drafts are wrong: those in flight are in the way of what follows."""
+    free, answers = [0.0] * len(costs), [0.0]
+    for _ in range(3):  # from the second on, each begins as the one before
+        start = max(answers[-1], free[0])
+        for number in range(count):
+            arrives = start
+            for place, cost in enumerate(costs):
+                free[place] = arrives = max(free[place], arrives) + cost
+                if place == stage:
+                    word = arrives
+            if number == 0:
+                answers.append(arrives)
+            start = max(free[0], word)
+    return answers[-1] - answers[-2]
 
 
 def speedup(stages: int, stage: int, acceptance: float) -> float:
@@ -103,6 +143,7 @@ class Speculation:
         self.flight: deque[Flown] = deque()
         self.unheard: deque[Flown] = deque()  # in flight, and the exit's word is still to come
         self.drafted = self.accepted = 0
+        self.right, self.judged = GUESS * PRIOR, PRIOR
 
     def run(self) -> tuple[int, int]:
         """Until every text is finished and nothing is in flight: (drafts that set out, those accepted of them)."""
@@ -123,7 +164,8 @@ class Speculation:
 
     def _launch_drafts(self) -> None:
         """While stages would idle: the draft with the fewest others before it, of the shortest text."""
-        while len(self.flight) < self.reach.in_flight:
+        most = self.reach.positions(self.right / self.judged)
+        while len(self.flight) < most:
             ready = [number for number in range(len(self.rows)) if self._may_launch(number)]
             if not ready:
                 return
@@ -170,7 +212,9 @@ class Speculation:
         row, ahead = self.rows[flown.row], self.ahead[flown.row]
         draft = ahead.drafts.popleft()
         token = row.judge(decision, draft)
-        in_flight = ahead.launched > 0 and token == draft.token
+        right = token == draft.token
+        self.right, self.judged = DECAY * self.right + right, DECAY * self.judged + 1  # in flight or not
+        in_flight = right and ahead.launched > 0
         if in_flight:
             row.keep(token, self.exit_layer, draft.score)
             ahead.launched -= 1

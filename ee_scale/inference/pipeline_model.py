@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import torch
+from transformers import PreTrainedConfig
 
 from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.backbone.shard import tensor_plan
@@ -12,7 +13,7 @@ from ee_scale.backbone.stages import StagePlan, plan_stages
 from ee_scale.errors import UserError
 from ee_scale.exits.placement import exit_parameters
 from ee_scale.exits.stage import TuningStage, build_stage, load_trained_stage
-from ee_scale.families.sizes import shape_of
+from ee_scale.families.sizes import ModelShape, shape_of
 from ee_scale.grid import Grid
 from ee_scale.modeling.heads import ExitSpec
 
@@ -33,12 +34,10 @@ def plan_decoding(
     """
     shape = shape_of(folder.config)
     tensor_plan(folder.config, tp)
-    whole = shape.vocab_size * shape.hidden_size
-    head = 0 if folder.exits and folder.exits.shortlist else whole
     costs = {
         "layer_cost": shape.layer_parameters,
-        "exit_cost": head + (exit_parameters(folder.exits, shape) if folder.exits else 0),
-        "last_cost": whole if drafts else 0,
+        "exit_cost": _exit_cost(folder.exits, shape),
+        "last_cost": _head_cost(shape) if drafts else 0,
     }
     if not drafts:
         return plan_stages(shape.num_layers, pp, exit_layers, given=stages, whole_model=True, **costs)
@@ -46,6 +45,24 @@ def plan_decoding(
     plan = plans[min(exit_layers, key=lambda k: (plans[k].stage_of(k), -k))]
     drafting_exit(plan, exit_layers)
     return plan
+
+
+def stage_costs(config: PreTrainedConfig, spec: ExitSpec, plan: StagePlan, k: int) -> list[int]:
+    """Weights that each stage reads for a token, where exit k drafts and the last stage verifies."""
+    shape = shape_of(config)
+    costs = [len(plan.layers(stage)) * shape.layer_parameters for stage in range(plan.launched)]
+    costs[plan.stage_of(k)] += _exit_cost(spec, shape)
+    costs[-1] += _head_cost(shape)
+    return costs
+
+
+def _head_cost(shape: ModelShape) -> int:
+    return shape.vocab_size * shape.hidden_size
+
+
+def _exit_cost(spec: ExitSpec | None, shape: ModelShape) -> int:
+    head = 0 if spec and spec.shortlist else _head_cost(shape)
+    return head + (exit_parameters(spec, shape) if spec else 0)
 
 
 def drafting_exit(plan: StagePlan, exit_layers: Sequence[int]) -> int:

@@ -33,7 +33,6 @@ MODELS = {  # family -> kind, head
     "gemma2": ("mlp", "full"),
     "qwen2": ("norm", "shortlist"),
 }
-# Two cuts of pp=2: the deepest exit of the first stage, and one inside it.
 GRIDS = {2: (Layout(pp=2),), 4: (Layout(pp=4), Layout(tp=2, pp=2))}
 CUTS = {2: [3, 2], 4: [1, 2, 1, 1]}
 DRAFTS_FROM = {2: 2, 4: 1}  # the deepest exit of the first stage, by the number of stages
@@ -62,6 +61,7 @@ CASES = {
         for family in ("llama", "mistral")
         for drafts in ("none", "mixed", "all")
     },
+    **{f"{family}-mixed": Case(family, 1, {"draft_length": 3}, drafts="mixed") for family in ("gemma2", "qwen2")},
     "all-alone": Case(rows=1, drafts="all"),
     "no drafts": Case(policy={"draft_length": 0}),
     "deeper exit": Case("mistral", policy={"layer": 2, "draft_length": 2}, drafts="mixed"),
@@ -178,12 +178,21 @@ def decode_cases(rank: int, world_size: int, root: Path) -> dict[tuple[Layout, s
                             prompts(case.rows), policy, seed=SEED, **settings(case, root)
                         )
             if family == "llama":
+                found[layout, "bf16"] = in_bf16(model_folder, plan, grid)
                 heard = Heard()
                 policy = resolve_policy("lossless", EXITS)
                 said = decoder.generate(prompts(1), policy, streamer=heard, **settings(Case(), root))
                 found[layout, "streamed"] = said, heard.tokens, heard.layers
         leave_grid()
     return found
+
+
+def in_bf16(folder: ModelFolder, plan: Any, grid: Any) -> list[Decoded | None]:
+    """Plainly and losslessly."""
+    stage = load_decoding_stage(folder, plan, grid, torch.bfloat16)
+    decoder = PipelineDecoder(stage, plan, grid, folder.generation_config())
+    policies = [resolve_policy("off", EXITS), resolve_policy("lossless", EXITS, draft_length=2)]
+    return [decoder.generate(prompts(), policy, max_new_tokens=40, eos_token_id=-1) for policy in policies]
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +228,8 @@ def test_greedy_texts_are_transformers_own(case: str, layout: Layout, found: dic
     elif work.drafts == "mixed":
         assert drafted > accepted > 0
     elif work.drafts == "all":
-        assert drafted == accepted == work.rows * (NEW - 1)
+        most = work.rows * (NEW - 1)
+        assert (drafted, accepted) == (most, most)
     elif case in ("no drafts", "one token"):
         assert drafted == accepted == 0
 
@@ -227,7 +237,7 @@ def test_greedy_texts_are_transformers_own(case: str, layout: Layout, found: dic
 @on_every_grid
 def test_the_exits_of_these_models_are_right_now_and_then(layout: Layout, found: dict) -> None:
     """Otherwise the comparison of natural drafts would prove little."""
-    for family in MODELS:
+    for family in ("llama", "mistral"):
         stats = results(found, layout, f"{family}-alone").stats
         assert 0 < stats["accepted"] < stats["drafted"], (family, stats)
     assert any(len(tokens) < NEW for tokens in results(found, layout, "eos").tokens)
@@ -263,6 +273,14 @@ def test_a_streamer_hears_of_verified_tokens_alone(layout: Layout, found: dict, 
     said, tokens, layers = found[layout.world_size][0][layout, "streamed"]
     assert tokens == [*prompts(1)[0], *truth(folder, "llama")[0], -1]
     assert layers == said.exit_layers[0]
+
+
+@on_every_grid
+def test_bf16_rounds_as_without_drafts(layout: Layout, found: dict) -> None:
+    """Every position has a pass of its own in both."""
+    plain, lossless = found[layout.world_size][0][layout, "bf16"]
+    assert lossless.tokens == plain.tokens
+    assert 0 < lossless.stats["accepted"] < lossless.stats["drafted"]
 
 
 @pytest.mark.parametrize(
