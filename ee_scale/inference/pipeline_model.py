@@ -86,5 +86,6 @@ def load_decoding_stage(
     stage = build_stage(
         folder.config, plan, spec, grid, dtype, attn_implementation=attn_implementation, own_logits=True
     )
+    stage.exit_heads.to(dtype)  # low-rank factors are built in fp32
     load_trained_stage(stage, *folder.tensors(), grid)
     return stage.eval().requires_grad_(False)
