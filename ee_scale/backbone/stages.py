@@ -33,6 +33,10 @@ class StagePlan:
         """Exit layers of a stage: the exit at k belongs to the stage of the k-th layer."""
         return tuple(k for k in self.exit_layers if self.bounds[stage] < k <= self.bounds[stage + 1])
 
+    def stage_of(self, k: int) -> int:
+        """The stage of the k-th layer."""
+        return next(stage for stage, end in enumerate(self.bounds[1:]) if k <= end)
+
     def is_last(self, stage: int) -> bool:
         """Whether it is the last one that runs."""
         return stage == self.launched - 1

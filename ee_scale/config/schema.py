@@ -217,11 +217,16 @@ class GenerateConfig:
         rule=Choices(POLICIES),
     )
     threshold: Any = setting(None, "limit of the policy's score: a number, or one per exit; null: as calibrated")
-    layer: int | None = setting(None, "the exit of fixed; the drafting exit of lossless (null: by measured cost)")
+    layer: int | None = setting(
+        None,
+        "the exit of fixed; the drafting exit of lossless (null: by measured cost; over stages, the first's deepest)",
+    )
     min_layer: int | None = setting(None, "no token leaves before this layer")
     patience: int | None = setting(None, "exits in a row that must agree; null: 2")
     max_pending: int | None = setting(None, "tokens whose deeper layers may wait to be computed; null: 8")
-    draft_length: int | None = setting(None, "lossless: tokens per draft; null: by measured cost")
+    draft_length: int | None = setting(
+        None, "lossless: tokens per draft; null: by measured cost (over stages: what keeps them busy)"
+    )
     shortlist: Any = setting(None, "lossless: draft among the N most frequent tokens (as calibrated), or token ids")
     graphs: bool = setting(False, "steps with static shapes, recorded as CUDA graphs; on a CPU they gain nothing")
     show_exits: bool = setting(False, "colour each token by the layer it came from")

@@ -3,15 +3,17 @@
 Every token runs through every layer, so that all caches hold what they hold without exits. But the answer leaves early:
 the exit that decides tells the first stage at once, and that stage starts the row's next token while later stages still
 fill their caches with this one. The rows of a batch are separate streams that fill the pipe together.
+In lossless decoding an exit's answer is a draft, and the last stage answers too: see `pipeline_lossless`.
 """
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
+from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from ee_scale.backbone.stages import StagePlan
@@ -19,7 +21,9 @@ from ee_scale.errors import UserError
 from ee_scale.exits.stage import TuningStage
 from ee_scale.families.sizes import with_layers
 from ee_scale.grid import Grid
+from ee_scale.inference.pipeline_lossless import Reach, Speculation, reach
 from ee_scale.inference.pipeline_messages import Decision, Line, Token
+from ee_scale.inference.pipeline_model import drafting_exit, stage_costs
 from ee_scale.inference.pipeline_rows import Row, RowMaker
 from ee_scale.modeling.attention import without_cudnn
 from ee_scale.modeling.kinds import Tap
@@ -27,27 +31,31 @@ from ee_scale.modeling.policies import Decisions, ExitPolicy
 from ee_scale.modeling.transfers import read
 from ee_scale.modeling.versions import CACHE
 
+Key = TypeVar("Key", int, tuple[int, int])
+
 
 @dataclass(frozen=True)
 class Decoded:
     """New tokens of each row (with the end mark, if it came), the layer each came from, and its score.
 
-    The score is the policy's at the deepest exit that was asked, NaN if none was.
+    The score is the policy's at the deepest exit that was asked, NaN if none was; in lossless decoding, that of a draft
+    that was in flight and accepted. stats: how many drafts set out (`drafted`), and how many of them were `accepted`.
     """
 
     tokens: list[list[int]]
     exit_layers: list[list[int]]
     exit_confidences: list[list[float]]
+    stats: dict[str, int] = field(default_factory=dict)
 
 
 def check_pipeline(tp: int, pp: int, policy_name: str | None, dp: int = 1) -> None:
     """Refuse what several devices cannot decode. Raises `UserError`."""
     if dp != 1:
         raise UserError(f"parallel.dp={dp}: decoding has no replicas; use dp=1 and start one command per replica")
-    if policy_name == "lossless" and tp * pp > 1:
+    if policy_name == "lossless" and pp == 1 and tp > 1:
         raise UserError(
-            f"policy=lossless drafts and verifies on one device, but parallel.tp={tp} x parallel.pp={pp}; "
-            "use tp=1 pp=1, or policy=threshold"
+            f"policy=lossless: on a grid one stage drafts while later ones verify, but parallel.pp={pp} with "
+            f"parallel.tp={tp}; use pp=2 or more, tp=1, or policy=threshold"
         )
 
 
@@ -59,6 +67,8 @@ class PipelineDecoder:
         check_pipeline(grid.layout.tp, grid.layout.pp, None, grid.layout.dp)
         self.stage, self.plan, self.grid = stage, plan, grid
         self.config = stage.backbone.model_config
+        # An exit's own layer is a copy of the last one.
+        self.exit_config = with_layers(self.config, [self.config.num_hidden_layers - 1])
         self.is_last = plan.is_last(grid.stage)
         dtype = next(stage.backbone.parameters()).dtype
         self.line = Line(grid, self.config.hidden_size, self.config.vocab_size, dtype)
@@ -83,63 +93,92 @@ class PipelineDecoder:
         settings: those of transformers' `generate` (`max_new_tokens`, `do_sample`, `temperature`, ...), over the
         model's own generation config; stop strings need the `tokenizer`. Each row draws from a generator of its own,
         made of the seed and its number, from `first_row` on. `streamer` gets the tokens of a single prompt, on rank 0.
+        Lossless: the plan's first stage with an exit drafts, from its deepest one.
         Raises `UserError` for an empty prompt or what several devices cannot do.
         """
         check_pipeline(self.grid.layout.tp, self.grid.layout.pp, policy.name)
         if streamer is not None and len(prompts) > 1:
             raise UserError(f"streaming needs a single prompt, not {len(prompts)}")
         rows, settings = self.make_rows(prompts, seed, first_row, settings, tokenizer)
-        self.policy = policy
-        self.decisions = Decisions(policy, len(rows), self.grid.device)
+        self.policy, self.reach = self._who_drafts(policy, len(rows))
+        self.decisions = Decisions(self.policy, len(rows), self.grid.device)
         self.numbers = torch.arange(len(rows), device=self.grid.device)
         self.caches: dict[int, DynamicCache] = {}
         self.exit_caches: dict[tuple[int, int], DynamicCache] = {}
         # Without them an answer is one small message.
         self.wants_logits = settings.do_sample or any(row.processors for row in rows)
-        self.line.open(len(rows), policy.max_pending)
+        self.line.open(self.reach.in_flight if self.reach else len(rows), policy.max_pending)
         if self.grid.stage == 0:
-            self._lead(rows, settings, streamer if self.grid.rank == 0 else None)
+            stats = self._lead(rows, streamer if self.grid.rank == 0 else None)
         else:
             self._follow()
         if not self.is_last:
             self.line.pass_on(None, None)
         self.line.close()
         self.caches, self.exit_caches = {}, {}
-        if self.grid.stage == 0:
-            return Decoded([row.tokens for row in rows], [row.layers for row in rows], [row.scores for row in rows])
-        return None
+        if self.grid.stage > 0:
+            return None
+        return Decoded([row.tokens for row in rows], [row.layers for row in rows], [row.scores for row in rows], stats)
 
-    def _lead(self, rows: list[Row], settings: GenerationConfig, streamer: BaseStreamer | None) -> None:
-        """The first stage: one token of each row is in flight, and the oldest is waited for."""
+    def _who_drafts(self, policy: ExitPolicy, rows: int) -> tuple[ExitPolicy, Reach | None]:
+        """The policy that exits are asked by, and how far drafts run ahead (None: nobody drafts)."""
+        if policy.name != "lossless":
+            return policy, None
+        if policy.draft_length == 0:
+            return replace(policy, layers=()), None
+        k = drafting_exit(self.plan, policy.layers)
+        costs = stage_costs(self.config, self.stage.spec, self.plan, k)
+        far = reach(self.plan.stage_of(k), costs, rows, policy.draft_length)
+        return replace(policy, layers=(k,), layer=k), far
+
+    def _lead(self, rows: list[Row], streamer: BaseStreamer | None) -> dict[str, int]:
+        """The first stage: what sets out, and what is made of the answers. Returns what became of drafts."""
+
+        def tell(row: Row) -> None:
+            if hasattr(streamer, "put_exits"):
+                streamer.put_exits(row.tokens[-1:], row.layers[-1:])
+            if streamer is not None:
+                streamer.put(row.ids[0, -1:].cpu())
+
         if streamer is not None:
             streamer.put(rows[0].ids.cpu())
-        flight = deque(self._launch(number, row.ids, prefill=True) for number, row in enumerate(rows))
-        while flight:
-            token, decision = flight.popleft()
-            row = rows[token.row]
-            new = row.take(decision or self._await(token), settings)
-            if streamer is not None:
-                if hasattr(streamer, "put_exits"):
-                    streamer.put_exits(row.tokens[-1:], row.layers[-1:])
-                streamer.put(row.ids[0, -1:].cpu())
-            if new is not None:
-                flight.append(self._launch(token.row, new, prefill=False))
+        drafted = accepted = 0
+        if self.reach is None:
+            self._token_by_token(rows, tell)
+        else:
+            layers, hear = (self.policy.layers[0], self.config.num_hidden_layers), self._hear
+            drafted, accepted = Speculation(rows, *layers, self.reach, self._launch, hear, tell).run()
         if streamer is not None:
             streamer.end()
+        return {"drafted": drafted, "accepted": accepted} if self.policy.name == "lossless" else {}
 
-    def _launch(self, row: int, ids: torch.Tensor, *, prefill: bool) -> tuple[Token, Decision | None]:
+    def _token_by_token(self, rows: list[Row], tell: Callable[[Row], None]) -> None:
+        """One token of each row is in flight, and the oldest is waited for."""
+        flight = deque((number, *self._launch(number, row.ids, 0)) for number, row in enumerate(rows))
+        while flight:
+            number, token, decision = flight.popleft()
+            row, decision = rows[number], decision or self._await(token)
+            row.keep(row.choose(decision), decision.layer, decision.score)
+            tell(row)
+            if not row.ended:
+                flight.append((number, *self._launch(number, row.ids[:, -1:], row.ids.shape[1] - 1)))
+
+    def _launch(self, row: int, ids: torch.Tensor, start: int) -> tuple[Token, Decision | None]:
         """Run this stage on ids [1, S] and send them on; returns the decision, if it was made here."""
-        token = Token(row, ids.shape[1], prefill)
+        token = Token(row, start, ids.shape[1])
         return token, self._run(token, ids)
 
     def _await(self, token: Token) -> Decision:
         """The decision about the oldest token in flight: later stages are heard in their order."""
         for stage in range(1, self.plan.launched):
             if self._speaks(stage, token):
-                decision = self.line.hear(stage, self.wants_logits)
+                decision = self._hear(stage)
                 if decision.layer:
                     return decision
         raise AssertionError("the last stage always decides")
+
+    def _hear(self, stage: int) -> Decision:
+        return self.line.hear(stage, self.wants_logits)
 
     def _follow(self) -> None:
         """Any other stage: what comes from the stage before, until the batch ends."""
@@ -154,10 +193,9 @@ class PipelineDecoder:
         open_before = not token.decided
         self.now, self.decision = token, None
         self.decisions.resume(token.row, token.last, token.agreed)
-        if token.row not in self.caches:
-            self.caches[token.row] = DynamicCache(config=self.stage.backbone.base.config)
-        hidden = self.stage.backbone(x, use_cache=True, **{CACHE: self.caches[token.row]})
-        if self.is_last and not token.decided:
+        cache = self._cache(self.caches, token.row, self.stage.backbone.base.config)
+        hidden = self.stage.backbone(x, use_cache=True, **{CACHE: cache})
+        if self.is_last and (self.reach is not None or not token.decided):
             logits = self._final_logits(hidden)
             self._decide(self.config.num_hidden_layers, int(logits.argmax(-1)), logits)
         token.last, token.agreed = self.decisions.said(token.row)
@@ -172,11 +210,12 @@ class PipelineDecoder:
         token = self.now
         if k not in self.policy.layers:
             return
-        silent = token.prefill or token.decided
+        silent = token.decided or (token.prefill and self.reach is None)
         if self.stage.spec.exit_kind.attends:
-            hidden = self.stage.exit_hidden(k, tap, self._exit_cache(k, token.row))  # its cache needs every token
+            cache = self._cache(self.exit_caches, (k, token.row), self.exit_config)
+            hidden = self.stage.exit_hidden(k, tap, cache)  # its cache needs every token
         elif not silent:
-            hidden = self.stage.exit_hidden(k, tap)
+            hidden = self.stage.exit_hidden(k, tap.at(slice(-1, None)))
         if silent:
             return
         head = self.stage.exit_heads[str(k)]
@@ -211,9 +250,12 @@ class PipelineDecoder:
             logits = torch.cat(parts, dim=-1)
         return logits[:, :count]
 
-    def _exit_cache(self, k: int, row: int) -> DynamicCache:
-        """Keys and values of the own layer of exit k."""
-        if (k, row) not in self.exit_caches:
-            last = self.config.num_hidden_layers - 1  # whose copy the exit's own layer is
-            self.exit_caches[k, row] = DynamicCache(config=with_layers(self.config, [last]))
-        return self.exit_caches[k, row]
+    def _cache(self, caches: dict[Key, DynamicCache], key: Key, config: PreTrainedConfig) -> DynamicCache:
+        """Keys and values before the current token."""
+        if key not in caches:
+            # One that forgets what has left a sliding window could not take drafts back.
+            caches[key] = DynamicCache(config=config if self.reach is None else None)
+        surplus = caches[key].get_seq_length() - self.now.start
+        if surplus > 0:
+            caches[key].crop(-surplus)
+        return caches[key]

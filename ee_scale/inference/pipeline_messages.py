@@ -25,20 +25,25 @@ class Token:
 
     Attributes:
         row: of the batch.
+        start: its first position; what caches hold from there on is of drafts that were rejected.
         length: positions that come with it.
-        prefill: a prompt; no exit is asked.
-        decided: a stage has answered already; later ones only fill their caches.
+        decided: an exit has answered already; later stages only fill their caches, or verify.
         last, agreed: patience: the last exit's token, and how many exits in a row said it.
         score: at the deepest exit that was asked; NaN if none was.
     """
 
     row: int
+    start: int
     length: int
-    prefill: bool
     decided: bool = False
     last: int = -1
     agreed: int = 0
     score: float = nan
+
+    @property
+    def prefill(self) -> bool:
+        """Whether it is a prompt."""
+        return self.start == 0
 
 
 @dataclass(frozen=True)
@@ -77,10 +82,10 @@ class Line:
         self.grid, self.hidden_size, self.vocab_size, self.dtype = grid, hidden_size, vocab_size, dtype
         self.down, self.up = Outbox(2), Outbox(2)
 
-    def open(self, rows: int, ahead: int) -> None:
-        """Start a batch: a stage runs at most `ahead` tokens ahead of the next one."""
+    def open(self, in_flight: int, ahead: int) -> None:
+        """Start a batch: at most so many tokens are in flight, and a stage is at most `ahead` ahead of the next one."""
         self.down.size = 2 * max(1, ahead)  # a token is two messages
-        self.up.size = 2 * rows  # a row has one token in flight, so that any older answer has been read
+        self.up.size = 2 * in_flight  # the answers about all older ones have been read
 
     def close(self) -> None:
         """End a batch: nothing is left under way."""
@@ -90,7 +95,7 @@ class Line:
     def pass_on(self, token: Token | None, hidden: torch.Tensor | None) -> None:
         """To the next stage: a token and its hidden states [1, S, D]; None ends the batch."""
         following = self._rank(self.grid.stage + 1)
-        values = astuple(token or Token(0, 0, prefill=False))
+        values = astuple(token or Token(0, 0, 0))
         # Doubles hold every integer here exactly.
         self.down.send(torch.tensor(values, dtype=torch.float64), following, self.grid.metrics_group, HEADER)
         if token is not None:
@@ -102,12 +107,12 @@ class Line:
         header = torch.empty(len(fields(Token)), dtype=torch.float64)
         dist.recv(header, before, group=self.grid.metrics_group, tag=HEADER)
         *numbers, score = header.tolist()
-        row, length, prefill, decided, last, agreed = map(int, numbers)
+        row, start, length, decided, last, agreed = map(int, numbers)
         if length == 0:
             return None
         hidden = torch.empty(1, length, self.hidden_size, dtype=self.dtype, device=self.grid.device)
         dist.recv(hidden, before, group=self.grid.pp_group, tag=HIDDEN)
-        return Token(row, length, bool(prefill), bool(decided), last, agreed, score), hidden
+        return Token(row, start, length, bool(decided), last, agreed, score), hidden
 
     def answer(self, decision: Decision, with_logits: bool) -> None:
         """To the first stage."""

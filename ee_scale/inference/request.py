@@ -85,6 +85,10 @@ def check_config(config: GenerateConfig) -> None:
         raise UserError(f"{logs[0]}={getattr(config, logs[0])}: policy=off makes no decisions; choose a policy")
     parallel = config.parallel
     check_pipeline(parallel.tp, parallel.pp, config.policy)
+    if config.shortlist is not None and parallel.tp * parallel.pp > 1:
+        raise UserError(
+            f"shortlist={config.shortlist}: drafts over a grid read whole heads; leave it out, or use one device"
+        )
     if config.graphs and config.policy == "off":
         raise UserError("graphs=true: policy=off leaves decoding to transformers; choose a policy")
     if config.graphs and parallel.tp * parallel.pp > 1:
@@ -102,7 +106,8 @@ def check_model(config: GenerateConfig) -> ModelFolder:
     parallel = config.parallel
     grid = parallel.tp * parallel.pp > 1
     check_settings(folder.generation_config(), own_loop=grid or policy.name != "off", grid=grid)
-    plan_decoding(folder, parallel.tp, parallel.pp, policy.layers, parallel.stages)
+    drafts = grid and policy.name == "lossless"
+    plan_decoding(folder, parallel.tp, parallel.pp, policy.layers, parallel.stages, drafts=drafts)
     return folder
 
 

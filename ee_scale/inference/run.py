@@ -135,7 +135,7 @@ def decode_on_grid(
         )
         if decoded is None:
             continue
-        answers.add(decoded.tokens, decoded.exit_layers, {})
+        answers.add(decoded.tokens, decoded.exit_layers, decoded.stats)
         if log is not None:
             log.describe(request.num_layers, policy.layers, policy.name)
             names = request_names(len(rows))
@@ -153,7 +153,8 @@ def _decoder(request: Request, grid: Grid) -> PipelineDecoder:
     config, folder, parallel = request.config, request.folder, request.config.parallel
     # All exits that some prompt may take.
     layers = {k for rows, tags in request.batches() for k in request.policy(tags, len(rows)).layers}
-    plan = plan_decoding(folder, parallel.tp, parallel.pp, sorted(layers), parallel.stages)
+    drafts = config.policy == "lossless"
+    plan = plan_decoding(folder, parallel.tp, parallel.pp, sorted(layers), parallel.stages, drafts=drafts)
     dtype = DTYPES.get(config.dtype) or getattr(folder.config, "dtype", None) or torch.float32
     stage = load_decoding_stage(folder, plan, grid, dtype)
     return PipelineDecoder(stage, plan, grid, folder.generation_config())

@@ -214,7 +214,7 @@ class Speculation(DecodeLoop):
 
 
 def accept_sampled(
-    p: torch.Tensor, drafts: torch.Tensor, q: list[torch.Tensor | None]
+    p: torch.Tensor, drafts: torch.Tensor, q: list[torch.Tensor | None], generator: torch.Generator | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Speculative sampling (arXiv 2211.17192), for rows at once.
 
@@ -228,11 +228,12 @@ def accept_sampled(
     p_drafts = p[:, :count].gather(2, drafts[..., None])[..., 0]
     q_drafts = q_all[:, :count].gather(2, drafts[..., None])[..., 0]
     # u q < p instead of u < p / q: no division by zero.
-    fine = torch.rand_like(p_drafts) * q_drafts < p_drafts
+    chance = torch.rand(p_drafts.shape, dtype=p.dtype, device=p.device, generator=generator)
+    fine = chance * q_drafts < p_drafts
     accepted = fine.long().cumprod(1).sum(1)
     rows = torch.arange(len(p), device=p.device)
     last = p[rows, accepted]
     rest = (last - q_all[rows, accepted]).clamp(min=0)
     # Rounding can leave nothing where p = q: then p itself is right.
     rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, last)
-    return accepted, torch.multinomial(rest, 1)[:, 0]
+    return accepted, torch.multinomial(rest, 1, generator=generator)[:, 0]

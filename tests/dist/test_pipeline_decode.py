@@ -266,8 +266,10 @@ def test_the_first_stage_starts_the_next_token_before_the_last_stage_has_finishe
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((1, 2, "lossless"), "policy=lossless drafts and verifies on one device, but parallel.tp=1 x parallel.pp=2"),
-        ((2, 1, "lossless"), "parallel.tp=2 x parallel.pp=1; use tp=1 pp=1"),
+        (
+            (2, 1, "lossless"),
+            "one stage drafts while later ones verify, but parallel.pp=1 with parallel.tp=2; use pp=2",
+        ),
         ((1, 2, "threshold", 2), "parallel.dp=2: decoding has no replicas"),
     ],
 )

@@ -6,10 +6,12 @@ from pathlib import Path
 import _bench_models
 import bench_decode
 import bench_gpu
+import bench_pipeline_decode
 import bench_tune
 import pytest
 import torch
 from _profile import busy_time, profile
+from helpers.spawn import spawn
 from transformers import AutoModelForCausalLM
 
 from ee_scale import EarlyExitForCausalLM
@@ -133,6 +135,25 @@ def test_steps_are_written_head_by_head(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["bench_tune.py", "--parts", "a", "--device", "cpu", "--heads", "full"])
     bench_tune.main()
     assert len(seen) == 3
+
+
+def measure_stage(rank: int, arguments: list[tuple]) -> list[dict]:
+    return bench_pipeline_decode.measure_rank(*arguments[rank])
+
+
+def test_decoding_over_stages(tmp_path: Path, monkeypatch, capsys):
+    """In ranks of the fork server, which start at once."""
+    monkeypatch.setattr(bench_pipeline_decode, "run_children", lambda _, ranks, **__: spawn(measure_stage, 2, ranks))
+    words = ["--stages", "2", "--agreements", "0.6", "--rows", "1", "2", "--new-tokens", "12", "--stage-ms", "1"]
+    bench_pipeline_decode.main([*words, "--json", str(tmp_path / "x.json")])
+    alone, both = json.loads((tmp_path / "x.json").read_text())["rows"]
+    assert alone["same"]
+    assert both["same"]
+    assert alone["drafted"] > 0
+    assert both["drafted"] == 0  # two rows keep two stages busy
+    assert both["predicted"] is None
+    assert 1 <= alone["predicted"] <= 2
+    assert "60%" in capsys.readouterr().out
 
 
 def test_a_model_whose_exits_agree_as_often_as_wanted(tmp_path: Path):

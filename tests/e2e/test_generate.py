@@ -165,6 +165,19 @@ def test_ranks_of_a_launcher_say_the_same(folder, given, expected, tmp_path, cap
     assert [json.loads(line).get("layer") for line in grid] == [json.loads(line).get("layer") for line in one_device]
 
 
+def test_lossless_over_stages(given, expected, tmp_path):
+    """The first stage drafts from the exit at layer 1."""
+    command = [*given, "policy=lossless", f"prompt={PROMPT}", "log=log.jsonl", "parallel.pp=2", "parallel.stages=[2,2]"]
+    finished = run_cli(command, tmp_path, 2)
+    assert finished.codes == [0, 0], finished.output
+    assert finished.output.startswith(expected[PROMPT] + "\n")
+    header, *lines = [json.loads(line) for line in Path("log.jsonl").read_text().splitlines()]
+    assert header["policy"] == "lossless"
+    assert {line["layer"] for line in lines} <= {1, 4}
+    accepted = sum(line["layer"] == 1 for line in lines)
+    assert re.search(rf", {accepted} of \d+ drafts accepted", finished.output)
+
+
 def test_it_starts_its_own_ranks(given, capfd, monkeypatch):
     """Two stages; the prompt comes through standard input to the first rank."""
     for name in ("RANK", "WORLD_SIZE"):
@@ -218,7 +231,18 @@ def test_it_starts_its_own_ranks(given, capfd, monkeypatch):
         (["parallel.dp=2"], "parallel.dp=2: decoding has no replicas"),
         (["graphs=true"], "graphs=true: policy=off leaves decoding to transformers; choose a policy"),
         (["policy=patience", "graphs=true", "parallel.pp=2"], "graphs=true: needs one device, not tp=1 x pp=2"),
-        (["policy=lossless", "parallel.pp=2"], "policy=lossless drafts and verifies on one device"),
+        (
+            ["policy=lossless", "parallel.tp=2"],
+            "policy=lossless: on a grid one stage drafts while later ones verify, but parallel.pp=1 with parallel.tp=2",
+        ),
+        (
+            ["policy=lossless", "layer=3", "parallel.pp=2", "parallel.stages=[2,2]"],
+            "policy=lossless: no exit stands before the last of 2 stages (layers 1-2, 3-4), only at 3",
+        ),
+        (
+            ["policy=lossless", "shortlist=[3,4]", "parallel.pp=2"],
+            "shortlist=[3, 4]: drafts over a grid read whole heads",
+        ),
         (["parallel.tp=3"], "parallel.tp=3 does not divide num_attention_heads=4 of the model"),
         (["parallel.pp=5"], "parallel.pp=5: more stages than the model's 4 layers"),
         (["policy=fixed", "layer=1", "audit=0.5", "parallel.pp=2"], "audit=0.5: needs one device"),
