@@ -14,7 +14,7 @@ import torch
 
 from .clocks import start_clock
 from .drafting import SEEN, Drafting, known_of
-from .layer_runner import Block, ShortHead
+from .layer_runner import Block, LayerRunner, ShortHead
 from .loop import DecodeLoop
 from .policies import score
 from .sequences import looks_back
@@ -200,9 +200,9 @@ class Speculation(DecodeLoop):
             if i < len(drafts):
                 fine, chosen = self._judge(scores, drafts[i][index], None if q[i] is None else q[i][index])
             else:
-                fine, chosen = torch.zeros_like(index, dtype=torch.bool), sequences.pick(scores)
+                fine, chosen = torch.zeros_like(index, dtype=torch.bool), sequences.pick(scores, rows)
             self.tokens[index] = chosen
-            ended = sequences.write(self.index[index], chosen)
+            ended = sequences.write(rows, self.index[index], chosen)
             good, tokens, ended, *first = read(fine, chosen, ended, *(confidences if i == 0 else ()))
             known = first or known
             layers = [k if yes else runner.num_layers for yes in good]
@@ -232,14 +232,14 @@ class Speculation(DecodeLoop):
         accepted, other = accept_sampled(torch.stack([p, p], 1), draft[:, None], [q])
         return accepted.bool(), torch.where(accepted.bool(), draft, other)
 
-    def saw_prompt(self, hidden: torch.Tensor, block: Block) -> None:
+    def saw_prompt(self, runner: LayerRunner, lengths: list[int], hidden: torch.Tensor, block: Block) -> None:
         """First estimates of the exits' acceptance: how often they agree with the final layer on the prompt."""
-        if self.policy.draft_length is not None or block.end < max(self.next):
+        if self.policy.draft_length is not None or block.end < max(lengths):
             return
-        runner, width = self.runner, min(SEEN, block.length)  # logits are dear
+        width = min(SEEN, block.length)  # logits are dear
         last = slice(block.length - width, None)
         want = runner.final_logits(hidden[:, last]).argmax(-1)
-        ends = send(self.next, runner.device)[:, None]
+        ends = send(lengths, runner.device)[:, None]
         valid = runner.numbers[block.end - width : block.end] < ends
         sums = [valid.sum()]
         for k in self.policy.layers:
@@ -249,7 +249,7 @@ class Speculation(DecodeLoop):
         ((count, *agreed),) = read(torch.stack(sums))
         for k, right in zip(self.policy.layers, agreed, strict=True):
             self.drafting.foresaw(k, right, count)
-        runner.clip(self.next)
+        runner.clip(lengths)
 
     def stats(self) -> dict[str, Any]:
         """Drafts and their fate."""
