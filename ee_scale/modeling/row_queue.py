@@ -73,7 +73,8 @@ class Preparation:
         **model_kwargs: object,
     ) -> torch.Tensor:
         check_request(generation_config, {})
-        self.processors, self.criteria, self.config = logits_processor, stopping_criteria, generation_config
+        self.ids, self.processors, self.criteria = input_ids, logits_processor, stopping_criteria
+        self.config = generation_config
         return input_ids
 
 
@@ -105,6 +106,7 @@ class RowQueue:
         self.texts = RowTexts(size, longest + room, model.device)
         self.trail = Trail(self.options, policy, self.texts.ids[:, :0], model)
         self.capacity = min(longest, 512) + max(room, policy.max_pending + 1)
+        self.samples: bool | None = None  # what rows do; None as long as there were none
         self.waiting: deque[QueuedRow] = deque()
         self.places: dict[int, QueuedRow] = {}
         self.chunk = getattr(model.generation_config, "prefill_chunk_size", None) or CHUNK
@@ -128,9 +130,19 @@ class RowQueue:
         return bool(self.waiting or self.places)
 
     def add(self, row: QueuedRow) -> None:
-        """Put a row at the end of the queue. Raises ValueError for a text that is too long, or empty."""
+        """Put a row at the end of the queue. Raises ValueError, in one line, for what it cannot have."""
         if not row.prompt:
             raise ValueError("the prompt is empty: there is no token to start from")
+        made = self._prepare(row, None)
+        config = made.config
+        if config.max_length > self.longest:
+            raise ValueError(f"a text of {config.max_length} tokens, but the queue's have at most {self.longest}")
+        if self.lossless and config.do_sample != self.samples and self.samples is not None:
+            raise ValueError("exit_policy=lossless: rows of one queue are all sampled, or none is")
+        if self.lossless and Sequences(made.ids, made.processors, made.criteria, config).in_step:
+            raise ValueError("exit_policy=lossless: what remembers earlier calls needs rows in step: use generate")
+        self._limits(row)
+        self.samples = config.do_sample
         self.waiting.append(row)
 
     def cancel(self, row: QueuedRow) -> None:
@@ -165,13 +177,9 @@ class RowQueue:
         return totals(self.loop, self.started)
 
     def _begin(self, place: int, row: QueuedRow) -> None:
-        """Make a row's text; nothing has changed if that raises."""
-        ids = torch.tensor([row.prompt], device=self.model.device)
-        made = self._prepare(ids, row)
-        limits = self._limits(row)
-        part = Sequences(
-            ids, made.processors, made.criteria, made.config, row.streamer, ids=self.texts.ids[place : place + 1]
-        )
+        made, limits = self._prepare(row, row.streamer), self._limits(row)
+        ids, columns = made.ids, self.texts.ids[place : place + 1]
+        part = Sequences(ids, made.processors, made.criteria, made.config, row.streamer, ids=columns)
         generator = None if row.seed is None else torch.Generator(ids.device).manual_seed(row.seed)
         self.texts.begin(place, part, generator)
         self.trail.begin(place, ids, row.request, row.tag)
@@ -179,17 +187,13 @@ class RowQueue:
             self.loop.limit(place, limits)
         self.places[place] = row
 
-    def _prepare(self, ids: torch.Tensor, row: QueuedRow) -> Preparation:
-        settings = {**self.settings, **row.settings, "return_dict_in_generate": False, "streamer": row.streamer}
+    def _prepare(self, row: QueuedRow, streamer: BaseStreamer | None) -> Preparation:
+        """Time limits count from here; a streamer gets the prompt."""
+        settings = {**self.settings, **row.settings, "return_dict_in_generate": False, "streamer": streamer}
         take_stop_strings(settings, self.model.generation_config)
-        made = Preparation()
+        ids, made = torch.tensor([row.prompt], device=self.model.device), Preparation()
         mask = torch.ones_like(ids)
         GenerationMixin.generate(self.model, ids, attention_mask=mask, custom_generate=made, **settings)
-        config, others = made.config, [part for other, part in self.texts.parts.items() if other in self.places]
-        if config.max_length > self.longest:
-            raise ValueError(f"a text of {config.max_length} tokens, but the queue's have at most {self.longest}")
-        if self.lossless and any(part.do_sample != config.do_sample for part in others):
-            raise ValueError("exit_policy=lossless: rows of one queue are all sampled, or none is")
         return made
 
     def _policy(self, tags: list[str] | None, threshold: Threshold | None) -> ExitPolicy:

@@ -16,7 +16,6 @@ from .transfers import send
 class RowTexts:
     """What the loops ask of `Sequences`, for rows that need not be equally long and differ in what they want."""
 
-    in_step = False
     keeps_scores = False
 
     def __init__(self, places: int, columns: int, device: torch.device):
@@ -44,6 +43,11 @@ class RowTexts:
     def prompt(self, row: int, pad: int) -> torch.Tensor:
         """The prompt of a row [S]."""
         return self.parts[row].prompt(0, pad)
+
+    @property
+    def in_step(self) -> bool:
+        """Whether some row's processors or criteria remember what they were asked; see `Sequences`."""
+        return any(part.in_step for part in self.parts.values())
 
     @property
     def do_sample(self) -> bool:

@@ -15,7 +15,7 @@ from helpers.decoding import (
     make_pair,
     spoil,
 )
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList
 
 from ee_scale.modeling.row_queue import QueuedRow, RowQueue
 
@@ -212,10 +212,48 @@ def test_settings_are_each_row_s_own(precise, tmp_path):
         assert (row.tokens, row.layers) == (tokens, layers)
     assert set(rows[1].layers) == {LAYERS}
     assert rows[3].tokens == rows[5].tokens != rows[0].tokens
-    with pytest.raises(ValueError, match="a text of 60 tokens, but the queue's have at most 30"):
-        decode(precise, [QueuedRow(ids, {"max_length": 60})], "off")
-    with pytest.raises(ValueError, match="rows of one queue are all sampled, or none is"):
-        decode(precise, [rows[0], rows[3]], "lossless")
+
+
+class Counting(LogitsProcessor):
+    """Remembers."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return scores
+
+
+def test_what_cannot_be_is_refused_and_disturbs_nobody(precise):
+    ids = prompts(1)[0]
+    good = {"max_new_tokens": 3, "eos_token_id": None}
+    processors = LogitsProcessorList([Counting()])
+    cases = [
+        (QueuedRow([], good), "the prompt is empty"),
+        (QueuedRow(ids, {"max_length": 60}), "a text of 60 tokens, but the queue's have at most 30"),
+        (QueuedRow(ids, {**good, "do_sample": True}), "rows of one queue are all sampled, or none is"),
+        (QueuedRow(ids, {**good, "num_beams": 3}), "exits decode greedily or by sampling, not by beam_search"),
+        (QueuedRow(ids, {**good, "stop_strings": ["a"]}), r"stop_strings=\['a'\]: pass the tokenizer too"),
+        (QueuedRow(ids, {**good, "logits_processor": processors}), "what remembers earlier calls needs rows in step"),
+    ]
+    with RowQueue(precise.model, {"exit_policy": "lossless"}, 2, LONGEST) as queue:
+        queue.add(row := QueuedRow(ids, good))
+        for other, message in cases:
+            with pytest.raises(ValueError, match=message):
+                queue.add(other)
+        while queue.busy:
+            queue.step()
+    assert len(row.tokens) == 3
+    with RowQueue(precise.model, {"exit_policy": "threshold", "exit_threshold": {2: 0.5}}, 2, LONGEST) as queue:
+        with pytest.raises(ValueError, match="exit_threshold: no row of this queue leaves at layer 1"):
+            queue.add(QueuedRow(ids, good, threshold=0.5))
+        queue.add(row := QueuedRow(ids, {**good, "logits_processor": processors}))
+        while queue.busy:
+            queue.step()
+    assert processors[0].calls == len(row.tokens) == 3  # once per token, as in plain decoding
+    with pytest.raises(ValueError, match="max_new_tokens: no option of exits"):
+        RowQueue(precise.model, {"exit_policy": "off", "max_new_tokens": 3}, 2, LONGEST)
 
 
 def test_a_row_ends_behind_its_stop_string(folder, model_dir):
