@@ -209,7 +209,9 @@ class GenerateConfig:
         rule=Rule("must be above 0, at most 1", lambda share: 0 < share <= 1),
     )
     seed: int = setting(0, "random numbers of sampling")
-    batch_size: int = setting(8, "prompts that are continued together", rule=at_least(1))
+    batch_size: int = setting(
+        8, "prompts that are continued together; of more, the next takes the place of one that ends", rule=at_least(1)
+    )
     policy: str = setting(
         "off",
         "when a token leaves at an exit: never, by a limit on its score, after agreeing exits, always at one; "

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from ee_scale.backbone.model_folder import ModelFolder
@@ -20,10 +21,15 @@ from ee_scale.inference.model import open_model
 from ee_scale.inference.number_type import fastest_dtype
 from ee_scale.inference.pipeline import PipelineDecoder
 from ee_scale.inference.pipeline_model import load_decoding_stage, plan_decoding
+from ee_scale.inference.pipeline_rows import row_seed
 from ee_scale.inference.request import Request, plain_words, policy_options
 from ee_scale.inference.settings import end_marks, new_lengths, stop_criterion
 from ee_scale.modeling.decision_log import DecisionLog
+from ee_scale.modeling.decode import check_request
+from ee_scale.modeling.heads import ModelWithExits
+from ee_scale.modeling.layer_runner import check_model
 from ee_scale.modeling.packing import packed_linears
+from ee_scale.modeling.row_queue import QueuedRow, RowQueue
 from ee_scale.modeling.trail import request_names
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -63,46 +69,102 @@ def answer_lines(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def decode_here(request: Request, device: torch.device, streamer: BaseStreamer | None = None) -> Answers:
-    """All batches in this process, through the model's own `generate`."""
-    config, answers = request.config, Answers()
+    """All prompts in this process: where there are more than a batch, a batch that stays full."""
+    config = request.config
     dtype = DTYPES.get(config.dtype) or fastest_dtype(request.folder.config, device, config.pack_weights)
     model = open_model(request.folder.path, dtype=dtype).to(device).eval()
     model.pack_weights = config.pack_weights  # models with exits look at it
-    options = policy_options(config)
+    ends = end_marks(model.generation_config)
     settings = {
         **request.sampling(),
-        "return_dict_in_generate": True,
-        "streamer": streamer,
         "tokenizer": request.tokenizer,
+        "pad_token_id": token_with_row(request.folder.config.vocab_size, request.tokenizer.pad_token_id, *sorted(ends)),
     }
-    log = DecisionLog(Path(config.log).expanduser()) if config.log else None
+    options: dict[str, Any] = {}
     if request.folder.exits is not None:
-        settings |= {"exit_policy": config.policy, **{f"exit_{name}": value for name, value in options.items()}}
-    if config.graphs:
-        settings["exit_graphs"] = True
+        options = {f"exit_{name}": value for name, value in policy_options(config).items()}
+        options |= {"exit_policy": config.policy} | ({"exit_graphs": True} if config.graphs else {})
+    if config.audit is not None:
+        options["exit_audit"] = config.audit
+    log = DecisionLog(Path(config.log).expanduser()) if config.log else None
+    if log is not None:
+        options["exit_log"] = log
     torch.manual_seed(config.seed)
-    ends, stop = end_marks(model.generation_config), stop_criterion(model.generation_config, request.tokenizer)
-    pad = token_with_row(request.folder.config.vocab_size, request.tokenizer.pad_token_id, *sorted(ends))
-    start = time.perf_counter()
+    decode, start = (_decode_queue if _stays_full(request, model) else _decode_batches), time.perf_counter()
+    with plain_words(), packed_linears(model) if config.pack_weights else nullcontext():
+        answers = decode(request, model, settings, options, streamer)
+    answers.seconds = time.perf_counter() - start
+    if log is not None:
+        log.close()
+    return answers
+
+
+def _stays_full(request: Request, model: ModelWithExits) -> bool:
+    """Whether prompts take the places of those that end; else transformers' `generate` gets one batch after another."""
+    config, generation_config = request.config, model.generation_config
+    if len(request.prompts) <= config.batch_size or request.folder.exits is None:
+        return False
+    if config.policy == "lossless":  # a watermark may remember what it was asked before: then rows keep step
+        return generation_config.watermarking_config is None
+    if config.policy == "off":
+        try:  # without exits transformers can do more
+            check_model(model)
+            check_request(generation_config, {})
+        except ValueError:
+            return False
+    return True
+
+
+def _decode_queue(
+    request: Request,
+    model: ModelWithExits,
+    settings: dict[str, Any],
+    options: dict[str, Any],
+    streamer: BaseStreamer | None,
+) -> Answers:
+    """Each prompt with random numbers of its own, as on a grid."""
+    config, prompts, answers = request.config, request.prompts, Answers()
+    tags = request.tags or [None] * len(prompts)
+    names = request_names(len(prompts)) if config.audit else [None] * len(prompts)
+    rows = [
+        QueuedRow(prompt, tag=tag, request=name, seed=row_seed(config.seed, number), streamer=streamer)
+        for number, (prompt, tag, name) in enumerate(zip(prompts, tags, names, strict=True))
+    ]
+    longest = max(map(len, prompts)) + config.max_new_tokens
+    with RowQueue(model, options, config.batch_size, longest, settings, request.tags) as queue:
+        for row in rows:
+            queue.add(row)
+        while queue.busy:
+            queue.step()
+        answers.add([row.tokens for row in rows], [row.layers for row in rows], queue.stats())
+    return answers
+
+
+def _decode_batches(
+    request: Request,
+    model: PreTrainedModel,
+    settings: dict[str, Any],
+    options: dict[str, Any],
+    streamer: BaseStreamer | None,
+) -> Answers:
+    """All prompts, batch by batch, through the model's own `generate`."""
+    config, device, answers, pad = request.config, model.device, Answers(), settings["pad_token_id"]
+    stop = stop_criterion(model.generation_config, request.tokenizer)
     for prompts, tags in request.batches():
         width = max(map(len, prompts))
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        extra = {"exit_log": log, "exit_tags": tags, "exit_audit": config.audit}
-        extra = {name: value for name, value in extra.items() if value is not None}
+        extra: dict[str, Any] = {} if tags is None else {"exit_tags": tags}
         if config.audit:  # the seed is that of sampling: commands of one seed do not all audit the same places
             extra["exit_requests"] = request_names(len(prompts))
-        with plain_words(), packed_linears(model) if config.pack_weights else nullcontext():
-            output = model.generate(ids, attention_mask=mask, pad_token_id=pad, **settings, **extra)
+        extra |= {"streamer": streamer, "return_dict_in_generate": True}
+        output = model.generate(ids, attention_mask=mask, **settings, **options, **extra)
         lengths = new_lengths(output.sequences, width, model.generation_config, stop)
         tokens = [row[width : width + n].tolist() for row, n in zip(output.sequences, lengths, strict=True)]
         layers = getattr(output, "exit_layers", None)
         layers = [[request.num_layers] * len(row) for row in tokens] if layers is None else layers.tolist()
         layers = [own[: len(row)] for own, row in zip(layers, tokens, strict=True)]
         answers.add(tokens, layers, getattr(output, "exit_stats", None) or {})
-    answers.seconds = time.perf_counter() - start
-    if log is not None:
-        log.close()
     return answers
 
 

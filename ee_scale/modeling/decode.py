@@ -15,8 +15,10 @@ from transformers.utils import logging
 from .early_exits import EarlyExits
 from .heads import ModelWithExits
 from .layer_runner import LayerRunner
+from .loop import DecodeLoop
 from .policies import CALIBRATION_KEY, ExitPolicy, resolve_policy
 from .position_cache import fill_dynamic_cache
+from .row_texts import RowTexts
 from .sequences import Sequences
 from .speculate import Speculation
 from .static_runner import StaticRunner
@@ -91,35 +93,54 @@ class ExitDecoding:
         capacity = input_ids.shape[1] + min(sequences.max_length - input_ids.shape[1], 512)
         capacity += max(room, policy.max_pending + 1)
         trail = Trail(options, policy, input_ids, model)
-        make_runner = StaticRunner if wants_graphs(options) else LayerRunner
-        runner = make_runner(model, policy.layers, len(input_ids), capacity)
-        loop = (Speculation if lossless else EarlyExits)(runner, sequences, policy, pads, trail, wants_cache)
+        loop = make_loop(model, options, policy, sequences, trail, pads, capacity, wants_cache)
         try:
             loop.run(generation_config.prefill_chunk_size)
         finally:
-            runner.close()
+            loop.runner.close()
             trail.write(sequences)
         ids = sequences.finish()
         if wants_cache:
             fill_dynamic_cache(cache, model.config, loop.retired, pads)
         if not generation_config.return_dict_in_generate:
             return ids
-        stats = {
-            "seconds": time.perf_counter() - started,
-            "layer_calls": runner.layer_calls(),
-            "layer_positions": runner.layer_positions(),
-            "exit_checks": {k: runner.checks[k] for k in policy.layers},
-            **loop.stats(),
-        }
         return EarlyExitGenerateOutput(
             sequences=ids,
             scores=sequences.gathered(sequences.scores, float("-inf")),
             logits=sequences.gathered(sequences.logits, 0.0),
             exit_layers=sequences.per_token(sequences.layers, torch.long),
             exit_confidences=sequences.per_token(sequences.confidences, torch.float32),
-            exit_stats=stats,
+            exit_stats=totals(loop, started),
             **{CACHE: cache if wants_cache else None},
         )
+
+
+def make_loop(
+    model: ModelWithExits,
+    options: dict[str, Any],
+    policy: ExitPolicy,
+    sequences: Sequences | RowTexts,
+    trail: Trail,
+    pads: list[int],
+    capacity: int,
+    wants_cache: bool = False,
+) -> DecodeLoop:
+    """The loop of a policy, for as many rows as there are `pads`; its runner is to be closed."""
+    runner = (StaticRunner if wants_graphs(options) else LayerRunner)(model, policy.layers, len(pads), capacity)
+    loop = Speculation if policy.name == "lossless" else EarlyExits
+    return loop(runner, sequences, policy, pads, trail, wants_cache)
+
+
+def totals(loop: DecodeLoop, started: float) -> dict[str, Any]:
+    """`exit_stats` of what a loop has done since then."""
+    runner = loop.runner
+    return {
+        "seconds": time.perf_counter() - started,
+        "layer_calls": runner.layer_calls(),
+        "layer_positions": runner.layer_positions(),
+        "exit_checks": {k: runner.checks[k] for k in loop.policy.layers},
+        **loop.stats(),
+    }
 
 
 def per_row(options: dict[str, Any], batch_size: int, copies: int) -> dict[str, Any]:

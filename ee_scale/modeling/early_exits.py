@@ -16,7 +16,7 @@ import torch
 
 from .layer_runner import Block
 from .loop import DecodeLoop
-from .policies import Decisions
+from .policies import Decisions, most_likely
 from .transfers import read, send, waits_are_free
 
 FADE = 0.97  # of what is remembered of exits, per token
@@ -31,7 +31,7 @@ class Answers:
         layers: int64 [R], where each row leaves; for those that are undecided the number of layers.
         scores: fp32 [R], the policy's score at the deepest exit that was asked while undecided, or NaN.
         best: int64 [R], the most likely token there, or at the final layer.
-        logits: [R, V], the same.
+        logits: [R, V], the same; None where nobody told them.
     """
 
     def __init__(self, rows: int, num_layers: int, device: torch.device):
@@ -40,7 +40,7 @@ class Answers:
         self.layers = self.scores = self.best = self.logits = None
 
     def exit_says(
-        self, k: int, leave: torch.Tensor, scores: torch.Tensor, best: torch.Tensor, logits: torch.Tensor
+        self, k: int, leave: torch.Tensor, scores: torch.Tensor, best: torch.Tensor, logits: torch.Tensor | None
     ) -> None:
         """Of all rows [R]; heard by those that are undecided."""
         self._hear(best, logits)
@@ -53,12 +53,13 @@ class Answers:
 
     def final_layer_says(self, logits: torch.Tensor) -> None:
         """Logits [R, V]."""
-        self._hear(logits.argmax(-1), logits)
+        self._hear(most_likely(logits), logits)
 
-    def _hear(self, best: torch.Tensor, logits: torch.Tensor) -> None:
+    def _hear(self, best: torch.Tensor, logits: torch.Tensor | None) -> None:
         if self.undecided is not None:
             best = torch.where(self.undecided, best, self.best)
-            logits = torch.where(self.undecided[:, None], logits, self.logits)
+            if self.logits is not None:
+                logits = torch.where(self.undecided[:, None], logits, self.logits)
         self.best, self.logits = best, logits
 
     def tell(self) -> tuple[torch.Tensor, ...]:
@@ -104,12 +105,18 @@ class EarlyExits(DecodeLoop):
         # waiting[j]: positions before the newest whose keys the layers between bounds j and j + 1 lack, in every row.
         self.waiting = [0] * (len(self.bounds) - 1)
         self.decisions = Decisions(self.policy, len(self.pads), self.runner.device)
-        free, sequences = waits_are_free(self.runner.device), self.sequences
-        self.waits = Waits(self.policy.layers, self.runner.num_layers, free)
-        self.plain = not (sequences.do_sample or sequences.processors or sequences.criteria or sequences.keeps_scores)
-        # Whether tokens may be chosen at an exit and again at a deeper one: then one wait tells decisions and tokens.
-        self.chooses_early = self.plain or not (free or sequences.in_step)
+        self.waits = Waits(self.policy.layers, self.runner.num_layers, waits_are_free(self.runner.device))
         self.audited: tuple[list[tuple[int, int]], torch.Tensor] | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the most likely token is taken, and nobody looks at scores."""
+        sequences = self.sequences
+        return not (sequences.do_sample or sequences.processors or sequences.criteria or sequences.keeps_scores)
+
+    def limit(self, row: int, limits: list[float]) -> None:
+        """Limits of a row that joins, one for each exit of the policy."""
+        self.decisions.limits[row] = torch.tensor(limits)
 
     def step(self) -> None:
         """Shallow layers, then deeper ones as long as a row wants them."""
@@ -139,7 +146,8 @@ class EarlyExits(DecodeLoop):
         """What is to be told, if exit k is waited for and no row is left that wants deeper layers."""
         if not self.waits.pays(k) or (full and not self.waits.free):
             return None
-        if self.chooses_early:
+        # Tokens may be chosen at an exit and again at a deeper one: then one wait tells decisions and tokens.
+        if self.plain or not (self.waits.free or self.sequences.in_step):
             told = self._tell(answers)
             return told if not any(told[0]) else None
         (undecided,) = read(answers.undecided)
@@ -154,10 +162,12 @@ class EarlyExits(DecodeLoop):
         return self.runner.recall(self.bounds[part], block), block
 
     def _ask(self, k: int, hidden: torch.Tensor, block: Block, answers: Answers) -> None:
-        """Exit k about every row."""
-        logits = self.runner.exit_logits(k, hidden, block, -1)
-        index = None if len(self.rows) == len(self.pads) else self.index
-        answers.exit_says(k, *self.decisions.ask(k, logits, index), logits)
+        """Exit k about every row, of the tokens that its head scores: the others cannot be chosen there."""
+        logits, exit_head = self.runner.exit_logits(k, hidden, block, -1), self.runner.model.exit_heads[str(k)]
+        leave, scores, best = self.decisions.ask(k, logits, self.index)
+        if exit_head.shortlist is not None:
+            best = exit_head.shortlist.ids(best.device)[best]
+        answers.exit_says(k, leave, scores, best, None if self.plain else exit_head.over_vocabulary(logits))
 
     def _tell(self, answers: Answers) -> list[list]:
         """Choose the tokens, put them behind the texts, and tell the host all at once what `_take` wants to know."""
@@ -166,9 +176,9 @@ class EarlyExits(DecodeLoop):
         empty = none
         if not self.plain:
             scores = self.scored(answers.logits, self.rows)  # all rows at once: processors may count their calls
-            tokens, empty = sequences.pick(scores), self._empty(scores)
+            tokens, empty = sequences.pick(scores, self.rows), self._empty(scores)
         self.tokens = tokens
-        ended = sequences.write(self.index, tokens)
+        ended = sequences.write(self.rows, self.index, tokens)
         return read(*answers.tell(), tokens, ended, empty, self.audited[1] if self.audited else none)
 
     def _take(self, told: list[list]) -> None:
@@ -207,7 +217,7 @@ class EarlyExits(DecodeLoop):
             if not known:
                 answers.final_layer_says(logits)
             if audits:
-                self._compare(hidden, block, logits.argmax(-1))
+                self._compare(hidden, block, most_likely(logits))
 
     def _compare(self, hidden: torch.Tensor, block: Block, newest: torch.Tensor | None) -> None:
         """The full model's choice at positions whose token left early and is audited: told with the next tokens.
@@ -224,7 +234,7 @@ class EarlyExits(DecodeLoop):
         choices = [] if newest is None else [newest]
         if found:
             slots, columns = send(found, hidden.device).unbind(1)
-            choices.insert(0, self.runner.final_logits(hidden[slots, columns]).argmax(-1))
+            choices.insert(0, most_likely(self.runner.final_logits(hidden[slots, columns])))
         if newest is not None:
             places += zip(self.rows, self.next, strict=True)
         if choices:
@@ -243,20 +253,23 @@ class EarlyExits(DecodeLoop):
     def complete(self, slots: list[int]) -> None:
         """What waits in front of deeper layers, if a row that leaves needs it."""
         audited = {row for row, _ in self.trail.waiting}
-        if not self.wants_cache and not any(self.rows[slot] in audited for slot in slots):
-            return
+        if self.wants_cache or any(self.rows[slot] in audited for slot in slots):
+            self.complete_all()
+
+    def complete_all(self) -> None:
+        """What waits in front of deeper layers."""
+        self._compared([])
         for part, length in enumerate(self.waiting):
-            if length:
+            self.waiting[part] = 0
+            if length and self.rows:
                 block = self.runner.block([position - length for position in self.next], length)
                 hidden = self.runner.recall(self.bounds[part], block)
                 hidden = self.runner.run(hidden, block, self.bounds[part], self.bounds[part + 1])
-                self.waiting[part] = 0
                 if part == len(self.waiting) - 1:
                     self._compare(hidden, block, None)
                     self._compared([])
 
     def stats(self) -> dict[str, Any]:
         """Passes, and the agreement of the audited tokens."""
-        audited = self.trail.agrees
-        extra = {"audited": len(audited), "agreed": sum(audited.values())} if audited else {}
-        return super().stats() | extra
+        trail = self.trail
+        return super().stats() | ({"audited": trail.audited, "agreed": trail.agreed} if trail.audited else {})

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from .kinds import KINDS, ExitKind, Tap
 from .shortlist import Shortlist
@@ -133,6 +133,7 @@ class ModelWithExits(Protocol):
     config: PreTrainedConfig
     exit_spec: ExitSpec
     exit_heads: nn.ModuleDict
+    generation_config: GenerationConfig
 
     @property
     def base_model(self) -> nn.Module: ...

@@ -4,6 +4,7 @@ A `Block` is q consecutive positions of each of B rows; position and cache colum
 modules are transformers' own, called as its `forward` calls them. S columns, D hidden size, V vocabulary.
 """
 
+import copy
 from collections import Counter
 from dataclasses import dataclass, field
 from threading import get_ident
@@ -44,10 +45,7 @@ class Block:
 
 
 class LayerRunner:
-    """One generation's view of a model: its cache, its rotary table, and what its exits need to remember.
-
-    Nothing is kept on the model but hooks that are taken off by `close`.
-    """
+    """One generation's view of a model: cache, rotary table, what exits remember; `close` takes its hooks off."""
 
     def __init__(self, model: ModelWithExits, exit_layers: tuple[int, ...], batch_size: int, capacity: int):
         check_model(model)
@@ -81,11 +79,34 @@ class LayerRunner:
         if self.taps is not None:
             self.taps.remove()
 
-    def keep_rows(self, rows: list[int], index: torch.Tensor) -> None:
-        """Forget all rows but these; `index`: the same on the device."""
-        self.cache.keep_rows(index)
-        self.states = {k: None if state is None else state[index] for k, state in self.states.items()}
-        self.exit_lengths = {k: [old[i] for i in rows] for k, old in self.exit_lengths.items()}
+    # -- rows that come and go; those in use are the first of the cache --
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """Row i is what row `rows[i]` was, which is i or higher; the others are forgotten."""
+        for store in (*self.cache.stores(), *(state for state in self.states.values() if state is not None)):
+            for new, old in enumerate(rows):
+                if new != old:
+                    store[new] = store[old]
+        self.exit_lengths = {k: [lengths[row] for row in rows] for k, lengths in self.exit_lengths.items()}
+
+    def clear(self) -> None:
+        """No row is in use."""
+        self.exit_lengths = {k: [] for k in self.exit_layers}
+
+    def apart(self, rows: int, capacity: int) -> "LayerRunner":
+        """A runner of other rows, which counts its passes here; `take_in` takes its rows over."""
+        other = copy.copy(self)
+        other.cache = PositionCache(len(self.cache.layers), rows, capacity, self.device)
+        other.states = dict.fromkeys(self.exit_layers)
+        other.exit_lengths = {k: [0] * rows for k in self.exit_layers}
+        return other
+
+    def take_in(self, first: int, other: "LayerRunner", rows: list[int], length: int) -> None:
+        """Rows of a runner `apart`, of at most `length` positions, become those from `first` on."""
+        self.cache.take_in(first, other.cache, rows, length)
+        for k in self.exit_layers:
+            self._state(k, length)[first : first + len(rows), :length] = other.states[k][rows, :length]
+            self.exit_lengths[k] += [other.exit_lengths[k][row] for row in rows]
 
     # -- passes ----------------------------------------------------------------------------------------------------
 
@@ -137,7 +158,7 @@ class LayerRunner:
         )
 
     def _remember(self, k: int, hidden: torch.Tensor, block: Block) -> None:
-        state = self._state(k, block.end)
+        state = self._state(k, block.end)[: len(hidden)]
         if block.start is None:
             state[self.cache.numbers[: len(hidden), None], block.columns] = hidden
         else:
@@ -148,7 +169,7 @@ class LayerRunner:
         state = self._state(k, block.end)
         if block.start is None:
             return state[self.cache.numbers[: len(block.columns), None], block.columns]
-        return state[:, block.start : block.start + block.length]
+        return state[: len(block.starts), block.start : block.start + block.length]
 
     def _state(self, k: int, end: int) -> torch.Tensor:
         """The store of states after k layers, with room for positions before `end`."""
@@ -176,9 +197,9 @@ class LayerRunner:
         at: int | slice,
         shortlist: "ShortHead | None" = None,
     ) -> torch.Tensor:
-        """Logits of exit k right after `run` brought `hidden` [B, q, D] to layer k.
+        """Logits of exit k right after `run` brought `hidden` [B, q, D] to layer k, of the tokens that its head scores.
 
-        at: which of the q positions: -1, the last -> [B, V], or a slice -> [B, q', V].
+        at: which of the q positions: -1, the last -> [B, N], or a slice -> [B, q', N].
         """
         self.checks[k] += 1
         if self.spec.exit_kind.attends:
@@ -194,7 +215,14 @@ class LayerRunner:
         """What exit k reads at some positions -> its logits there."""
         head, output_norm = self.model.exit_heads[str(k)], self.spec.output_norm(self.layers[k - 1])
         ready = head.hidden(tap, output_norm, lambda layer, states: states)
-        return head.logits(ready, self.model.get_output_embeddings()) if shortlist is None else shortlist(head, ready)
+        if shortlist is not None:
+            return shortlist(head, ready)
+        return head.scored_logits(ready, self.model.get_output_embeddings())
+
+    def read_exit(self, k: int, block: Block) -> None:
+        """Bring the own layer of exit k, where it has one, up to a block that has been run."""
+        if self.spec.exit_kind.attends:
+            self._exit_layer(k, self.model.exit_heads[str(k)].body, self.recall(k, block), block)
 
     def _exit_layer(self, k: int, layer: nn.Module, hidden: torch.Tensor, block: Block) -> torch.Tensor:
         """The exit's own decoder layer on the block, and on positions before it that it has not seen yet: its states at

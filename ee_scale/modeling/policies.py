@@ -170,7 +170,13 @@ def score(name: str, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     Of a policy without limits: the highest probability.
     """
-    return SCORES.get(name, SCORES["threshold"]).of(logits.float().softmax(-1)), logits.argmax(-1)
+    logits = logits.float()
+    return SCORES.get(name, SCORES["threshold"]).of(logits.softmax(-1)), logits.argmax(-1)
+
+
+def most_likely(logits: torch.Tensor) -> torch.Tensor:
+    """Logits [..., V] -> tokens [...]. On a CPU torch looks through 16-bit numbers five times slower than fp32."""
+    return logits.float().argmax(-1)
 
 
 def passes(name: str, scores: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:

@@ -2,8 +2,10 @@
 
 Row b of every layer holds the key of position p in column p, so rows of a batch may have different lengths, tokens
 may be taken back without cropping (columns at and after a row's length are never read, and overwritten later), and
-layers may lag behind one another. The masks that make this safe are those of `layer_runner`.
-B rows, H key/value heads, C columns, D head size, q columns of one pass.
+layers may lag behind one another. The masks that make this safe are those of `layer_runner`. For the same reason a row
+may take the place of another: what that one left lies behind its length.
+B rows of the cache, R of a pass, which are the first ones; H key/value heads, C columns, D head size, q columns of one
+pass.
 """
 
 import torch
@@ -28,17 +30,21 @@ class PositionLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write [B, H, q, D] at the place of this pass; return all columns that it may look at."""
+        """Write [R, H, q, D] at the place of this pass; return all columns that it may look at."""
+        self.make_room(key_states, value_states)
+        return self._write(self.keys, key_states), self._write(self.values, value_states)
+
+    def make_room(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """For all columns of the cache, of keys and values like these."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         elif self.keys.shape[2] < self.cache.capacity:
             self.keys, self.values = (_grown(old, self.cache.capacity) for old in (self.keys, self.values))
-        return self._write(self.keys, key_states), self._write(self.values, value_states)
 
     def _write(self, store: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        start, columns, end = self.cache.place
+        (start, columns, end), store = self.cache.place, store[: len(new)]
         if start is None:
-            store[self.cache.numbers[:, None], :, columns] = new.transpose(1, 2)
+            store[self.cache.numbers[: len(new), None], :, columns] = new.transpose(1, 2)
         else:
             store[:, :, start : start + new.shape[2]] = new
         return store[:, :, :end]
@@ -63,17 +69,25 @@ class PositionCache(Cache):
         self.place: tuple[int | None, torch.Tensor | None, int] = (0, None, 0)
 
     def focus(self, start: int | None, columns: torch.Tensor | None, end: int) -> None:
-        """columns [B, q], or one `start` for all rows; `end`: columns to look at."""
+        """columns [R, q], or one `start` for all rows; `end`: columns to look at."""
         if end > self.capacity:
             self.capacity = end + GROWTH
         self.place = (start, columns, end)
 
-    def keep_rows(self, rows: torch.Tensor) -> None:
-        """Forget all rows but these."""
-        self.num_rows, self.numbers = len(rows), self.numbers[: len(rows)]
-        for layer in self.layers:
-            if layer.is_initialized:
-                layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+    def stores(self) -> list[torch.Tensor]:
+        """What holds a number of every row: keys and values of all layers."""
+        return [store for layer in self.layers if layer.is_initialized for store in (layer.keys, layer.values)]
+
+    def take_in(self, first: int, other: "PositionCache", rows: list[int], length: int) -> None:
+        """Copy the first `length` columns of some rows of another cache into the rows from `first` on."""
+        if length > self.capacity:
+            self.capacity = length + GROWTH
+        for layer, theirs in zip(self.layers, other.layers, strict=True):
+            if theirs.is_initialized:
+                layer.make_room(theirs.keys, theirs.values)
+                for slot, row in enumerate(rows, first):
+                    layer.keys[slot, :, :length] = theirs.keys[row, :, :length]
+                    layer.values[slot, :, :length] = theirs.values[row, :, :length]
 
     def row(self, row: int, length: int, num_layers: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Copies of the first `length` columns of one row, [H, length, D] per layer."""

@@ -99,8 +99,11 @@ class Sequences:
         config: GenerationConfig,
         streamer: BaseStreamer | None = None,
         draft_room: int = 0,
+        ids: torch.Tensor | None = None,
     ):
-        """config: a prepared GenerationConfig; draft_room: columns behind the longest text, for tokens on trial."""
+        """config: a prepared GenerationConfig; draft_room: columns behind the longest text, for tokens on trial; ids:
+        where the texts are kept, [B, columns that are enough].
+        """
         self.batch_size, self.prompt_length = input_ids.shape
         # Where the caller brings one of these, transformers has put it in the place of the config's.
         lengths = [item.max_length for item in criteria if type(item) is MaxLengthCriteria]
@@ -122,9 +125,9 @@ class Sequences:
             or any(remembers(item, CRITERIA_WITHOUT_MEMORY, StoppingCriteria) for item in self.criteria)
             or (streamer is not None and self.batch_size > 1)
         )
-        self.ids = torch.full(
-            (self.batch_size, self.max_length + draft_room), self.pad, dtype=input_ids.dtype, device=input_ids.device
-        )
+        shape = self.batch_size, self.max_length + draft_room
+        self.ids = input_ids.new_empty(shape) if ids is None else ids
+        self.ids.fill_(self.pad)
         self.ids[:, : self.prompt_length] = input_ids
         self.lengths = [self.prompt_length] * self.batch_size
         self.done = [False] * self.batch_size
@@ -166,8 +169,12 @@ class Sequences:
             scores[where] = processors(self.ids[:, :prefix], whole)[owners]
         return scores
 
-    def pick(self, scores: torch.Tensor) -> torch.Tensor:
-        """Processed scores [N, V] -> tokens [N], sampled or the most likely."""
+    def prompt(self, row: int, pad: int) -> torch.Tensor:
+        """The prompt of a row behind so many columns of padding, [S]."""
+        return self.ids[row, pad : self.prompt_length]
+
+    def pick(self, scores: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        """Processed scores [N, V] of so many rows -> tokens [N], sampled or the most likely."""
         if self.do_sample:
             return torch.multinomial(scores.softmax(-1), 1)[:, 0]
         return scores.argmax(-1)
@@ -193,15 +200,15 @@ class Sequences:
         length = max(self.lengths)
         self.ids[:, length : length + width] = self.pad
 
-    def write(self, index: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Put one token [N] behind each of the rows `index` [N], which are equally long, on their device.
+    def write(self, rows: list[int], index: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Put one token [N] behind each of these rows, which are equally long; `index` [N]: they on the device.
 
         Returns what criteria say of the whole batch, bool [B]; [0] where there are none, or a streamer has to hear of
         the tokens before they do.
         """
         length = max(self.lengths)
         self.ids[index, length] = tokens
-        return self._ended(length + 1) if self.criteria and self.streamer is None else self.none_ended
+        return self.ended(length + 1) if self.criteria and self.streamer is None else self.none_ended
 
     def append_to_all(
         self, rows: list[int], tokens: list[int], layers: list[int], confidences: list[float], ended: list[bool]
@@ -212,11 +219,12 @@ class Sequences:
         length = self.lengths[rows[0]]
         self._stream(slice(None), length - 1)
         if self.criteria and self.streamer is not None:
-            (ended,) = read(self._ended(length))
+            (ended,) = read(self.ended(length))
         for row in rows if ended else ():
             self.done[row] = self.done[row] or ended[row]
 
-    def _ended(self, length: int) -> torch.Tensor:
+    def ended(self, length: int) -> torch.Tensor:
+        """What criteria say of the first `length` columns, bool [B]."""
         return self.criteria(self.ids[:, :length], self.gathered(self.scores, float("-inf"), length))
 
     def append(

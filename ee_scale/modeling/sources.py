@@ -77,13 +77,14 @@ class Source:
         """1 to `cycle.most` drafts for each row. Laps of the clock: `early` for passes, `check` for looks at them."""
         raise NotImplementedError
 
-    def agrees(self, want: torch.Tensor, block: Block, at: slice) -> torch.Tensor | None:
-        """Where in a block of the prompts, bool [R, n], the source says what the full model says, `want` [R, n].
+    def agrees(self, runner: LayerRunner, want: torch.Tensor, block: Block, at: slice) -> torch.Tensor | None:
+        """Where in a block of prompts that `runner` reads, bool [R, n], the source says what the full model says,
+        `want` [R, n].
 
         None where that tells nothing.
         """
 
-    def keep_rows(self, rows: list[int], index: torch.Tensor) -> None:
+    def keep_rows(self, rows: list[int]) -> None:
         """Forget all slots but these, as `LayerRunner.keep_rows`."""
 
 
@@ -168,7 +169,7 @@ class ExitSource(Source):
         q = torch.where(q.isnan().any(-1, keepdim=True), torch.full_like(q, 1 / q.shape[-1]), q)
         return torch.multinomial(q, 1)[:, 0], scores, q
 
-    def agrees(self, want: torch.Tensor, block: Block, at: slice) -> torch.Tensor | None:
-        runner, k = self.runner, self.k
+    def agrees(self, runner: LayerRunner, want: torch.Tensor, block: Block, at: slice) -> torch.Tensor | None:
+        k = self.k
         tokens = runner.exit_logits(k, runner.recall(k, block), block, at, self.short).argmax(-1)
         return (tokens if self.ids is None else self.ids[tokens]) == want

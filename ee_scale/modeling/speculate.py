@@ -14,7 +14,7 @@ import torch
 
 from .clocks import start_clock
 from .drafting import SEEN, Drafting, known_of
-from .layer_runner import Block
+from .layer_runner import Block, LayerRunner
 from .loop import DecodeLoop
 from .sequences import looks_back
 from .sources import Cycle, Draft, ExitSource, Source
@@ -145,9 +145,9 @@ class Speculation(DecodeLoop):
             if i < len(drafts):
                 fine, chosen = self._judge(scores, drafts[i][index], None if q[i] is None else q[i][index])
             else:
-                fine, chosen = torch.zeros_like(index, dtype=torch.bool), sequences.pick(scores)
+                fine, chosen = torch.zeros_like(index, dtype=torch.bool), sequences.pick(scores, rows)
             self.tokens[index] = chosen
-            ended = sequences.write(self.index[index], chosen)
+            ended = sequences.write(rows, self.index[index], chosen)
             good, tokens, ended, *first = read(fine, chosen, ended, *(confidences if i == 0 else ()))
             known = first or known
             layers = [source.layer if yes else runner.num_layers for yes in good]
@@ -177,27 +177,27 @@ class Speculation(DecodeLoop):
         accepted, other = accept_sampled(torch.stack([p, p], 1), draft[:, None], [q])
         return accepted.bool(), torch.where(accepted.bool(), draft, other)
 
-    def keep_slots(self, keep: list[int]) -> None:
-        """Forget all slots but these."""
-        super().keep_slots(keep)
-        index = send(keep, self.runner.device)
-        for source in self.sources.values() if keep else ():
-            source.keep_rows(keep, index)
+    def _keep(self, slots: list[int]) -> list[int]:
+        kept = super()._keep(slots)
+        for source in self.sources.values():
+            source.keep_rows(kept)
+        return kept
 
-    def saw_prompt(self, hidden: torch.Tensor, block: Block) -> None:
+    def saw_prompt(self, runner: LayerRunner, lengths: list[int], hidden: torch.Tensor, block: Block) -> None:
         """First estimates of acceptance: how often a source agrees with the final layer on the prompt."""
-        if self.policy.draft_length is not None or block.end < max(self.next):
+        if self.policy.draft_length is not None or block.end < max(lengths):
             return
-        runner, width = self.runner, min(SEEN, block.length)  # logits are dear
+        width = min(SEEN, block.length)  # logits are dear
         last = slice(block.length - width, None)
         want = runner.final_logits(hidden[:, last]).argmax(-1)
-        valid = runner.numbers[block.end - width : block.end] < send(self.next, runner.device)[:, None]
-        said = {name: source.agrees(want, block, last) for name, source in self.sources.items()}
+        ends = send(lengths, runner.device)[:, None]
+        valid = runner.numbers[block.end - width : block.end] < ends
+        said = {name: source.agrees(runner, want, block, last) for name, source in self.sources.items()}
         known = {name: yes for name, yes in said.items() if yes is not None}
         ((count, *agreed),) = read(torch.stack([valid.sum(), *((yes & valid).sum() for yes in known.values())]))
         for name, right in zip(known, agreed, strict=True):
             self.drafting.foresaw(name, right, count)
-        runner.clip(self.next)
+        runner.clip(lengths)
 
     def stats(self) -> dict[str, Any]:
         """Drafts and their fate, on the whole and by source."""

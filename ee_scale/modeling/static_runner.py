@@ -34,13 +34,27 @@ class StaticRunner(LayerRunner):
         """The prompt is over."""
         self.frozen = True
 
-    def keep_rows(self, rows: list[int], index: torch.Tensor) -> None:
-        """The others move up, in place."""
+    def keep_rows(self, rows: list[int]) -> None:
+        """The others are padding."""
+        super().keep_rows(rows)
         self.live = len(rows)
-        stores = [store for layer in self.cache.layers if layer.is_initialized for store in (layer.keys, layer.values)]
-        for store in (*stores, *(state for state in self.states.values() if state is not None)):
-            store[: len(rows)] = store[index]
-        self.exit_lengths = {k: [old[i] for i in rows] for k, old in self.exit_lengths.items()}
+
+    def clear(self) -> None:
+        """All rows are padding."""
+        super().clear()
+        self.live = 0
+
+    def apart(self, rows: int, capacity: int) -> LayerRunner:
+        """For prompts, which come in all shapes."""
+        other = super().apart(rows, capacity)
+        other.frozen, other.live, other.rows = False, rows, rows
+        return other
+
+    def take_in(self, first: int, other: LayerRunner, rows: list[int], length: int) -> None:
+        """They are no padding any more."""
+        self.cache.capacity = max(self.cache.capacity, _bucketed(length))
+        super().take_in(first, other, rows, length)
+        self.live = first + len(rows)
 
     def block(self, starts: list[int], length: int) -> Block:
         """The block of `length` positions from `starts` [R] on."""

@@ -12,6 +12,7 @@ import torch
 from .decision_log import DecisionLog
 from .heads import ModelWithExits
 from .policies import ExitPolicy
+from .row_texts import RowTexts
 from .sequences import Sequences
 
 
@@ -64,7 +65,7 @@ class Trail:
         self.share = options.get("exit_audit", 0.0)
         if isinstance(self.share, bool) or not isinstance(self.share, int | float) or not 0 <= self.share <= 1:
             raise ValueError(f"exit_audit={self.share!r}: give a share between 0 and 1")
-        self.requests = options.get("exit_requests")
+        self.requests: list[Any] | None = options.get("exit_requests")
         self.random = DRAWS.streams(prompts, self.requests) if 0 < self.share < 1 else None
         if self.requests is None:
             self.requests = request_names(batch_size)
@@ -75,6 +76,7 @@ class Trail:
         }
         self.waiting: dict[tuple[int, int], tuple[int, int]] = {}
         self.agrees: dict[tuple[int, int], bool] = {}
+        self.audited = self.agreed = 0
 
     def left_early(self, row: int, position: int, index: int, token: int) -> None:
         """New token `index` of a row came from an exit that read `position`; its own most likely token was `token`."""
@@ -85,15 +87,32 @@ class Trail:
         """The final layer's most likely token at a position that was waited for."""
         index, early = self.waiting.pop((row, position))
         self.agrees[row, index] = token == early
+        self.audited, self.agreed = self.audited + 1, self.agreed + (token == early)
+
+    def begin(self, row: int, prompt: torch.Tensor, request: str | int | None, tag: str | None) -> None:
+        """Another request takes the place of a row: its prompt [1, S], and its names; of None one is made."""
+        if self.random is not None:
+            (self.random[row],) = DRAWS.streams(prompt, None if request is None else [request])
+        self.requests[row] = request_names(1)[0] if request is None else request
+        self.tags[row] = tag
+
+    def end(self, row: int, sequences: Sequences | RowTexts) -> None:
+        """Append a row's decisions to the log, and forget them."""
+        self._write([row], sequences)
+        self.waiting = {place: token for place, token in self.waiting.items() if place[0] != row}
+        self.agrees = {place: agrees for place, agrees in self.agrees.items() if place[0] != row}
 
     def write(self, sequences: Sequences) -> None:
         """Append every decision to the log."""
+        self._write(list(range(sequences.batch_size)), sequences)
+
+    def _write(self, rows: list[int], sequences: Sequences | RowTexts) -> None:
         if self.log is None:
             return
         log = self.log if hasattr(self.log, "add") else DecisionLog(self.log)
         log.describe(**self.header)
-        for row, layers in enumerate(sequences.layers):
-            for index, layer in enumerate(layers):
+        for row in rows:
+            for index, layer in enumerate(sequences.layers[row]):
                 confidence = sequences.confidences[row][index]
                 log.add(
                     self.requests[row],

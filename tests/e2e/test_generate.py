@@ -13,6 +13,7 @@ from helpers.cli import run_cli
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ee_scale.cli.main import main
+from ee_scale.modeling.row_queue import RowQueue
 from ee_scale.modeling.trail import AuditDraws
 
 PROMPT = "one token reads"
@@ -103,6 +104,28 @@ def test_prompts_of_a_file_in_batches(given, expected, capsys):
         assert [len(row.get("exit_layers", [])) for row in rows] == ([NEW] * 3 if policy == "lossless" else [0] * 3)
     out, _ = said([*given, f'prompt=["{prompts[0]}", "{prompts[1]}"]'], capsys)
     assert [json.loads(line)["text"] for line in out.splitlines()] == [expected[prompt] for prompt in prompts[:2]]
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [["policy=off"], ["policy=threshold", "threshold=0.02"], ["policy=lossless"], ["policy=off", "temperature=1.0"]],
+)
+def test_a_full_batch_says_what_one_prompt_at_a_time_says(policy, given, capsys, monkeypatch):
+    """Eight prompts of all lengths, three places; answers in the order of the prompts."""
+    taken, add = [], RowQueue.add
+    monkeypatch.setattr(RowQueue, "add", lambda queue, row: taken.append(row) or add(queue, row))
+    words = ["the", "hidden", "state", "of", "one", "token", "and", "an", "exit", "reads", "one", "layer"]
+    prompts = [" ".join(words[: count + 1]) for count in (3, 0, 9, 1, 6, 2, 11, 4)]
+    said_by: dict[int, list[dict]] = {}
+    for size in (1, 3):
+        out = f"of-{size}.jsonl"
+        said([*given, *policy, f"prompt={json.dumps(prompts)}", f"batch_size={size}", f"out={out}"], capsys)
+        said_by[size] = [json.loads(line) for line in Path(out).read_text().splitlines()]
+    assert [row["prompt"] for row in said_by[3]] == prompts
+    assert len(taken) == 16
+    if policy == ["policy=lossless"]:  # what is drafted is measured
+        said_by = {size: [{**row, "exit_layers": None} for row in rows] for size, rows in said_by.items()}
+    assert said_by[3] == said_by[1]
 
 
 def test_standard_input(given, expected, capsys, monkeypatch):

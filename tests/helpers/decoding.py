@@ -242,7 +242,7 @@ def cache_error(loop: Any, base: Any) -> float:
         own = loop.runner.cache.layers[index]
         valid = torch.arange(width) < torch.tensor([row[index] for row in counts])[:, None]
         for mine, theirs in ((own.keys, layer.keys), (own.values, layer.values)):
-            error = (mine[:, :, :width] - theirs).abs().amax((1, 3))
+            error = (mine[: len(theirs), :, :width] - theirs).abs().amax((1, 3))
             worst = max(worst, float(error[valid].max()))
     return worst
 
