@@ -13,6 +13,7 @@ from typing import Any
 from ee_scale.reading import Count, check_fields, check_files, read_json
 
 STATE = "state.json"
+BEST = "best"  # in the state of a run with held-out text: the step with the lowest loss on it, and that loss
 COUNTS = ("consumed_samples", "steps", "recipe_stage")  # what the state of some runs has besides
 
 
@@ -30,5 +31,8 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
     state = read_json(folder / STATE)
     check_fields(state, folder / STATE, files=dict[str, str], step=Count)
     check_fields(state, folder / STATE, **{name: Count for name in COUNTS if name in state})
+    if BEST in state:
+        check_fields(state, folder / STATE, best=dict[str, Any])
+        check_fields(state[BEST], folder / STATE, step=Count, loss=float, worse=Count)
     check_files(folder, state["files"])
     return state

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from ee_scale.artifact.checkpoint import STATE, checkpoints
+from ee_scale.artifact.checkpoint import BEST, STATE, checkpoints
 from ee_scale.backbone.loading import TensorFolder
 from ee_scale.backbone.narrowing import fill
 from ee_scale.engine.staging import Staging
@@ -70,7 +70,8 @@ def take_snapshot(run: Run, facts: dict[str, Any]) -> Snapshot:
 
 
 def write_snapshot(root: Path, snapshot: Snapshot, grid: Grid, keep: int) -> Path:
-    """Write a snapshot below `root`, publish it by a rename, then drop all but the last `keep` checkpoints.
+    """Write a snapshot below `root`, publish it by a rename, then drop all but the last `keep` checkpoints and
+    the best one (`BEST` in the state names its step).
 
     All ranks call it, in whatever thread: they talk in `grid.save_group` alone. Returns the checkpoint's folder.
     Raises `NotWrittenError` on all ranks if it failed on one; what was there before is untouched then.
@@ -152,9 +153,11 @@ def _publish(temporary: Path, folder: Path, state: dict[str, Any], keep: int) ->
         _drop(folder)
     temporary.rename(folder)
     sync(folder.parent)
-    for _, old in sorted(checkpoints(folder.parent).items())[:-keep]:
+    best = state.get(BEST, {}).get("step")
+    for step, old in sorted(checkpoints(folder.parent).items())[:-keep]:
         try:
-            _drop(old)
+            if step != best:
+                _drop(old)
         except OSError as error:
             log.warning("cannot delete the old checkpoint %s (%s)", old, _reason(error))
 

@@ -85,6 +85,18 @@ class BackboneConfig:
 @dataclass
 class TrainConfig(BatchConfig):
     steps: int = setting(1000, "optimizer steps", rule=at_least(1))
+    held_out: Any = setting(
+        None,
+        "text that is not trained on: at every checkpoint the exits' loss on it is measured, and the checkpoint with "
+        "the lowest one is kept and is what export takes",
+        texts=True,
+    )
+    held_out_tokens: int = setting(20_000, "tokens of held_out to measure on; 0: all", rule=at_least(0))
+    early_stop: int = setting(
+        0,
+        "with held_out: end the run after this many checkpoints in a row without a lower loss; 0: never",
+        rule=at_least(0),
+    )
 
 
 @dataclass

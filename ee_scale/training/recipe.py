@@ -121,6 +121,14 @@ class Run(ABC, Generic[ConfigType, PlanType]):
         """What goes into a checkpoint's state.json."""
         return {}
 
+    def measure(self) -> None:
+        """What is measured after a step, before its checkpoint is written. All ranks call it."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether the run is over before its steps are through; the same on all ranks."""
+        return False
+
     def reopen(self, state: Mapping[str, Any]) -> None:
         """Make the parameters that a checkpoint with this state.json has, before they are read."""
 
