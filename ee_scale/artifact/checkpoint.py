@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ee_scale.reading import Count, check_fields, check_files, read_json
+from ee_scale.training.recipe import BEST
 
 STATE = "state.json"
-BEST = "best"  # in the state of a run with held-out text: the step with the lowest loss on it, and that loss
 COUNTS = ("consumed_samples", "steps", "recipe_stage")  # what the state of some runs has besides
 
 

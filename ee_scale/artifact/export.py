@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ee_scale.artifact.checkpoint import BEST, checkpoints, read_checkpoint
+from ee_scale.artifact.checkpoint import checkpoints, read_checkpoint
 from ee_scale.artifact.hf_folder import write_beside, write_index, write_sidecar
 from ee_scale.artifact.run_folder import CHECKPOINTS, read_run
 from ee_scale.artifact.trained_base import TrainedBase
@@ -23,6 +23,7 @@ from ee_scale.files import new_folder, write_text
 from ee_scale.log import log
 from ee_scale.modeling.heads import ExitSpec
 from ee_scale.modeling.modeling_early_exit import PREFIX, auto_map, copy_code
+from ee_scale.training.recipe import BEST
 
 EXITS_SHARD = "model-exit-heads.safetensors"
 

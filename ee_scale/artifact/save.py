@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from ee_scale.artifact.checkpoint import BEST, STATE, checkpoints
+from ee_scale.artifact.checkpoint import STATE, checkpoints
 from ee_scale.backbone.loading import TensorFolder
 from ee_scale.backbone.narrowing import fill
 from ee_scale.engine.staging import Staging
@@ -20,7 +20,7 @@ from ee_scale.files import file_digest, sync
 from ee_scale.grid import Grid
 from ee_scale.log import log
 from ee_scale.reading import write_json
-from ee_scale.training.recipe import Run
+from ee_scale.training.recipe import BEST, Run
 
 
 class NotWrittenError(Exception):

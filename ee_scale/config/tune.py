@@ -13,12 +13,19 @@ from ee_scale.config.groups import (
     ModelConfig,
     OptimConfig,
     ParallelConfig,
+    Rule,
     above,
     at_least,
     one_of,
     setting,
 )
 from ee_scale.modeling.kinds import KINDS
+
+
+def _is_size(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return 0 < value < 1 or (value >= 2 and value == int(value))
 
 
 @dataclass
@@ -36,11 +43,11 @@ class ExitsConfig:
         rule=one_of("tied", "low_rank", "full", "shortlist"),
     )
     rank: int = setting(64, "rank r of the low-rank head", rule=at_least(1))
-    shortlist: int = setting(
+    shortlist: Any = setting(
         8192,
-        "tokens that a shortlist head scores: the most frequent ones of the training data, and all special ones; "
-        "labels outside are left out of the exits' loss",
-        rule=at_least(2),
+        "tokens that a shortlist head scores, a number or a share of the vocabulary (0.125): the most frequent ones of "
+        "the training data, and all special ones; labels outside are left out of the exits' loss",
+        rule=Rule("give a number of tokens, at least 2, or a share of the vocabulary, above 0 and below 1", _is_size),
     )
     init: str = setting("copy", "start from the backbone's own modules, or random", rule=one_of("copy", "random"))
     loss_weights: Any = setting(1.0, "weight of the exits' losses: one number, or one per exit")

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ee_scale.artifact.checkpoint import BEST
 from ee_scale.config.tune import TuneConfig
 from ee_scale.data.dataset import check_tokens
 from ee_scale.data.inputs import load_tokenizer, sources
@@ -20,6 +19,7 @@ from ee_scale.exits.vocab_parallel import cross_entropy, mask_padding
 from ee_scale.grid import Grid
 from ee_scale.log import log
 from ee_scale.planning.tune import TunePlan
+from ee_scale.training.recipe import BEST
 
 FIELD = "train.held_out"
 

@@ -21,6 +21,7 @@ from ee_scale.planning.estimates import Plan
 from ee_scale.training.meter import StageMeter, peak_flops
 from ee_scale.training.metrics import Key, MetricsStream, StepMetrics
 
+BEST = "best"  # in the state of a run with held-out text: the step with the lowest loss on it, and that loss
 Named = list[tuple[str, nn.Parameter]]
 ConfigType = TypeVar("ConfigType", bound=TrainingConfig)
 PlanType = TypeVar("PlanType", bound=Plan[Any])
