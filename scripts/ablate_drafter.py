@@ -13,10 +13,11 @@ best (`modeling.costs`), on a device that waits for weights (V = 1) and, with `-
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +25,74 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-SEQUENCE = 256
+BATCH = 2  # sequences of a step, as exits=drafter has it
+SMALL_STEPS = 500
 TEMPERATURE, ROWS = 0.8, 8
 Parts = dict[str, Any]
 
 
-def arms(tokens: int) -> dict[str, list[str]]:
-    """Name -> settings that differ from `exits=drafter`. Names of one question share their first word."""
-    return {"recipe": []}
+def arms(options: argparse.Namespace) -> dict[str, list[str]]:
+    """Name -> settings that differ from `exits=drafter`; the names of one question share their first word.
+
+    Runs that learn from the final layer share what exits read of the backbone (`data.cache_taps`). The ones of depth,
+    kind, own text, batch and rate are compared with 'loss labels': they learn from the labels, which is cheaper.
+    """
+    count = steps(options) * BATCH
+    here, taps = "exits.layers=[0.1667]", ["data.cache_taps=true", f"data.sequences={count}"]
+    taught, labels = [here, *taps], [here, "exits.kl_weight=0"]
+    depths = "exits.layers=[0.034,0.1,0.1667,0.2667,0.3334,0.5,0.6667]"
+    found = {
+        "recipe": taught,
+        "loss both": [*taught, "exits.kl_weight=1"],
+        "loss soft": [*taught, "exits.kl_temperature=2"],
+        "loss labels": labels,
+        "epochs 4": [*taught, f"train.steps={4 * steps(options)}"],
+        "shortlist 1/24": [*taught, "exits.shortlist=0.0417"],
+        "shortlist 1/6": [*taught, "exits.shortlist=0.1667"],
+        "shortlist 1/3": [*taught, "exits.shortlist=0.3333"],
+        "depth": [depths, "exits.kl_weight=0"],
+        "kind mlp": [*labels, "exits.kind=mlp"],
+        "own text": [*labels, "data.own_text=0.5"],
+        "batch 2048 tokens": [*labels, "train.global_batch_size=8", f"train.steps={steps(options) // 4}"],
+        "rate 0.0003": [*labels, "optim.lr=3e-4"],
+        "rate 0.001": [*labels, "optim.lr=1e-3"],
+        "rate 0.006": [*labels, "optim.lr=6e-3"],
+    }
+    if options.small:
+        text, held_out = options.small
+        found |= small_arms(text, held_out)
+    return found
+
+
+def small_arms(text: str, held_out: str) -> dict[str, list[str]]:
+    """The same for a small text: SMALL_STEPS steps over it again and again, and what may keep that from hurting."""
+    base = [f"data.path=[{text}]", "data.weights=null", "data.cache_taps=true", "data.sequences=248"]
+    base += ["exits.layers=[0.1]", f"train.steps={SMALL_STEPS}"]
+    stop = [f"train.held_out={held_out}", "train.early_stop=3", f"train.save_every={SMALL_STEPS // 10}"]
+    short, own = ["exits.shortlist=0.0417"], ["data.own_text=0.5", "data.own_text_tokens=32000"]
+    return {
+        "small": base,
+        "small stops": [*base, *stop],
+        "small stops, short head": [*base, *stop, *short],
+        "small stops, short head, own text": [*base, *stop, *short, *own],
+    }
+
+
+def steps(options: argparse.Namespace) -> int:
+    """Optimizer steps of the budget."""
+    return max(4, options.tokens // (options.seq_length * BATCH))
 
 
 def train(options: argparse.Namespace, name: str, settings: list[str]) -> dict[str, Any]:
     """One run in a process of its own; seconds of it. Raises SystemExit if it fails."""
     out, work = options.work / name, options.work
-    steps = max(1, options.tokens // (SEQUENCE * options.batch))
     words = [
         f"model={options.model}",
         f"data.path=[{','.join(options.data)}]",
         *([f"data.weights=[{options.weights}]"] if options.weights else []),
-        f"data.seq_length={SEQUENCE}",
+        f"data.seq_length={options.seq_length}",
         f"data.cache_dir={options.cache or work / 'data'}",
-        f"train.steps={steps}",
+        f"train.steps={steps(options)}",
         "exits=drafter",
         *settings,
         f"out={out}",
@@ -73,7 +121,7 @@ def passages(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     model, tokenizer, found = open_model(options.model).eval(), load_tokenizer(options.model, "model"), {}
     for name, text in (pair.split("=", 1) for pair in options.held):
         config = ProbeConfig(model=str(options.model), data=text, cache_dir=str(options.cache or options.work / "data"))
-        pieces = list(windows(read_prefixes(config, model, tokenizer, options.model), SEQUENCE, 1))
+        pieces = list(windows(read_prefixes(config, model, tokenizer, options.model), options.seq_length, 1))
         chosen = [pieces[i * len(pieces) // options.prompts] for i in range(options.prompts)]
         ids, learned = (torch.cat([piece[part] for piece in chosen]) for part in (0, 1))
         found[name] = {"text": (ids, learned)}
@@ -179,7 +227,7 @@ def table(results: dict[str, Any], names: list[str]) -> Table:
     return found
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Train what is missing, measure it, print the table and write the JSON after every run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
@@ -189,25 +237,27 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of the runs, ablation.json and their logs")
     parser.add_argument("--cache", type=Path, help="tokenised data; default: in --work")
     parser.add_argument("--tokens", type=int, default=150_000, help="budget of each run")
+    parser.add_argument("--seq-length", type=int, default=256)
+    parser.add_argument("--small", nargs=2, metavar=("TEXT", "HELD"), help="a small text, and more of it to stop by")
     parser.add_argument("--arms", help="first words of the runs wanted, as depth,kind; default: all")
     parser.add_argument("--prompts", type=int, default=16, help="windows and prompts of each held-out text")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--parts", type=Path, help="JSON of scripts/bench_decode.py: seconds of this machine's parts")
     parser.add_argument("--shortlist-share", type=float, default=1 / 6, help="of the vocabulary, in --parts")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     options.work.mkdir(parents=True, exist_ok=True)
     options.parts = timed(options.parts, options.shortlist_share)
     path = options.work / "ablation.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     texts = passages(options)
-    for name, settings in arms(options.tokens).items():
+    for name, settings in arms(options).items():
         if options.arms and name.split()[0] not in options.arms.split(","):
             continue
         if name not in results:
-            Console().print(f"{name}: {' '.join(settings)}", highlight=False)
-            folder = name.replace(" ", "-")
+            Console().print(f"{name}: {' '.join(settings)}", highlight=False, markup=False)
+            folder = re.sub(r"[^a-z0-9.]+", "-", name)
             made = train(options, folder, settings)
             results[name] = {**made, "exits": read(options, options.work / folder, texts)}
             path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

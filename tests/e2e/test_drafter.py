@@ -44,8 +44,8 @@ def test_it_runs_on_a_small_model_and_drafts_losslessly(model_dir, corpus, tmp_p
     finished = run_cli(["tune", *words, "train.steps=40", "parallel.device=cpu", "out=run"], tmp_path)
     assert finished.code == 0, finished.output
     spec = read_run(tmp_path / "run")["early_exit"]
-    assert spec["layers"] == [1]  # a tenth of 4 layers is at least the first
-    assert spec["shortlist"] == round(0.1667 * 301)
+    assert spec["layers"] == [1]  # a thirtieth of 4 layers is at least the first
+    assert spec["shortlist"] == round(0.0833 * 301)
     assert main(["export", f"src={tmp_path / 'run'}", f"out={tmp_path / 'model'}"]) == 0
     model = open_model(tmp_path / "model").eval()
     ids = torch.arange(3, 11)[None]
