@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ee_scale.reading import Count, check_fields, check_files, read_json
+from ee_scale.training.recipe import BEST
 
 STATE = "state.json"
 COUNTS = ("consumed_samples", "steps", "recipe_stage")  # what the state of some runs has besides
@@ -30,5 +31,8 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
     state = read_json(folder / STATE)
     check_fields(state, folder / STATE, files=dict[str, str], step=Count)
     check_fields(state, folder / STATE, **{name: Count for name in COUNTS if name in state})
+    if BEST in state:
+        check_fields(state, folder / STATE, best=dict[str, Any])
+        check_fields(state[BEST], folder / STATE, step=Count, loss=float, worse=Count)
     check_files(folder, state["files"])
     return state

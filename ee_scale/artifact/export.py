@@ -20,8 +20,10 @@ from ee_scale.backbone.model_path import plain_folder
 from ee_scale.backbone.narrowing import narrowed
 from ee_scale.errors import UserError
 from ee_scale.files import new_folder, write_text
+from ee_scale.log import log
 from ee_scale.modeling.heads import ExitSpec
 from ee_scale.modeling.modeling_early_exit import PREFIX, auto_map, copy_code
+from ee_scale.training.recipe import BEST
 
 EXITS_SHARD = "model-exit-heads.safetensors"
 
@@ -56,7 +58,11 @@ def open_trained(run: Path, step: int | None) -> Trained:
         raise UserError(f"src={run}: no checkpoint in it yet")
     if step is not None and step not in found:
         raise UserError(f"step={step}: {run} has checkpoints of steps {', '.join(map(str, found))}")
-    folder = found[step if step is not None else max(found)]
+    last = found[max(found)]
+    if step is None and (best := read_checkpoint(last).get(BEST, {}).get("step")) in found:
+        step = best
+        log.info("step %d: the lowest loss on held-out text", step)
+    folder = last if step is None else found[step]
     state = read_checkpoint(folder)
     exits = TensorFolder(folder, [folder / name for name in sorted(state["files"]) if name.startswith("exits_")])
     tensors = {name: exits.read(name) for name in exits.files}

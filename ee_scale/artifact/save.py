@@ -20,7 +20,7 @@ from ee_scale.files import file_digest, sync
 from ee_scale.grid import Grid
 from ee_scale.log import log
 from ee_scale.reading import write_json
-from ee_scale.training.recipe import Run
+from ee_scale.training.recipe import BEST, Run
 
 
 class NotWrittenError(Exception):
@@ -70,7 +70,8 @@ def take_snapshot(run: Run, facts: dict[str, Any]) -> Snapshot:
 
 
 def write_snapshot(root: Path, snapshot: Snapshot, grid: Grid, keep: int) -> Path:
-    """Write a snapshot below `root`, publish it by a rename, then drop all but the last `keep` checkpoints.
+    """Write a snapshot below `root`, publish it by a rename, then drop all but the last `keep` checkpoints and
+    the best one (`BEST` in the state names its step).
 
     All ranks call it, in whatever thread: they talk in `grid.save_group` alone. Returns the checkpoint's folder.
     Raises `NotWrittenError` on all ranks if it failed on one; what was there before is untouched then.
@@ -152,9 +153,11 @@ def _publish(temporary: Path, folder: Path, state: dict[str, Any], keep: int) ->
         _drop(folder)
     temporary.rename(folder)
     sync(folder.parent)
-    for _, old in sorted(checkpoints(folder.parent).items())[:-keep]:
+    best = state.get(BEST, {}).get("step")
+    for step, old in sorted(checkpoints(folder.parent).items())[:-keep]:
         try:
-            _drop(old)
+            if step != best:
+                _drop(old)
         except OSError as error:
             log.warning("cannot delete the old checkpoint %s (%s)", old, _reason(error))
 

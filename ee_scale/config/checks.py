@@ -40,6 +40,7 @@ def check_tune(config: TuneConfig) -> None:
             f"data.own_text_prompt={data.own_text_prompt} is not below data.seq_length={data.seq_length}: nothing is "
             "left to write"
         )
+    _check_held_out(config)
     backbone = config.backbone
     if backbone.mode == "frozen":
         return
@@ -54,6 +55,17 @@ def check_tune(config: TuneConfig) -> None:
         raise UserError(
             f"exits.kl_weight={config.exits.kl_weight} with backbone.mode={backbone.mode}: exits can learn from the "
             "final layer of a frozen backbone only; use exits.kl_weight=0 or backbone=frozen"
+        )
+
+
+def _check_held_out(config: TuneConfig) -> None:
+    train, mode = config.train, config.backbone.mode
+    if train.early_stop and not train.held_out:
+        raise UserError(f"train.early_stop={train.early_stop} needs train.held_out=<text that is not trained on>")
+    if train.held_out and mode != "frozen":
+        raise UserError(
+            f"train.held_out with backbone.mode={mode}: exits are measured on a frozen backbone alone; leave it out, "
+            "or use backbone=frozen"
         )
 
 

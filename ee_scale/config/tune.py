@@ -13,12 +13,19 @@ from ee_scale.config.groups import (
     ModelConfig,
     OptimConfig,
     ParallelConfig,
+    Rule,
     above,
     at_least,
     one_of,
     setting,
 )
 from ee_scale.modeling.kinds import KINDS
+
+
+def _is_size(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return 0 < value < 1 or (value >= 2 and value == int(value))
 
 
 @dataclass
@@ -36,11 +43,11 @@ class ExitsConfig:
         rule=one_of("tied", "low_rank", "full", "shortlist"),
     )
     rank: int = setting(64, "rank r of the low-rank head", rule=at_least(1))
-    shortlist: int = setting(
+    shortlist: Any = setting(
         8192,
-        "tokens that a shortlist head scores: the most frequent ones of the training data, and all special ones; "
-        "labels outside are left out of the exits' loss",
-        rule=at_least(2),
+        "tokens that a shortlist head scores, a number or a share of the vocabulary (0.125): the most frequent ones of "
+        "the training data, and all special ones; labels outside are left out of the exits' loss",
+        rule=Rule("give a number of tokens, at least 2, or a share of the vocabulary, above 0 and below 1", _is_size),
     )
     init: str = setting("copy", "start from the backbone's own modules, or random", rule=one_of("copy", "random"))
     loss_weights: Any = setting(1.0, "weight of the exits' losses: one number, or one per exit")
@@ -85,6 +92,18 @@ class BackboneConfig:
 @dataclass
 class TrainConfig(BatchConfig):
     steps: int = setting(1000, "optimizer steps", rule=at_least(1))
+    held_out: Any = setting(
+        None,
+        "text that is not trained on: at every checkpoint the exits' loss on it is measured, and the checkpoint with "
+        "the lowest one is kept and is what export takes",
+        texts=True,
+    )
+    held_out_tokens: int = setting(20_000, "tokens of held_out to measure on; 0: all", rule=at_least(0))
+    early_stop: int = setting(
+        0,
+        "with held_out: end the run after this many checkpoints in a row without a lower loss; 0: never",
+        rule=at_least(0),
+    )
 
 
 @dataclass

@@ -55,9 +55,9 @@ def _few(names: list[str]) -> str:
 def setting_name(fields: str, name: str) -> str:
     """What a person calls a setting of the data: `data.path`, or `data` in a config that has no group (fields='').
 
-    `data.valid` (fields='data.valid') is a path that shares the other settings of `data`.
+    `data.valid` and `train.held_out` (then `fields`) are paths that share the other settings of `data`.
     """
-    if fields == "data.valid":
+    if fields in ("data.valid", "train.held_out"):
         return fields if name == "path" else f"data.{name}"
     return f"{fields}.{name}" if fields else {"path": "data"}.get(name, name)
 

@@ -23,12 +23,13 @@ def resolve_loss_weights(weights: float | Sequence[float], exit_layers: Sequence
 
 
 def exit_spec(
-    model_config: PreTrainedConfig, layers: Sequence[int], kind: str, head: str, rank: int, shortlist: int = 0
+    model_config: PreTrainedConfig, layers: Sequence[int], kind: str, head: str, rank: int, shortlist: float = 0
 ) -> ExitSpec:
-    """The spec of these exits on this model, `shortlist_ids` left open.
+    """The spec of these exits on this model, `shortlist_ids` left open; `shortlist` below 1: a share of the words.
 
     Raises `UserError` if nothing would be trained, or a shortlist is longer than the vocabulary.
     """
+    shortlist = max(2, round(shortlist * model_config.vocab_size)) if 0 < shortlist < 1 else int(shortlist)
     if head == SHORTLIST and shortlist > model_config.vocab_size:
         raise UserError(f"exits.shortlist={shortlist} is above the model's vocab_size={model_config.vocab_size}")
     if not KINDS[kind].trains and head == "tied":

@@ -15,6 +15,7 @@ from ee_scale.backbone.shard import tensor_plan
 from ee_scale.backbone.stages import StagePlan, plan_stages
 from ee_scale.config.checks import check_batch, check_tune
 from ee_scale.config.tune import BackboneConfig, TuneConfig
+from ee_scale.errors import UserError
 from ee_scale.exits.joint import FROZEN, FULL, LOW_RANK, output_copies
 from ee_scale.exits.losses import LEAST_CHUNK, chunk_tokens
 from ee_scale.exits.placement import exit_cost, exit_spec, resolve_loss_weights
@@ -333,6 +334,11 @@ def plan_tune(config: TuneConfig, model_dir: Path, model_config: PreTrainedConfi
         last_cost=3.0 * shape.vocab_size * shape.hidden_size if backbone.trains else 0.0,
         whole_model=exits.kl_weight > 0 or backbone.trains,
     )
+    if config.train.held_out and stages.launched > 1:
+        raise UserError(
+            f"train.held_out: exits are measured where one stage holds them all, and parallel.pp={parallel.pp} "
+            f"launches {stages.launched}; use parallel.pp=1"
+        )
     return TunePlan(
         config=config,
         model_dir=model_dir,

@@ -66,7 +66,7 @@ class Loop:
     def train(self, total_steps: int) -> None:
         """The steps that are left. Raises RuntimeError if something frozen changed, and what `begin` does."""
         with self.running():
-            while self.run.step < total_steps:
+            while self.run.step < total_steps and not self.run.ended:
                 self._watch(self.run.ready())  # and keeps no hand on it: an engine is gone when its phase is over
                 self.begin()
                 self.end(self.run.train_step())
@@ -107,6 +107,8 @@ class Loop:
             self.stream.flush()
         self._report(wait=saves)
         if saves:
+            with self.watchdog.during("save"):
+                self.run.measure()
             self._save()
 
     def _tell_left_out(self, late: int) -> None:

@@ -21,6 +21,7 @@ from ee_scale.planning.estimates import Plan
 from ee_scale.training.meter import StageMeter, peak_flops
 from ee_scale.training.metrics import Key, MetricsStream, StepMetrics
 
+BEST = "best"  # in the state of a run with held-out text: the step with the lowest loss on it, and that loss
 Named = list[tuple[str, nn.Parameter]]
 ConfigType = TypeVar("ConfigType", bound=TrainingConfig)
 PlanType = TypeVar("PlanType", bound=Plan[Any])
@@ -120,6 +121,14 @@ class Run(ABC, Generic[ConfigType, PlanType]):
     def facts(self) -> dict[str, Any]:
         """What goes into a checkpoint's state.json."""
         return {}
+
+    def measure(self) -> None:
+        """What is measured after a step, before its checkpoint is written. All ranks call it."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether the run is over before its steps are through; the same on all ranks."""
+        return False
 
     def reopen(self, state: Mapping[str, Any]) -> None:
         """Make the parameters that a checkpoint with this state.json has, before they are read."""

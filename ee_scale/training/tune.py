@@ -27,6 +27,7 @@ from ee_scale.grid import Grid
 from ee_scale.log import log
 from ee_scale.planning.estimates import uses_bf16
 from ee_scale.planning.tune import TunePlan, plan_tune
+from ee_scale.training.held_out import HeldOut, held_out_prefixes, open_held_out
 from ee_scale.training.metrics import MetricsStream
 from ee_scale.training.own_text import prepare_own_text
 from ee_scale.training.recipe import Recipe, Run, SavedPart, Step, Words, check_frozen
@@ -54,6 +55,8 @@ class Tune(Recipe[TuneConfig, TunePlan]):
     def prepare(self, *, progress: bool) -> dict[str, Any]:
         data, model_dir, words = self.config.data, self.plan.model_dir, self.plan.shape.vocab_size
         found = check_run_text(data, model_dir, words, progress=progress)
+        if self.config.train.held_out:
+            held_out_prefixes(self.plan, progress=progress)
         if size := self.plan.spec.shortlist:
             self.frequent = frequent_tokens(data, model_dir, words, size)
             self.plan = replace(self.plan, spec=replace(self.plan.spec, shortlist_ids=self.frequent.ids))
@@ -78,6 +81,8 @@ class Tune(Recipe[TuneConfig, TunePlan]):
         run = start_run(plan, grid, run_dataset(self.config.data, plan.model_dir, words, samples, own_text))
         if (kept := plan.kept_taps) is not None:
             run.taps = open_taps(kept, self.taps_folder, grid)
+        if self.config.train.held_out:
+            run.held_out = open_held_out(self.config, held_out_prefixes(plan, progress=False), run.stage, grid)
         return run
 
     def words(self) -> Words:
@@ -100,6 +105,7 @@ class TuneRun(Run[TuneConfig, TunePlan]):
 
     frozen: digest of what must not change, from before the first step; empty where that is not looked at.
     taps: what exits read, kept on disk, if that is wanted; reads_taps: whether the last step took all of it from there.
+    held_out: loss on text that is not trained on, if there is such text.
     """
 
     plan: TunePlan
@@ -111,6 +117,7 @@ class TuneRun(Run[TuneConfig, TunePlan]):
     frozen: str = ""
     taps: TapCache | None = None
     reads_taps: bool = False
+    held_out: HeldOut | None = None
 
     @property
     def flops_per_token(self) -> float:
@@ -150,10 +157,24 @@ class TuneRun(Run[TuneConfig, TunePlan]):
             else engine.train_step(self._micro_batches)
         )
         last = self.step + 1 == self.config.train.steps
-        if last and self.frozen:
+        if last:
+            self._check_frozen()
+        return Step(learning_rate, losses, last)
+
+    def _check_frozen(self) -> None:
+        if self.frozen:
             digest = check_frozen(self.frozen, self.stage.frozen_digest(), self.grid.stage)
             log.info("backbone unchanged (digest %s)", digest)
-        return Step(learning_rate, losses, last)
+
+    @property
+    def ended(self) -> bool:
+        return self.held_out is not None and self.held_out.ended
+
+    def measure(self) -> None:
+        if self.held_out is not None:
+            self.held_out.at(self.step)
+            if self.ended and self.step < self.config.train.steps:
+                self._check_frozen()
 
     def _kept_taps(self) -> TapStep | None:
         """The taps of the next step's sequences. The same ones are read on all ranks, or none."""
@@ -182,11 +203,19 @@ class TuneRun(Run[TuneConfig, TunePlan]):
 
     def facts(self) -> dict[str, Any]:
         backbone = self.plan.backbone.mode
-        return {"steps": self.config.train.steps, "early_exit": self.plan.spec.to_dict(), "backbone": backbone}
+        held_out = {} if self.held_out is None else self.held_out.facts()
+        return {
+            "steps": self.config.train.steps,
+            "early_exit": self.plan.spec.to_dict(),
+            "backbone": backbone,
+            **held_out,
+        }
 
     def reopen(self, state: Mapping[str, Any]) -> None:
         if (steps := state["steps"]) != self.config.train.steps and self.grid.rank == 0:
             log.warning("train.steps was %d: learning rate and order of the data now follow the new value", steps)
+        if self.held_out is not None:
+            self.held_out.recall(state)
 
     def saved_parts(self) -> list[SavedPart]:
         """A pair of files per exit, and one for what trains of the stage's backbone."""

@@ -1,9 +1,11 @@
 """The benchmarks run, lose nothing to a time limit, and measure nothing twice; their numbers are not looked at."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import _bench_models
+import ablate_drafter
 import bench_decode
 import bench_gpu
 import bench_pipeline_decode
@@ -15,6 +17,8 @@ from helpers.spawn import spawn
 from transformers import AutoModelForCausalLM
 
 from ee_scale import EarlyExitForCausalLM
+from ee_scale.config.checks import check_tune
+from ee_scale.config.compose import compose_config
 
 SMALL = ["--small", "--device", "cpu"]
 
@@ -188,3 +192,30 @@ def test_words_that_decoding_does_not_understand(words, capsys):
     with pytest.raises(SystemExit) as left:
         bench_decode.main(words)
     assert left.value.code not in (0, None)
+
+
+def test_the_ablation_of_drafters_trains_reads_and_does_nothing_twice(model_dir, corpus, tmp_path, monkeypatch, capsys):
+    words = ["--model", str(model_dir), "--data", str(corpus), "--held", f"a={corpus}", f"b={corpus}"]
+    words += ["--work", str(tmp_path), "--tokens", "256", "--seq-length", "32", "--prompts", "2"]
+    words += ["--prompt-tokens", "8", "--new-tokens", "8", "--arms", "epochs"]
+    ablate_drafter.main(words)
+    results = json.loads((tmp_path / "ablation.json").read_text())
+    assert list(results) == ["epochs 4"]
+    (row,) = results["epochs 4"]["exits"]
+    assert row["exit"] == 1
+    assert set(row["agreement"]) == {f"{text}, {kind}" for text in "ab" for kind in ("text", "greedy", "sampled")}
+    assert row["speed"]["weights"]["cost"] > 0
+    steps = [json.loads(line)["step"] for line in (tmp_path / "epochs-4" / "metrics.jsonl").read_text().splitlines()]
+    assert steps[-1] == 4 * 256 // 32 // 2
+    capsys.readouterr()
+    monkeypatch.setattr(ablate_drafter, "train", None)  # whatever is trained again now fails
+    ablate_drafter.main(words)
+    assert "drafting exits" in capsys.readouterr().out
+
+
+def test_every_run_of_the_ablation_has_settings_that_tune_takes():
+    options = Namespace(tokens=150_000, seq_length=256, small=("small.txt", "more.txt"))
+    for settings in ablate_drafter.arms(options).values():
+        config = compose_config("tune", ["model=m", "data.path=[a,b]", "train.steps=9", "exits=drafter", *settings])
+        check_tune(config)
+        assert config.exits.layers[0] < 0.2
