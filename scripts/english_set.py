@@ -13,7 +13,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -28,14 +28,21 @@ PAGE = 20
 
 def documents(sdist: Path) -> Iterator[tuple[str, str]]:
     """(name, text) of every document. Raises `SystemExit` when the archive has not what it should."""
+    for key, group in groupby(sentences(sdist, FILES), key=lambda row: row[0]):
+        yield key, " ".join(text for _, _, text in group)
+
+
+def sentences(sdist: Path, files: Sequence[str]) -> Iterator[tuple[str, float, str]]:
+    """(document, mean rating from -4 to 4, sentence) of every line. Raises `SystemExit` as `documents`."""
     try:
         with tarfile.open(sdist) as outer:
             (inner,) = (member for member in outer.getmembers() if member.name.endswith(f"/{ARCHIVE}"))
             with tarfile.open(fileobj=io.BytesIO(_read(outer, inner))) as archive:
                 members = {Path(member.name).name: member for member in archive.getmembers()}
-                for name in FILES:
-                    lines = _read(archive, members[f"{name}_GroundTruth.txt"]).decode("utf-8", "replace")
-                    yield from _documents(name, lines.splitlines())
+                for name in files:
+                    lines = _read(archive, members[f"{name}_GroundTruth.txt"]).decode("utf-8", "replace").splitlines()
+                    for number, rating, text in (line.split("\t", 2) for line in lines if line.count("\t") >= 2):
+                        yield f"{name}/{_document(number)}", float(rating), text.strip()
     except (OSError, tarfile.TarError, KeyError, ValueError) as error:
         raise SystemExit(f"{sdist}: not the sdist of vaderSentiment 3.3.2 ({error})") from error
 
@@ -48,15 +55,9 @@ def _read(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return opened.read()
 
 
-def _documents(name: str, lines: list[str]) -> Iterator[tuple[str, str]]:
-    """Lines are number, rating, sentence; `7_2` is the second sentence of text 7, and a film review has one line."""
-    rows = [line.split("\t", 2) for line in lines if line.count("\t") >= 2]
-
-    def text_of(row: list[str]) -> str:
-        return row[0].split("_")[0] if "_" in row[0] else f"page {(int(row[0]) - 1) // PAGE}"
-
-    for key, group in groupby(rows, key=text_of):
-        yield f"{name}/{key}", " ".join(sentence.strip() for _, _, sentence in group)
+def _document(number: str) -> str:
+    """`7_2` is the second sentence of text 7; a film review has one line."""
+    return number.split("_")[0] if "_" in number else f"page {(int(number) - 1) // PAGE}"
 
 
 def held_out(name: str) -> bool:

@@ -11,6 +11,8 @@ from ee_scale.backbone.exit_layers import read_spec
 from ee_scale.backbone.fingerprint import fingerprint, is_model
 from ee_scale.backbone.model_path import find_gguf, plain_folder
 from ee_scale.config.compose import to_yaml
+from ee_scale.config.supernet import DistillConfig, SamplingConfig
+from ee_scale.data.provenance import SOURCES
 from ee_scale.errors import STOPPED, UserError
 from ee_scale.exits.joint import FROZEN
 from ee_scale.files import write_text
@@ -22,11 +24,20 @@ CONFIG, IDENTITY, METRICS, CHECKPOINTS = "config.yaml", "run.json", "metrics.jso
 
 BACKBONE, OWN_TEXT = "backbone.mode", "data.own_text"
 MAY_CHANGE = (
-    *("exits.layers", "exits.loss_chunk_tokens", "distill.loss_chunk_tokens"),
+    *("exits.layers", "exits.loss_chunk_tokens", "distill.loss_chunk_tokens", "distill.cache_gb"),
     "backbone.activation_checkpointing",
     *("data.cache_dir", "data.cache_taps", "data.num_workers", "data.valid"),
+    "data.licenses",
     "data.errors",  # the digest of the tokens knows
 )
+
+# What settings are in a run of a version that did not have them.
+UNSAID = {
+    BACKBONE: FROZEN,
+    "space.palette": [],
+    **{f"sampling.{name}": getattr(SamplingConfig(), name) for name in ("full_every", "members", "palette_share")},
+    **{f"distill.{name}": getattr(DistillConfig(), name) for name in ("cache", "cache_samples")},
+}
 
 
 @dataclass(frozen=True)
@@ -154,11 +165,11 @@ def _check_same(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
         refuse("exits.layers", old["early_exit"]["layers"], new["early_exit"]["layers"])
     if new.get("labels") != old.get("labels"):
         refuse("labels", old.get("labels"), new.get("labels"))
-    before = {BACKBONE: FROZEN, **old["settings"]} if new["kind"] == "tune" else old["settings"]  # of an older version
+    before = {**UNSAID, **old["settings"]}
     for key, value in new["settings"].items():
         if before.get(key) != value:
             refuse(key, before.get(key), value)
-    if "data" in old and old["data"] != new["data"]:
+    if "data" in old and _without_sources(old["data"]) != _without_sources(new["data"]):
         raise UserError(
             f"out={out}: its run was trained on other data: {_changed(old['data'], new)}; give that back, or choose "
             "another out"
@@ -168,6 +179,11 @@ def _check_same(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
             f"out={out}: its run's shortlist has other tokens than the {new['settings']['exits.shortlist']} chosen now "
             "(the model's special tokens have changed?); choose another out"
         )
+
+
+def _without_sources(data: dict[str, Any]) -> dict[str, Any]:
+    """The tokens are what counts, whatever they are called."""
+    return {key: value for key, value in data.items() if key != SOURCES}
 
 
 def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:

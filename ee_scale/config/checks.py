@@ -74,7 +74,7 @@ def check_supernet(config: SupernetConfig) -> None:
     check_rules(config)
     check_batch(config.train.global_batch_size, config.train.micro_batch_size, config.parallel.dp)
     data = config.data
-    for key, value in (("cache_taps", data.cache_taps), ("sequences", data.sequences), ("own_text", data.own_text)):
+    for key, value in (("cache_taps", data.cache_taps), ("own_text", data.own_text)):
         if value:
             raise UserError(f"data.{key}={str(value).lower()}: a setting of ee-scale tune alone; leave it out")
     if not config.stages:
@@ -87,6 +87,14 @@ def check_supernet(config: SupernetConfig) -> None:
             raise UserError(f"stages[{number}].axes=[]: stages without axes come first, they make the teacher")
     if not config.sampling.smallest and config.sampling.randoms == 0:
         raise UserError("sampling.smallest=false and sampling.randoms=0: no subnet would train beside the full model")
+    if config.sampling.members == "palette" and not config.space.palette:
+        raise UserError("sampling.members=palette: give the sizes, space.palette=[{ffn: 0.5, depth: 0.5}, ...]")
+    if config.distill.teacher == "live":
+        if config.sampling.full_every > 1:
+            every = f"sampling.full_every={config.sampling.full_every}"
+            raise UserError(f"{every} with distill.teacher=live: the full net teaches in every step; use frozen")
+        if config.distill.cache:
+            raise UserError("distill.cache=true with distill.teacher=live: a teacher that trains says something new")
     places = ("attention", "mlp", "embeddings", "head")
     if unknown := [target for target in config.factors.targets if target not in places]:
         raise UserError(f"factors.targets={unknown}: choose among {', '.join(places)}")

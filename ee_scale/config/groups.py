@@ -116,8 +116,8 @@ class DataConfig:
     seed: int = setting(1234, "order of the training sequences")
     sequences: int | None = setting(
         None,
-        "tune: distinct training sequences; when they are through they come again, in another order (epochs); null: as "
-        "many as the run reads",
+        "distinct training sequences; when they are through they come again, in another order (epochs); null: as many "
+        "as the run reads",
         rule=at_least(1),
     )
     own_text: float = setting(

@@ -23,6 +23,14 @@ from ee_scale.config.groups import (
 
 
 @dataclass
+class SizeConfig:
+    hidden: Any = setting(1.0, "width, one of space.hidden")
+    heads: Any = setting(None, "query heads, one of space.heads; null: all, or what the width gives")
+    ffn: Any = setting(1.0, "MLP units, one of space.ffn")
+    depth: Any = setting(1.0, "layers, one of space.depth")
+
+
+@dataclass
 class SpaceConfig:
     hidden: list[Any] = setting(
         [1.0, 0.75, 0.5], "widths of the residual stream: fractions of the model's (0.5), or whole numbers"
@@ -32,6 +40,9 @@ class SpaceConfig:
     )
     ffn: list[Any] = setting([1.0, 0.75, 0.5], "MLP units per layer, as fractions or numbers")
     depth: list[Any] = setting([1.0, 0.75, 0.5], "layers, as fractions or numbers; the least important are dropped")
+    palette: list[SizeConfig] = setting(
+        [], "sizes that will be shipped: [{ffn: 0.5, depth: 0.67}, ...]; what is left out is whole (sampling.members)"
+    )
     exits: list[int] = setting([], "layers k whose first k layers at full width are members as well: early exits")
     depth_parts: int | None = setting(
         None, "equal runs of layers that lose layers in turn, so that stages stay equally deep; null: parallel.pp"
@@ -57,10 +68,23 @@ class FactorsConfig:
 
 @dataclass
 class SamplingConfig:
-    smallest: bool = setting(True, "the smallest subnet trains in every step, beside the full one")
+    smallest: bool = setting(
+        True, "the smallest subnet (members=palette: of the palette) trains in every step, beside the full one"
+    )
     randoms: int = setting(2, "random subnets per step", rule=at_least(0))
     gamma: float = setting(
         0.5, "exponent of the gradient scaling (n_full / n_sub)^gamma; 0: plain mean; may be negative"
+    )
+    full_every: int = setting(1, "the full net trains in every N-th step only", rule=at_least(1))
+    members: str = setting(
+        "space",
+        "random subnets: any of the space, or those of space.palette in a share palette_share of the draws",
+        rule=one_of("space", "palette"),
+    )
+    palette_share: float = setting(
+        0.8,
+        "members=palette: share of the draws that are sizes of the palette; the others are any of the space",
+        rule=Rule("must be in [0, 1]", lambda share: 0 <= share <= 1),
     )
 
 
@@ -82,6 +106,17 @@ class DistillConfig:
     feature_dim: int = setting(128, "dimension that hidden states are projected to", rule=at_least(1))
     temperature: float = setting(1.0, "temperature of both distributions in the KL term", rule=above(0))
     loss_chunk_tokens: int | None = setting(None, CHUNK, rule=at_least(1))
+    cache: bool = setting(
+        False,
+        "compute the frozen teacher once per text and keep it in memory: its projected hidden states, logits of "
+        "classes, and of a causal LM cache_samples random tokens per position (unbiased)",
+    )
+    cache_gb: float = setting(
+        4.0, "cache: memory of one rank for it; texts beyond that are computed each time", rule=above(0)
+    )
+    cache_samples: int = setting(
+        64, "cache: tokens drawn of the teacher's distribution at each position (causal_lm)", rule=at_least(1)
+    )
 
 
 @dataclass
@@ -98,6 +133,7 @@ class SupernetDataConfig(DataConfig):
         texts=True,
     )
     valid: Any = setting(None, "held-out data of the same form, for ee-scale palette", texts=True)
+    licenses: list[str] = setting([], "licence of each path, for the model cards; []: not said")
     label_key: str = setting("label", "classify: field with the class")
     pair_key: str | None = setting(None, "classify: field with a second text (sentence pairs)")
 
@@ -145,7 +181,9 @@ class PaletteConfig:
     max_latency_ms: float | None = setting(None, "longest forward of `tokens` tokens at batch 1, measured")
     max_memory_mb: float | None = setting(None, "largest peak memory that the model adds to a process, measured")
     method: str = setting(
-        "auto", "how to search; auto: all members if few, else nsga2", rule=one_of("auto", "grid", "random", "nsga2")
+        "auto",
+        "how to search; auto: the sizes of space.palette where the run has them, else all members if few, else nsga2",
+        rule=one_of("auto", "palette", "grid", "random", "nsga2"),
     )
     trials: int = setting(64, "subnets whose quality is evaluated", rule=at_least(1))
     samples: int = setting(512, "held-out sequences that quality is searched on; 0: all")
@@ -155,6 +193,10 @@ class PaletteConfig:
     seconds: float = setting(2.0, "time for measuring each cut-out size")
     threads: int | None = setting(None, "CPU threads while measuring; null: torch's default")
     onnx: bool = setting(False, "write each size as ONNX as well, fp32 and int8, and measure it in onnxruntime")
+    audit: bool = setting(
+        False, "let each size and the teacher go on from training text, and count what comes back verbatim (causal_lm)"
+    )
+    audit_samples: int = setting(64, "audit: texts that each of them writes", rule=at_least(1))
     step: int | None = setting(None, "checkpoint to cut from; null: the last one")
     seed: int = setting(0, "search, and which held-out text is read")
     cache_dir: str | None = setting(None, "tokenised data; null: ~/.cache/ee_scale/data")

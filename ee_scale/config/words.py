@@ -139,6 +139,8 @@ def _list_of_hydra(value: str) -> list[str] | None:
 def _quote_names(value: str, schema: type) -> str:
     """`[{name: 1e5, steps: 3}]` with the texts of its records in quotes."""
     names = "|".join(field.name for field in fields(schema) if field.type is str)
+    if not names:
+        return value
     return re.sub(rf"\b((?:{names}):\s*)([^\s,{{}}\[\]'\"]+)", lambda found: found[1] + quote(found[2]), value)
 
 

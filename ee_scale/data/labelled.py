@@ -154,7 +154,7 @@ class LabelledData:
         return self.starts.diff()
 
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """tokens, attention_mask and token_type_ids [B, S] int64, labels [B] int64, padded on the right.
+        """tokens, attention_mask and token_type_ids [B, S] int64, labels and sample [B] int64, padded on the right.
 
         S is the longest of the examples rounded up to a multiple of LENGTH_STEP, at most seq_length.
         """
@@ -167,8 +167,9 @@ class LabelledData:
             tokens[row, : end - start] = self.tokens[start:end]
             types[row, : end - start] = self.token_types[start:end]
             mask[row, : end - start] = 1
-        labels = self.labels[torch.tensor(indices, dtype=torch.int64)]
-        return {"tokens": tokens, "attention_mask": mask, "token_type_ids": types, "labels": labels}
+        sample = torch.tensor(indices, dtype=torch.int64)
+        found = {"tokens": tokens, "attention_mask": mask, "token_type_ids": types}
+        return {**found, "labels": self.labels[sample], "sample": sample}
 
 
 def encode(

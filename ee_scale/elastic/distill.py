@@ -8,7 +8,7 @@ from torch import nn
 
 from ee_scale.backbone.digest import named_generator
 from ee_scale.config.supernet import DistillConfig
-from ee_scale.exits.losses import LossSettings, token_backward
+from ee_scale.exits.losses import LossSettings
 
 FROZEN, LIVE = "frozen", "live"
 
@@ -44,39 +44,36 @@ class FeatureLoss:
         return total
 
 
-def head_backward(
-    task: str,
+def token_losses(distill: DistillConfig, vocab_size: int, kernel: str, *, learns: bool) -> LossSettings:
+    """The losses of a causal LM's tokens; `learns`: from a teacher too, not from the task alone."""
+    alpha = distill.kl_weight if learns else 0.0
+    return LossSettings(
+        vocab_size,
+        distill.loss_chunk_tokens,
+        ce_weight=1 - alpha,
+        kl_weight=alpha,
+        kl_temperature=distill.temperature,
+        kernel=kernel,
+    )
+
+
+def text_backward(
     head: nn.Module,
     final: torch.Tensor,
-    batch: Mapping[str, torch.Tensor],
-    vocab_size: int,
+    labels: torch.Tensor,
     distill: DistillConfig,
     scale: float,
     teacher_logits: torch.Tensor | None,
-    teacher: tuple[nn.Module, torch.Tensor] | None,
-    kernel: str = "torch",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Backward of (1 - kl_weight) task loss + kl_weight KL(teacher || subnet) into the head.
+    """Backward of (1 - kl_weight) task loss + kl_weight KL(teacher || subnet) into a classifier; without a teacher of
+    the task loss.
 
-    Returns (fp32 [2]: task loss and KL, gradient of final).
-
-    final: [B, S, D'] of a causal LM, [B, D'] of a classifier. The teacher's logits [B, C] (classifier), or its head and
-    final state (causal LM: logits exist for `loss_chunk_tokens` tokens at a time); neither: the task loss alone.
+    final [B, D'], teacher_logits [B, C]. Returns (fp32 [2]: task loss and KL, gradient of final).
     """
-    alpha = distill.kl_weight if teacher_logits is not None or teacher is not None else 0.0
-    if task == "causal_lm":
-        losses = LossSettings(
-            vocab_size,
-            distill.loss_chunk_tokens,
-            ce_weight=1 - alpha,
-            kl_weight=alpha,
-            kl_temperature=distill.temperature,
-            kernel=kernel,
-        )
-        return token_backward(head, final, batch["labels"], batch["loss_mask"], losses, scale, teacher)
+    alpha = 0.0 if teacher_logits is None else distill.kl_weight
     leaf = final.detach().requires_grad_(final.requires_grad)
     logits = head(leaf).float()
-    task_loss = F.cross_entropy(logits, batch["labels"])
+    task_loss = F.cross_entropy(logits, labels)
     loss, kl = (1 - alpha) * task_loss, torch.zeros((), device=logits.device)
     if teacher_logits is not None:
         t = distill.temperature

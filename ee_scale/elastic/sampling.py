@@ -9,6 +9,7 @@ from ee_scale.elastic.subnet import SearchSpace, SubnetSpec
 
 FULL, SMALLEST, RANDOM = "full", "smallest", "random"
 ROLES = (FULL, SMALLEST, RANDOM)
+PALETTE = "palette"  # of `sampling.members`
 
 
 @dataclass(frozen=True)
@@ -37,16 +38,16 @@ def draw_stream(
 
     So the same samples meet the same subnets at every grid, however many micro-batches a replica has.
 
-    The full net always (the sandwich rule of US-Nets, as in MLFS) and first (it may be the teacher), then deep to
-    shallow: in a 1F1B pipeline the shallow ones then drain it. Gradient scaling: MLFS (arXiv 2404.01353) section 3,
-    n counts trainable parameters; gamma may be negative.
+    The full net (the sandwich rule of US-Nets, as in MLFS; in every `full_every`-th step) comes first (it may be the
+    teacher), then deep to shallow: in a 1F1B pipeline the shallow ones then drain it. Gradient scaling: MLFS (arXiv
+    2404.01353) section 3, n counts trainable parameters; gamma may be negative.
     """
     full = space.shape.full
-    members = [(FULL, full)]
+    members = [(FULL, full)] if not axes or step % sampling.full_every == 0 else []
     if axes:
         random = Random(f"{seed}:{step}")
-        members += [(SMALLEST, space.smallest(axes))] * sampling.smallest
-        members += [(RANDOM, space.draw(random, axes)) for _ in range(sampling.randoms)]
+        members += [(SMALLEST, smallest_member(space, axes, sampling))] * sampling.smallest
+        members += [(RANDOM, random_member(space, axes, sampling, random)) for _ in range(sampling.randoms)]
     members.sort(key=lambda member: (member[0] != FULL, -member[1].depth))
     drawn = [(micro_batch, role, spec) for role, spec in members for micro_batch in range(num_micro_batches)]
     most = trainable(full)
@@ -54,3 +55,22 @@ def draw_stream(
         Draw(micro_batch, role, spec, (most / trainable(spec)) ** sampling.gamma / len(drawn))
         for micro_batch, role, spec in drawn
     ]
+
+
+def smallest_member(space: SearchSpace, axes: Sequence[str], sampling: SamplingConfig) -> SubnetSpec:
+    """The subnet that trains beside the full one in every step."""
+    if sampling.members != PALETTE:
+        return space.smallest(axes)
+    return min(shipped_members(space, axes), key=lambda spec: (space.shape.layer_weights(spec), spec))
+
+
+def random_member(space: SearchSpace, axes: Sequence[str], sampling: SamplingConfig, random: Random) -> SubnetSpec:
+    """Any subnet, or mostly one that will be shipped."""
+    if sampling.members == PALETTE and random.random() < sampling.palette_share:
+        return random.choice(shipped_members(space, axes))
+    return space.draw(random, axes)
+
+
+def shipped_members(space: SearchSpace, axes: Sequence[str]) -> list[SubnetSpec]:
+    """The sizes that will be shipped, beside the full net."""
+    return [spec for spec in space.palette_members(axes) if spec != space.shape.full]

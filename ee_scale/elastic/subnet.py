@@ -1,7 +1,7 @@
 """A subnet as plain numbers, and the space it is drawn from."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise, product
 from random import Random
 from typing import Any
@@ -76,6 +76,11 @@ class ElasticShape:
             "ffn": spec.ffn,
         }
 
+    def layer_weights(self, spec: SubnetSpec) -> int:
+        """What orders subnets by size: width x what each layer's matrices map it to."""
+        sizes = self.sizes(spec)
+        return spec.depth * spec.hidden * (sizes["heads"] + sizes["kv"] + spec.ffn)
+
     def block(self, axis: str) -> int:
         """Rows that belong to one unit of an axis."""
         return {"heads": self.queries_per_group * self.head_dim, "kv": self.head_dim}.get(axis, 1)
@@ -90,6 +95,7 @@ class SearchSpace:
             head_dim of its own: then hidden decides.
         kept: depth -> layers that stay (nested: a smaller depth keeps a subset of a larger one's).
         exits: depths k that are members as well with the first k layers at full width: early exits.
+        palette: (hidden, groups, ffn, depth) of the sizes that will be shipped.
     """
 
     shape: ElasticShape
@@ -99,6 +105,7 @@ class SearchSpace:
     depth: tuple[int, ...]
     kept: Mapping[int, tuple[int, ...]]
     exits: tuple[int, ...] = ()
+    palette: tuple[tuple[int, int | None, int, int], ...] = ()
 
     def member(self, hidden: int, groups: int | None, ffn: int, depth: int) -> SubnetSpec:
         """The subnet of these sizes."""
@@ -106,7 +113,7 @@ class SearchSpace:
 
     def members(self, axes: Sequence[str] = AXES) -> Iterator[SubnetSpec]:
         """Every subnet when only `axes` may shrink, the full one first; exits last."""
-        seen = dict.fromkeys(self.member(*sizes) for sizes in product(*self._choices(axes)))
+        seen = dict.fromkeys(self.member(*sizes) for sizes in product(*self.choices(axes)))
         yield from seen
         if "depth" in axes:
             yield from (spec for spec in self.exit_members() if spec not in seen)
@@ -117,9 +124,17 @@ class SearchSpace:
             SubnetSpec(self.shape.hidden, self.shape.groups, self.shape.ffn, tuple(range(k))) for k in self.exits
         )
 
+    def palette_members(self, axes: Sequence[str] = AXES) -> tuple[SubnetSpec, ...]:
+        """The sizes that will be shipped; axes that are not in `axes` stay whole."""
+        whole = [choices[0] for choices in self.choices(())]
+        cut = [
+            [n if axis in axes else full for axis, n, full in zip(AXES, s, whole, strict=True)] for s in self.palette
+        ]
+        return tuple(dict.fromkeys(self.member(*sizes) for sizes in cut))
+
     def smallest(self, axes: Sequence[str] = AXES) -> SubnetSpec:
         """The smallest choice of every axis in `axes`."""
-        return self.member(*(choices[-1] for choices in self._choices(axes)))
+        return self.member(*(choices[-1] for choices in self.choices(axes)))
 
     def draw(self, random: Random, axes: Sequence[str] = AXES) -> SubnetSpec:
         """A subnet with every axis in `axes` drawn uniformly; an exit is as likely as a depth."""
@@ -127,9 +142,10 @@ class SearchSpace:
             choice = random.randrange(len(self.depth) + len(self.exits))
             if choice >= len(self.depth):
                 return self.exit_members()[choice - len(self.depth)]
-        return self.member(*(random.choice(choices) for choices in self._choices(axes)))
+        return self.member(*(random.choice(choices) for choices in self.choices(axes)))
 
-    def _choices(self, axes: Sequence[str]) -> list[tuple[Any, ...]]:
+    def choices(self, axes: Sequence[str] = AXES) -> list[tuple[Any, ...]]:
+        """Of each axis; those that are not in `axes` are whole."""
         all_choices = (
             ("hidden", self.hidden),
             ("heads", self.groups or (None,)),
@@ -156,7 +172,23 @@ def resolve_space(config: SpaceConfig, shape: ElasticShape, drop_order: Sequence
             raise UserError(f"space.exits={list(config.exits)}: give layers from 1 to {shape.num_layers - 1}")
     exits = tuple(sorted(set(config.exits or ())))
     kept = {size: tuple(sorted(drop_order[shape.num_layers - size :])) for size in depth}
-    return SearchSpace(shape, hidden, groups, ffn, depth, kept, exits)
+    space = SearchSpace(shape, hidden, groups, ffn, depth, kept, exits)
+    return replace(space, palette=tuple(_shipped(config, i, space, drop_order, tp) for i in range(len(config.palette))))
+
+
+def _shipped(
+    config: SpaceConfig, number: int, space: SearchSpace, drop_order: Sequence[int], tp: int
+) -> tuple[int, int | None, int, int]:
+    """An entry of space.palette in numbers. Raises `UserError` unless each is a choice of its axis."""
+    size = config.palette[number]
+    heads = None if size.heads is None else [size.heads]
+    alone = SpaceConfig([size.hidden], heads, [size.ffn], [size.depth])
+    smallest = [choices[-1] for choices in resolve_space(alone, space.shape, drop_order, tp).choices()]
+    for axis, found, choices in zip(AXES, smallest, space.choices(), strict=True):
+        if found not in choices:
+            words = f"{getattr(size, axis)} is {found}, which is none of space.{axis} ({', '.join(map(str, choices))})"
+            raise UserError(f"space.palette[{number}].{axis}: {words}")
+    return tuple(smallest)
 
 
 def drop_order(importance: Sequence[float], parts: int) -> list[int]:

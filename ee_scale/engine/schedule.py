@@ -1,6 +1,6 @@
 """Schedules for a frozen backbone, made of DeepSpeed's own pipeline instructions and a few of ours."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from deepspeed.runtime.pipe.schedule import (
     BufferOpInstruction,
@@ -100,16 +100,17 @@ class Teach(PipeInstruction):
 class SupernetSchedule(TrainSchedule):
     """The teacher's forwards, then DeepSpeed's 1F1B over all (micro-batch, subnet) pairs as one stream.
 
-    A stage goes on to the pairs as soon as its own teacher forwards are done. `micro_batches` counts pairs.
+    A stage goes on to the pairs as soon as its own teacher forwards are done. `micro_batches` counts pairs; `teachers`
+    are the micro-batches that the teacher has to look at.
     """
 
-    def __init__(self, micro_batches: int, stages: int, stage_id: int, *, teachers: int):
+    def __init__(self, micro_batches: int, stages: int, stage_id: int, *, teachers: Sequence[int]):
         super().__init__(micro_batches, stages, stage_id)
         self.teachers = teachers
 
     def steps(self) -> Iterator[list[PipeInstruction]]:
         """Instructions of one batch. Every stage has its data already, and nothing is tied across stages."""
-        for micro_batch in range(self.teachers):
+        for micro_batch in self.teachers:
             yield [Teach(micro_batch=micro_batch)]
         for commands in super().steps():
             yield [command for command in commands if not isinstance(command, LoadMicroBatch | ReduceTiedGrads)]

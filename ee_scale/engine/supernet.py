@@ -1,7 +1,6 @@
 """Train a supernet's factors with DeepSpeed's pipeline engine: one 1F1B stream of (micro-batch, subnet) pairs."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -17,24 +16,17 @@ from deepspeed.runtime.pipe.schedule import (
 
 from ee_scale.config.supernet import SupernetConfig
 from ee_scale.data.loader import to_device
-from ee_scale.elastic.distill import FROZEN, FeatureLoss, head_backward
+from ee_scale.elastic.distill import FROZEN, FeatureLoss, text_backward, token_losses
 from ee_scale.elastic.factors import FactorSet
 from ee_scale.elastic.sampling import FULL, ROLES, Draw
 from ee_scale.elastic.stage import ElasticStage
+from ee_scale.elastic.teacher import Taught, TeacherCache, sample_teacher
 from ee_scale.engine.clipping import ALL
 from ee_scale.engine.schedule import SupernetSchedule, Teach
 from ee_scale.engine.setup import build_engine, guarded_adamw
 from ee_scale.engine.two_way import TwoWayEngine
+from ee_scale.exits.losses import LossSettings, sampled_teacher, token_backward, whole_teacher
 from ee_scale.grid import Grid
-
-
-@dataclass
-class _Taught:
-    """What the teacher said about one micro-batch, on this stage."""
-
-    features: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> [B, S, p]
-    final: torch.Tensor | None = None  # last stage: input of the head
-    logits: torch.Tensor | None = None  # last stage of a classifier: [B, C]
 
 
 class SupernetEngine(TwoWayEngine):
@@ -42,22 +34,35 @@ class SupernetEngine(TwoWayEngine):
 
     @classmethod
     def build(
-        cls, stage: ElasticStage, factors: FactorSet, grid: Grid, config: SupernetConfig, teacher_phases: int | None
+        cls,
+        stage: ElasticStage,
+        factors: FactorSet,
+        grid: Grid,
+        config: SupernetConfig,
+        teacher_phases: int | None,
+        cache: TeacherCache | None = None,
     ) -> "SupernetEngine":
         """Wrap this rank's factors. All ranks call it.
 
         teacher_phases: phases that the frozen teacher consists of; None: there is no teacher (the full net alone
-        trains, on its task).
+        trains, on its task). cache: where what it says is kept; it outlives the engine.
         """
         optimizer = guarded_adamw({ALL: list(factors.parameters())}, config.optim)
         engine = build_engine(cls, factors, grid, optimizer, config.train, stage.dtype == torch.bfloat16)
-        engine.prepare(stage, grid, config, teacher_phases)
+        engine.prepare(stage, grid, config, teacher_phases, cache)
         return engine
 
-    def prepare(self, stage: ElasticStage, grid: Grid, config: SupernetConfig, teacher_phases: int | None) -> None:
+    def prepare(
+        self,
+        stage: ElasticStage,
+        grid: Grid,
+        config: SupernetConfig,
+        teacher_phases: int | None,
+        cache: TeacherCache | None,
+    ) -> None:
         """Attributes that the base class does not know."""
         self.stage, self.distill, self.teacher_phases = stage, config.distill, teacher_phases
-        self._kernel = config.train.loss_kernel
+        self._cache, self._kernel, self._seed = cache, config.train.loss_kernel, config.train.seed
         self.prepare_updates(grid, config)
         distills = teacher_phases is not None
         self._features = None
@@ -68,24 +73,37 @@ class SupernetEngine(TwoWayEngine):
         self._batches: list[dict[str, torch.Tensor]] = []
         self._stream: Sequence[Draw] = ()
         self._pairs: dict[int, dict[str, Any]] = {}
-        self._taught: dict[int, _Taught] = {}
+        self._taught: dict[int, Taught] = {}
+        self._texts: list[list[int]] = []
 
     def train_step(self, micro_batches: Iterator[dict[str, torch.Tensor]], stream: Sequence[Draw]) -> torch.Tensor:
         """One optimizer step: every draw of `stream` on its micro-batch. All ranks draw the same.
+
+        Where the teacher is kept, a micro-batch names its texts: 'sample' [B].
 
         Returns fp32 [roles, 3]: task loss, KL and feature loss by role (full, smallest, random), of this stage and
         replica, averaged over the role's draws; only the last stage knows the first two.
         """
         count = self.micro_batches
-        self._batches = [to_device(next(micro_batches), self.device) for _ in range(count)]
-        self._stream, self._pairs, self._taught = stream, {}, {m: _Taught() for m in range(count)}
+        batches = [next(micro_batches) for _ in range(count)]
+        self._texts = [batch["sample"].tolist() for batch in batches] if self._cache is not None else []
+        self._batches = [to_device(batch, self.device) for batch in batches]
+        self._stream, self._pairs, self._taught = stream, {}, {}
         self._next = dict.fromkeys((ForwardPass, BackwardPass, SendActivation, RecvActivation, SendGrad, RecvGrad), 0)
         self._losses = torch.zeros(len(ROLES), 3, device=self.device)
-        teachers = count if self._teaches else 0
+        teachers = [m for m in range(count) if not self._recalls(m)] if self._teaches else []
         self._exec_schedule(SupernetSchedule(len(stream), self.num_stages, self.stage_id, teachers=teachers))
         roles = [draw.role for draw in stream]
         counts = torch.tensor([max(1, roles.count(role)) for role in ROLES], device=self.device)
         return self._losses / counts.unsqueeze(-1)
+
+    def _recalls(self, micro_batch: int) -> bool:
+        """Take what is kept of a micro-batch; False: the teacher has to look at it."""
+        if self._cache is None or not self._cache.holds(self._texts[micro_batch]):
+            return False
+        length = self._batches[micro_batch]["tokens"].shape[1]
+        self._taught[micro_batch] = self._cache.read(self._texts[micro_batch], length, self.device)
+        return True
 
     def _turn(self, instruction: type) -> tuple[int, Draw]:
         """The pair that this instruction is about: each kind takes the stream in order."""
@@ -100,7 +118,7 @@ class SupernetEngine(TwoWayEngine):
     @torch.no_grad()
     def _teach(self, micro_batch: int) -> None:
         """The frozen teacher's forward on one micro-batch: receive, compute, keep what is learned from, send."""
-        batch, taught = self._batches[micro_batch], self._taught[micro_batch]
+        batch = self._batches[micro_batch]
         with self.stage.teaching(self.teacher_phases):
             x = batch["tokens"]
             if not self.is_first_stage():
@@ -108,32 +126,50 @@ class SupernetEngine(TwoWayEngine):
                 with self.during("RecvActivation"):
                     p2p.recv(x, self.prev_stage)
             hidden, states = self.stage(x, batch, features=self._features is not None)
-            self._keep(taught, hidden, states)
+            taught = self._taught[micro_batch] = self._said(hidden, states)
+            if self._cache is not None:
+                self._remember(micro_batch, taught)
         if not self.is_last_stage():
             with self.during("SendActivation"):
                 p2p.send(hidden.contiguous(), self.next_stage)
 
     @torch.no_grad()
-    def _keep(self, taught: _Taught, hidden: torch.Tensor, states: dict[int, torch.Tensor]) -> None:
+    def _said(self, hidden: torch.Tensor, states: dict[int, torch.Tensor]) -> Taught:
+        taught = Taught()
         if self._features is not None:
             taught.features = self._features.project(states)
         if self.is_last_stage():
             taught.final = hidden.detach()
             if self.stage.map.family.task == "classify":
                 taught.logits = self.stage.head(taught.final)
+        return taught
+
+    def _remember(self, micro_batch: int, taught: Taught) -> None:
+        """A causal LM learns from samples of the teacher, whether they are kept or not: the bound changes no number."""
+        texts, batch = self._texts[micro_batch], self._batches[micro_batch]
+        if taught.final is not None and taught.logits is None and self.distill.kl_weight:
+            count, losses = self.distill.cache_samples, self._losses_of(learns=True)
+            sampled = sample_teacher(self.stage.head, taught.final, texts, count, losses, self._seed)
+            taught.tokens, taught.negentropy = sampled
+        taught.final = None
+        rows, length = batch["tokens"].shape
+        lengths = batch["attention_mask"].sum(1).tolist() if "attention_mask" in batch else [length] * rows
+        self._cache.keep(texts, lengths, taught)
 
     def _forward(self, buffer_id: int) -> None:
         index, draw = self._turn(ForwardPass)
         pair, batch = self._pairs.setdefault(index, {}), self._batches[draw.micro_batch]
         self.stage.select(draw.spec)
-        taught = self._taught[draw.micro_batch]
         wants = self._features is not None
         pair["output"], states = self.stage(pair.get("input", batch["tokens"]), batch, features=wants)
         is_teacher = draw.role == FULL and not self._teaches
         if is_teacher and self.teacher_phases is not None:
-            self._keep(taught, pair["output"], states)
+            self._taught[draw.micro_batch] = self._said(pair["output"], states)
         if wants and not is_teacher:
-            loss = self._features(states, taught.features, batch.get("attention_mask")) / draw.spec.depth
+            loss = (
+                self._features(states, self._taught[draw.micro_batch].features, batch.get("attention_mask"))
+                / draw.spec.depth
+            )
             self._losses[ROLES.index(draw.role), 2] += loss.detach()
             pair["features"] = self.distill.feature_weight * draw.weight * loss
 
@@ -152,24 +188,23 @@ class SupernetEngine(TwoWayEngine):
         else:
             self._pairs[index] = {"input": pair["input"]}
 
+    def _losses_of(self, *, learns: bool) -> LossSettings:
+        return token_losses(self.distill, self.stage.map.config.vocab_size, self._kernel, learns=learns)
+
     def _head_backward(self, output: torch.Tensor, draw: Draw) -> torch.Tensor:
-        stage, taught = self.stage, self._taught[draw.micro_batch]
+        head, batch = self.stage.head, self._batches[draw.micro_batch]
         learns = self.teacher_phases is not None and (self._teaches or draw.role != FULL)
-        teacher = None
-        if learns and taught.logits is None:
-            teacher = (self._teacher_logits, taught.final)
-        means, gradient = head_backward(
-            stage.map.family.task,
-            stage.head,
-            output,
-            self._batches[draw.micro_batch],
-            stage.map.config.vocab_size,
-            self.distill,
-            draw.weight,
-            taught.logits if learns else None,
-            teacher,
-            self._kernel,
-        )
+        taught = self._taught[draw.micro_batch] if learns else Taught()
+        if self.stage.map.family.task == "classify":
+            found = text_backward(head, output, batch["labels"], self.distill, draw.weight, taught.logits)
+        else:
+            losses, teacher = self._losses_of(learns=learns), None
+            if taught.tokens is not None and taught.negentropy is not None:
+                teacher = sampled_teacher(taught.tokens, taught.negentropy, losses)
+            elif taught.final is not None:
+                teacher = whole_teacher(self._teacher_logits, taught.final, losses)
+            found = token_backward(head, output, batch["labels"], batch["loss_mask"], losses, draw.weight, teacher)
+        means, gradient = found
         self._losses[ROLES.index(draw.role), :2] += means
         return gradient
 

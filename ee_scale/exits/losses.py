@@ -8,11 +8,14 @@ import torch
 from megatron.core import parallel_state
 from torch import nn
 
-from ee_scale.exits.vocab_parallel import confidence, cross_entropy, kl_divergence, mask_padding
+from ee_scale.exits.vocab_parallel import confidence, cross_entropy, kl_divergence, mask_padding, sampled_kl
 from ee_scale.modeling.heads import ExitHead
 
 LEAST_CHUNK = 1024  # tokens; on a CPU larger ones gain nothing
 GPU_LOGITS = 2**28  # of a chunk that is chosen here: half a gigabyte in bf16, and a matrix product that fills a GPU
+
+# What a head learns from beside labels: its logits [n, V/tp] of a slice of all tokens -> KL of each, fp32 [n].
+Teacher = Callable[[torch.Tensor, slice], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,29 @@ def exit_backward(
         loss_mask,
         settings,
         scale,
-        (lambda piece: head.spec.capped(lm_head(piece)), final_hidden) if settings.kl_weight else None,
+        whole_teacher(lambda piece: head.spec.capped(lm_head(piece)), final_hidden, settings)
+        if settings.kl_weight
+        else None,
     )
+
+
+def whole_teacher(
+    logits_of: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, settings: LossSettings
+) -> Teacher:
+    """KL to a teacher's distribution, computed from its hidden state [B, S, D'] when it is needed."""
+
+    def kl(logits: torch.Tensor, part: slice) -> torch.Tensor:
+        with torch.no_grad():
+            target = mask_padding(logits_of(hidden.flatten(0, 1)[part]), settings.vocab_size)
+        return kl_divergence(logits, target, settings.kl_temperature)
+
+    return kl
+
+
+def sampled_teacher(tokens: torch.Tensor, negentropy: torch.Tensor, settings: LossSettings) -> Teacher:
+    """KL to a teacher of whom `systematic_sample` was kept: [B, S, K] and [B, S]."""
+    tokens, negentropy = tokens.flatten(0, 1), negentropy.flatten()
+    return lambda logits, part: sampled_kl(logits, tokens[part], negentropy[part], settings.kl_temperature)
 
 
 def token_backward(
@@ -79,13 +103,13 @@ def token_backward(
     loss_mask: torch.Tensor,
     settings: LossSettings,
     scale: float,
-    teacher: tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor] | None = None,
+    teacher: Teacher | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Backward of `scale` x loss into the parameters of `logits_of`; logits exist for `chunk_tokens` tokens at a time.
 
     loss = sum_t w_t (ce_weight CE_t + kl_weight KL_t) / n, with w = loss_mask and n the number of tokens that it does
     not leave out; with confidence weighting w and n are times the (detached) confidence c: n = sum_{w_t > 0} c_t.
-    hidden [B, S, D], labels and loss_mask [B, S]; teacher: its own logits function and hidden [B, S, D'].
+    hidden [B, S, D], labels and loss_mask [B, S].
     Returns fp32 [2] (cross entropy, sum_t w_t CE_t / n, and KL) and the gradient of hidden, [B, S, D].
     """
     flat, needs_grad = hidden.detach().flatten(0, 1), hidden.requires_grad
@@ -107,9 +131,7 @@ def token_backward(
         piece, logits = chunk(part)
         loss = 0.0
         if teacher is not None:
-            with torch.no_grad():
-                target = mask_padding(teacher[0](teacher[1].flatten(0, 1)[part]), settings.vocab_size)
-            kl = kl_divergence(logits, target, settings.kl_temperature)
+            kl = teacher(logits, part)
             means[1] += (kl.detach() * mask[part]).sum() / tokens
             loss = settings.kl_weight * kl
         ce = cross_entropy(logits, labels[part], settings.kernel)  # after the KL: it may overwrite the logits

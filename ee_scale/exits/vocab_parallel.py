@@ -98,3 +98,64 @@ class _KLDivergence(torch.autograd.Function):
 def kl_divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """T^2 KL(softmax(teacher/T) || softmax(student/T)) per token (Hinton et al. 2015): [N, V/tp] twice -> fp32 [N]."""
     return _KLDivergence.apply(student / temperature, teacher.detach() / temperature) * temperature**2
+
+
+@torch.no_grad()
+def systematic_sample(logits: torch.Tensor, points: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a cache keeps of a teacher: K = `count` tokens of each softmax(logits), int32 [N, K], and sum q log q, [N].
+
+    logits [N, V/tp]; points [N] in [0, 1), fp64, the same on all tensor ranks. The tokens lie at (point + k) / K of the
+    distribution function: over random points token v comes K q_v times on average (so its share is unbiased, unlike
+    that of a cut to the largest; random sampling KD, arXiv 2503.16870), and never a whole time more or less than that.
+    """
+    logits, group = logits.float(), parallel_state.get_tensor_model_parallel_group()
+    log_q = logits - log_normalizer(logits)[1].unsqueeze(-1)
+    q = log_q.exp()
+    negentropy = torch.where(q > 0, q * log_q, 0.0).sum(dim=-1)
+    below = q.cumsum(dim=-1, dtype=torch.float64)
+    masses = [torch.empty_like(points) for _ in range(group.size())]
+    masses[group.rank()] = below[:, -1].contiguous()
+    if group.size() > 1:
+        dist.all_gather(masses, masses[group.rank()].clone(), group=group)
+        dist.all_reduce(negentropy, group=group)
+    ends = torch.stack(masses).cumsum(0)
+    start = ends[group.rank()] - masses[group.rank()]
+    steps = torch.arange(count, dtype=torch.float64, device=points.device)
+    within = 1 - 1e-12  # rounding may not lead to a token without probability
+    places = ((points.unsqueeze(-1) + steps) / count).clamp(max=within) * ends[-1].unsqueeze(-1)
+    owner = torch.searchsorted(ends.t().contiguous(), places, right=True)
+    own = torch.minimum((places - start.unsqueeze(-1)).clamp(min=0), below[:, -1:] * within)
+    tokens = torch.searchsorted(below, own, right=True) + group.rank() * logits.shape[-1]
+    tokens = torch.where(owner == group.rank(), tokens, 0).int()
+    if group.size() > 1:
+        dist.all_reduce(tokens, group=group)
+    return tokens, negentropy
+
+
+class _SampledKL(torch.autograd.Function):
+    """KL estimated from K tokens of the teacher; gradient softmax(student) - counts / K, unbiased as they are."""
+
+    @staticmethod
+    def forward(ctx, student: torch.Tensor, tokens: torch.Tensor, negentropy: torch.Tensor) -> torch.Tensor:
+        student, group = student.float(), parallel_state.get_tensor_model_parallel_group()
+        log_p = student - log_normalizer(student)[1].unsqueeze(-1)
+        local = tokens.long() - group.rank() * student.shape[-1]
+        outside = (local < 0) | (local >= student.shape[-1])
+        local, share = local.masked_fill(outside, 0), (~outside).float() / tokens.shape[-1]
+        loss = log_p.gather(-1, local).masked_fill(outside, 0.0).mean(dim=-1)
+        if group.size() > 1:
+            dist.all_reduce(loss, group=group)
+        ctx.save_for_backward(log_p.exp_().scatter_add_(-1, local, -share))
+        return negentropy - loss
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (difference,) = ctx.saved_tensors
+        return difference * grad.unsqueeze(-1), None, None
+
+
+def sampled_kl(
+    student: torch.Tensor, tokens: torch.Tensor, negentropy: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
+    """As `kl_divergence`, from what `systematic_sample` drew of teacher / T: [N, V/tp], [N, K], [N] -> fp32 [N]."""
+    return _SampledKL.apply(student / temperature, tokens, negentropy) * temperature**2

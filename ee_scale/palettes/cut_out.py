@@ -1,7 +1,7 @@
 """A subnet of a supernet run as a plain Hugging Face folder, and the parts of a run that it is cut from."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,11 @@ from transformers import PreTrainedModel
 from ee_scale.artifact.checkpoint import checkpoints, read_checkpoint
 from ee_scale.artifact.hf_folder import write_beside
 from ee_scale.artifact.run_folder import CHECKPOINTS, read_run
+from ee_scale.backbone.digest import bit_digest
 from ee_scale.backbone.loading import TensorFolder
 from ee_scale.backbone.model_folder import GONE, find_base
 from ee_scale.backbone.narrowing import narrowed
+from ee_scale.data.provenance import SOURCES, TextSource
 from ee_scale.elastic.architecture import ElasticMap
 from ee_scale.elastic.extract import is_tied, subnet_config, subnet_tensors
 from ee_scale.elastic.order import UnitOrder
@@ -22,7 +24,7 @@ from ee_scale.elastic.subnet import SubnetSpec
 from ee_scale.errors import UserError
 from ee_scale.families.build import AUTO_CLASS
 from ee_scale.files import write_text
-from ee_scale.reading import read_object
+from ee_scale.reading import checked, read_object
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,22 @@ class TrainedSupernet:
     step: int
     phases: int
     trained: dict[str, torch.Tensor]
+
+    @property
+    def sources(self) -> list[TextSource]:
+        """Text that it was trained on; empty: a run of an earlier version."""
+        return checked(list[TextSource], self.identity.get("data", {}).get(SOURCES, []), "run.json: data.sources")
+
+    def teacher(self, phases: int) -> "TrainedSupernet":
+        """What taught, where the first `phases` phases made it."""
+        trained = {name: tensor for name, tensor in self.trained.items() if int(name.split(".", 1)[0]) < phases}
+        return replace(self, phases=phases, trained=trained)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the base model and everything that is trained."""
+        own = [f"+{bit_digest(sorted(self.trained.items()))}"] if self.trained else []
+        return "".join([self.identity["base_fingerprint"], *own])
 
 
 def read_supernet(run: Path, step: int | None = None) -> TrainedSupernet:
@@ -76,17 +94,19 @@ def subnet_model(
     return model.eval()
 
 
-def write_subnet(folder: Path, model: PreTrainedModel, supernet: TrainedSupernet, spec: SubnetSpec, facts: str) -> None:
-    """Weights, config, tokenizer files and a model card into a new folder."""
+def write_subnet(
+    folder: Path, model: PreTrainedModel, supernet: TrainedSupernet, spec: SubnetSpec, facts: str, teacher: str
+) -> None:
+    """Weights, config, tokenizer files and a model card into a new folder. teacher: its fingerprint."""
     folder.mkdir()
     model.save_pretrained(folder)
     # After transformers, which makes generation settings of its own.
     write_beside(folder, supernet.base, read_object(folder / "config.json"))
-    write_text(folder / "README.md", "\n".join(_model_card(folder.name, model, supernet, spec, facts)) + "\n")
+    write_text(folder / "README.md", "\n".join(_model_card(folder.name, model, supernet, spec, facts, teacher)) + "\n")
 
 
 def _model_card(
-    name: str, model: PreTrainedModel, supernet: TrainedSupernet, spec: SubnetSpec, facts: str
+    name: str, model: PreTrainedModel, supernet: TrainedSupernet, spec: SubnetSpec, facts: str, teacher: str
 ) -> Iterator[str]:
     config = model.config
     auto = AUTO_CLASS[supernet.identity["task"]].__name__
@@ -97,3 +117,9 @@ def _model_card(
         f"{supernet.step} steps of low-rank supernet training with ee_scale {version('ee-scale')}. {facts}"
     )
     yield from ("", "```python", f"from transformers import {auto}", "", f'{auto}.from_pretrained("{name}")', "```")
+    yield from ("", "## What it was trained on", "")
+    for source in supernet.sources:
+        yield f"- {source.words}"
+    if not supernet.sources:
+        yield "- The run does not say: it is of an earlier version."
+    yield from ("", f"Base model `{supernet.identity['base_fingerprint']}`, teacher `{teacher}`.")

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import exp
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,22 @@ from ee_scale.elastic.stage import ElasticStage
 from ee_scale.elastic.subnet import SubnetSpec
 from ee_scale.families.build import AUTO_CLASS
 from ee_scale.palettes.edge import time_forward
+from ee_scale.palettes.intervals import Scores
 
 CHUNK = 1024  # tokens whose logits exist at the same time
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A subnet on held-out texts.
+
+    Attributes:
+        figures: mean loss in nats, and accuracy (classes) or perplexity (text).
+        scores: text by text, of the figure that decides.
+    """
+
+    figures: dict[str, float]
+    scores: Scores
 
 
 @dataclass(frozen=True)
@@ -26,29 +41,37 @@ class Judge:
 
     @property
     def metric(self) -> str:
-        """The entry of `figures` that decides."""
+        """The figure that decides."""
         return "accuracy" if self.stage.map.family.task == "classify" else "loss"
 
     @torch.no_grad()
-    def figures(self, spec: SubnetSpec) -> dict[str, float]:
-        """Mean loss in nats, and accuracy (classes) or perplexity (text)."""
+    def judge(self, spec: SubnetSpec) -> Judged:
+        """All texts through a subnet."""
         self.stage.select(spec)
-        loss = correct = count = 0.0
-        for batch in self.batches:
-            batch = {name: tensor.to(self.stage.grid.device) for name, tensor in batch.items()}
-            final, _ = self.stage(batch["tokens"], batch)
-            states, labels = final.flatten(0, -2), batch["labels"].flatten()
-            if "loss_mask" in batch:
-                kept = batch["loss_mask"].flatten().bool()
-                states, labels = states[kept], labels[kept]
-            for states_part, labels_part in zip(states.split(CHUNK), labels.split(CHUNK), strict=True):
-                logits = self.stage.head(states_part).float()
-                loss += float(F.cross_entropy(logits, labels_part, reduction="sum"))
-                correct += float((logits.argmax(-1) == labels_part).sum())
-            count += len(labels)
+        loss, right, counts = torch.cat([self._of_batch(batch) for batch in self.batches], 1).cpu()
+        mean = float(loss.sum() / counts.sum())
         if self.metric == "accuracy":
-            return {"accuracy": correct / count, "loss": loss / count}
-        return {"loss": loss / count, "perplexity": float(torch.tensor(loss / count).exp())}
+            scores = Scores(right, counts)
+            return Judged({"accuracy": scores.mean, "loss": mean}, scores)
+        return Judged({"loss": mean, "perplexity": exp(min(mean, 700.0))}, Scores(loss, counts))
+
+    def _of_batch(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """fp64 [3, B]: nats, right answers and answers of each text."""
+        batch = {name: tensor.to(self.stage.grid.device) for name, tensor in batch.items()}
+        final, _ = self.stage(batch["tokens"], batch)
+        states, labels = final.flatten(0, -2), batch["labels"].flatten()
+        texts = torch.arange(len(batch["labels"]), device=labels.device)
+        found = torch.zeros(3, len(texts), dtype=torch.float64, device=labels.device)
+        texts = texts.repeat_interleave(len(labels) // len(texts))
+        if "loss_mask" in batch:
+            kept = batch["loss_mask"].flatten().bool()
+            states, labels, texts = states[kept], labels[kept], texts[kept]
+        for piece, wanted, rows in zip(states.split(CHUNK), labels.split(CHUNK), texts.split(CHUNK), strict=True):
+            logits = self.stage.head(piece).float()
+            nats = F.cross_entropy(logits, wanted, reduction="none")
+            told = torch.stack([nats, logits.argmax(-1) == wanted, torch.ones_like(nats)])
+            found.index_add_(1, rows, told.double())
+        return found
 
     def lower_is_better(self, figures: dict[str, float]) -> float:
         """For the search."""

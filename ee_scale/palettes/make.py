@@ -16,6 +16,7 @@ from ee_scale.data.inputs import load_tokenizer, sources
 from ee_scale.data.labelled import check_labels, evaluation_batches, read_labelled
 from ee_scale.data.loader import windows
 from ee_scale.data.text import prepare_text
+from ee_scale.elastic.distill import LIVE
 from ee_scale.elastic.extract import is_tied
 from ee_scale.elastic.order import UnitOrder
 from ee_scale.elastic.stage import base_tensors
@@ -23,10 +24,13 @@ from ee_scale.elastic.subnet import SearchSpace, SubnetSpec
 from ee_scale.errors import UserError
 from ee_scale.files import new_folder, remove_folder
 from ee_scale.grid import Layout, join_grid, pick_device
+from ee_scale.palettes.audit import Audit
 from ee_scale.palettes.cut_out import TrainedSupernet, read_supernet, subnet_model, write_subnet
 from ee_scale.palettes.edge import EdgeMeasure, measure_edge
-from ee_scale.palettes.judge import Judge, PartTimes
+from ee_scale.palettes.intervals import interval, wilson
+from ee_scale.palettes.judge import Judge, Judged, PartTimes
 from ee_scale.palettes.manifest import Device, Manifest, Member, Tried, write_manifest
+from ee_scale.palettes.overlap import Overlap
 from ee_scale.palettes.recommend import write_palette_report
 from ee_scale.palettes.search import Candidate, pareto, search, verified
 from ee_scale.planning.estimates import BF16, FP32, uses_bf16
@@ -50,6 +54,8 @@ def make_palette(config: PaletteConfig) -> Manifest:
     supernet = read_supernet(src, config.step)
     plan = stored_plan(src, supernet, config)
     check_length(config, plan)
+    if config.audit and plan.task != "causal_lm":
+        raise UserError("audit=true: a classifier writes no text")
     batches = held_out(config, plan)
     with new_folder(out) as folder, told_when_full(lambda: _advice(config, plan)):
         manifest = Palette(config, src, supernet, plan, batches, folder).make()
@@ -87,6 +93,7 @@ def stored_plan(src: Path, supernet: TrainedSupernet, config: PaletteConfig) -> 
         space=replace(stored.space, depth_parts=supernet.identity["parts"]),
         # Sizes were checked against the grid that trained; one process has none.
         parallel=ParallelConfig(),
+        distill=replace(stored.distill, cache=False),
         train=replace(stored.train, micro_batch_size=1, global_batch_size=1, precision="auto"),
     )
     plan = plan_supernet(stored, supernet.base, ModelFolder(supernet.base).config, supernet.identity["labels"])
@@ -149,12 +156,19 @@ class Palette:
                     parameter.copy_(supernet.trained[name])
         self.space: SearchSpace = run.space
         self.judge = Judge(run.stage, batches)
+        self.audit = None
+        if config.audit:
+            digests = supernet.identity.get("data", {}).get("tokens", [])
+            self.audit = Audit(plan, digests, config.audit_samples, config.seed, self.device)
+        live = plan.config.distill.teacher == LIVE
+        self.teacher = supernet.teacher(supernet.phases if live else plan.phases.of_teacher)
+        self.texts = sum(len(batch["labels"]) for batch in batches)
         # Numbers per unit of width that a tied model has not: training gave the output matrix values of its own.
         tied = plan.map.config.tie_word_embeddings and plan.task == "causal_lm"
         self.untied = plan.map.config.vocab_size * (tied and not is_tied(plan.map, supernet.trained))
         self.limits = limits_of(config)
         self.times = PartTimes(plan.map, config.tokens, 0.1, self.device, run.stage.dtype)
-        self.figures: dict[SubnetSpec, dict[str, float]] = {}
+        self.judged: dict[SubnetSpec, Judged] = {}
         self.measures: dict[SubnetSpec, EdgeMeasure] = {}
 
     def make(self) -> Manifest:
@@ -186,17 +200,21 @@ class Palette:
             objective=config.objective,
             latency="prefill_ms",
             metric=self.judge.metric,
+            texts=self.texts,
+            sources=self.supernet.sources,
+            teacher=self.teacher.fingerprint,
+            audit={} if self.audit is None else self._found_by(self.audit, [candidate.spec for candidate in chosen]),
             full=self._member(full, "full"),
             members=[self._member(candidate.spec, self._name(candidate.spec)) for candidate in chosen],
-            tried=[Tried(c.spec, self.figures[c.spec], dict(c.estimates)) for c in found],
+            tried=[Tried(c.spec, self.judged[c.spec].figures, dict(c.estimates)) for c in found],
         )
         self._keep_only({member.folder for member in manifest.members})
         return manifest
 
     def _quality(self, spec: SubnetSpec) -> float:
-        if spec not in self.figures:
-            self.figures[spec] = self.judge.figures(spec)
-        return self.judge.lower_is_better(self.figures[spec])
+        if spec not in self.judged:
+            self.judged[spec] = self.judge.judge(spec)
+        return self.judge.lower_is_better(self.judged[spec].figures)
 
     def _estimate(self, spec: SubnetSpec) -> dict[str, float]:
         """Exact parameters and FLOPs; latency by look-up and memory by weights, where they are asked for."""
@@ -223,9 +241,9 @@ class Palette:
         if spec not in self.measures:
             folder = self.folder / self._name(spec)
             self._quality(spec)
-            facts = ", ".join(f"{name} {value:.4g}" for name, value in self.figures[spec].items())
+            facts = ", ".join(f"{name} {value:.4g}" for name, value in self.judged[spec].figures.items())
             model = subnet_model(self.plan.map, self.base, self.order, self.supernet, spec)
-            write_subnet(folder, model, self.supernet, spec, f"On held-out data: {facts}.")
+            write_subnet(folder, model, self.supernet, spec, f"On held-out data: {facts}.", self.teacher.fingerprint)
             self.measures[spec] = measure_edge(
                 folder,
                 self.plan.task,
@@ -238,7 +256,8 @@ class Palette:
         return self.measures[spec]
 
     def _member(self, spec: SubnetSpec, folder: str) -> Member:
-        measure = self.measures[spec]
+        measure, judged, whole = self.measures[spec], self.judged[spec], self.plan.map.shape.full
+        accuracy = self.judge.metric == "accuracy"
         joules = measure.joules_per_token if measure.joules_per_token is not None else measure.energy
         return Member(
             folder=folder,
@@ -251,10 +270,22 @@ class Palette:
             memory_mb=measure.memory_mb,
             file_mb=measure.weights_mb,
             joules_per_token=joules,
-            quality=self.figures[spec],
+            quality=judged.figures,
+            interval=wilson(judged.scores.mean, self.texts) if accuracy else interval(judged.scores),
+            difference=None if spec == whole else interval(judged.scores.minus(self.judged[whole].scores)),
             estimated_ms=self.times.milliseconds(spec),
             onnx=self._onnx(folder) if self.config.onnx and folder != "full" else {},
         )
+
+    def _found_by(self, audit: Audit, specs: list[SubnetSpec]) -> dict[str, Overlap]:
+        """What the sizes and the teacher give back of the training text."""
+        writers = [("teacher", self.teacher, self.plan.map.shape.full)]
+        writers += [(self._name(spec), self.supernet, spec) for spec in specs]
+        with shares("looking for training text") as progress:
+            for done, (name, supernet, spec) in enumerate(writers):
+                audit.write(name, subnet_model(self.plan.map, self.base, self.order, supernet, spec))
+                progress((done + 1) / (len(writers) + 1))
+            return audit.found()
 
     def _onnx(self, name: str) -> dict[str, dict[str, float]]:
         from ee_scale.artifact.onnx import export_onnx

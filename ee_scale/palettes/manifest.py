@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
+from ee_scale.data.provenance import TextSource
 from ee_scale.elastic.subnet import SubnetSpec
 from ee_scale.errors import UserError
+from ee_scale.palettes.overlap import Overlap
 from ee_scale.reading import checked, read_json, whole, write_json
 
 MANIFEST = "manifest.json"
@@ -47,7 +49,8 @@ class Member:
         token_ms: None where nothing is generated.
         memory_mb: peak of the process; file_mb: of the weights.
         joules_per_token: a number, or 'not measured: <why>'.
-        quality: metric -> value, on held-out data.
+        quality: metric -> value, on held-out data. interval: 95% of the metric that decides, from the number of texts.
+        difference: 95% of it minus the full model's, on the same texts. None: of the full model itself, or not known.
         estimated_ms: what the search took for the latency that `Manifest.latency` names; None if nothing.
         onnx: variant ('fp32', 'int8') -> {'file_mb', 'latency_ms'}.
     """
@@ -65,6 +68,8 @@ class Member:
     quality: dict[str, float]
     estimated_ms: float | None = None
     onnx: dict[str, dict[str, float]] = field(default_factory=dict)
+    interval: tuple[float, float] | None = None
+    difference: tuple[float, float] | None = None
 
 
 @whole
@@ -91,6 +96,9 @@ class Manifest:
         full: the whole model, measured in the same way; its folder is the base model's.
         members: cheapest first.
         tried: all that the search evaluated; may be empty.
+        sources: text that the supernet was trained on; teacher: what taught, by its fingerprint; empty: not known.
+        audit: what each size and the teacher gave back of it verbatim, by folder.
+        texts: held-out texts that quality was judged on; 0: a version that did not say.
     """
 
     base_model: str
@@ -105,6 +113,10 @@ class Manifest:
     full: Member
     members: list[Member]
     tried: list[Tried] = field(default_factory=list)
+    texts: int = 0
+    sources: list[TextSource] = field(default_factory=list)
+    teacher: str = ""
+    audit: dict[str, Overlap] = field(default_factory=dict)
 
     @property
     def higher_is_better(self) -> bool:

@@ -8,8 +8,10 @@ from rich.table import Table
 
 from ee_scale.families.build import AUTO_CLASS
 from ee_scale.files import write_text
+from ee_scale.palettes.intervals import is_seen
 from ee_scale.palettes.limits import number
 from ee_scale.palettes.manifest import Manifest, Member
+from ee_scale.palettes.overlap import LEAST
 from ee_scale.palettes.plot import PERCENT, plot_palette
 
 REPORT, PLOT = "report.md", "palette.png"
@@ -48,9 +50,11 @@ def palette_markdown(manifest: Manifest) -> str:
         " ".join(_introduction(manifest)),
         f"![Quality against parameters and latency]({PLOT})",
         "\n".join(f"| {' | '.join(line)} |" for line in lines),
+        *_statistics_note(manifest),
         *_energy_note(manifest),
         "## Which one to take",
         "\n".join(f"- {line}" for line in recommendations(manifest)),
+        *_provenance(manifest),
         "## How to open one",
         f"```python\nfrom transformers import {auto}, AutoTokenizer\n\n"
         f'model = {auto}.from_pretrained("{folder}")\ntokenizer = AutoTokenizer.from_pretrained("{folder}")\n```',
@@ -188,7 +192,11 @@ def _columns(manifest: Manifest) -> list[Column]:
         ("of full", lambda m: _share(m.params / full.params)),
     ]
     columns += [(name, lambda m, name=name: _quality(name, m.quality.get(name))) for name in full.quality]
+    if full.interval is not None:
+        columns.append(("95%", lambda m: _span(manifest, m.interval)))
     columns.append(("vs full", lambda m: "-" if m is full else _compared(manifest, m)))
+    if full.interval is not None:
+        columns.append(("difference, 95%", lambda m: _span(manifest, m.difference, signed=True)))
     for name, title in (("prefill_ms", "prefill ms"), ("token_ms", "ms / token")):
         if getattr(full, name) is not None:
             columns.append((title, lambda m, name=name: f"{getattr(m, name):.3g}"))
@@ -205,6 +213,15 @@ def _columns(manifest: Manifest) -> list[Column]:
     for kind in dict.fromkeys(kind for m in everyone for kind in m.onnx):
         columns.append((f"ONNX {kind} MB / ms", lambda m, kind=kind: _onnx(m, kind)))
     return columns
+
+
+def _span(manifest: Manifest, span: tuple[float, float] | None, *, signed: bool = False) -> str:
+    """An interval of the metric that decides; differences of shares in points."""
+    if span is None:
+        return "-"
+    scale, digits = (100, 1) if manifest.metric in PERCENT else (1, 3)
+    low, high = (f"{scale * end:{'+' if signed else ''}.{digits}f}" for end in span)
+    return f"{low} to {high}"
 
 
 def _share(value: float) -> str:
@@ -224,6 +241,37 @@ def _millijoules(value: float | str) -> str:
 def _onnx(member: Member, kind: str) -> str:
     found = member.onnx.get(kind)
     return f"{found['file_mb']:,.1f} / {found['latency_ms']:.3g}" if found else "-"
+
+
+def _statistics_note(manifest: Manifest) -> list[str]:
+    """What the intervals are, and which sizes cannot be told from the full model."""
+    if manifest.full.interval is None:
+        return []
+    found = [m.folder for m in manifest.members if m.difference is not None and not is_seen(*m.difference)]
+    same = f"Not to be told from the full model: {', '.join(f'`{name}`' for name in found)}." if found else ""
+    unit = " (in points)" if manifest.metric in PERCENT else ""
+    return [
+        f"Quality on {manifest.texts:,} held-out texts with its 95% interval; differences{unit} are taken on the same "
+        f"texts, and mean nothing where their interval holds 0. {same}".strip()
+    ]
+
+
+def _provenance(manifest: Manifest) -> list[str]:
+    """Sources of the training text, and what was found of it."""
+    if not manifest.sources:
+        return []
+    found = ["## What it was trained on", "\n".join(f"- {source.words}" for source in manifest.sources)]
+    if manifest.audit:
+        rows = [
+            f"| {name} | {o.found} of {o.texts} | {o.longest} | {o.share:.1%} |" for name, o in manifest.audit.items()
+        ]
+        head = ["| writer | texts with a passage | longest, characters | share of what was written |"]
+        found += [
+            f"Passages of {LEAST} characters and more that stand verbatim in the training text, written behind the "
+            "beginnings of its documents:",
+            "\n".join([*head, "| --- | ---: | ---: | ---: |", *rows]),
+        ]
+    return found
 
 
 def _energy_note(manifest: Manifest) -> list[str]:

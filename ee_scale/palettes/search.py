@@ -15,7 +15,7 @@ from ee_scale.elastic.subnet import SearchSpace, SubnetSpec
 from ee_scale.errors import UserError
 from ee_scale.palettes.limits import COSTS, Limits, check_limits, excess, keeps, nearest_miss
 
-METHODS = ("auto", "grid", "nsga2", "random")
+METHODS = ("auto", "palette", "grid", "nsga2", "random")
 ENUMERABLE = 10_000  # spaces up to this size are estimated as a whole before the search
 PROPOSALS = 20  # for each evaluation: most proposals that may turn out known or outside the limits
 SMALLEST_COST = 1e-12  # what has a logarithm
@@ -55,7 +55,8 @@ def search(
 ) -> list[Candidate]:
     """Subnets within the limits (by estimate), with their quality.
 
-    Every subnet within the limits is evaluated where there are at most `trials` of them; otherwise 'auto' and 'nsga2'
+    'palette' evaluates the sizes that the supernet was told of (`SearchSpace.palette`), as 'auto' does where there are
+    any. Every subnet within the limits is evaluated where there are at most `trials`; otherwise 'auto' and 'nsga2'
     follow NSGA-II (Deb et al. 2002; optuna) towards the front of (quality, log cost), and 'random' draws.
 
     quality: expensive; called at most `trials` times, once per subnet, never for one that breaks a limit.
@@ -67,7 +68,10 @@ def search(
     """
     _check(limits, method, trials, objective)
     tried = _Tried(quality, estimate, limits, trials, progress)
-    members = list(islice(space.members(), ENUMERABLE + 1))
+    if method == "palette" and not space.palette:
+        raise UserError("method=palette: the run has no space.palette")
+    method = "palette" if method == "auto" and space.palette else method
+    members = list(space.palette_members() if method == "palette" else islice(space.members(), ENUMERABLE + 1))
     whole = len(members) <= ENUMERABLE
     # The smallest subnet tells whether anything fits; the full one and the exits are where most other paths begin.
     anchors = [space.smallest(), next(space.members()), *space.exit_members()]
@@ -75,9 +79,11 @@ def search(
     if not fitting:
         raise UserError(nearest_miss(tried.estimates, limits))
     every = whole and len(fitting) <= trials
-    if method == "grid" and not every:
+    if method in ("palette", "grid") and not every:
         count = f"{len(fitting):,}" if whole else f"more than {ENUMERABLE:,}"
-        raise UserError(f"method=grid: {count} subnets to evaluate, but trials={trials}; raise trials or take nsga2")
+        raise UserError(
+            f"method={method}: {count} subnets to evaluate, but trials={trials}; raise trials or take nsga2"
+        )
     random = Random(seed)
     if every:
         tried.evaluate_all(fitting)

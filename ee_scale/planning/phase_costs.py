@@ -1,7 +1,7 @@
 """What a phase of a supernet run costs: FLOPs, parameters, memory, traffic."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from random import Random
 
@@ -12,6 +12,7 @@ from ee_scale.elastic.architecture import TensorAxes, local_length
 from ee_scale.elastic.distill import FROZEN
 from ee_scale.elastic.factors import FactorPlan
 from ee_scale.elastic.order import UnitOrder
+from ee_scale.elastic.sampling import random_member, smallest_member
 from ee_scale.elastic.subnet import SearchSpace, SubnetSpec, drop_order
 from ee_scale.exits.losses import chunk_tokens
 from ee_scale.families.family import HEADS
@@ -28,6 +29,7 @@ from ee_scale.planning.estimates import (
     rank_memory,
     rank_traffic,
 )
+from ee_scale.planning.fits import bytes_text
 from ee_scale.planning.passes import layer_passes, local_model
 from ee_scale.planning.phases import SupernetSetup
 
@@ -36,20 +38,21 @@ DRAWS = 256  # subnets that the mean cost of a random one is taken over
 
 
 def drawn_specs(plan: SupernetSetup, index: int) -> list[tuple[SubnetSpec, float]]:
-    """(subnet, times per micro-batch) of a phase: the full net, the smallest, and random ones on average."""
+    """(subnet, times per micro-batch) of a phase, over its steps: the full net, the smallest, and random ones."""
     axes, sampling = plan.phases[index].axes, plan.config.sampling
-    specs = [(plan.map.shape.full, 1.0)]
+    specs = [(plan.map.shape.full, 1.0 / sampling.full_every if axes else 1.0)]
     if axes:
         space, random = _space(plan), Random(0)
         if sampling.smallest:
-            specs.append((space.smallest(axes), 1.0))
+            specs.append((smallest_member(space, axes, sampling), 1.0))
         if sampling.randoms:
-            specs += [(space.draw(random, axes), sampling.randoms / DRAWS) for _ in range(DRAWS)]
+            drawn = [random_member(space, axes, sampling, random) for _ in range(DRAWS)]
+            specs += [(spec, sampling.randoms / DRAWS) for spec in drawn]
     return specs
 
 
 def draws_per_micro_batch(plan: SupernetSetup, index: int) -> int:
-    """Forward and backward passes of one micro-batch in a phase."""
+    """Forward and backward passes of one micro-batch in a step of a phase, at most."""
     sampling = plan.config.sampling
     if not plan.phases[index].axes:
         return 1
@@ -114,13 +117,47 @@ def _stage_work(
         forward += times * len(kept) * (ahead + project)
         backward += times * len(kept) * (behind + project)
         head += times * sum(sum(counts.matrix(spec, name)) / tokens for name, tokens in _heads(plan, seq_length))
-    teacher = len(plan.stages.layers(stage)) * (plan.map.layer_flops(full, seq_length) + 2 * features * full.hidden)
-    if learns and plan.map.family.task == "causal_lm":  # the teacher's logits are computed anew for every draw
+    teacher = plan.map.layer_flops(full, seq_length) + 2 * features * full.hidden
+    looked = len(plan.stages.layers(stage)) * teacher * _looks(plan) if teaches else 0.0
+    if learns and plan.task == "causal_lm" and not distill.cache:  # the teacher's logits are computed for every draw
         learners = sum(times for _, times in specs)
         if not teaches:
             learners -= 1  # the full net, which is the teacher
         head += learners * 2 * plan.map.config.vocab_size * full.hidden
-    return StageWork(forward, backward, head if plan.stages.is_last(stage) else 0.0, teacher if teaches else 0.0)
+    return StageWork(forward, backward, head if plan.stages.is_last(stage) else 0.0, looked)
+
+
+def _looks(plan: SupernetSetup) -> float:
+    """Share of the micro-batches that the frozen teacher looks at; labelled texts are few, and come again and again."""
+    if not plan.config.distill.cache:
+        return 1.0
+    reads = plan.phases.total_steps * plan.config.train.global_batch_size
+    return min(1.0, (plan.config.data.sequences or 0) / reads) if plan.task == "causal_lm" else 0.0
+
+
+@dataclass(frozen=True)
+class KeptTeacher:
+    """What a rank keeps of the teacher: `token_bytes` at most for each token, of `most_tokens`."""
+
+    token_bytes: int
+    most_tokens: int
+    words: str
+
+
+def kept_teacher(plan: SupernetSetup, size: int) -> KeptTeacher:
+    """Of the stage that keeps most, so that all keep the same texts; `size`: bytes of a number."""
+    distill, data = plan.config.distill, plan.config.data
+    layers = max(len(plan.stages.layers(stage)) for stage in range(plan.stages.launched))
+    token_bytes = layers * min(distill.feature_dim, plan.map.shape.hidden) * size if distill.feature_weight else 0
+    if plan.task == "causal_lm":
+        token_bytes += (distill.cache_samples + 1) * FP32 if distill.kl_weight else 0
+    else:
+        token_bytes += len(plan.labels) * size  # of the whole text, which has a token at least
+    most = int(distill.cache_gb * 1e9) // max(1, token_bytes)
+    words = f"{bytes_text(token_bytes)} a token, {most:,} tokens at most (distill.cache_gb={distill.cache_gb:g})"
+    if plan.task == "causal_lm" and data.sequences:
+        words += f", of {data.sequences * data.seq_length:,}"
+    return KeptTeacher(token_bytes, most, f"{words}, in the memory of each rank")
 
 
 def _layer_flops(plan: SupernetSetup, counts: _FactorCounts, spec: SubnetSpec, seq: int) -> tuple[float, float]:
@@ -202,7 +239,8 @@ def phase_traffic(plan: SupernetSetup, stage: int, size: int) -> StageTraffic:
     """In the last phase; `size`: bytes of a number."""
     config, index = plan.config, len(plan.phases) - 1
     last, draws = plan.stages.is_last(stage), draws_per_micro_batch(plan, index)
-    width = sum(spec.hidden * times for spec, times in drawn_specs(plan, index)) / draws
+    specs = drawn_specs(plan, index)
+    width = sum(spec.hidden * times for spec, times in specs) / sum(times for _, times in specs)
     state = config.train.micro_batch_size * config.data.seq_length * width * size
     sent = draws if stage > 0 else 0  # gradients, back
     if not last:

@@ -1,6 +1,6 @@
 """Everything about a supernet run that follows from config, model and data, decided before any process starts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,6 +13,7 @@ from ee_scale.config.checks import check_batch, check_supernet
 from ee_scale.config.supernet import SupernetConfig
 from ee_scale.elastic.architecture import ElasticMap
 from ee_scale.elastic.order import UnitOrder
+from ee_scale.elastic.sampling import PALETTE, shipped_members
 from ee_scale.elastic.subnet import AXES, SearchSpace
 from ee_scale.errors import UserError
 from ee_scale.families.registry import elastic_family
@@ -28,9 +29,11 @@ from ee_scale.planning.estimates import (
     filled_pipe,
     mean_work,
 )
+from ee_scale.planning.fits import is_bf16
 from ee_scale.planning.loss import check_loss_kernel
 from ee_scale.planning.phase_costs import (
     draws_per_micro_batch,
+    kept_teacher,
     phase_memory,
     phase_parameters,
     phase_traffic,
@@ -71,6 +74,11 @@ class SupernetPlan(SupernetSetup):
 
     def traffic(self, *, bf16: bool) -> list[StageTraffic]:
         return [phase_traffic(self, stage, BF16 if bf16 else FP32) for stage in range(self.stages.launched)]
+
+    def notes(self) -> Mapping[str, str]:
+        if not self.config.distill.cache:
+            return {}
+        return {"teacher": f"kept: {kept_teacher(self, BF16 if is_bf16(self.config) else FP32).words}"}
 
     def bubble(self) -> tuple[float, str]:
         p, m = self.layout.pp, self.num_micro_batches * draws_per_micro_batch(self, len(self.phases) - 1)
@@ -119,6 +127,7 @@ def plan_supernet(
     )
     space = plan.space(UnitOrder.identity(shape))
     _check_axes(plan, space)
+    _check_cache(plan)
     return plan
 
 
@@ -130,6 +139,21 @@ def _check_axes(plan: SupernetPlan, space: SearchSpace) -> None:
             raise UserError(
                 f"stages: nothing can shrink in '{phase.name}': space.* has the full size alone for {phase.axes}"
             )
+        if phase.axes and plan.config.sampling.members == PALETTE and not shipped_members(space, phase.axes):
+            raise UserError(
+                f"stages: nothing of space.palette can shrink in '{phase.name}' (axes={phase.axes}); leave the stage "
+                "out, or sampling.members=space"
+            )
+
+
+def _check_cache(plan: SupernetPlan) -> None:
+    """A cache is for texts that come again."""
+    reads, sequences = plan.total_steps * plan.config.train.global_batch_size, plan.config.data.sequences
+    if plan.config.distill.cache and plan.task == "causal_lm" and (sequences or reads) >= reads:
+        raise UserError(
+            f"distill.cache=true with data.sequences={'null' if sequences is None else sequences}: none of the "
+            f"{reads:,} sequences that the run reads would come again; give fewer data.sequences"
+        )
 
 
 def phase_rows(plan: SupernetPlan) -> list[tuple[str, ...]]:

@@ -18,6 +18,7 @@ from ee_scale.elastic.order import UnitOrder
 from ee_scale.elastic.sampling import ROLES
 from ee_scale.elastic.stage import ElasticStage, base_tensors
 from ee_scale.elastic.subnet import SearchSpace
+from ee_scale.elastic.teacher import TeacherCache
 from ee_scale.engine.clipping import TOGETHER
 from ee_scale.engine.supernet import SupernetEngine
 from ee_scale.errors import UserError
@@ -25,6 +26,7 @@ from ee_scale.files import sync
 from ee_scale.grid import Grid
 from ee_scale.log import log
 from ee_scale.planning.estimates import uses_bf16
+from ee_scale.planning.phase_costs import kept_teacher
 from ee_scale.planning.supernet import SupernetPlan, phase_rows, plan_supernet, task_of
 from ee_scale.training.metrics import MetricsStream, StepMetrics
 from ee_scale.training.recipe import Named, Recipe, Run, SavedPart, Step, Words, check_frozen
@@ -91,6 +93,7 @@ class Supernet(Recipe[SupernetConfig, SupernetPlan]):
 class SupernetRun(Run[SupernetConfig, SupernetPlan]):
     """One rank's live run over all phases; without data its engine can be stepped by hand.
 
+    cache: what the teacher said, for all phases.
     roles: of the subnets that were drawn last; frozen: digest of what must not change, from before the phase.
     """
 
@@ -105,6 +108,7 @@ class SupernetRun(Run[SupernetConfig, SupernetPlan]):
     step: int = 0
     roles: Sequence[str] = ROLES
     frozen: str = ""
+    cache: TeacherCache | None = None
 
     @property
     def index(self) -> int:
@@ -165,7 +169,11 @@ class SupernetRun(Run[SupernetConfig, SupernetPlan]):
             for index in range(min(teacher, self.index)):
                 module.merge(index)
         teaches = teacher if phase.axes else None
-        self.engine = SupernetEngine.build(self.stage, self.factors[-1], self.grid, self.config, teaches)
+        if phase.axes and self.config.distill.cache and self.cache is None:
+            kept = kept_teacher(self.plan, self.stage.dtype.itemsize)
+            log.info("the teacher is kept: %s", kept.words)
+            self.cache = TeacherCache(kept.most_tokens)
+        self.engine = SupernetEngine.build(self.stage, self.factors[-1], self.grid, self.config, teaches, self.cache)
         self.rate = LearningRate(replace(self.config.optim, lr=self.plan.learning_rate(self.index)), phase.steps)
         self.trainable, self.frozen = self.plan.factors(self.index, self.stage.new).parameters, ""
 

@@ -68,7 +68,7 @@ class Trainer:
         mine = range(self.grid.dp_rank * each, (self.grid.dp_rank + 1) * each)
         axes = RECIPE[len(self.factors) - 1]
         stream = draw_stream(self.space, axes, step, each, self.sampling, SEED, self.plan.parameters)
-        return self.engine.train_step(iter([batch(data_step, i, self.job.task) for i in mine]), stream)
+        return self.engine.train_step(iter([batch(data_step, i, self.job) for i in mine]), stream)
 
     def frozen(self) -> dict[str, torch.Tensor]:
         """Backbone, and factors of earlier phases."""

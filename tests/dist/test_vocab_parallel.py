@@ -7,11 +7,19 @@ from helpers.spawn import spawn
 from torch.nn import functional
 
 from ee_scale.backbone.parallel import padded_vocab
-from ee_scale.exits.vocab_parallel import confidence, cross_entropy, kl_divergence, mask_padding
+from ee_scale.exits.vocab_parallel import (
+    confidence,
+    cross_entropy,
+    kl_divergence,
+    mask_padding,
+    sampled_kl,
+    systematic_sample,
+)
 from ee_scale.grid import Grid, Layout, join_grid, leave_grid
 
 TOKENS = 19
 TEMPERATURES = (1.0, 2.0, 0.5)
+SAMPLES, POINTS = 3, 500  # K of a sampled teacher, and starting points that its expectation is taken over
 VOCABULARIES = (131, 128, 5)  # padded, even, and so small that the last of four ranks holds padding alone
 CASES = [(tp, vocab) for tp in (1, 2, 4) for vocab in VOCABULARIES]
 
@@ -72,7 +80,16 @@ def cut(vocab: int, grid: Grid) -> dict[str, torch.Tensor]:
     keep("ce", cross_entropy(mask_padding(mine * 1.0, vocab), labels))  # a copy: Megatron overwrites its input
     for t in TEMPERATURES:
         keep(f"kl{t}", kl_divergence(mask_padding(mine, vocab), target, t))
+        keep(f"sampled{t}", torch.stack([sampled(mine, target, vocab, t, point) for point in range(POINTS)]).mean(0))
+    found["tokens"] = systematic_sample(target, torch.full((TOKENS,), 0.3, dtype=torch.float64), 50)[0]
     return found
+
+
+def sampled(mine: torch.Tensor, target: torch.Tensor, vocab: int, t: float, point: int) -> torch.Tensor:
+    points = torch.full((TOKENS,), (point + 0.5) / POINTS, dtype=torch.float64)
+    tokens, negentropy = systematic_sample(target / t, points, SAMPLES)
+    assert tokens.max() < vocab
+    return sampled_kl(mask_padding(mine, vocab), tokens, negentropy, t)
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +101,37 @@ def found() -> dict[int, list]:
 def test_equal_to_dense(tp: int, vocab: int, found: dict[int, list]) -> None:
     expected = dense(vocab)
     for rank, results in enumerate(found[tp]):
-        assert results[vocab].keys() == expected.keys()
-        for name, value in results[vocab].items():
+        mine = {name: value for name, value in results[vocab].items() if not name.startswith(("sampled", "tokens"))}
+        assert mine.keys() == expected.keys()
+        for name, value in mine.items():
             torch.testing.assert_close(
                 value, expected[name], rtol=1e-5, atol=2e-6, msg=lambda m, r=rank, n=name: f"{n}, rank {r}: {m}"
             )
+
+
+@pytest.mark.parametrize(("tp", "vocab"), CASES)
+@pytest.mark.parametrize("t", TEMPERATURES)
+def test_sampled_teachers_are_right_on_average(tp: int, vocab: int, t: float, found: dict[int, list]) -> None:
+    """Three tokens each, over many draws: the loss and the gradient of the whole distribution. A cut to the three
+    largest is far off."""
+    expected, (student, teacher, _, weights) = dense(vocab), make_inputs(vocab)
+    q = (teacher / t).softmax(-1)
+    top = q * (q >= q.topk(SAMPLES).values[:, -1:])
+    cut_off = weights[:, None] * t * ((student / t).softmax(-1) - top / top.sum(-1, keepdim=True))
+    for results in found[tp]:
+        gradient, whole = results[vocab][f"sampled{t}_gradient"], expected[f"kl{t}_gradient"]
+        torch.testing.assert_close(gradient, whole, rtol=0, atol=2e-3 * t)
+        torch.testing.assert_close(results[vocab][f"sampled{t}"], expected[f"kl{t}"], rtol=2e-2, atol=2e-2 * t)
+        if vocab > SAMPLES + 2 and t >= 1:
+            assert (cut_off - whole).norm() > 10 * (gradient - whole).norm()
+
+
+@pytest.mark.parametrize(("tp", "vocab"), CASES)
+def test_samples_are_those_of_the_distribution_at_every_grid(tp: int, vocab: int, found: dict[int, list]) -> None:
+    q = make_inputs(vocab)[1].double().softmax(-1)
+    for results in found[tp]:
+        tokens = results[vocab]["tokens"]
+        assert torch.equal(tokens, found[1][0][vocab]["tokens"])
+        counts = torch.nn.functional.one_hot(tokens.long(), vocab).sum(1)
+        assert (counts >= (50 * q - 1e-4).floor()).all()
+        assert (counts <= (50 * q + 1e-4).ceil()).all()

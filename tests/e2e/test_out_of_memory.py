@@ -50,10 +50,10 @@ def full_in_decoding(rank: int) -> None:
 def full_in_judging(rank: int) -> None:
     from ee_scale.palettes.judge import Judge
 
-    def figures(self: Judge, spec: object) -> None:
+    def judge(self: Judge, spec: object) -> None:
         raise torch.OutOfMemoryError(FULL)
 
-    Judge.figures = figures
+    Judge.judge = judge
 
 
 def full_in_measuring(rank: int) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.cli import Finished, run_cli
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -68,7 +70,7 @@ def classes(classify_run, tmp_path_factory) -> Path:
 def texts(supernet_run, tmp_path_factory) -> Path:
     """Nine sizes of the decoder, which are more than its front has."""
     folder = tmp_path_factory.mktemp("texts")
-    made(folder, supernet_run, "count=9", "method=grid", "samples=12")
+    made(folder, supernet_run, "count=9", "method=grid", "samples=12", "audit=true", "audit_samples=3")
     return folder / "palette"
 
 
@@ -114,6 +116,50 @@ def test_figures_are_measured_ones(both):
         assert all(counted[member.spec] == member.params for member in manifest.members)
         assert counted[manifest.full.spec] == manifest.full.params
     assert all(member.memory_mb > 0 for member in read_manifest(both[0]).members)
+
+
+def test_it_says_how_sure_it_is(both):
+    for folder in both:
+        manifest = read_manifest(folder)
+        assert manifest.texts == (12 if manifest.task == "causal_lm" else 90)
+        for member in (manifest.full, *manifest.members):
+            low, high = member.interval
+            assert low < manifest.quality_of(member) < high
+            assert (member.difference is None) == (member.spec == manifest.full.spec)
+            if member.difference is not None:
+                middle = manifest.quality_of(member) - manifest.quality_of(manifest.full)
+                assert sum(member.difference) / 2 == pytest.approx(middle, abs=1e-6)
+        assert f"Quality on {manifest.texts} held-out texts" in (folder / "report.md").read_text()
+
+
+def test_it_says_what_it_was_trained_on_and_nothing_of_the_text(both, supernet_run, classify_run):
+    for folder, run in zip(both, (classify_run, supernet_run), strict=True):
+        manifest, identity = read_manifest(folder), json.loads((run / "run.json").read_text())
+        (source,) = manifest.sources
+        assert [source.digest] == identity["data"]["tokens"]
+        assert min(source.documents, source.tokens) > 0
+        assert source.license is None
+        assert manifest.base_fingerprint == identity["base_fingerprint"]
+        assert manifest.teacher.startswith(f"{identity['base_fingerprint']}+")  # its first stage trained
+        card = (folder / manifest.members[0].folder / "README.md").read_text()
+        for fact in (source.path, source.digest, f"{source.tokens:,} tokens", "licence not said", manifest.teacher):
+            assert fact in card
+    (source,) = read_manifest(both[0]).sources
+    text = Path(source.path).read_text()
+    assert source.documents == len(text.splitlines())
+    words = json.loads(text.splitlines()[0])["text"]
+    for folder in both:
+        for path in (folder / "manifest.json", folder / "report.md"):
+            assert words not in path.read_text()
+
+
+def test_what_comes_back_of_the_training_text(texts):
+    manifest = read_manifest(texts)
+    assert list(manifest.audit) == ["teacher", *(member.folder for member in manifest.members)]
+    for overlap in manifest.audit.values():
+        assert overlap.texts == 3
+        assert (overlap.found == 0) == (overlap.longest == 0) == (overlap.share == 0)
+    assert "| teacher | " in (texts / "report.md").read_text()
 
 
 STOCK = """
@@ -180,6 +226,17 @@ def test_quality_of_text_is_that_of_the_members(texts, supernet_arguments):
         loss = float(F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
         assert member.quality["loss"] == pytest.approx(loss, abs=1e-4)
         assert member.quality["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+
+
+def test_an_audit_needs_the_text_of_the_run(classify_run, supernet_run, tmp_path):
+    assert refused(tmp_path, classify_run, "audit=true") == "audit=true: a classifier writes no text"
+    run = tmp_path / "run"
+    shutil.copytree(supernet_run, run)
+    config, other = OmegaConf.load(run / "config.yaml"), tmp_path / "other.txt"
+    other.write_text("other text " * 400)
+    config.data.path = str(other)
+    OmegaConf.save(config, run / "config.yaml")
+    assert refused(tmp_path, run, "audit=true").endswith(f"data.path={other}: the run was trained on other text")
 
 
 # -- limits ------------------------------------------------------------------------------------------------------------

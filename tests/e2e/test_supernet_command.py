@@ -1,6 +1,7 @@
 """`ee-scale supernet` through its command line: what it learns, what it leaves, how it dies and goes on."""
 
 import json
+import math
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -193,3 +194,36 @@ def test_debug_config_starts_its_own_ranks(tmp_path):
         "factors_000.safetensors",
         "factors_001.safetensors",
     }
+
+
+# -- cheaper steps -----------------------------------------------------------------------------------------------------
+
+PALETTE = "space.palette=[{ffn: 0.5}, {hidden: 0.5, depth: 2}]"
+STAGES = "{name: t, axes: [], steps: 2, rank: 2}, {name: a, axes: [hidden, ffn, depth], steps: 80, rank: 2}"
+CHEAP = ["distill.cache=true", "sampling.full_every=2", "sampling.members=palette", PALETTE]
+
+
+def test_a_kept_teacher_says_the_same_whether_it_fits_or_not(supernet_arguments, tmp_path):
+    """Sixteen sequences that come again and again."""
+    lines = []
+    for number, room in enumerate((4.0, 2e-5, 1e-9)):
+        cheap = [*CHEAP, "data.sequences=16", f"distill.cache_gb={room}", f"out=run{number}"]
+        finished = run_cli([*supernet_arguments, *cheap], tmp_path)
+        assert finished.code == 0, finished.output
+        assert "the teacher is kept: " in finished.output
+        lines.append(metrics(tmp_path / f"run{number}"))
+    assert lines[0] == lines[1] == lines[2]
+    assert all(math.isfinite(value) for line in lines[0] for value in line["kl"].values())
+    assert [("full" in line["loss"]) for line in lines[0]] == [True] * 3 + [step % 2 == 0 for step in range(3, 10)]
+
+
+def test_a_kept_teacher_of_classes_is_the_teacher(classify_arguments, tmp_path):
+    lines = []
+    for cache in ("true", "false"):
+        arguments = [*classify_arguments, f"distill.cache={cache}", "train.global_batch_size=8", f"out={cache}"]
+        finished = run_cli([*arguments, "stages=[" + STAGES + "]"], tmp_path)
+        assert finished.code == 0, finished.output
+        lines.append(metrics(tmp_path / cache))
+    for kept, computed in zip(*lines, strict=True):
+        for name in ("loss", "kl", "features", "grad_norm"):
+            assert kept[name] == pytest.approx(computed[name], rel=1e-3, abs=1e-5)

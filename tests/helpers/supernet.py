@@ -13,6 +13,7 @@ from torch import nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig
 
+from ee_scale.backbone.digest import named_generator
 from ee_scale.backbone.loading import read_config
 from ee_scale.backbone.stages import plan_stages
 from ee_scale.config.groups import BatchConfig, OptimConfig
@@ -25,12 +26,14 @@ from ee_scale.elastic.order import UnitOrder
 from ee_scale.elastic.sampling import FULL, draw_stream
 from ee_scale.elastic.stage import ElasticStage, base_tensors
 from ee_scale.elastic.subnet import ElasticShape, SearchSpace, SubnetSpec, drop_order
+from ee_scale.elastic.teacher import TeacherCache
 from ee_scale.engine import two_way as engine_module
 from ee_scale.engine.supernet import SupernetEngine
 from ee_scale.grid import Grid
 from helpers.models import VOCAB, write_model
 
 ROWS, LENGTH, MICRO_BATCHES, LABELS, LAYERS = 2, 10, 2, 5, 4
+SAMPLES = 6  # tokens that are kept of a teacher
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,9 @@ class SupernetJob:
     tied: bool = False
     exits: tuple[int, ...] = ()
     steps: tuple[int, ...] = (1, 2)
+    cache: int | None = None  # texts that fit; each comes in every step
+    full_every: int = 1
+    members: str = "space"
 
     @property
     def task(self) -> str:
@@ -88,11 +94,19 @@ def small_space(shape: ElasticShape, order: UnitOrder, exits: tuple[int, ...] = 
     kept = {n: tuple(sorted(order.drop.tolist()[shape.num_layers - n :])) for n in (4, 3, 2)}
     groups = () if shape.head_dim_is_derived else (4,)
     hidden = (64, 32) if shape.head_dim_is_derived else (64, 48, 32)
-    return SearchSpace(shape, hidden, groups, (128, 96, 64), (4, 3, 2), kept, exits)
+    own = None if shape.head_dim_is_derived else 4
+    palette = ((64, own, 96, 3), (32, own, 64, 4))
+    return SearchSpace(shape, hidden, groups, (128, 96, 64), (4, 3, 2), kept, exits, palette)
 
 
-def batch(step: int, index: int, task: str) -> dict[str, torch.Tensor]:
+def batch(step: int, index: int, job: SupernetJob) -> dict[str, torch.Tensor]:
     """[ROWS, LENGTH] of random tokens; encoders get padding, decoders a mask with weights of its own."""
+    if job.cache is None:
+        return random_batch(step, index, job.task)
+    return {**random_batch(0, index, job.task), "sample": torch.arange(index * ROWS, (index + 1) * ROWS)}
+
+
+def random_batch(step: int, index: int, task: str) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1000 * step + index)
     tokens = torch.randint(3, VOCAB, (ROWS, LENGTH), generator=generator)
     if task == "causal_lm":
@@ -112,8 +126,10 @@ def config_of(job: SupernetJob, lr: float = 1e-2, eps: float = 1e-4, weight_deca
     """What the engine and the draws are given."""
     return SupernetConfig(
         factors=FactorsConfig(list(job.targets)),
-        sampling=SamplingConfig(True, 2, job.gamma),
-        distill=DistillConfig(job.teacher, job.kl_weight, job.feature_weight, 16, job.temperature, 7),
+        sampling=SamplingConfig(True, 2, job.gamma, job.full_every, job.members),
+        distill=DistillConfig(
+            job.teacher, job.kl_weight, job.feature_weight, 16, job.temperature, 7, cache_samples=SAMPLES
+        ),
         optim=OptimConfig(lr=lr, betas=[0.9, 0.95], eps=eps, weight_decay=weight_decay, clip_grad=job.clip_grad),
         train=BatchConfig(micro_batch_size=ROWS, global_batch_size=ROWS * MICRO_BATCHES, spike_factor=0.0, seed=7),
     )
@@ -151,7 +167,8 @@ def run_on_grid(folder: Path, job: SupernetJob, grid: Grid) -> dict[str, Any]:
         with torch.no_grad():
             for name, parameter in factors.named.items():
                 parameter.add_(factors.local(name, start_noise(name, factors.axes[name].shape)))
-        engine = SupernetEngine.build(stage, factors, grid, made, 1 if axes else None)
+        cache = None if job.cache is None or not axes else TeacherCache(job.cache * LENGTH)
+        engine = SupernetEngine.build(stage, factors, grid, made, 1 if axes else None, cache)
 
         def clip_and_keep(*args: Any, factors: FactorSet = factors, **kwargs: Any) -> Any:
             for name, parameter in factors.named.items():
@@ -162,7 +179,7 @@ def run_on_grid(folder: Path, job: SupernetJob, grid: Grid) -> dict[str, Any]:
 
         with mock.patch.object(engine_module, "clip_groups", clip_and_keep):
             for step in range(job.steps[index]):
-                data = [batch(step, i, job.task) for i in range(MICRO_BATCHES)]
+                data = [batch(step, i, job) for i in range(MICRO_BATCHES)]
                 stream = draw_stream(space, axes, step, each, made.sampling, SEED, factor_plan.parameters)
                 losses = engine.train_step(iter(data[grid.dp_rank * each : (grid.dp_rank + 1) * each]), stream)
                 result["losses"].append(losses)
@@ -179,6 +196,19 @@ def run_on_grid(folder: Path, job: SupernetJob, grid: Grid) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------- the reference
+
+
+def drawn_shares(q: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+    """How often each token is drawn of log-probabilities [B, S, V], a token at a time, divided by the draws."""
+    shares = torch.zeros_like(q)
+    for row, text in enumerate(texts.tolist()):
+        points = torch.rand(LENGTH, generator=named_generator(f"text {text}", 7), dtype=torch.float64)
+        for place, point in enumerate(points.tolist()):
+            ends = q[row, place].exp().double().cumsum(0).tolist()
+            for k in range(SAMPLES):
+                token = next(v for v, end in enumerate(ends) if end > (point + k) / SAMPLES * ends[-1])
+                shares[row, place, token] += 1 / SAMPLES
+    return shares
 
 
 class Reference:
@@ -266,7 +296,8 @@ class Reference:
             taught, target = self.forward(full, index + 1 if job.teacher == LIVE else 1, data)
         t = job.temperature
         p, q = (logits / t).log_softmax(-1), (taught / t).log_softmax(-1)
-        kl = t * t * ((q.exp() * (q - p)).sum(-1).flatten() * weights).sum()
+        told = q.exp() if job.cache is None or job.task == "classify" else drawn_shares(q, data["sample"])
+        kl = t * t * ((q.exp() * q - told * p).sum(-1).flatten() * weights).sum()
         features, projection = zero, FeatureLoss(64, 16, 7, torch.device("cpu"), torch.float32).projection
         mask = data.get("attention_mask", torch.ones_like(data["tokens"])).float()
         for i, state in states.items():
@@ -291,7 +322,7 @@ class Reference:
                 stream = draw_stream(self.space, axes, step, MICRO_BATCHES, sampling, SEED, self.plan.parameters)
                 found: dict[str, list[torch.Tensor]] = {}
                 for draw in stream:
-                    parts = self.losses(batch(step, draw.micro_batch, self.job.task), draw, index)
+                    parts = self.losses(batch(step, draw.micro_batch, self.job), draw, index)
                     (draw.weight * parts[3]).backward()
                     found.setdefault(draw.role, []).append(parts[:3].detach())
                 result["losses"].append({role: torch.stack(values).mean(0) for role, values in found.items()})

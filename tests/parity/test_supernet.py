@@ -16,14 +16,18 @@ JOBS = {
     "llama, whole updates": SupernetJob("llama", rank=0, gamma=0.0, targets=("attention", "mlp")),
     "qwen2": SupernetJob("qwen2", gamma=-0.5),
     "qwen3": SupernetJob("qwen3", targets=("attention",), feature_weight=0.0),
+    "llama, kept teacher, palette": SupernetJob(
+        "llama", cache=4, full_every=2, members="palette", steps=(1, 3), tied=True
+    ),
     "bert": SupernetJob("bert"),
+    "bert, kept teacher, palette": SupernetJob("bert", cache=3, full_every=2, members="palette", steps=(1, 3)),
     "bert, live teacher": SupernetJob("bert", teacher="live", gamma=1.0),
 }
 # One process and two run everything; four share the cases out.
 FOUR = {
     Layout(4, 1, 1): ["llama"],
-    Layout(2, 2, 1): ["llama, live teacher, tied, exits", "qwen3", "bert"],
-    Layout(1, 2, 2): ["llama", "bert, live teacher"],
+    Layout(2, 2, 1): ["llama, live teacher, tied, exits", "qwen3", "bert", "llama, kept teacher, palette"],
+    Layout(1, 2, 2): ["llama", "bert, live teacher", "bert, kept teacher, palette"],
     Layout(2, 1, 2): ["llama, whole updates", "bert"],
     Layout(1, 4, 1): ["qwen2", "bert"],
 }

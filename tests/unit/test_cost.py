@@ -476,7 +476,7 @@ def test_a_teacher_makes_the_stages_wait() -> None:
 
 def test_a_supernet_is_one_stream() -> None:
     times = {"Teach": 1.0, "ForwardPass": 1.0, "BackwardPass": 2.0}
-    found = run(lambda s: SupernetSchedule(4, 2, s, teachers=2), 2, times)
+    found = run(lambda s: SupernetSchedule(4, 2, s, teachers=[0, 1]), 2, times)
     assert found.marks[1][0] == found.marks[0][0] - 2  # stage 0 has the last backward
     assert found.marks[0] == [2 + 3 * (4 + 1)]
 

@@ -63,3 +63,34 @@ def test_another_archive_is_refused(english_set, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="not the sdist of vaderSentiment"):
         english_set.main()
     assert not (tmp_path / "set").exists()
+
+
+def test_labels_are_what_people_agree_on(english_set, tmp_path, monkeypatch, capsys):
+    path = Path(__file__).parents[2] / "scripts" / "sentiment_set.py"
+    monkeypatch.setitem(sys.modules, "english_set", english_set)
+    spec = importlib.util.spec_from_file_location("sentiment_set", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    films = [f"{line}\t{2.5 if line % 2 else -1.01}\tFilm {line}.\n" for line in range(1, 401)]
+    films += ["401\t1.0\tUndecided.\n", "402\t-0.3\tUndecided too.\n", "403\t-3\tfilm  7.\n"]  # 403 is 7 again
+    goods = [f"{text}_{line}\t-2\tPart {line} of {text}.\n" for text in range(60) for line in (1, 2)]
+    names = {"movieReviewSnippets": films, "amazonReviewSnippets": goods, "tweets": ["1\t2.2\tYay.\n", "2\t0.1\tHm.\n"]}
+    inner = _archive({f"hutto/{name}_GroundTruth.txt": "".join(lines).encode() for name, lines in names.items()})
+    sdist = tmp_path / "v.tar.gz"
+    sdist.write_bytes(_archive({f"vader/resources/{english_set.ARCHIVE}": inner}))
+    monkeypatch.setattr(sys, "argv", ["sentiment_set.py", str(sdist), str(tmp_path / "set")])
+    module.main()
+    found = {name: [json.loads(line) for line in (tmp_path / "set" / f"{name}.jsonl").open()] for name in
+             ("train", "test", "tweets")}  # fmt: skip
+    assert found["tweets"] == [{"text": "Yay.", "label": "positive"}]
+    train, test = ({row["text"]: row["label"] for row in found[name]} for name in ("train", "test"))
+    assert len(train) + len(test) == 400 + 120
+    assert not set(train) & set(test)
+    assert {**train, **test}["Film 7."] == "positive"
+    assert {**train, **test}["Film 8."] == "negative"
+    for text in range(60):
+        assert (f"Part 1 of {text}." in test) == (f"Part 2 of {text}." in test)
+    for page in range(20):  # of film snippets, which may be of one review
+        assert len({f"Film {20 * page + line}." in test for line in range(1, 21)}) == 1
+    assert 0.1 < len(test) / 520 < 0.45
+    assert f"train.jsonl: {len(train)} texts" in capsys.readouterr().out

@@ -24,7 +24,7 @@ from ee_scale.data.labelled import (
 )
 from ee_scale.errors import UserError
 
-KEYS = ["attention_mask", "labels", "token_type_ids", "tokens"]
+KEYS = ["attention_mask", "labels", "sample", "token_type_ids", "tokens"]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from torch import nn
 from ee_scale.config.compose import compose_config
 from ee_scale.data.builtin import tiny_model
 from ee_scale.errors import UserError
-from ee_scale.exits.losses import LossSettings, chunk_tokens, token_backward
+from ee_scale.exits.losses import LossSettings, chunk_tokens, token_backward, whole_teacher
 from ee_scale.planning import fits, loss
 from ee_scale.training.recipe import recipe_of
 
@@ -72,7 +72,7 @@ def run(kernel: str, cap: float | None, **more: Any) -> list[torch.Tensor]:
         return both if cap is None else torch.tanh(both / cap) * cap
 
     settings = LossSettings(VOCAB, 5, kernel=kernel, **more)
-    teacher = (frozen, final) if settings.kl_weight else None
+    teacher = whole_teacher(frozen, final, settings) if settings.kl_weight else None
     hidden.requires_grad_(True)
     means, gradient = token_backward(logits, hidden, labels, mask, settings, 0.3, teacher)
     return [means, gradient, head.weight.grad]

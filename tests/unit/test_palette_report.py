@@ -325,3 +325,29 @@ def test_plot_of_the_full_model_alone_and_of_losses(tmp_path: Path) -> None:
     plot.plot_palette(tmp_path / "two.png", palette(members, "loss", limits={"latency_ms": 100.0}))
     assert (tmp_path / "one.png").stat().st_size > 5000
     assert (tmp_path / "two.png").stat().st_size > 5000
+
+
+def test_intervals_say_what_means_anything() -> None:
+    full = member("full", 10_000_000, 0.9, 8.0, interval=(0.88, 0.92))
+    same = member("same", 5_000_000, 0.895, 5.0, interval=(0.87, 0.91), difference=(-0.012, 0.002))
+    worse = member("worse", 2_000_000, 0.85, 3.0, interval=(0.82, 0.88), difference=(-0.071, -0.029))
+    text = palette_markdown(palette([worse, same], full=full, texts=1234))
+    assert "on 1,234 held-out texts" in text
+    assert "Not to be told from the full model: `same`." in text
+    rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
+    assert "| 88.0 to 92.0 | - | - |" in rows["full model"]
+    assert "| 82.0 to 88.0 |" in rows["worse"]
+    assert "| -7.1 to -2.9 |" in rows["worse"]
+    assert "| -1.2 to +0.2 |" in rows["same"]
+    old = palette_markdown(palette([member("a", 5_000_000, 0.8, 5.0)]))
+    assert "95%" not in old
+
+
+def test_losses_have_intervals_too(tmp_path: Path) -> None:
+    full = member("full", 10_000_000, 3.0, 8.0, "loss", interval=(2.95, 3.05))
+    small = member("a", 5_000_000, 3.2, 5.0, "loss", interval=(3.1, 3.3), difference=(0.15, 0.25))
+    made = palette([small], "loss", full=full, texts=9)
+    assert "| +0.150 to +0.250 |" in palette_markdown(made)
+    assert "Not to be told" not in palette_markdown(made)
+    write_manifest(tmp_path, made)
+    assert read_manifest(tmp_path) == made

@@ -12,8 +12,11 @@ SHAPE = ElasticShape(64, 4, 128, 4, 16, 2, head_dim_is_derived=False)
 KEPT = {4: (0, 1, 2, 3), 3: (0, 1, 3), 2: (0, 3)}
 
 
+PALETTE = ((64, 4, 128, 4), (64, 2, 64, 3), (48, 4, 128, 2), (48, 4, 64, 2))
+
+
 def space(exits: tuple[int, ...] = ()) -> SearchSpace:
-    return SearchSpace(SHAPE, (64, 48, 32), (4, 2), (128, 64), (4, 3, 2), KEPT, exits)
+    return SearchSpace(SHAPE, (64, 48, 32), (4, 2), (128, 64), (4, 3, 2), KEPT, exits, PALETTE)
 
 
 def size(spec: SubnetSpec) -> int:
@@ -105,3 +108,33 @@ def test_draws_depend_on_step_and_seed_and_nothing_else() -> None:
     assert len(by_seed) > 30
     drawn = Counter(d.spec for step in range(400) for d in stream(step, randoms=1) if d.role == RANDOM)
     assert set(drawn) == set(space().members())  # 36 of them: what one step draws says nothing about the next
+
+
+@pytest.mark.parametrize("full_every", [1, 3])
+def test_the_full_net_in_a_share_of_the_steps(full_every: int) -> None:
+    for step in range(12):
+        draws = stream(step, 2, full_every=full_every)
+        counts = Counter(draw.role for draw in draws)
+        assert counts == ({FULL: 2} if step % full_every == 0 else {}) | {SMALLEST: 2, RANDOM: 4}
+        assert draws[-1].weight == pytest.approx((size(SHAPE.full) / size(draws[-1].spec)) ** 0.5 / len(draws))
+        assert specs(stream(step, axes=(), full_every=full_every)) == [(FULL, SHAPE.full)]
+        same = [draw.spec for draw in stream(step) if draw.role == RANDOM]  # what else is drawn does not depend on it
+        assert [draw.spec for draw in stream(step, full_every=full_every) if draw.role == RANDOM] == same
+
+
+def test_sizes_that_will_be_shipped_are_drawn_most() -> None:
+    shipped = {space().member(*sizes) for sizes in PALETTE[1:]}
+    for share in (1.0, 0.75):
+        drawn = [stream(s, members="palette", palette_share=share, smallest=False, randoms=4) for s in range(500)]
+        randoms = Counter(draw.spec for draws in drawn for draw in draws if draw.role == RANDOM)
+        others = (1 - share) * 3 / 36  # those that the whole space hits by chance
+        assert sum(randoms[spec] for spec in shipped) / 2000 == pytest.approx(share + others, abs=0.03)
+        assert all(randoms[spec] / 2000 == pytest.approx(share / 3 + others / 3, abs=0.04) for spec in shipped)
+        assert (set(randoms) <= shipped) == (share == 1)
+    narrow = {d.spec for s in range(60) for d in stream(s, axes=("ffn",), members="palette", palette_share=1.0)}
+    assert narrow == {SHAPE.full, SubnetSpec(64, 4, 64, (0, 1, 2, 3))}
+
+
+def test_the_smallest_net_of_the_palette() -> None:
+    (smallest,) = {draw.spec for draw in stream(members="palette") if draw.role == SMALLEST}
+    assert smallest == SubnetSpec(48, 4, 64, (0, 3))

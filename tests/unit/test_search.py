@@ -2,6 +2,7 @@
 
 import warnings
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations, pairwise
 from math import inf, log, nan, sin
 
@@ -228,7 +229,7 @@ def test_limits_that_cannot_be_met_together() -> None:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"method": "anneal"}, "method=anneal: choose one of auto, grid, nsga2, random"),
+        ({"method": "anneal"}, "method=anneal: choose one of auto, palette, grid, nsga2, random"),
         ({"objective": "joules"}, "objective=joules: choose one of params, flops, latency_ms, memory_mb"),
         ({"trials": 0}, "trials=0: give at least 1"),
         ({"limits": {"weight": 3}}, "max_weight=3: no such limit; known: max_params, max_flops"),
@@ -367,3 +368,16 @@ def test_nothing_stands() -> None:
         "max_latency_ms=5: no subnet is that fast; the fastest, h10-g1-f64-l1, takes 15 ms (3.0 times the limit); "
         "by estimate the 8 measured ones kept to it, and none does"
     )
+
+
+def test_the_sizes_that_the_run_was_told_of() -> None:
+    told = replace(make_space(), palette=((64, 2, 128, 3), (48, 4, 64, 2)))
+    for method in ("auto", "palette"):
+        found = search(told, quality, estimate, {}, method=method, trials=2)
+        assert {candidate.spec for candidate in found} == set(told.palette_members())
+        assert len(search(told, quality, estimate, {"params": 50_000}, method=method)) == 1
+        with pytest.raises(UserError, match="method=palette: 2 subnets to evaluate, but trials=1"):
+            search(told, quality, estimate, {}, method=method, trials=1)
+    assert len(search(told, quality, estimate, {}, method="random", trials=30)) == 30
+    with pytest.raises(UserError, match=r"method=palette: the run has no space\.palette"):
+        search(make_space(), quality, estimate, {}, method="palette")

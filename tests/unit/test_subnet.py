@@ -4,7 +4,6 @@ import json
 import re
 from itertools import pairwise
 from random import Random
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from helpers.models import VOCAB, tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, Gemma2Config
 
-from ee_scale.config.supernet import FactorsConfig
+from ee_scale.config.supernet import FactorsConfig, SizeConfig, SpaceConfig
 from ee_scale.elastic.architecture import ElasticMap
 from ee_scale.elastic.extract import subnet_config
 from ee_scale.elastic.factors import FactorPlan
@@ -28,9 +27,9 @@ DROPS = (2, 1, 0, 3)
 BERT = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_labels": 5}
 
 
-def space_config(**changes: Any) -> SimpleNamespace:
+def space_config(**changes: Any) -> SpaceConfig:
     values = {"hidden": [1.0, 0.75, 0.5], "heads": [1.0, 0.5], "ffn": [1.0, 0.5], "depth": [1.0, 0.5], "exits": []}
-    return SimpleNamespace(**(values | changes))
+    return SpaceConfig(**(values | changes))
 
 
 def resolve(shape: ElasticShape = SHAPE, tp: int = 1, **changes: Any) -> SearchSpace:
@@ -38,6 +37,32 @@ def resolve(shape: ElasticShape = SHAPE, tp: int = 1, **changes: Any) -> SearchS
 
 
 # ---------------------------------------------------------------- sizes from the config
+
+
+def test_sizes_that_will_be_shipped() -> None:
+    space = resolve(palette=[SizeConfig(), SizeConfig(hidden=48, heads=0.5, ffn=0.5), SizeConfig(0.5, 4, 128, 2)])
+    full, wide, small = space.palette_members()
+    assert (full, wide) == (SHAPE.full, SubnetSpec(48, 2, 64, (0, 1, 2, 3)))
+    assert small == SubnetSpec(32, 2, 128, (0, 3))
+    assert set(space.palette_members()) <= set(space.members())
+    # Axes that may not shrink are whole; two sizes may become one.
+    assert space.palette_members(("heads", "ffn"))[1:] == (
+        SubnetSpec(64, 2, 64, (0, 1, 2, 3)),
+        SubnetSpec(64, 2, 128, (0, 1, 2, 3)),
+    )
+    assert resolve(palette=[SizeConfig(ffn=0.5), SizeConfig(ffn=0.5, depth=0.5)]).palette_members(("ffn",)) == (
+        SubnetSpec(64, 4, 64, (0, 1, 2, 3)),
+    )
+    assert resolve(BERT_SHAPE, heads=None, palette=[SizeConfig(hidden=0.5)]).palette_members() == (
+        SubnetSpec(32, 2, 128, (0, 1, 2, 3)),
+    )
+
+
+def test_only_sizes_of_the_space_are_shipped() -> None:
+    with pytest.raises(UserError, match=r"palette\[1\]\.ffn: 0\.7 is 96, which is none of space\.ffn \(128, 64\)"):
+        resolve(palette=[SizeConfig(), SizeConfig(ffn=0.7)])
+    with pytest.raises(UserError, match=r"space\.palette\[0\]\.depth: 3 is 3, which is none of space\.depth \(4, 2\)"):
+        resolve(palette=[SizeConfig(depth=3)])
 
 
 def test_sizes_of_fractions_and_whole_numbers() -> None:

@@ -13,6 +13,7 @@ from ee_scale.config.supernet import DistillConfig, FactorsConfig, SamplingConfi
 from ee_scale.elastic.order import UnitOrder
 from ee_scale.elastic.subnet import SubnetSpec
 from ee_scale.errors import UserError
+from ee_scale.planning.phase_costs import kept_teacher
 from ee_scale.planning.phases import Phases
 from ee_scale.planning.supernet import SupernetPlan, phase_rows, plan_supernet, task_of
 
@@ -51,6 +52,12 @@ def bert() -> BertConfig:
         ("data.seq_length=0", "data.seq_length=0: must be at least 1"),
         ("distill.loss_chunk_tokens=0", "distill.loss_chunk_tokens=0: must be at least 1"),
         ("distill.feature_weight=-0.1", "distill.feature_weight=-0.1: must be at least 0"),
+        ("sampling.full_every=0", "sampling.full_every=0: must be at least 1"),
+        ("sampling.members=some", "sampling.members=some: choose one of space, palette"),
+        ("sampling.palette_share=1.5", "sampling.palette_share=1.5: must be in [0, 1]"),
+        ("sampling.members=palette", "sampling.members=palette: give the sizes, space.palette=[{ffn: 0.5, depth: 0.5}"),
+        ("distill.cache_gb=0", "distill.cache_gb=0.0: must be above 0"),
+        ("distill.cache_samples=0", "distill.cache_samples=0: must be at least 1"),
         ("sampling.randoms=-1", "sampling.randoms=-1: must be at least 0"),
         ("optim.min_lr=-1", "optim.min_lr=-1.0: must be at least 0"),
         ("optim.betas=[0.9]", "optim.betas=[0.9]: two numbers in [0, 1)"),
@@ -150,6 +157,28 @@ def test_architectures_are_refused_by_name():
     assert task_of(compose(), tiny_config("qwen3")) == "causal_lm"
 
 
+def test_a_teacher_that_trains_is_neither_kept_nor_left_out():
+    live = ["distill.teacher=live", "data.sequences=8"]
+    with pytest.raises(UserError, match=r"sampling\.full_every=2 with distill\.teacher=live: the full net teaches"):
+        plan(*live, "sampling.full_every=2")
+    with pytest.raises(UserError, match=r"distill\.cache=true with distill\.teacher=live"):
+        plan(*live, "distill.cache=true")
+
+
+def test_a_teacher_is_kept_for_texts_that_come_again():
+    for sequences in ("null", "64"):
+        message = f"distill.cache=true with data.sequences={sequences}: none of the 64 sequences"
+        with pytest.raises(UserError, match=message):
+            plan("distill.cache=true", f"data.sequences={sequences}", f"stages=[{ALL}]")
+
+
+def test_a_stage_that_shrinks_nothing_of_the_palette_is_refused():
+    deep = ["sampling.members=palette", "space.palette=[{depth: 0.5}]"]
+    with pytest.raises(UserError, match=r"nothing of space\.palette can shrink in 'width' \(axes=\['hidden', 'heads'"):
+        plan(*deep)
+    assert plan(*deep, f"stages=[{TEACHER},{ALL}]").total_steps == 7
+
+
 # -- what a plan says --------------------------------------------------------------------------------------------------
 
 
@@ -190,6 +219,30 @@ def test_settings_reach_the_parts_that_read_them():
     assert (first.rank, second.rank, first.config) == (2, 8, FactorsConfig(["mlp"], vectors=False))
     assert made.config.sampling == SamplingConfig(smallest=False, randoms=3, gamma=-0.5)
     assert made.config.distill == DistillConfig("live", 0.25, 0.5, 7, 2.0, 11)
+
+
+def test_what_is_kept_of_the_teacher():
+    cached = ["distill.cache=true", "data.sequences=32", "distill.feature_dim=10", "distill.cache_samples=7"]
+    made = plan(*cached, f"stages=[{TEACHER},{ALL}]", "parallel.pp=2", "distill.cache_gb=0.001")
+    kept = kept_teacher(made, 4)
+    assert kept.token_bytes == 3 * 10 * 4 + (7 + 1) * 4  # the deeper stage, and the samples
+    assert kept.most_tokens == 1_000_000 // kept.token_bytes
+    assert made.notes()["teacher"] == f"kept: {kept.words}"
+    assert "152 B a token, 6,578 tokens at most (distill.cache_gb=0.001), of 2,048" in kept.words
+    classes = plan("distill.cache=true", "space=bert_small", model=bert(), labels=LABELS)
+    assert kept_teacher(classes, 4).token_bytes == 4 * 64 * 4 + 3 * 4
+
+
+def test_a_kept_teacher_and_a_rare_full_net_cost_less():
+    stages = f"stages=[{ALL}]"
+    whole, rare = plan(stages, "data.sequences=16"), plan(stages, "data.sequences=16", "sampling.full_every=4")
+    kept = plan(stages, "data.sequences=16", "distill.cache=true")
+    assert kept.work()[0].teacher == pytest.approx(whole.work()[0].teacher * 16 / 64)
+    assert kept.work()[0].exits < whole.work()[0].exits  # no logits of the teacher
+    assert (kept.work()[0].forward, kept.work()[0].backward) == (whole.work()[0].forward, whole.work()[0].backward)
+    saved = whole.work()[0].forward - rare.work()[0].forward
+    alone = plan(f"stages=[{TEACHER},{ALL}]").phase_flops(0)
+    assert 0 < saved < 0.75 * alone
 
 
 def test_stages_follow_each_other():
