@@ -55,7 +55,7 @@ class Case:
 
 CASES = {
     "alone": Case(rows=1),
-    "alone-mistral": Case("mistral", rows=1),
+    "alone-mistral": Case("mistral", rows=1, policy={"draft_length": 2}),
     "batch": Case(),
     "none": Case(policy={"draft_length": 3}, drafts="none"),
     "mixed": Case(policy={"draft_length": 3}, drafts="mixed"),
