@@ -14,6 +14,7 @@ from helpers.decoding import (
     limits_for,
     make_pair,
     spoil,
+    valid_columns,
 )
 from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList
 
@@ -66,7 +67,9 @@ def text(pair: Pair, ids: list[int], new: int, policy: str, **options: Any) -> t
 
 
 def options_for(pair: Pair, policy: str) -> dict[str, Any]:
-    """Some tokens leave at every exit."""
+    """Some tokens leave at every exit; of `fixed`, nearly all at one, and deeper layers wait."""
+    if policy == "fixed":
+        return {"exit_layer": 2, "exit_max_pending": 4}
     return {"exit_threshold": limits_for(pair, policy, (0.3, 0.4, 0.5))} if policy == "threshold" else {}
 
 
@@ -107,13 +110,19 @@ def test_every_row_says_what_it_says_alone(folder, family, kind, head, policy):
 
 
 @pytest.mark.parametrize("graphs", [False, True])
-@pytest.mark.parametrize("policy", ["threshold", "lossless"])
+@pytest.mark.parametrize("policy", ["threshold", "fixed", "lossless"])
 def test_caches_are_right_and_nothing_stale_is_read(precise, monkeypatch, policy, graphs):
     """Columns of earlier rows are full of garbage; what counts is right after every step."""
     options, errors = options_for(precise, policy) | {"exit_graphs": graphs}, []
+    if policy == "threshold":  # now and then all rows leave early, and a deeper exit is not asked for some positions
+        options["exit_threshold"] = limits_for(precise, policy, (0.8, 0.8, 0.5))
 
     def look(loop: Any) -> None:
         errors.append(cache_error(loop, precise.base))
+        for slot, row in enumerate(loop.rows):  # nobody lacks more than came behind its own prompt
+            assert min(valid_columns(loop, slot)) >= loop.sequences.parts[row].prompt_length
+            # Nor have exits' own layers seen what is not there: padding behind a prompt.
+            assert all(lengths[slot] <= loop.next[slot] for lengths in loop.runner.exit_lengths.values())
         spoil(loop)
         for store in loop.runner.cache.stores():
             store[len(loop.rows) :] = 1e4
