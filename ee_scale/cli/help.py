@@ -14,6 +14,7 @@ from ee_scale.config.schema import PREFIXES, VERBS
 EXAMPLES = {
     "tune": (
         "ee-scale tune model=<HF dir> data=<.txt | .jsonl | folder> exits.layers=[3,6,9] out=runs/a",
+        "ee-scale tune exits=drafter model=<HF dir> data=corpus.txt data.cache_taps=true data.sequences=4000",
         "ee-scale tune +debug=cpu",
         "torchrun --nproc-per-node 4 -m ee_scale tune model=<HF dir> data=corpus.txt parallel.tp=2 parallel.pp=2",
     ),

@@ -41,7 +41,7 @@ class ExportConfig:
         "its layers (submodel)",
         rule=one_of("early_exit", "sidecar", "submodel"),
     )
-    step: int | None = setting(None, "checkpoint to export; null: the last one")
+    step: int | None = setting(None, "checkpoint to export; null: the best on train.held_out, or the last one")
     format: str = setting(
         "hf", "hf: files that transformers opens; onnx: a stock model folder as an ONNX file", rule=one_of("hf", "onnx")
     )

@@ -3,12 +3,11 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import inf
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from ee_scale.config.tune import TuneConfig
 from ee_scale.data.dataset import check_tokens
 from ee_scale.data.inputs import load_tokenizer, sources
 from ee_scale.data.loader import windows
@@ -18,6 +17,7 @@ from ee_scale.exits.stage import TuningStage
 from ee_scale.exits.vocab_parallel import cross_entropy, mask_padding
 from ee_scale.grid import Grid
 from ee_scale.log import log
+from ee_scale.modeling.heads import ExitHead
 from ee_scale.planning.tune import TunePlan
 from ee_scale.training.recipe import BEST
 
@@ -79,29 +79,31 @@ class HeldOut:
             self.loss, self.step, self.worse = best["loss"], best["step"], best["worse"]
 
 
-def open_held_out(config: TuneConfig, prefixes: list[str], stage: TuningStage, grid: Grid) -> HeldOut:
+def open_held_out(plan: TunePlan, prefixes: list[str], stage: TuningStage, grid: Grid) -> HeldOut:
     """Of a run whose exits lie on one stage. All ranks call it; rank 0's measurement is everyone's."""
+    config, words = plan.config, plan.spec.scored(plan.shape.vocab_size)
     size, length, most = config.train.micro_batch_size, config.data.seq_length, config.train.held_out_tokens
 
     def measure() -> float:
         sums = torch.zeros(2, dtype=torch.float64)
         for ids, learned in windows(prefixes, length, size, most):
-            sums += _loss(stage, ids.to(grid.device), learned.to(grid.device))
+            sums += _loss(stage, words, ids.to(grid.device), learned.to(grid.device))
         return float(grid.from_rank_0((sums[0] / sums[1]).item()))
 
     return HeldOut(config.train.early_stop, measure)
 
 
 @torch.no_grad()
-def _loss(stage: TuningStage, ids: Tensor, learned: Tensor) -> Tensor:
+def _loss(stage: TuningStage, words: int, ids: Tensor, learned: Tensor) -> Tensor:
     """Cross entropies of a batch [B, S+1], summed over exits and tokens, and how many they are: fp64 [2].
 
-    A shortlist head is measured on the positions that it trains on, those whose next token it scores.
+    words: how many a head scores. A shortlist head is measured on the positions that it trains on: those whose next
+    token it scores.
     """
     _, taps = stage(ids[:, :-1])
-    words, sums = stage.spec.scored(stage.backbone.model_config.vocab_size), torch.zeros(2, dtype=torch.float64)
+    sums = torch.zeros(2, dtype=torch.float64)
     for k, tap in taps.items():
-        head, labels = stage.exit_heads[str(k)], ids[:, 1:][learned]
+        head, labels = cast(ExitHead, stage.exit_heads[str(k)]), ids[:, 1:][learned]
         places = labels if head.shortlist is None else head.shortlist.places(labels)
         scored = places >= 0
         hidden = stage.exit_hidden(k, tap)[learned][scored]

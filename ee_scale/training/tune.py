@@ -82,7 +82,7 @@ class Tune(Recipe[TuneConfig, TunePlan]):
         if (kept := plan.kept_taps) is not None:
             run.taps = open_taps(kept, self.taps_folder, grid)
         if self.config.train.held_out:
-            run.held_out = open_held_out(self.config, held_out_prefixes(plan, progress=False), run.stage, grid)
+            run.held_out = open_held_out(plan, held_out_prefixes(plan, progress=False), run.stage, grid)
         return run
 
     def words(self) -> Words:
