@@ -9,7 +9,8 @@ same teacher (encoder: the model after the first stage; decoder: the model as it
 
     supernet       low-rank stages with distillation, all sizes at once, in cheap steps: the teacher kept, the full net
                    in every fourth step, one of the six sizes
-    sandwich       the same with the full net, the smallest and a random one of the space in every step, as in MLFS
+    polished       the same, and steps of each size alone behind it
+    sandwich       the first with the full net, the smallest and a random one of the space in every step, as in MLFS
     sliced         the teacher cut to size, without training                                      (a)
     separate       low-rank training with the same distillation, one run per size, as many steps    (b)
     whole weights  the supernet with whole matrices instead of low-rank factors                   (c)
@@ -47,16 +48,10 @@ from ee_scale.grid import Grid, Layout, join_grid
 from ee_scale.palettes.intervals import Scores
 from ee_scale.palettes.judge import Judge
 from ee_scale.palettes.make import held_out
+from ee_scale.palettes.polish import POLISH, Polish
 from ee_scale.training.loop import Loop
 from ee_scale.training.schedules import LearningRate
-from ee_scale.training.supernet import (
-    Supernet,
-    SupernetRun,
-    build_stage,
-    open_phases,
-    start_run,
-    unit_order,
-)
+from ee_scale.training.supernet import Supernet, SupernetRun, build_stage, open_phases, start_run, unit_order
 from ee_scale.training.supernet_data import Data, prepare_data
 from ee_scale.training.watchdog import Watchdog
 
@@ -110,13 +105,14 @@ class Bench:
         self.results: dict[str, Result] = {}
         self.teacher_seconds = 0.0
 
-    def recipe(self, rank: int, one_stage: bool = False) -> str:
-        """The stages as a setting."""
+    def recipe(self, rank: int, one_stage: bool = False, polish: int = 0) -> str:
+        """The stages as a setting; `polish`: steps of one more, for a size alone."""
         teacher, width, depth = self.case.steps
         if one_stage:
             return self.stages(("all", AXES, teacher + width + depth, rank))
         first = [("teacher", "[]", teacher, 8)] if teacher else []
-        return self.stages(*first, ("width", WIDTHS, width, rank), ("width_depth", AXES, depth, rank))
+        last = [(POLISH, AXES, polish, rank)] if polish else []
+        return self.stages(*first, ("width", WIDTHS, width, rank), ("width_depth", AXES, depth, rank), *last)
 
     def stages(self, *found: tuple[str, str, int, int]) -> str:
         """(name, axes, steps, rank) of each stage as a setting."""
@@ -166,6 +162,18 @@ class Bench:
         self.add(name, trained, seconds, [self.judge(run, spec) for spec in self.sizes])
         self.say(f"    full net after training: {self.judge(run, self.full).mean:.4f}")
 
+    def polished(self, steps: int) -> None:
+        """All sizes from one run, and then some steps for each alone."""
+        run = self.begin(self.plan(self.recipe(self.case.rank, polish=steps), *self.cheap(), "train.seed=0"))
+        seconds = timed(lambda: self._train(run, run.plan.phases.ends[-2])) + self.teacher_seconds
+        polish, scores = Polish(run), []
+        for spec in self.sizes:
+            polish.train(spec)
+            scores.append(self.judge(run, spec))
+        trained = sum(self._factors(run, i).parameters(self.full) for i in range(len(run.plan.phases) - 1))
+        trained += sum(self._factors(run, run.index).parameters(spec) for spec in self.sizes)
+        self.add(f"polished, {steps} steps", trained, seconds + polish.seconds, scores)
+
     def separate(self, *settings: str) -> None:
         """A run per size: the same losses, teacher and number of steps, on that size alone."""
         plan = self.plan(self.recipe(self.case.rank), *settings)
@@ -182,11 +190,11 @@ class Bench:
             trained += self._factors(run, 0).parameters(self.full)
         self.add("separate", trained, seconds, scores)
 
-    def _train(self, run: SupernetRun) -> None:
+    def _train(self, run: SupernetRun, steps: int | None = None) -> None:
         run.data = Data(run.plan, self.grid)
         watchdog = Watchdog(self.grid, timeout_seconds=3600)
         loop = Loop(run, self.folder, run.metrics_stream(), lambda _: None, NoWriter(), watchdog)
-        loop.train(run.plan.total_steps)
+        loop.train(steps or run.plan.total_steps)
 
     def _train_one(self, run: SupernetRun, spec: SubnetSpec) -> None:
         steps = sum(self.case.steps[1:])
@@ -211,19 +219,22 @@ class Bench:
     def cheap(self) -> list[str]:
         """Settings of steps that cost little."""
         sizes = ", ".join(f"{{ffn: {ffn}, depth: {depth}}}" for ffn, depth in self.case.sizes)
-        found = [f"space.palette=[{sizes}]", "sampling.members=palette", "sampling.palette_share=1.0"]
-        return [*found, "sampling.smallest=false", "sampling.full_every=4", f"distill.cache={self.case.kept}"]
+        drawn = ["members=palette", "palette_share=1.0", "smallest=false", "full_every=4"]
+        kept = f"distill.cache={self.case.kept}"
+        return [f"space.palette=[{sizes}]", kept, *(f"sampling.{setting}" for setting in drawn)]
 
     def say(self, text: str) -> None:
         """A line as it comes."""
         self.out.print(text, highlight=False)
 
-    def run(self, seeds: int) -> dict[str, Any]:
+    def run(self, seeds: int, polish: int) -> dict[str, Any]:
         """All ways; returns what goes to JSON."""
         self.train_teacher()
         for seed in range(seeds):
             self.supernet("supernet", *self.cheap(), f"train.seed={seed}")
             self.separate(f"distill.cache={self.case.kept}", f"train.seed={seed}")
+        if polish:
+            self.polished(polish)
         self.supernet("sandwich")
         self.supernet("whole weights", whole=True)
         if self.case.ablations:
@@ -264,7 +275,7 @@ def cases(args: argparse.Namespace) -> list[Case]:
     common = ["optim.min_lr=1e-5", "optim.warmup_fraction=0.05", "optim.weight_decay=0.01", "train.precision=fp32"]
     common += ["logging.every=1000000", "train.verify_frozen=false", "sampling.randoms=1"]
     scale = lambda *steps: tuple(round(step * args.scale) for step in steps)  # noqa: E731
-    if args.encoder:
+    if args.encoder and args.labelled:
         data = Path(args.labelled)
         settings = [f"model={args.encoder}", f"data={data / 'train.jsonl'}", f"data.valid={data / 'test.jsonl'}"]
         settings += ["space.hidden=[1.0]", "space.ffn=[1536,1152,768,384]", "space.depth=[6,4,3,2]"]
@@ -295,9 +306,7 @@ def cases(args: argparse.Namespace) -> list[Case]:
         sizes = ((384, 12), (512, 10), (384, 10), (256, 10), (384, 8), (256, 8))
         kept, steps = args.sequences is not None, scale(0, 30, 90)
         found.append(Case("decoder", [*settings, *common], sizes, steps, 1e-3, 256, args.rank, False, kept))
-    if args.samples is not None:
-        found = [replace(case, samples=args.samples) for case in found]
-    return found
+    return found if args.samples is None else [replace(case, samples=args.samples) for case in found]
 
 
 def main() -> None:
@@ -313,6 +322,7 @@ def main() -> None:
     parser.add_argument("--valid", help="text to judge them on")
     parser.add_argument("--sequences", type=int, help="of the decoder's text, again and again; keeps the teacher")
     parser.add_argument("--seeds", type=int, default=1, help="repeats of supernet and separate")
+    parser.add_argument("--polish", type=int, default=30, help="steps of each size alone behind the supernet; 0: none")
     parser.add_argument("--samples", type=int, help="held-out sequences to judge on; default: of each case")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every number of steps")
     parser.add_argument("--rank", type=int, default=8, help="of all low-rank factors behind the teacher's")
@@ -320,15 +330,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
-    if args.labelled is None:
-        args.encoder = None
     logging.set_verbosity_error()
     torch.set_num_threads(args.threads)
     out, grid = Console(width=170), join_grid(Layout(), torch.device("cpu"))
     started, reports = time.perf_counter(), []
     for case in cases(args):
         out.rule(case.name)
-        reports.append(Bench(case, grid, out).run(args.seeds))
+        reports.append(Bench(case, grid, out).run(args.seeds, args.polish))
         print_tables(out, reports[-1])
         seconds = time.perf_counter() - started
         if args.json:

@@ -193,6 +193,11 @@ class PaletteConfig:
     seconds: float = setting(2.0, "time for measuring each cut-out size")
     threads: int | None = setting(None, "CPU threads while measuring; null: torch's default")
     onnx: bool = setting(False, "write each size as ONNX as well, fp32 and int8, and measure it in onnxruntime")
+    polish: int = setting(
+        0,
+        "steps of training for each size alone, with a low-rank pair of its own that is then merged",
+        rule=at_least(0),
+    )
     audit: bool = setting(
         False, "let each size and the teacher go on from training text, and count what comes back verbatim (causal_lm)"
     )

@@ -29,8 +29,9 @@ from ee_scale.palettes.cut_out import TrainedSupernet, read_supernet, subnet_mod
 from ee_scale.palettes.edge import EdgeMeasure, measure_edge
 from ee_scale.palettes.intervals import interval, wilson
 from ee_scale.palettes.judge import Judge, Judged, PartTimes
-from ee_scale.palettes.manifest import Device, Manifest, Member, Tried, write_manifest
+from ee_scale.palettes.manifest import Device, Manifest, Member, Polished, Tried, write_manifest
 from ee_scale.palettes.overlap import Overlap
+from ee_scale.palettes.polish import Polish, polish_stage
 from ee_scale.palettes.recommend import write_palette_report
 from ee_scale.palettes.search import Candidate, pareto, search, verified
 from ee_scale.planning.estimates import BF16, FP32, uses_bf16
@@ -94,8 +95,10 @@ def stored_plan(src: Path, supernet: TrainedSupernet, config: PaletteConfig) -> 
         # Sizes were checked against the grid that trained; one process has none.
         parallel=ParallelConfig(),
         distill=replace(stored.distill, cache=False),
-        train=replace(stored.train, micro_batch_size=1, global_batch_size=1, precision="auto"),
+        train=replace(stored.train, precision="auto"),
     )
+    if config.polish:
+        stored.stages.append(polish_stage(stored, supernet.phases, config.polish))
     plan = plan_supernet(stored, supernet.base, ModelFolder(supernet.base).config, supernet.identity["labels"])
     base_tensors(supernet.base, plan.map)  # said before anything is judged
     return plan
@@ -154,6 +157,7 @@ class Palette:
             for factors in run.factors:
                 for name, parameter in factors.named.items():
                     parameter.copy_(supernet.trained[name])
+        self.polish = Polish(run) if config.polish else None
         self.space: SearchSpace = run.space
         self.judge = Judge(run.stage, batches)
         self.audit = None
@@ -170,6 +174,7 @@ class Palette:
         self.times = PartTimes(plan.map, config.tokens, 0.1, self.device, run.stage.dtype)
         self.judged: dict[SubnetSpec, Judged] = {}
         self.measures: dict[SubnetSpec, EdgeMeasure] = {}
+        self.polished: dict[SubnetSpec, TrainedSupernet] = {}
 
     def make(self) -> Manifest:
         """Search, cut out and measure. Raises `UserError` where nothing keeps the limits."""
@@ -190,6 +195,7 @@ class Palette:
         with shares("cutting out and measuring") as progress:
             chosen = verified(front, config.count, self._measure, self.limits, config.objective, progress)
             self._measure_spec(full)
+        before = {} if self.polish is None else self._polished(self.polish, [candidate.spec for candidate in chosen])
         manifest = Manifest(
             base_model=str(self.supernet.base),
             base_fingerprint=self.supernet.identity["base_fingerprint"],
@@ -205,8 +211,12 @@ class Palette:
             teacher=self.teacher.fingerprint,
             audit={} if self.audit is None else self._found_by(self.audit, [candidate.spec for candidate in chosen]),
             full=self._member(full, "full"),
-            members=[self._member(candidate.spec, self._name(candidate.spec)) for candidate in chosen],
-            tried=[Tried(c.spec, self.judged[c.spec].figures, dict(c.estimates)) for c in found],
+            members=[
+                replace(self._member(candidate.spec, self._name(candidate.spec)), before=before.get(candidate.spec, {}))
+                for candidate in chosen
+            ],
+            polish=None if self.polish is None else Polished(config.polish, self.polish.seconds),
+            tried=[Tried(c.spec, before.get(c.spec, self.judged[c.spec].figures), dict(c.estimates)) for c in found],
         )
         self._keep_only({member.folder for member in manifest.members})
         return manifest
@@ -239,11 +249,8 @@ class Palette:
     def _measure_spec(self, spec: SubnetSpec) -> EdgeMeasure:
         """Cut a subnet out into its folder and measure that folder."""
         if spec not in self.measures:
-            folder = self.folder / self._name(spec)
             self._quality(spec)
-            facts = ", ".join(f"{name} {value:.4g}" for name, value in self.judged[spec].figures.items())
-            model = subnet_model(self.plan.map, self.base, self.order, self.supernet, spec)
-            write_subnet(folder, model, self.supernet, spec, f"On held-out data: {facts}.", self.teacher.fingerprint)
+            folder = self._write(spec)
             self.measures[spec] = measure_edge(
                 folder,
                 self.plan.task,
@@ -277,10 +284,34 @@ class Palette:
             onnx=self._onnx(folder) if self.config.onnx and folder != "full" else {},
         )
 
+    def _polished(self, polish: Polish, specs: list[SubnetSpec]) -> dict[SubnetSpec, dict[str, float]]:
+        """Train each size by itself and write it anew. Returns what the sizes were before."""
+        before = {}
+        with shares("polishing") as progress:
+            for done, spec in enumerate(specs):
+                trained = {**self.supernet.trained, **polish.train(spec)}
+                self.polished[spec] = replace(self.supernet, trained=trained)
+                before[spec], self.judged[spec] = self.judged[spec].figures, self.judge.judge(spec)
+                self._write(spec, f"{self.config.polish} more steps trained this size alone.")
+                progress((done + 1) / len(specs))
+        polish.restore()
+        return before
+
+    def _write(self, spec: SubnetSpec, more: str = "") -> Path:
+        """Cut a subnet out into its folder, or anew."""
+        folder = self.folder / self._name(spec)
+        if folder.exists():
+            remove_folder(folder)
+        facts = ", ".join(f"{name} {value:.4g}" for name, value in self.judged[spec].figures.items())
+        model = subnet_model(self.plan.map, self.base, self.order, self.polished.get(spec, self.supernet), spec)
+        said = f"On held-out data: {facts}. {more}".strip()
+        write_subnet(folder, model, self.supernet, spec, said, self.teacher.fingerprint)
+        return folder
+
     def _found_by(self, audit: Audit, specs: list[SubnetSpec]) -> dict[str, Overlap]:
         """What the sizes and the teacher give back of the training text."""
         writers = [("teacher", self.teacher, self.plan.map.shape.full)]
-        writers += [(self._name(spec), self.supernet, spec) for spec in specs]
+        writers += [(self._name(spec), self.polished.get(spec, self.supernet), spec) for spec in specs]
         with shares("looking for training text") as progress:
             for done, (name, supernet, spec) in enumerate(writers):
                 audit.write(name, subnet_model(self.plan.map, self.base, self.order, supernet, spec))

@@ -52,6 +52,7 @@ class Member:
         quality: metric -> value, on held-out data. interval: 95% of the metric that decides, from the number of texts.
         difference: 95% of it minus the full model's, on the same texts. None: of the full model itself, or not known.
         estimated_ms: what the search took for the latency that `Manifest.latency` names; None if nothing.
+        before: quality before it was polished; empty: it was not.
         onnx: variant ('fp32', 'int8') -> {'file_mb', 'latency_ms'}.
     """
 
@@ -68,6 +69,7 @@ class Member:
     quality: dict[str, float]
     estimated_ms: float | None = None
     onnx: dict[str, dict[str, float]] = field(default_factory=dict)
+    before: dict[str, float] = field(default_factory=dict)
     interval: tuple[float, float] | None = None
     difference: tuple[float, float] | None = None
 
@@ -80,6 +82,15 @@ class Tried:
     spec: SubnetSpec
     quality: dict[str, float]
     estimates: dict[str, float]
+
+
+@whole
+@dataclass(frozen=True)
+class Polished:
+    """Training of each size by itself: steps of each, seconds of all."""
+
+    steps: int
+    seconds: float
 
 
 @whole
@@ -97,6 +108,7 @@ class Manifest:
         members: cheapest first.
         tried: all that the search evaluated; may be empty.
         sources: text that the supernet was trained on; teacher: what taught, by its fingerprint; empty: not known.
+        polish: what sizes were trained by themselves behind the supernet; None: not at all.
         audit: what each size and the teacher gave back of it verbatim, by folder.
         texts: held-out texts that quality was judged on; 0: a version that did not say.
     """
@@ -116,6 +128,7 @@ class Manifest:
     texts: int = 0
     sources: list[TextSource] = field(default_factory=list)
     teacher: str = ""
+    polish: Polished | None = None
     audit: dict[str, Overlap] = field(default_factory=dict)
 
     @property

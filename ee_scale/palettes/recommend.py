@@ -18,6 +18,8 @@ REPORT, PLOT = "report.md", "palette.png"
 NEAR, CLOSE = 0.01, 0.03  # relative to the full model's quality
 SHARES = {"half": 0.5, "a quarter": 0.25}  # of the full model's parameters
 
+WIDE = "95%"  # intervals, which no terminal has room for
+
 Column = tuple[str, Callable[[Member], str]]
 
 
@@ -30,7 +32,7 @@ def write_palette_report(folder: Path, manifest: Manifest) -> None:
 def palette_table(manifest: Manifest, title: str) -> Table:
     """The full model and the members, a line each."""
     table = Table(title=title, title_justify="left")
-    columns = _columns(manifest)
+    columns = [column for column in _columns(manifest) if not column[0].endswith(WIDE)]  # those of the report alone
     for name, _ in columns:
         table.add_column(name, justify="left" if name == "subnet" else "right", no_wrap=name == "subnet")
     for member in (manifest.full, *manifest.members):
@@ -173,11 +175,18 @@ def _introduction(manifest: Manifest) -> list[str]:
     threads = f"{device.threads} thread{'s' if device.threads > 1 else ''}"
     held = "1 subnet" if count == 1 else f"{count} subnets"
     return [
-        f"{held} of the supernet `{manifest.run}`, cut out without further training;",
+        f"{held} of the supernet `{manifest.run}`, {_training(manifest)};",
         "each folder is a plain Hugging Face model.",
         f"Measured on {device.cpu}, {threads}, torch {device.torch};",
         f"limits kept by measurement: {_limits(manifest)}." if manifest.limits else "no limits were set.",
     ]
+
+
+def _training(manifest: Manifest) -> str:
+    if manifest.polish is None:
+        return "cut out without further training"
+    each, seconds = manifest.polish.steps, manifest.polish.seconds
+    return f"each trained {each} steps by itself ({seconds:,.0f} s together) and cut out"
 
 
 def _limits(manifest: Manifest) -> str:
@@ -192,6 +201,8 @@ def _columns(manifest: Manifest) -> list[Column]:
         ("of full", lambda m: _share(m.params / full.params)),
     ]
     columns += [(name, lambda m, name=name: _quality(name, m.quality.get(name))) for name in full.quality]
+    if manifest.polish is not None:
+        columns.append(("before polish", lambda m: _quality(manifest.metric, m.before.get(manifest.metric))))
     if full.interval is not None:
         columns.append(("95%", lambda m: _span(manifest, m.interval)))
     columns.append(("vs full", lambda m: "-" if m is full else _compared(manifest, m)))

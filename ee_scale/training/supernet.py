@@ -131,7 +131,7 @@ class SupernetRun(Run[SupernetConfig, SupernetPlan]):
     def ready(self) -> SupernetEngine:
         due = self.plan.phases.index_at(self.step)
         if self.engine is None or due != self.index:
-            self._close_engine()
+            self.close_engine()
             open_phases(self, due)
             self.start_engine()
         if self.config.train.verify_frozen and not self.frozen:
@@ -156,7 +156,7 @@ class SupernetRun(Run[SupernetConfig, SupernetPlan]):
             log.info("stage '%s' done; backbone unchanged (digest %s)", name, digest)
         return Step(learning_rate, dict(zip(ROLES, losses, strict=True)), last)
 
-    def _close_engine(self) -> None:
+    def close_engine(self) -> None:
         """Master copies, moments and gradients of a finished phase are nothing that the next one needs."""
         if self.engine is not None:
             self.engine.close()

@@ -80,16 +80,18 @@ def cut(vocab: int, grid: Grid) -> dict[str, torch.Tensor]:
     keep("ce", cross_entropy(mask_padding(mine * 1.0, vocab), labels))  # a copy: Megatron overwrites its input
     for t in TEMPERATURES:
         keep(f"kl{t}", kl_divergence(mask_padding(mine, vocab), target, t))
-        keep(f"sampled{t}", torch.stack([sampled(mine, target, vocab, t, point) for point in range(POINTS)]).mean(0))
+        keep(f"sampled{t}", sampled(mine, target, vocab, t))
     found["tokens"] = systematic_sample(target, torch.full((TOKENS,), 0.3, dtype=torch.float64), 50)[0]
     return found
 
 
-def sampled(mine: torch.Tensor, target: torch.Tensor, vocab: int, t: float, point: int) -> torch.Tensor:
-    points = torch.full((TOKENS,), (point + 0.5) / POINTS, dtype=torch.float64)
-    tokens, negentropy = systematic_sample(target / t, points, SAMPLES)
+def sampled(mine: torch.Tensor, target: torch.Tensor, vocab: int, t: float) -> torch.Tensor:
+    """Mean KL over draws from POINTS starting points."""
+    points = ((torch.arange(POINTS, dtype=torch.float64) + 0.5) / POINTS).repeat_interleave(TOKENS)
+    tokens, negentropy = systematic_sample(target.repeat(POINTS, 1) / t, points, SAMPLES)
     assert tokens.max() < vocab
-    return sampled_kl(mask_padding(mine, vocab), tokens, negentropy, t)
+    kl = sampled_kl(mask_padding(mine, vocab).repeat(POINTS, 1), tokens, negentropy, t)
+    return kl.view(POINTS, TOKENS).mean(0)
 
 
 @pytest.fixture(scope="module")

@@ -239,6 +239,47 @@ def test_an_audit_needs_the_text_of_the_run(classify_run, supernet_run, tmp_path
     assert refused(tmp_path, run, "audit=true").endswith(f"data.path={other}: the run was trained on other text")
 
 
+# -- polish ------------------------------------------------------------------------------------------------------------
+
+
+def test_each_size_is_polished_by_itself(classes, classify_run, labelled, tmp_path):
+    polished = made(tmp_path, classify_run, "count=2", "method=grid", "samples=0", "polish=6")
+    plain = read_manifest(classes)
+    assert polished.polish.steps == 6
+    assert polished.polish.seconds > 0
+    assert (polished.full.quality, polished.full.before, plain.polish) == (plain.full.quality, {}, None)
+    for member, unpolished in zip(polished.members, plain.members, strict=True):
+        assert member.before == unpolished.quality
+        assert member.quality["loss"] != pytest.approx(member.before["loss"], rel=1e-6)
+        folder = tmp_path / "palette" / member.folder
+        assert stock_classifier(folder, labelled["valid"]) == pytest.approx(member.quality, abs=1e-4)
+        assert "6 more steps trained this size alone" in (folder / "README.md").read_text()
+    assert "| before polish |" in (tmp_path / "palette" / "report.md").read_text()
+    (tmp_path / "one").mkdir()
+    (alone,) = made(tmp_path / "one", classify_run, "count=1", "method=grid", "samples=0", "polish=6").members
+    assert alone.quality == pytest.approx(polished.members[-1].quality)  # whatever was polished before it
+
+
+def test_decoders_are_polished_too(texts, supernet_run, tmp_path):
+    polished = made(tmp_path, supernet_run, "count=2", "method=grid", "samples=12", "polish=4")
+    plain = {member.folder: member for member in read_manifest(texts).members}
+    for member in polished.members:
+        assert member.before == pytest.approx(plain[member.folder].quality)
+        assert member.quality["loss"] != pytest.approx(member.before["loss"], rel=1e-6)
+
+
+def test_polish_needs_a_teacher(supernet_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(supernet_run, run)
+    config = OmegaConf.load(run / "config.yaml")
+    config.distill.teacher = "live"
+    OmegaConf.save(config, run / "config.yaml")
+    assert refused(tmp_path, run, "polish=2") == "polish=2: the run has no frozen teacher (distill.teacher=live)"
+    assert refused(tmp_path, supernet_run, "polish=2", "step=4").startswith(
+        "polish=2: the checkpoint is of stage 2 of 3"
+    )
+
+
 # -- limits ------------------------------------------------------------------------------------------------------------
 
 

@@ -199,7 +199,7 @@ def test_debug_config_starts_its_own_ranks(tmp_path):
 # -- cheaper steps -----------------------------------------------------------------------------------------------------
 
 PALETTE = "space.palette=[{ffn: 0.5}, {hidden: 0.5, depth: 2}]"
-STAGES = "{name: t, axes: [], steps: 2, rank: 2}, {name: a, axes: [hidden, ffn, depth], steps: 80, rank: 2}"
+STAGES = "{name: t, axes: [], steps: 2, rank: 2}, {name: a, axes: [hidden, ffn, depth], steps: 40, rank: 2, lr: 1e-3}"
 CHEAP = ["distill.cache=true", "sampling.full_every=2", "sampling.members=palette", PALETTE]
 
 
@@ -220,10 +220,10 @@ def test_a_kept_teacher_says_the_same_whether_it_fits_or_not(supernet_arguments,
 def test_a_kept_teacher_of_classes_is_the_teacher(classify_arguments, tmp_path):
     lines = []
     for cache in ("true", "false"):
-        arguments = [*classify_arguments, f"distill.cache={cache}", "train.global_batch_size=8", f"out={cache}"]
-        finished = run_cli([*arguments, "stages=[" + STAGES + "]"], tmp_path)
+        given = [word for word in classify_arguments if not word.startswith("stages=")]
+        finished = run_cli([*given, f"stages=[{STAGES}]", f"distill.cache={cache}", f"out={cache}"], tmp_path)
         assert finished.code == 0, finished.output
         lines.append(metrics(tmp_path / cache))
     for kept, computed in zip(*lines, strict=True):
         for name in ("loss", "kl", "features", "grad_norm"):
-            assert kept[name] == pytest.approx(computed[name], rel=1e-3, abs=1e-5)
+            assert kept[name] == pytest.approx(computed[name], rel=1e-3, abs=1e-4)
