@@ -85,6 +85,7 @@ def contenders(model: Any, stock: Any, batch: int, limits: dict[int, Any], costs
         Contender(NO_DRAFTS, with_exits, {"exit_policy": "lossless", "exit_draft_length": 0}),
         Contender(SHUFFLED, with_shuffled_exits(model).generate, {"exit_policy": "lossless"}),
         Contender("lossless", with_exits, {"exit_policy": "lossless"}),
+        Contender("lossless, int8 drafts", with_exits, {"exit_policy": "lossless", "exit_draft_weights": "int8"}),
         *(Contender(f"lossless, exit {k}", with_exits, {"exit_policy": "lossless", "exit_layer": k}) for k in layers),
         *(
             Contender(

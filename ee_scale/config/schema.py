@@ -23,7 +23,7 @@ from ee_scale.config.groups import (
 from ee_scale.config.supernet import PaletteConfig, SupernetConfig
 from ee_scale.config.tune import TuneConfig
 from ee_scale.modeling.kinds import KINDS
-from ee_scale.modeling.policy_names import POLICIES, SCORED
+from ee_scale.modeling.policy_names import DRAFT_WEIGHTS, POLICIES, SCORED
 
 FINITE = Rule("must be above 0", lambda value: 0 < value < inf)
 SHARE = Rule("must be between 0 and 1", lambda value: 0 < value < 1)
@@ -230,6 +230,11 @@ class GenerateConfig:
         None, "lossless: tokens per draft; null: by measured cost (over stages: what keeps them busy)"
     )
     shortlist: Any = setting(None, "lossless: draft among the N most frequent tokens (as calibrated), or token ids")
+    draft_weights: str | None = setting(
+        None,
+        "lossless: what the early layers are that draft; int8: copies in int8, where they are faster; null: model",
+        rule=Choices(DRAFT_WEIGHTS),
+    )
     graphs: bool = setting(False, "steps with static shapes, recorded as CUDA graphs; on a CPU they gain nothing")
     show_exits: bool = setting(False, "colour each token by the layer it came from")
     log: str | None = setting(None, "decision log to append to (.jsonl), for `ee-scale report`")

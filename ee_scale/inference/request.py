@@ -19,7 +19,16 @@ from ee_scale.inference.prompts import encode_prompts, read_prompts
 from ee_scale.inference.settings import check_settings
 from ee_scale.modeling.policies import ExitPolicy, resolve_policy
 
-OPTIONS = ("threshold", "patience", "layer", "min_layer", "max_pending", "draft_length", "shortlist")
+OPTIONS = (
+    "threshold",
+    "patience",
+    "layer",
+    "min_layer",
+    "max_pending",
+    "draft_length",
+    "shortlist",
+    "draft_weights",
+)
 
 
 @dataclass(frozen=True)
@@ -91,6 +100,8 @@ def check_config(config: GenerateConfig) -> None:
         )
     if config.graphs and config.policy == "off":
         raise UserError("graphs=true: policy=off leaves decoding to transformers; choose a policy")
+    if config.graphs and config.draft_weights == "int8":
+        raise UserError("graphs=true: int8 drafts are not recorded; leave draft_weights out")
     if config.graphs and parallel.tp * parallel.pp > 1:
         raise UserError(f"graphs=true: needs one device, not tp={parallel.tp} x pp={parallel.pp}")
     if config.audit is not None and parallel.tp * parallel.pp > 1:

@@ -34,6 +34,7 @@ OPTIONS = {
     "exit_max_pending": "max_pending",
     "exit_draft_length": "draft_length",
     "exit_shortlist": "shortlist",
+    "exit_draft_weights": "draft_weights",
 }
 GRAPHS = "exit_graphs"
 LOG_OPTIONS = ("exit_log", "exit_tags", "exit_requests", "exit_audit")  # they name what is written: arguments only
@@ -81,6 +82,8 @@ class ExitDecoding:
         options = per_row(self.options, len(input_ids), generation_config.num_return_sequences or 1)
         policy = choose_policy(options, model, generation_config, len(input_ids))
         lossless = policy.name == "lossless"
+        if policy.draft_weights == "int8" and wants_graphs(options):
+            raise ValueError(f"{GRAPHS}=True: int8 drafts are not recorded (leave exit_draft_weights out)")
         input_ids = input_ids.to(model.device)
         room = policy.max_draft + 1 if lossless else 0
         sequences = Sequences(

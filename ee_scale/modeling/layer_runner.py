@@ -6,6 +6,7 @@ modules are transformers' own, called as its `forward` calls them. S columns, D 
 
 import copy
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from threading import get_ident
 
@@ -145,6 +146,14 @@ class LayerRunner:
             hidden = self._layer(self.layers[index], self.types[index], hidden, block)
         self.calls[first, last] += 1
         self.positions[first, last] += hidden.shape[0] * hidden.shape[1]
+        return hidden
+
+    def run_copies(self, layers: Sequence[nn.Module], hidden: torch.Tensor, block: Block) -> torch.Tensor:
+        """The first layers, in the place of which these modules stand, on hidden states [B, q, D] of a block."""
+        self.cache.focus(block.start, block.columns, block.end)
+        for layer, kind in zip(layers, self.types, strict=False):
+            hidden = self._layer(layer, kind, hidden, block)
+        self._remember(len(layers), hidden, block)  # an exit's own layer may look back at it
         return hidden
 
     def _layer(self, layer: nn.Module, kind: str, hidden: torch.Tensor, block: Block) -> torch.Tensor:

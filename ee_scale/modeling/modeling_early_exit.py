@@ -135,6 +135,8 @@ class EarlyExitMixin:
             decoding does.
         exit_shortlist: 'lossless': draft among this many tokens (as calibrated; with shortlist heads: of theirs), or
             among these token ids.
+        exit_draft_weights: 'lossless': 'int8': the early layers of drafts are int8 copies, or the model's own where
+            these are faster as measured (with `exit_draft_length` always copies); 'model': always the model's own.
         exit_graphs: True: steps with static shapes, whose parts are recorded as CUDA graphs on a GPU (on a CPU they
             run as they are, which gains nothing).
         exit_log: path or `DecisionLog`; exit_requests, exit_tags: a name and a tag per row, for the log;

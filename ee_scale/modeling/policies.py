@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .costs import MAX_DRAFT
-from .policy_names import POLICIES
+from .policy_names import DRAFT_WEIGHTS, POLICIES
 from .shortlist import choose_tokens
 from .transfers import read
 
@@ -64,6 +64,7 @@ class ExitPolicy:
         max_pending: tokens whose deeper keys and values may be missing before they are computed.
         draft_length: `lossless`: tokens per draft, None lets measured cost choose (at most `max_draft`).
         shortlist: `lossless`: token ids that drafts are chosen among; None is the whole vocabulary.
+        draft_weights: `lossless`: one of `DRAFT_WEIGHTS`, what the drafting exit's early layers are.
     """
 
     name: str
@@ -75,6 +76,7 @@ class ExitPolicy:
     draft_length: int | None = None
     max_draft: int = MAX_DRAFT
     shortlist: tuple[int, ...] | None = None
+    draft_weights: str = "model"
 
 
 def resolve_policy(
@@ -93,6 +95,7 @@ def resolve_policy(
     shortlist: int | Sequence[int] | None = None,
     vocab_size: int | None = None,
     head_tokens: Sequence[int] = (),
+    draft_weights: str | None = None,
 ) -> ExitPolicy:
     """Check what a person asked for. Raises ValueError in one line that names the option and the values in conflict.
 
@@ -111,6 +114,10 @@ def resolve_policy(
     _check_counts(exit_patience=(patience, 1), exit_max_pending=(max_pending, 0), exit_draft_length=(drafts, 0))
     if draft_length is not None and name != "lossless":
         raise ValueError(f"exit_draft_length={draft_length}: only exit_policy=lossless drafts, not {name!r}")
+    if draft_weights is not None and draft_weights not in DRAFT_WEIGHTS:
+        raise ValueError(f"exit_draft_weights={draft_weights!r}: choose one of {', '.join(DRAFT_WEIGHTS)}")
+    if draft_weights is not None and name != "lossless":
+        raise ValueError(f"exit_draft_weights={draft_weights}: only exit_policy=lossless drafts, not {name!r}")
     chosen = tuple(k for k in layers if min_layer is None or k >= min_layer)
     limits: tuple[tuple[float, ...], ...] = ()
     if name in NEVER:
@@ -134,6 +141,7 @@ def resolve_policy(
         draft_length=draft_length,
         max_draft=max(MAX_DRAFT, draft_length or 0),
         shortlist=choose_tokens(shortlist, name, (calibration or {}).get("shortlist"), vocab_size, head_tokens),
+        draft_weights=draft_weights or "model",
     )
 
 

@@ -14,6 +14,7 @@ import torch
 
 from .clocks import start_clock
 from .drafting import SEEN, Drafting, known_of
+from .int8_source import Int8Source
 from .layer_runner import Block, LayerRunner
 from .loop import DecodeLoop
 from .sequences import looks_back
@@ -38,7 +39,10 @@ class Speculation(DecodeLoop):
         policy, runner = self.policy, self.runner
         known = known_of(runner.model, runner.device, runner.dtype, len(self.pads), policy.layers, policy.shortlist)
         self.drafting = Drafting(runner.num_layers, policy.max_draft, policy.draft_length, known)
-        exits = [ExitSource(k, runner, self.sequences, policy, self.drafting) for k in policy.layers]
+        kinds = [ExitSource] if policy.draft_weights == "model" else [Int8Source]
+        if kinds == [Int8Source] and policy.draft_length is None:
+            kinds.append(ExitSource)  # measured costs decide
+        exits = [kind(k, runner, self.sequences, policy, self.drafting) for kind in kinds for k in policy.layers]
         self.sources: dict[str, Source] = {source.name: source for source in exits}
         self.drafting.meet(self.sources.values())
         self.fates = {name: Fate() for name in self.sources}

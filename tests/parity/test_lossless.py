@@ -26,6 +26,7 @@ from helpers.models import some_tokens
 from ee_scale.modeling.costs import MAX_DRAFT
 from ee_scale.modeling.drafting import Drafting
 from ee_scale.modeling.layer_runner import LayerRunner
+from ee_scale.modeling.policy_names import DRAFT_WEIGHTS
 from ee_scale.modeling.sources import ExitSource
 
 FAMILIES = ("llama", "qwen3", "mistral")
@@ -59,7 +60,8 @@ def llama(folder) -> tuple[Pair, dict, torch.Tensor]:
 def test_says_what_transformers_says(folder, family, kind, head):
     pair, inputs = make_pair(folder, family, kind, head, exits=(1, 3), calm=0.3), prompts(8)
     want = pair.reference(inputs, max_new_tokens=20)
-    for options in ({}, {"exit_draft_length": 4}, {"exit_layer": 3, "exit_draft_length": 2}):
+    int8 = {"exit_draft_weights": "int8"}
+    for options in ({}, {"exit_draft_length": 4}, {"exit_layer": 3, "exit_draft_length": 2}, int8):
         assert torch.equal(pair.generate(inputs, "lossless", max_new_tokens=20, **options).sequences, want), options
     off = pair.model.generate(**inputs, max_new_tokens=20, do_sample=False, exit_policy="off")
     assert torch.equal(off, want)
@@ -122,9 +124,10 @@ def test_without_drafts_it_is_plain_decoding(precise):
     assert got.exit_stats["cycles"] == NEW - 1
 
 
+@pytest.mark.parametrize("weights", DRAFT_WEIGHTS)
 @pytest.mark.parametrize("position", range(10))
 @pytest.mark.parametrize("pattern", ["natural", "none", "all", "ends"])
-def test_the_end_of_text_at_every_place(llama, monkeypatch, pattern, position):
+def test_the_end_of_text_at_every_place(llama, monkeypatch, pattern, position, weights):
     """`ends`: every draft is an end, so nearly all are rejected."""
     pair, inputs, free = llama
     width, new = inputs["input_ids"].shape[1], 10
@@ -133,7 +136,8 @@ def test_the_end_of_text_at_every_place(llama, monkeypatch, pattern, position):
     script_drafts(monkeypatch, "none" if pattern == "ends" else pattern, want)
     if pattern == "ends":
         monkeypatch.setattr(ExitSource, "pick", _always(ExitSource.pick, eos))
-    got = pair.generate(inputs, "lossless", max_new_tokens=new, eos_token_id=eos, exit_layer=3, exit_draft_length=3)
+    options = {"eos_token_id": eos, "exit_layer": 3, "exit_draft_length": 3, "exit_draft_weights": weights}
+    got = pair.generate(inputs, "lossless", max_new_tokens=new, **options)
     assert torch.equal(got.sequences, want)
     text = row_text(got, inputs, 0, eos)
     assert text[-1] == eos
@@ -170,15 +174,17 @@ def test_two_end_tokens(llama, monkeypatch):
             assert torch.equal(got.sequences, want)
 
 
+@pytest.mark.parametrize("weights", DRAFT_WEIGHTS)
 @pytest.mark.parametrize("pattern", ["none", "mixed", "all"])
 @pytest.mark.parametrize("length", [1, 4])
-def test_every_number_of_new_tokens(llama, monkeypatch, length, pattern):
+def test_every_number_of_new_tokens(llama, monkeypatch, length, pattern, weights):
     pair, inputs, free = llama
     width = inputs["input_ids"].shape[1]
     for new in (1, 2, length, length + 1, length + 2):
         with monkeypatch.context() as patch:
             script_drafts(patch, pattern, free)
-            got = pair.generate(inputs, "lossless", max_new_tokens=new, exit_layer=1, exit_draft_length=length)
+            options = {"exit_layer": 1, "exit_draft_length": length, "exit_draft_weights": weights}
+            got = pair.generate(inputs, "lossless", max_new_tokens=new, **options)
         assert torch.equal(got.sequences, free[:, : width + new])
         assert got.exit_layers.shape == got.exit_confidences.shape == (5, new)
 
