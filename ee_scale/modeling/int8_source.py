@@ -45,5 +45,5 @@ class Int8Source(ExitSource):
     def finish(self, cycle: Cycle, draft: Draft) -> None:
         """Verification begins at layer 0."""
 
-    def agrees(self, want: torch.Tensor, block: Block, at: slice) -> torch.Tensor | None:
+    def agrees(self, runner: LayerRunner, want: torch.Tensor, block: Block, at: slice) -> torch.Tensor | None:
         """The exit behind the true layers tells it."""

@@ -13,10 +13,9 @@ from threading import get_ident
 import torch
 from torch import nn
 
-from .heads import ExitTaps, LowRankHead, ModelWithExits, Tap
-from .packing import plain_weight
+from .heads import ExitTaps, ModelWithExits, Tap
 from .position_cache import GROWTH, PositionCache
-from .shortlist import Shortlist
+from .short_head import ShortHead
 from .transfers import send
 from .versions import CACHE
 
@@ -204,7 +203,7 @@ class LayerRunner:
         hidden: torch.Tensor,
         block: Block,
         at: int | slice,
-        shortlist: "ShortHead | None" = None,
+        shortlist: ShortHead | None = None,
     ) -> torch.Tensor:
         """Logits of exit k right after `run` brought `hidden` [B, q, D] to layer k, of the tokens that its head scores.
 
@@ -220,12 +219,12 @@ class LayerRunner:
             tap = Tap(hidden[:, at])
         return self._head_logits(k, tap, shortlist)
 
-    def _head_logits(self, k: int, tap: Tap, shortlist: "ShortHead | None") -> torch.Tensor:
+    def _head_logits(self, k: int, tap: Tap, shortlist: ShortHead | None) -> torch.Tensor:
         """What exit k reads at some positions -> its logits there."""
         head, output_norm = self.model.exit_heads[str(k)], self.spec.output_norm(self.layers[k - 1])
         ready = head.hidden(tap, output_norm, lambda layer, states: states)
         if shortlist is not None:
-            return shortlist(head, ready)
+            return shortlist(ready)
         return head.scored_logits(ready, self.model.get_output_embeddings())
 
     def read_exit(self, k: int, block: Block) -> None:
@@ -313,33 +312,6 @@ class LayerRunner:
             for index in range(first, last):
                 totals[index] += count
         return totals
-
-
-class ShortHead:
-    """An exit's head for a shortlist of tokens only. A full head costs several layers where the vocabulary is large."""
-
-    def __init__(self, model: ModelWithExits, k: int, shortlist: Shortlist):
-        """shortlist: the tokens, in the order of the logits; those of a shortlist head, or some of them."""
-        head, lm_head = model.exit_heads[str(k)], model.get_output_embeddings()
-        self.capped = head.spec.capped
-        self.down = self.up = None
-        weight = plain_weight(head.head if head.spec.owns_matrix else lm_head)
-        ids = shortlist.ids(weight.device)
-        if isinstance(head.head, LowRankHead):
-            self.down, self.up = head.head.down, plain_weight(head.head.up)[ids]
-        if head.shortlist is None:
-            self.weight = weight[ids]
-        elif head.shortlist.tokens == shortlist.tokens:
-            self.weight = weight
-        else:
-            self.weight = weight[head.shortlist.places(ids)]
-
-    def __call__(self, head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """[..., D] -> [..., N]."""
-        logits = nn.functional.linear(hidden, self.weight)
-        if self.up is not None:
-            logits = logits + nn.functional.linear(self.down(hidden), self.up)
-        return self.capped(logits)
 
 
 def check_model(model: ModelWithExits) -> None:

@@ -6,7 +6,7 @@ back into a plain one first, bit for bit and with the same `Parameter`; the next
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from math import nan
@@ -145,6 +145,14 @@ def _pack(layer: nn.Linear, tied: bool) -> None:
         if not tied:
             # The parameter lives on, so that who holds it holds the right one later; read before, it says NaN.
             weight.data = weight.new_full((1, 1), nan).expand(weight.shape)
+
+
+def product(weight: torch.Tensor, pack: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    """[..., in] -> [..., out] with a weight [out, in] of nobody else's; packed, if wanted and worth it."""
+    if not pack or weight.numel() < SMALLEST:
+        return lambda hidden: linear(hidden, weight)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+    return lambda hidden: torch.ops.mkldnn._linear_pointwise(hidden, packed, None, "none", [], "")
 
 
 def unpack(layer: nn.Linear) -> nn.Linear:

@@ -11,9 +11,10 @@ import torch
 
 from .clocks import Clock
 from .drafting import Drafting
-from .layer_runner import Block, LayerRunner, ShortHead
+from .layer_runner import Block, LayerRunner
 from .policies import ExitPolicy, score
 from .sequences import Sequences, looks_back
+from .short_head import ShortHead
 from .shortlist import Shortlist
 from .transfers import read, waits_are_free
 

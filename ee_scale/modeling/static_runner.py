@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from .heads import ModelWithExits, Tap
-from .layer_runner import Block, LayerRunner, ShortHead
+from .layer_runner import Block, LayerRunner
+from .short_head import ShortHead
 from .step_graphs import StepGraphs, Tensors, recorder
 from .transfers import send
 
