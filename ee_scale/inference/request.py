@@ -19,7 +19,7 @@ from ee_scale.inference.prompts import encode_prompts, read_prompts
 from ee_scale.inference.settings import check_settings
 from ee_scale.modeling.policies import ExitPolicy, resolve_policy
 
-OPTIONS = ("threshold", "patience", "layer", "min_layer", "max_pending", "draft_length", "shortlist")
+OPTIONS = ("threshold", "patience", "layer", "min_layer", "max_pending", "draft_length", "shortlist", "draft_sources")
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ OPTIONS = {
     "exit_max_pending": "max_pending",
     "exit_draft_length": "draft_length",
     "exit_shortlist": "shortlist",
+    "exit_draft_sources": "draft_sources",
 }
 GRAPHS = "exit_graphs"
 LOG_OPTIONS = ("exit_log", "exit_tags", "exit_requests", "exit_audit")  # they name what is written: arguments only
@@ -46,11 +47,13 @@ class EarlyExitGenerateOutput(GenerateDecoderOnlyOutput):
         exit_layers: int64 [B, new]: the exit that gave each token, the number of layers for the final layer, 0 behind
             the end of a row. `lossless`: the drafting exit where its draft was accepted.
         exit_confidences: fp32 [B, new]: the policy's score at the deepest exit that was looked at, NaN if none was.
+        exit_sources: for each row and new token, the source of an accepted draft ("exit 3", "prompt"), None for others.
         exit_stats: numbers of this call: layer_calls (per layer), layer_positions, exit_checks, passes, seconds, ...
     """
 
     exit_layers: torch.LongTensor | None = None
     exit_confidences: torch.FloatTensor | None = None
+    exit_sources: list[list[str | None]] | None = None
     exit_stats: dict[str, Any] | None = None
 
 
@@ -117,6 +120,10 @@ class ExitDecoding:
             logits=sequences.gathered(sequences.logits, 0.0),
             exit_layers=sequences.per_token(sequences.layers, torch.long),
             exit_confidences=sequences.per_token(sequences.confidences, torch.float32),
+            exit_sources=[
+                [trail.sources.get((row, index)) for index in range(len(layers))]
+                for row, layers in enumerate(sequences.layers)
+            ],
             exit_stats=stats,
             **{CACHE: cache if wants_cache else None},
         )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .costs import MAX_DRAFT
-from .policy_names import POLICIES
+from .policy_names import DRAFT_SOURCES, POLICIES
 from .shortlist import choose_tokens
 from .transfers import read
 
@@ -64,6 +64,7 @@ class ExitPolicy:
         max_pending: tokens whose deeper keys and values may be missing before they are computed.
         draft_length: `lossless`: tokens per draft, None lets measured cost choose (at most `max_draft`).
         shortlist: `lossless`: token ids that drafts are chosen among; None is the whole vocabulary.
+        draft_sources: `lossless`: which of `DRAFT_SOURCES` draft.
     """
 
     name: str
@@ -75,6 +76,7 @@ class ExitPolicy:
     draft_length: int | None = None
     max_draft: int = MAX_DRAFT
     shortlist: tuple[int, ...] | None = None
+    draft_sources: tuple[str, ...] = ()
 
 
 def resolve_policy(
@@ -91,6 +93,7 @@ def resolve_policy(
     max_pending: int | None = None,
     draft_length: int | None = None,
     shortlist: int | Sequence[int] | None = None,
+    draft_sources: str | Sequence[str] | None = None,
     vocab_size: int | None = None,
     head_tokens: Sequence[int] = (),
 ) -> ExitPolicy:
@@ -111,7 +114,10 @@ def resolve_policy(
     _check_counts(exit_patience=(patience, 1), exit_max_pending=(max_pending, 0), exit_draft_length=(drafts, 0))
     if draft_length is not None and name != "lossless":
         raise ValueError(f"exit_draft_length={draft_length}: only exit_policy=lossless drafts, not {name!r}")
+    sources = _draft_sources(draft_sources, name, layer)
     chosen = tuple(k for k in layers if min_layer is None or k >= min_layer)
+    if name == "lossless" and "exits" not in sources:
+        chosen = ()
     limits: tuple[tuple[float, ...], ...] = ()
     if name in NEVER:
         rows = _limits(name, threshold, layers, calibration, tags, batch_size)
@@ -120,7 +126,7 @@ def resolve_policy(
         raise ValueError(f"exit_threshold={threshold}: exit_policy={name} has no threshold")
     if layer is not None:
         chosen = (layer,)
-    if name == "lossless" and not chosen:
+    if "exits" in sources and not chosen:
         raise ValueError(
             f"exit_min_layer={min_layer}: no exit is left to draft from; the model's are at {_list(layers)}"
         )
@@ -133,8 +139,23 @@ def resolve_policy(
         max_pending=max_pending,
         draft_length=draft_length,
         max_draft=max(MAX_DRAFT, draft_length or 0),
+        draft_sources=sources,
         shortlist=choose_tokens(shortlist, name, (calibration or {}).get("shortlist"), vocab_size, head_tokens),
     )
+
+
+def _draft_sources(wanted: object, policy: str, layer: int | None) -> tuple[str, ...]:
+    """What drafts: what was asked for; the asked exit alone; both."""
+    if wanted is None:
+        return () if policy != "lossless" else DRAFT_SOURCES if layer is None else ("exits",)
+    if policy != "lossless":
+        raise ValueError(f"exit_draft_sources={wanted!r}: only exit_policy=lossless drafts, not {policy!r}")
+    names = [wanted] if isinstance(wanted, str) else wanted
+    if not isinstance(names, Sequence) or not names or any(name not in DRAFT_SOURCES for name in names):
+        raise ValueError(f"exit_draft_sources={wanted!r}: give {' or '.join(DRAFT_SOURCES)}, or a list of both")
+    if layer is not None and "exits" not in names:
+        raise ValueError(f"exit_layer={layer}: exit_draft_sources={wanted!r} drafts from no exit")
+    return tuple(name for name in DRAFT_SOURCES if name in names)
 
 
 def _reached(

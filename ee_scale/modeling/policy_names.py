@@ -2,3 +2,4 @@
 
 SCORED = ("threshold", "entropy", "margin")  # a limit on a score of the exit's logits; see `policies.SCORES`
 POLICIES = ("off", *SCORED, "patience", "fixed", "lossless")
+DRAFT_SOURCES = ("exits", "prompt")  # of lossless

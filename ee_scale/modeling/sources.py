@@ -44,8 +44,9 @@ class Draft:
 
     Attributes:
         tokens: g tensors [R].
-        q: for each, the distribution it was drawn from, [R, V]; None where the most likely token is taken.
+        q: for each, the distribution it was drawn from, [R, V]; None where it was not drawn: all of it is that token's.
         confidences: for each, fp32 [R]; none where nobody asks.
+        counts: for each row, how many of its drafts are the source's, [R]; those behind only fill the pass. None: all.
         states: what the source's shared layers left at the newest token and the drafts, [R, g+1, D]; None: nothing.
     """
 
@@ -53,6 +54,11 @@ class Draft:
     q: list[torch.Tensor | None] = field(default_factory=list)
     confidences: list[torch.Tensor] = field(default_factory=list)
     states: torch.Tensor | None = None
+    counts: list[int] | None = None
+
+    def of_rows(self, rows: int) -> list[int]:
+        """How many drafts of each row are the source's."""
+        return [len(self)] * rows if self.counts is None else self.counts
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -74,7 +80,7 @@ class Source:
     each: float = 0.0
 
     def draft(self, cycle: Cycle) -> Draft:
-        """1 to `cycle.most` drafts for each row. Laps of the clock: `early` for passes, `check` for looks at them."""
+        """1 to `cycle.most` drafts for each row, as `Drafting` wants. Laps: `early` for passes, `check` for others."""
         raise NotImplementedError
 
     def agrees(self, want: torch.Tensor, block: Block, at: slice) -> torch.Tensor | None:
@@ -82,6 +88,9 @@ class Source:
 
         None where that tells nothing.
         """
+
+    def grew(self, row: int, tokens: list[int]) -> None:
+        """These tokens stand behind the text of a row (of the batch) now, whoever drafted them."""
 
     def keep_rows(self, rows: list[int], index: torch.Tensor) -> None:
         """Forget all slots but these, as `LayerRunner.keep_rows`."""

@@ -1,4 +1,4 @@
-"""Which tokens left early, for the decision log and for audits."""
+"""Which tokens left early or were drafted, for the decision log and for audits."""
 
 import hashlib
 import random
@@ -75,6 +75,7 @@ class Trail:
         }
         self.waiting: dict[tuple[int, int], tuple[int, int]] = {}
         self.agrees: dict[tuple[int, int], bool] = {}
+        self.sources: dict[tuple[int, int], str] = {}  # (row, new token) -> where an accepted draft came from
 
     def left_early(self, row: int, position: int, index: int, token: int) -> None:
         """New token `index` of a row came from an exit that read `position`; its own most likely token was `token`."""
@@ -102,6 +103,7 @@ class Trail:
                     None if isnan(confidence) else confidence,
                     self.tags[row],
                     self.agrees.get((row, index)),
+                    self.sources.get((row, index)),
                 )
         if log is not self.log:
             log.close()
