@@ -11,8 +11,9 @@ from _profile import Profile, profile
 from rich.progress import track
 
 from ee_scale.evaluation.cost_model import acceptance_of, threshold_speedup
+from ee_scale.modeling.calibration import CALIBRATION_KEY
 from ee_scale.modeling.costs import Costs, best_draft_length, lossless_speedup
-from ee_scale.modeling.policies import CALIBRATION_KEY, score
+from ee_scale.modeling.policies import score
 
 REFERENCE = "transformers generate"
 NO_DRAFTS, SHUFFLED = "lossless, no drafts", "lossless, exits shuffled"

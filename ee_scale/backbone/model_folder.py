@@ -18,9 +18,9 @@ from ee_scale.backbone.shard import model_tensors
 from ee_scale.backbone.small_files import GENERATION_CONFIG
 from ee_scale.errors import UserError, one_line
 from ee_scale.families.registry import decoder_family
+from ee_scale.modeling.calibration import CALIBRATION_KEY, check_calibration
 from ee_scale.modeling.heads import ExitSpec
 from ee_scale.modeling.modeling_early_exit import PREFIX, check_exit_keys, early_exit_class
-from ee_scale.modeling.policies import CALIBRATION_KEY, check_calibration
 from ee_scale.reading import check_fields, check_files, read_json, read_object
 
 SIDECAR_CONFIG, SIDECAR_WEIGHTS = "exits.json", "exits.safetensors"

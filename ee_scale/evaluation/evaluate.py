@@ -25,8 +25,8 @@ from ee_scale.evaluation.tags import stream_windows, tagged_windows
 from ee_scale.exits.placement import exit_spec
 from ee_scale.grid import pick_device
 from ee_scale.inference.model import open_model, untrained_exits
+from ee_scale.modeling.calibration import CALIBRATION_KEY
 from ee_scale.modeling.kinds import KINDS
-from ee_scale.modeling.policies import CALIBRATION_KEY
 from ee_scale.progress import tracked
 
 

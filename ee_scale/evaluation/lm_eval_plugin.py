@@ -15,7 +15,8 @@ from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.data.encode import token_with_row
 from ee_scale.errors import UserError
 from ee_scale.inference.model import open_model
-from ee_scale.modeling.policies import CALIBRATION_KEY, ExitPolicy, choose_layers, resolve_policy
+from ee_scale.modeling.calibration import CALIBRATION_KEY
+from ee_scale.modeling.policies import ExitPolicy, choose_layers, resolve_policy
 
 try:
     from lm_eval.api.registry import register_model

@@ -13,8 +13,8 @@ from ee_scale.backbone.narrowing import narrowed
 from ee_scale.backbone.shard import model_tensors
 from ee_scale.errors import UserError, one_line
 from ee_scale.modeling import modeling_early_exit as modeling
+from ee_scale.modeling.calibration import CALIBRATION_KEY
 from ee_scale.modeling.heads import ExitSpec, LowRankHead
-from ee_scale.modeling.policies import CALIBRATION_KEY
 
 
 class EarlyExitForCausalLM(modeling.EarlyExitForCausalLM):

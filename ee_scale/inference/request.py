@@ -28,6 +28,7 @@ OPTIONS = (
     "draft_length",
     "shortlist",
     "draft_weights",
+    "draft_sources",
 )
 
 
@@ -98,6 +99,9 @@ def check_config(config: GenerateConfig) -> None:
         raise UserError(
             f"shortlist={config.shortlist}: drafts over a grid read whole heads; leave it out, or use one device"
         )
+    for key in ("draft_sources", "draft_weights") if parallel.tp * parallel.pp > 1 else ():
+        if (value := getattr(config, key)) is not None:
+            raise UserError(f"{key}={value}: over a grid the exits draft, as they are; leave it out, or use one device")
     if config.graphs and config.policy == "off":
         raise UserError("graphs=true: policy=off leaves decoding to transformers; choose a policy")
     if config.graphs and config.draft_weights == "int8":

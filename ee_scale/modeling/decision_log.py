@@ -3,6 +3,7 @@
 One JSON object per line. A header names the model that the lines after it come from:
 {"num_layers": 12, "layers": [3, 6, 9], "policy": "threshold"}
 {"time": 1767225600.123, "request": "a7", "position": 64, "layer": 6, "confidence": 0.93, "tag": "sql", "agrees": null}
+A token that was drafted and accepted (`lossless`) names its source: "source": "exit 3", "source": "prompt".
 """
 
 import atexit
@@ -58,19 +59,21 @@ class DecisionLog:
         confidence: float | None,
         tag: str | None = None,
         agrees: bool | None = None,
+        source: str | None = None,
     ) -> None:
         """One token.
 
         layer: where it came from (num_layers: the final layer). confidence: None where no exit was looked at; so is
         what JSON cannot hold (NaN, infinity). agrees: whether the full model says the same token,
-        where that is known. Raises ValueError after `close`.
+        where that is known. source: what drafted it, where it is an accepted draft. Raises ValueError after `close`.
         """
         now = time.time()
         score = "null" if confidence is None or not isfinite(confidence) else f"{confidence:.6g}"
+        drafted = "" if source is None else f', "source": {self._text(source)}'
         line = (
             f'{{"time": {now:.3f}, "request": {request if type(request) is int else self._text(request)}, '
             f'"position": {position}, "layer": {layer}, "confidence": {score}, '
-            f'"tag": {"null" if tag is None else self._text(tag)}, "agrees": {AGREES[agrees]}}}\n'
+            f'"tag": {"null" if tag is None else self._text(tag)}, "agrees": {AGREES[agrees]}{drafted}}}\n'
         )
         with self._lock:
             if self._file is None:

@@ -12,11 +12,12 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
+from .calibration import CALIBRATION_KEY
 from .early_exits import EarlyExits
 from .heads import ModelWithExits
 from .layer_runner import LayerRunner
 from .loop import DecodeLoop
-from .policies import CALIBRATION_KEY, ExitPolicy, resolve_policy
+from .policies import ExitPolicy, resolve_policy
 from .position_cache import fill_dynamic_cache
 from .row_texts import RowTexts
 from .sequences import Sequences
@@ -35,6 +36,7 @@ OPTIONS = {
     "exit_draft_length": "draft_length",
     "exit_shortlist": "shortlist",
     "exit_draft_weights": "draft_weights",
+    "exit_draft_sources": "draft_sources",
 }
 GRAPHS = "exit_graphs"
 LOG_OPTIONS = ("exit_log", "exit_tags", "exit_requests", "exit_audit")  # they name what is written: arguments only
@@ -49,11 +51,13 @@ class EarlyExitGenerateOutput(GenerateDecoderOnlyOutput):
         exit_layers: int64 [B, new]: the exit that gave each token, the number of layers for the final layer, 0 behind
             the end of a row. `lossless`: the drafting exit where its draft was accepted.
         exit_confidences: fp32 [B, new]: the policy's score at the deepest exit that was looked at, NaN if none was.
+        exit_sources: for each row and new token, the source of an accepted draft ("exit 3", "prompt"), None for others.
         exit_stats: numbers of this call: layer_calls (per layer), layer_positions, exit_checks, passes, seconds, ...
     """
 
     exit_layers: torch.LongTensor | None = None
     exit_confidences: torch.FloatTensor | None = None
+    exit_sources: list[list[str | None]] | None = None
     exit_stats: dict[str, Any] | None = None
 
 
@@ -113,6 +117,10 @@ class ExitDecoding:
             logits=sequences.gathered(sequences.logits, 0.0),
             exit_layers=sequences.per_token(sequences.layers, torch.long),
             exit_confidences=sequences.per_token(sequences.confidences, torch.float32),
+            exit_sources=[
+                [trail.sources.get((row, index)) for index in range(len(layers))]
+                for row, layers in enumerate(sequences.layers)
+            ],
             exit_stats=totals(loop, started),
             **{CACHE: cache if wants_cache else None},
         )

@@ -23,10 +23,17 @@ MEASURED = 2  # cycles without drafts before the first with one
 # An exit whose drafts fail in so many cycles in a row (the first: before any was accepted) rests: for GAP cycles, then
 # for twice as many, ...
 REJECTED, GAP = (3, 6), 16
+# The source that copies from the text. Its drafts are known by how many tokens a match has, up to the last of these;
+# acceptance that nobody has seen: m / (m + 2) of m tokens.
+PROMPT, MATCHES = "prompt", 8
+CONFIDENT = 2  # tokens; where the number of drafts is given, a match of so many goes before exits
 SEEN = 8  # positions of the prompt; an exit that agreed with the final layer at none of so many rests at once
 # What drafts lost against plain decoding, in tokens, is paid back with SPEND per cycle before one is tried again; none
 # are made from LIMIT on. Gains are kept up to CREDIT.
 SPEND, LIMIT, CREDIT = 0.01, 4.0, 16.0
+
+
+LOOKUPS = {f"{PROMPT} {m}": m / (m + 2) for m in range(1, MATCHES + 1)}
 
 
 @dataclass
@@ -100,20 +107,22 @@ class Drafting:
 
     def meet(self, sources: Iterable[Priced]) -> "Drafting":
         """Choose among these sources from now on: at least one."""
-        self.sources = {source.name: source for source in sources}
-        self.counts = {name: [0.0, 0.0] for name in self.sources}
+        self.priced = {source.name: source for source in sources}
+        self.sources = [name for name in self.priced if name != PROMPT]  # those that are tried to be known
+        self.counts = {name: [0.0, 0.0] for name in (*self.sources, *LOOKUPS)}
+        self.planned = 0  # drafts from the text in this cycle
         self.bins = {name: [[0.0, 0.0] for _ in range(BINS)] for name in self.sources}
         self.rejected, self.gap = dict.fromkeys(self.sources, 0), dict.fromkeys(self.sources, GAP)
         self.rests_until = dict.fromkeys(self.sources, 0)  # by number of cycles
         self.agreed: set[str] = set()  # sources with an accepted draft
         self.costs = self._costs()
-        self.current = max(self.sources, key=self.promise)
+        self.current = max(self.sources, key=self.promise, default=PROMPT)
         return self
 
     def acceptance(self, name: str) -> float:
         """Probability that a draft of this source is accepted."""
         good, bad = self.counts[name]
-        return (good + PRIOR * self.known.share.get(name, GUESS)) / (good + bad + PRIOR)
+        return (good + PRIOR * self.known.share.get(name, LOOKUPS.get(name, GUESS))) / (good + bad + PRIOR)
 
     def calibrated(self, name: str, confidence: float) -> float:
         """The same for a draft of this confidence: shares seen in its bin, drawn to the source's mean where few."""
@@ -125,7 +134,7 @@ class Drafting:
 
     def cycle(self, name: str, drafts: int) -> float:
         """Seconds of a cycle with so many drafts of this source."""
-        return self.costs.drafting(self.known.draft_cost(self.sources[name]), drafts)
+        return self.costs.drafting(self.known.draft_cost(self.priced[name]), drafts)
 
     def promise(self, name: str) -> float:
         """Best expected tokens per second with drafts of this source, at a fixed length of one or more."""
@@ -138,16 +147,40 @@ class Drafting:
         """Tokens per second without drafts."""
         return 1 / self.costs.step
 
-    def start(self) -> str:
-        """The source of the next cycle."""
+    def start(self, matches: Sequence[int] = ()) -> str:
+        """The source of the next cycle. matches: for each row, the tokens that a lookup matched in the text; or 0."""
+        self.planned, self.trying = 0, False
+        if self.sources:
+            self._choose_exit()
+        if any(matches):
+            self.planned = self._plan(matches)
+        if self.sources and not self.planned:
+            self.trying = self.length is None and not self._pays(self.current) and self._may_try()
+            if self.trying:
+                self._refresh(self.current)
+        return PROMPT if self.planned else self.current
+
+    def _choose_exit(self) -> None:
         promises = {name: self.promise(name) for name in self.sources}
-        best = max(self._awake() or list(self.sources), key=promises.__getitem__)
+        best = max(self._awake() or self.sources, key=promises.__getitem__)
         if promises[best] > SWITCH * promises[self.current] or not self._wakes(self.current):
             self.current = best
-        self.trying = self.length is None and not self._pays(self.current) and self._may_try()
-        if self.trying:
-            self._refresh(self.current)
-        return self.current
+
+    def _plan(self, matches: Sequence[int]) -> int:
+        """Drafts from the text with the most expected tokens per second, all rows together; 0: others promise more."""
+        if self.length is not None:
+            return self.length if max(matches) >= CONFIDENT or not self.sources else 0
+        if self.known.cycles < MEASURED or self.known.stopped:
+            return 0
+        rate = self.promise(self.current) if self.sources and self._pays(self.current) else EDGE * self.plain
+        best, expected, sure = 0, 1.0, [float(match > 0) for match in matches]
+        accepted = [self.acceptance(name) for name in LOOKUPS]
+        for count in range(1, self.max_draft + 1):
+            sure = [s * accepted[min(m + count - 1, MATCHES) - 1] for s, m in zip(sure, matches, strict=True)]
+            expected += sum(sure) / len(matches)
+            if (promised := expected / self.cycle(PROMPT, count)) > rate:
+                best, rate = count, promised
+        return best
 
     def _pays(self, name: str) -> bool:
         """Whether drafts of source `name` promise more than none, and have not lost too much."""
@@ -183,6 +216,8 @@ class Drafting:
         more, as long as the expected extra tokens per extra second exceed the best rate. None while the source rests.
         """
         name = self.current
+        if self.planned or name == PROMPT:
+            return drafted < self.planned
         if drafted >= self.max_draft or not self._wakes(name):
             return False
         if drafted and self.rests_until[name] and self.rejected[name]:
@@ -198,6 +233,8 @@ class Drafting:
 
     def tried(self, name: str, accepted: int) -> None:
         """A cycle with drafts of one source, `accepted` of all rows. One more failure after a rest is enough."""
+        if name == PROMPT:
+            return  # lookups tell more
         if accepted:
             self.agreed.add(name)
             self.rejected[name], self.gap[name] = 0, GAP
@@ -224,18 +261,31 @@ class Drafting:
         """
         for index, confidence in enumerate(confidences[: accepted + 1]):
             good = float(index < accepted)
-            self.counts[name] = [DECAY * self.counts[name][0] + good, DECAY * self.counts[name][1] + 1 - good]
+            self._saw(name, good)
             for cell in self.bins[name]:
                 cell[:] = [DECAY * count for count in cell]
             cell = self.bins[name][_bin(confidence)]
             cell[0] += good
             cell[1] += 1
-            share = self.known.share
-            share[name] = share.get(name, GUESS) + (1 - DECAY) * (good - share.get(name, GUESS))
+
+    def looked_up(self, match: int, right: bool) -> None:
+        """The next token of a text is known, and whether it stood behind a match of so many tokens."""
+        self._saw(f"{PROMPT} {min(match, MATCHES)}", float(right))
+
+    def rehearsed(self) -> None:
+        """Lookups in prompts are over; what is written next may be another kind of text."""
+        for name in LOOKUPS:
+            self._refresh(name)
+
+    def _saw(self, name: str, good: float) -> None:
+        right, wrong = self.counts[name]
+        self.counts[name] = [DECAY * right + good, DECAY * wrong + 1 - good]
+        usual = self.known.share.get(name, LOOKUPS.get(name, GUESS))
+        self.known.share[name] = usual + (1 - DECAY) * (good - usual)
 
     def took(self, name: str, drafts: int, early: float, checks: float, late: float, tail: float) -> None:
         """Seconds of one cycle: passes of the source, its looks at them, the model's other layers, everything else."""
-        known, shared = self.known, self.sources[name].shared if drafts else 0
+        known, shared = self.known, self.priced[name].shared if drafts else 0
         behind = self.num_layers - shared
         layer = early / ((drafts + 1) * shared) if shared else (early + late) / behind
         if shared or not drafts:
@@ -263,9 +313,12 @@ class Drafting:
             return
         known.due, known.debt = max(0, known.due - 1), known.debt - SPEND
         if self.drafted:
-            usual = 3 * self.cycle(self.current, self.drafted)  # all that is longer is not the drafts' fault
+            name = PROMPT if self.planned else self.current
+            usual = 3 * self.cycle(name, self.drafted)  # all that is longer is not the drafts' fault
             known.debt += min(seconds, usual) / (known.plain * step) - tokens / rows
-            if self._pays(self.current):
+            if self.planned:
+                pass  # seen by lookups at every token, so never tried
+            elif self._pays(self.current):
                 known.gap = GAP
             elif not (self.trying and tokens > 1.5 * rows):  # one that was right is followed by another
                 known.due, known.gap = known.gap, 2 * known.gap

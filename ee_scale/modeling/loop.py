@@ -180,11 +180,8 @@ class DecodeLoop:
         self._keep([slot for slot in range(len(self.rows)) if slot not in gone])
         return rows
 
-    def _keep(self, slots: list[int]) -> list[int]:
-        """Forget all slots but these; the last of them move into the places of those that are forgotten.
-
-        Returns the old slot of each new one.
-        """
+    def _keep(self, slots: list[int]) -> None:
+        """Forget all slots but these; the last of them move into the places of those that are forgotten."""
         kept, last = set(slots), sorted(slots)
         slots = [slot if slot in kept else last.pop() for slot in range(len(slots))]
         index = send(slots, self.runner.device)
@@ -192,7 +189,6 @@ class DecodeLoop:
         self.rows = [self.rows[slot] for slot in slots]
         self.next = [self.next[slot] for slot in slots]
         self.tokens, self.index = self.tokens[index], self.index[index]
-        return slots
 
     def saw_prompt(self, runner: LayerRunner, lengths: list[int], hidden: torch.Tensor, block: Block) -> None:
         """After each chunk of the first prompts: whose runner it is, where prompts end, states of the final layer."""

@@ -11,14 +11,11 @@ from typing import Any
 
 import torch
 
+from .calibration import check_calibration
 from .costs import MAX_DRAFT
-from .policy_names import DRAFT_WEIGHTS, POLICIES
+from .policy_names import DRAFT_SOURCES, DRAFT_WEIGHTS, POLICIES
 from .shortlist import choose_tokens
 from .transfers import read
-
-LARGEST_LIMIT, LARGEST_ID = 1e30, 1 << 31
-CALIBRATION_KEY = "early_exit_calibration"  # in generation_config.json
-
 
 # One limit; one per exit; one list per row of a batch; or by layer.
 Threshold = float | Sequence[float] | Sequence[Sequence[float]] | Mapping[int | str, float] | torch.Tensor
@@ -65,6 +62,7 @@ class ExitPolicy:
         draft_length: `lossless`: tokens per draft, None lets measured cost choose (at most `max_draft`).
         shortlist: `lossless`: token ids that drafts are chosen among; None is the whole vocabulary.
         draft_weights: `lossless`: one of `DRAFT_WEIGHTS`, what the drafting exit's early layers are.
+        draft_sources: `lossless`: which of `DRAFT_SOURCES` draft.
     """
 
     name: str
@@ -77,6 +75,7 @@ class ExitPolicy:
     max_draft: int = MAX_DRAFT
     shortlist: tuple[int, ...] | None = None
     draft_weights: str = "model"
+    draft_sources: tuple[str, ...] = ()
 
 
 def resolve_policy(
@@ -93,6 +92,7 @@ def resolve_policy(
     max_pending: int | None = None,
     draft_length: int | None = None,
     shortlist: int | Sequence[int] | None = None,
+    draft_sources: str | Sequence[str] | None = None,
     vocab_size: int | None = None,
     head_tokens: Sequence[int] = (),
     draft_weights: str | None = None,
@@ -118,7 +118,14 @@ def resolve_policy(
         raise ValueError(f"exit_draft_weights={draft_weights!r}: choose one of {', '.join(DRAFT_WEIGHTS)}")
     if draft_weights is not None and name != "lossless":
         raise ValueError(f"exit_draft_weights={draft_weights}: only exit_policy=lossless drafts, not {name!r}")
+    sources = _draft_sources(draft_sources, name, layer)
+    if draft_weights is not None and "exits" not in sources:
+        raise ValueError(
+            f"exit_draft_weights={draft_weights}: exit_draft_sources={draft_sources!r} drafts from no exit"
+        )
     chosen = tuple(k for k in layers if min_layer is None or k >= min_layer)
+    if name == "lossless" and "exits" not in sources:
+        chosen = ()
     limits: tuple[tuple[float, ...], ...] = ()
     if name in NEVER:
         rows = _limits(name, threshold, layers, calibration, tags, batch_size)
@@ -127,7 +134,7 @@ def resolve_policy(
         raise ValueError(f"exit_threshold={threshold}: exit_policy={name} has no threshold")
     if layer is not None:
         chosen = (layer,)
-    if name == "lossless" and not chosen:
+    if "exits" in sources and not chosen:
         raise ValueError(
             f"exit_min_layer={min_layer}: no exit is left to draft from; the model's are at {_list(layers)}"
         )
@@ -140,9 +147,24 @@ def resolve_policy(
         max_pending=max_pending,
         draft_length=draft_length,
         max_draft=max(MAX_DRAFT, draft_length or 0),
+        draft_sources=sources,
         shortlist=choose_tokens(shortlist, name, (calibration or {}).get("shortlist"), vocab_size, head_tokens),
         draft_weights=draft_weights or "model",
     )
+
+
+def _draft_sources(wanted: object, policy: str, layer: int | None) -> tuple[str, ...]:
+    """What drafts: what was asked for; the asked exit alone; both."""
+    if wanted is None:
+        return () if policy != "lossless" else DRAFT_SOURCES if layer is None else ("exits",)
+    if policy != "lossless":
+        raise ValueError(f"exit_draft_sources={wanted!r}: only exit_policy=lossless drafts, not {policy!r}")
+    names = [wanted] if isinstance(wanted, str) else wanted
+    if not isinstance(names, Sequence) or not names or any(name not in DRAFT_SOURCES for name in names):
+        raise ValueError(f"exit_draft_sources={wanted!r}: give {' or '.join(DRAFT_SOURCES)}, or a list of both")
+    if layer is not None and "exits" not in names:
+        raise ValueError(f"exit_layer={layer}: exit_draft_sources={wanted!r} drafts from no exit")
+    return tuple(name for name in DRAFT_SOURCES if name in names)
 
 
 def _reached(
@@ -293,27 +315,6 @@ def _limits(
             if isinstance(value, bool) or not isinstance(value, (int, float)) or isnan(value):
                 raise ValueError(f"exit_threshold={list(row)}: {value!r} is not a number")
     return tuple(tuple(float(value) for value in row) for row in rows)
-
-
-def check_calibration(calibration: object, vocab_size: int | None = None) -> None:
-    """Raise ValueError for what `ee-scale calibrate` does not write: whoever edits a folder may have put it there."""
-    if not isinstance(calibration, Mapping) or calibration.get("policy") not in tuple(NEVER):
-        raise ValueError(f"{CALIBRATION_KEY}: not an object with a policy of {', '.join(NEVER)}")
-    by_tag = calibration.get("tags")
-    if not isinstance(by_tag, Mapping | None):
-        raise ValueError(f"{CALIBRATION_KEY}: tags is not an object")
-    for table in (calibration, *(by_tag or {}).values()):
-        limits = table.get("thresholds") if isinstance(table, Mapping) else None
-        if not isinstance(limits, Mapping):
-            raise ValueError(f"{CALIBRATION_KEY}: no thresholds by layer in it")
-        for layer, limit in limits.items():
-            if limit is not None and (type(limit) not in (int, float) or not abs(limit) <= LARGEST_LIMIT):
-                raise ValueError(f"{CALIBRATION_KEY}: the threshold of layer {str(layer)[:20]!r} is not a number")
-    ids = calibration.get("shortlist")
-    if ids is not None and not (isinstance(ids, list) and all(type(i) is int and 0 <= i < LARGEST_ID for i in ids)):
-        raise ValueError(f"{CALIBRATION_KEY}: shortlist is not a list of token ids")
-    if ids and (len(set(ids)) < len(ids) or (vocab_size is not None and max(ids) >= vocab_size)):
-        raise ValueError(f"{CALIBRATION_KEY}: shortlist has an id twice, or one that the model's vocabulary has not")
 
 
 def _calibrated(

@@ -3,3 +3,4 @@
 SCORED = ("threshold", "entropy", "margin")  # a limit on a score of the exit's logits; see `policies.SCORES`
 POLICIES = ("off", *SCORED, "patience", "fixed", "lossless")
 DRAFT_WEIGHTS = ("model", "int8")  # of the early layers that draft
+DRAFT_SOURCES = ("exits", "prompt")  # of lossless

@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from .policies import most_likely
 from .transfers import read, send
 
 # transformers' processors that do not look at the text before: one call for any number of positions.
@@ -177,7 +178,7 @@ class Sequences:
         """Processed scores [N, V] of so many rows -> tokens [N], sampled or the most likely."""
         if self.do_sample:
             return torch.multinomial(scores.softmax(-1), 1)[:, 0]
-        return scores.argmax(-1)
+        return most_likely(scores)
 
     def keep_scores(self, row: int, column: int, scores: torch.Tensor, logits: torch.Tensor) -> None:
         """Remember what the token in a column was chosen from ([V] each), if the caller wants it."""

@@ -12,7 +12,7 @@ import torch
 from .clocks import Clock
 from .drafting import Drafting
 from .layer_runner import Block, LayerRunner
-from .policies import ExitPolicy, score
+from .policies import ExitPolicy, most_likely, score
 from .sequences import Sequences, looks_back
 from .short_head import ShortHead
 from .shortlist import Shortlist
@@ -45,8 +45,9 @@ class Draft:
 
     Attributes:
         tokens: g tensors [R].
-        q: for each, the distribution it was drawn from, [R, V]; None where the most likely token is taken.
+        q: for each, the distribution it was drawn from, [R, V]; None where it was not drawn: all of it is that token's.
         confidences: for each, fp32 [R]; none where nobody asks.
+        counts: for each row, how many of its drafts are the source's, [R]; those behind only fill the pass. None: all.
         states: what the source's shared layers left at the newest token and the drafts, [R, g+1, D]; None: nothing.
     """
 
@@ -54,6 +55,11 @@ class Draft:
     q: list[torch.Tensor | None] = field(default_factory=list)
     confidences: list[torch.Tensor] = field(default_factory=list)
     states: torch.Tensor | None = None
+    counts: list[int] | None = None
+
+    def of_rows(self, rows: int) -> list[int]:
+        """How many drafts of each row are the source's."""
+        return [len(self)] * rows if self.counts is None else self.counts
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -75,7 +81,7 @@ class Source:
     each: float = 0.0
 
     def draft(self, cycle: Cycle) -> Draft:
-        """1 to `cycle.most` drafts for each row. Laps of the clock: `early` for passes, `check` for looks at them."""
+        """1 to `cycle.most` drafts for each row, as `Drafting` wants. Laps: `early` for passes, `check` for others."""
         raise NotImplementedError
 
     def agrees(self, runner: LayerRunner, want: torch.Tensor, block: Block, at: slice) -> torch.Tensor | None:
@@ -85,8 +91,11 @@ class Source:
         None where that tells nothing.
         """
 
-    def keep_rows(self, rows: list[int]) -> None:
-        """Forget all slots but these, as `LayerRunner.keep_rows`."""
+    def grew(self, row: int, tokens: list[int]) -> None:
+        """These tokens stand behind the text of a row (of the batch) now, whoever drafted them."""
+
+    def forget(self, row: int) -> None:
+        """A row has left; another one may have its number."""
 
 
 class ExitSource(Source):
@@ -154,7 +163,7 @@ class ExitSource(Source):
         sequences = self.sequences
         logits = self.runner.exit_logits(self.k, hidden, block, -1, self.short)
         adaptive = self.drafting.length is None
-        scores, best = score("threshold", logits) if adaptive else (None, logits.argmax(-1))
+        scores, best = score("threshold", logits) if adaptive else (None, most_likely(logits))
         if not sequences.do_sample and not sequences.draft_processors:
             return (best if self.ids is None else self.ids[best]), scores, None
         if self.shortlist is not None:
@@ -164,7 +173,7 @@ class ExitSource(Source):
         prefixes = [sequences.lengths[row] + len(draft) for row in cycle.rows]
         processed = sequences.process(logits, cycle.rows, prefixes, draft=True)
         if not sequences.do_sample:
-            return processed.argmax(-1), scores, None
+            return most_likely(processed), scores, None
         q = processed.softmax(-1)
         # A processor may forbid the whole shortlist: then any token will do, and is rejected or accepted by the rule.
         q = torch.where(q.isnan().any(-1, keepdim=True), torch.full_like(q, 1 / q.shape[-1]), q)
@@ -172,5 +181,5 @@ class ExitSource(Source):
 
     def agrees(self, runner: LayerRunner, want: torch.Tensor, block: Block, at: slice) -> torch.Tensor | None:
         k = self.k
-        tokens = runner.exit_logits(k, runner.recall(k, block), block, at, self.short).argmax(-1)
+        tokens = most_likely(runner.exit_logits(k, runner.recall(k, block), block, at, self.short))
         return (tokens if self.ids is None else self.ids[tokens]) == want

@@ -17,6 +17,8 @@ from .drafting import SEEN, Drafting, known_of
 from .int8_source import Int8Source
 from .layer_runner import Block, LayerRunner
 from .loop import DecodeLoop
+from .policies import most_likely
+from .prompt_lookup import PromptSource
 from .sequences import looks_back
 from .sources import Cycle, Draft, ExitSource, Source
 from .transfers import read, send
@@ -42,8 +44,14 @@ class Speculation(DecodeLoop):
         kinds = [ExitSource] if policy.draft_weights == "model" else [Int8Source]
         if kinds == [Int8Source] and policy.draft_length is None:
             kinds.append(ExitSource)  # measured costs decide
-        exits = [kind(k, runner, self.sequences, policy, self.drafting) for kind in kinds for k in policy.layers]
-        self.sources: dict[str, Source] = {source.name: source for source in exits}
+        sources: list[Source] = [
+            kind(k, runner, self.sequences, policy, self.drafting) for kind in kinds for k in policy.layers
+        ]
+        self.prompt: PromptSource | None = None
+        if "prompt" in policy.draft_sources:
+            self.prompt = PromptSource(runner.num_layers, self.sequences, self.pads, self.drafting)
+            sources.append(self.prompt)
+        self.sources = {source.name: source for source in sources}
         self.drafting.meet(self.sources.values())
         self.fates = {name: Fate() for name in self.sources}
         self.slot_cycles = 0
@@ -52,7 +60,8 @@ class Speculation(DecodeLoop):
         """Draft, verify, accept."""
         runner, drafting = self.runner, self.drafting
         clock = start_clock(runner.device)
-        source, starts = self.sources[drafting.start()], list(self.next)
+        matches = self.prompt.matches(self.rows) if self.prompt is not None else ()
+        source, starts = self.sources[drafting.start(matches)], list(self.next)
         most = min(max(self.sequences.room(row) for row in self.rows) - 1, drafting.max_draft)
         draft, first = Draft(), 0
         if most > 0 and drafting.goes_on(0, [1.0] * len(starts)):
@@ -88,7 +97,7 @@ class Speculation(DecodeLoop):
         tried = torch.stack(drafts, 1) if drafts else self.tokens.new_zeros(len(self.rows), 0)
         if sequences.do_sample:
             return *accept_sampled(scores.float().softmax(-1), tried, draft.q), scores
-        target = scores.argmax(-1)
+        target = most_likely(scores)
         accepted = (tried == target[:, :count]).long().cumprod(1).sum(1)
         return accepted, target.gather(1, accepted[:, None])[:, 0], scores
 
@@ -108,25 +117,38 @@ class Speculation(DecodeLoop):
         for slot, row in enumerate(self.rows) if sequences.keeps_scores else ():
             for i in range(min(right[slot] + 1, sequences.room(row))):
                 sequences.keep_scores(row, sequences.lengths[row] + i, scores[slot, i], logits[slot, i])
+        # Drafts that only fill the pass may be right too; they are nobody's.
+        own = [min(m, most) for m, most in zip(right, draft.of_rows(len(right)), strict=True)]
+        starts = [len(sequences.layers[row]) for row in self.rows]
+        new = [[*row[:m], token] for row, m, token in zip(tried, right, after, strict=True)]
         counts = sequences.append(
             self.rows,
-            [[*row[:m], token] for row, m, token in zip(tried, right, after, strict=True)],
-            [[source.layer] * m + [runner.num_layers] for m in right],
+            new,
+            [[source.layer] * m + [runner.num_layers] * (n + 1 - m) for m, n in zip(own, right, strict=True)],
             [[*row[:m], nan] for row, m in zip(seen, right, strict=True)],
             count + 1,
         )
         self.next = [place + new for place, new in zip(self.next, counts, strict=True)]
-        self._count(source, [min(m, new) for m, new in zip(right, counts, strict=True)], count)
-        if self.drafting.length is None:
+        for row, start, m, tokens, n in zip(self.rows, starts, own, new, counts, strict=True):
+            self._stand(source, row, start, tokens[:n], m)
+        self._count(source, [min(m, n) for m, n in zip(own, counts, strict=True)], draft)
+        if draft.confidences:
             for row, m in zip(seen, right, strict=True):
                 self.drafting.fared(source.name, row, m)
         runner.clip(self.next)
         return sum(counts)
 
-    def _count(self, source: Source, accepted: list[int], drafted: int) -> None:
-        """Accepted drafts of each row, of so many drafted."""
+    def _stand(self, source: Source, row: int, start: int, tokens: list[int], own: int) -> None:
+        """New tokens of a row, from its new token `start` on: the first `own` are accepted drafts of this source."""
+        for index in range(start, start + min(own, len(tokens))):
+            self.trail.sources[row, index] = source.name
+        for other in self.sources.values():
+            other.grew(row, tokens)
+
+    def _count(self, source: Source, accepted: list[int], draft: Draft) -> None:
+        """Accepted drafts of each row."""
         fate = self.fates[source.name]
-        fate.drafted += drafted * len(accepted)
+        fate.drafted += sum(draft.of_rows(len(accepted)))
         fate.accepted += sum(accepted)
         self.slot_cycles += len(accepted)
 
@@ -138,6 +160,7 @@ class Speculation(DecodeLoop):
         """
         sequences, runner, total = self.sequences, self.runner, 0
         drafts, q, confidences = draft.tokens, draft.q, draft.confidences
+        counts = draft.of_rows(len(self.rows))
         right, known = [0] * len(self.rows), [[nan] * len(self.rows)] * len(drafts)
         sequences.forget_trials(len(drafts))
         for i in range(len(drafts) + 1):
@@ -154,17 +177,19 @@ class Speculation(DecodeLoop):
             ended = sequences.write(rows, self.index[index], chosen)
             good, tokens, ended, *first = read(fine, chosen, ended, *(confidences if i == 0 else ()))
             known = first or known
-            layers = [source.layer if yes else runner.num_layers for yes in good]
+            own = [yes and i < counts[slot] for slot, yes in zip(slots, good, strict=True)]
+            layers = [source.layer if yes else runner.num_layers for yes in own]
             seen = [known[i][slot] if yes else nan for slot, yes in zip(slots, good, strict=True)]
             sequences.append_to_all(rows, tokens, layers, seen, ended)
             total += len(slots)
-            for slot, yes in zip(slots, good, strict=True):
+            for slot, row, token, yes in zip(slots, rows, tokens, own, strict=True):
+                self._stand(source, row, len(sequences.layers[row]) - 1, [token], int(yes))
                 self.next[slot] += 1
                 right[slot] += yes
             if not all(good):
                 break
-        self._count(source, right, len(drafts))
-        if self.drafting.length is None:
+        self._count(source, right, draft)
+        if self.drafting.length is None and confidences:
             for row, m in zip(zip(*known[: i + 1], strict=True), right, strict=False):
                 self.drafting.fared(source.name, row, m)
         runner.clip(self.next)
@@ -175,25 +200,26 @@ class Speculation(DecodeLoop):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One draft per row [N] against the full model's scores [N, V]: (accepted [N], the token that stands [N])."""
         if not self.sequences.do_sample:
-            target = scores.argmax(-1)
+            target = most_likely(scores)
             return target == draft, target
         p = scores.softmax(-1)
         accepted, other = accept_sampled(torch.stack([p, p], 1), draft[:, None], [q])
         return accepted.bool(), torch.where(accepted.bool(), draft, other)
 
-    def _keep(self, slots: list[int]) -> list[int]:
-        kept = super()._keep(slots)
-        for source in self.sources.values():
-            source.keep_rows(kept)
-        return kept
+    def _keep(self, slots: list[int]) -> None:
+        before = self.rows
+        super()._keep(slots)
+        for row in set(before) - set(self.rows):
+            for source in self.sources.values():
+                source.forget(row)
 
     def saw_prompt(self, runner: LayerRunner, lengths: list[int], hidden: torch.Tensor, block: Block) -> None:
         """First estimates of acceptance: how often a source agrees with the final layer on the prompt."""
-        if self.policy.draft_length is not None or block.end < max(lengths):
+        if self.policy.draft_length is not None or not self.policy.layers or block.end < max(lengths):
             return
         width = min(SEEN, block.length)  # logits are dear
         last = slice(block.length - width, None)
-        want = runner.final_logits(hidden[:, last]).argmax(-1)
+        want = most_likely(runner.final_logits(hidden[:, last]))
         ends = send(lengths, runner.device)[:, None]
         valid = runner.numbers[block.end - width : block.end] < ends
         said = {name: source.agrees(runner, want, block, last) for name, source in self.sources.items()}
@@ -223,12 +249,13 @@ def accept_sampled(
     """Speculative sampling (arXiv 2211.17192), for rows at once.
 
     p [R, g+1, V]: the full model's distributions; drafts [R, g]; q: g distributions [R, V] that the drafts were drawn
-    from. Accept draft x with probability min(1, p(x) / q(x)); after the first rejection draw from norm(max(0, p - q)),
-    after none from p. Returns (accepted [R], the token after them [R]).
+    from, None for drafts that were not drawn. Accept draft x with probability min(1, p(x) / q(x)); after the first
+    rejection draw from norm(max(0, p - q)), after none from p. Returns (accepted [R], the token after them [R]).
     """
     count = drafts.shape[1]
-    # Behind the last draft there is nothing to subtract.
-    q_all = torch.stack([*q, torch.zeros_like(p[:, 0])], 1)
+    nothing = torch.zeros_like(p[:, 0])
+    known = [nothing.scatter(1, drafts[:, i, None], 1.0) if some is None else some for i, some in enumerate(q)]
+    q_all = torch.stack([*known, nothing], 1)  # behind the last draft there is nothing to subtract
     p_drafts = p[:, :count].gather(2, drafts[..., None])[..., 0]
     q_drafts = q_all[:, :count].gather(2, drafts[..., None])[..., 0]
     # u q < p instead of u < p / q: no division by zero.

@@ -1,4 +1,4 @@
-"""Which tokens left early, for the decision log and for audits."""
+"""Which tokens left early or were drafted, for the decision log and for audits."""
 
 import hashlib
 import random
@@ -77,6 +77,7 @@ class Trail:
         self.waiting: dict[tuple[int, int], tuple[int, int]] = {}
         self.agrees: dict[tuple[int, int], bool] = {}
         self.audited = self.agreed = 0
+        self.sources: dict[tuple[int, int], str] = {}  # (row, new token) -> where an accepted draft came from
 
     def left_early(self, row: int, position: int, index: int, token: int) -> None:
         """New token `index` of a row came from an exit that read `position`; its own most likely token was `token`."""
@@ -101,6 +102,7 @@ class Trail:
         self._write([row], sequences)
         self.waiting = {place: token for place, token in self.waiting.items() if place[0] != row}
         self.agrees = {place: agrees for place, agrees in self.agrees.items() if place[0] != row}
+        self.sources = {place: source for place, source in self.sources.items() if place[0] != row}
 
     def write(self, sequences: Sequences) -> None:
         """Append every decision to the log."""
@@ -121,6 +123,7 @@ class Trail:
                     None if isnan(confidence) else confidence,
                     self.tags[row],
                     self.agrees.get((row, index)),
+                    self.sources.get((row, index)),
                 )
         if log is not self.log:
             log.close()

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from ee_scale.modeling.policies import CALIBRATION_KEY
+from ee_scale.modeling.calibration import CALIBRATION_KEY
 
 TEMPLATE = "additional_chat_templates/tool_use.jinja"
 BELONG = (

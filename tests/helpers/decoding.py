@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from ee_scale.inference.model import untrained_exits
 from ee_scale.modeling.early_exits import EarlyExits
+from ee_scale.modeling.prompt_lookup import PromptSource
 from ee_scale.modeling.sources import Cycle, Draft, ExitSource
 from ee_scale.modeling.speculate import Speculation
 from ee_scale.modeling.versions import CACHE
@@ -160,29 +161,42 @@ def slow_exits(model: Any, prompt: torch.Tensor, rule: Rule, new: int) -> tuple[
 
 
 def script_drafts(monkeypatch: Any, pattern: str, answers: torch.Tensor, share: float = 0.7) -> list[tuple]:
-    """Replace what exits draft: `all` says what `answers` [B, T] (whole texts) say, `none` never, `mixed` often.
+    """Replace what sources draft: `all` says what `answers` [B, T] (whole texts) say, `none` never, `mixed` often.
+
+    Lookups in the text find something in each row then.
 
     Returns a growing list of (row, column, draft).
     """
-    pick, log = ExitSource.pick, []
+    pick, draft_from_text, log = ExitSource.pick, PromptSource.draft, []
     lucky = torch.rand(answers.shape, generator=torch.Generator().manual_seed(1)) < {"all": 2, "mixed": share}.get(
         pattern, -1
     )
 
-    def scripted(self: ExitSource, cycle: Cycle, hidden: Any, block: Any, draft: Draft) -> tuple:
-        tokens, scores, q = pick(self, cycle, hidden, block, draft)
-        if pattern != "natural":
-            tokens = tokens.clone()
-            for slot, row in enumerate(cycle.rows):
-                column = self.sequences.lengths[row] + len(draft)
+    def replaced(self: ExitSource | PromptSource, cycle: Cycle, drafted: int, tokens: torch.Tensor) -> torch.Tensor:
+        tokens = tokens.clone()
+        for slot, row in enumerate(cycle.rows):
+            column = self.sequences.lengths[row] + drafted
+            if pattern != "natural":
                 right = int(answers[row, column]) if column < answers.shape[1] else 3
                 near = column < answers.shape[1] and bool(lucky[row, column])
                 tokens[slot] = right if near else (right + 1) % VOCAB
-        log.extend(
-            (row, self.sequences.lengths[row] + len(draft), int(tokens[slot])) for slot, row in enumerate(cycle.rows)
-        )
-        return tokens, scores, q
+            log.append((row, column, int(tokens[slot])))
+        return tokens
 
+    def scripted(self: ExitSource, cycle: Cycle, hidden: Any, block: Any, draft: Draft) -> tuple:
+        tokens, scores, q = pick(self, cycle, hidden, block, draft)
+        return replaced(self, cycle, len(draft), tokens), scores, q
+
+    def scripted_text(self: PromptSource, cycle: Cycle) -> Draft:
+        draft = draft_from_text(self, cycle)
+        draft.tokens = [replaced(self, cycle, drafted, tokens) for drafted, tokens in enumerate(draft.tokens)]
+        if pattern != "natural":
+            draft.counts = [len(draft)] * len(cycle.rows)
+        return draft
+
+    if pattern != "natural":
+        monkeypatch.setattr(PromptSource, "matches", lambda self, rows: self._texts_of(rows) and [9] * len(rows))
+    monkeypatch.setattr(PromptSource, "draft", scripted_text)
     monkeypatch.setattr(ExitSource, "pick", scripted)
     return log
 

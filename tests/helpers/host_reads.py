@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ee_scale.modeling import early_exits, layer_runner, loop, sequences, speculate, transfers
+from ee_scale.modeling import early_exits, layer_runner, loop, prompt_lookup, sequences, sources, speculate, transfers
 
 READS = ("tolist", "cpu", "numpy")  # which show in no operation here
 WAITING = ("item", "is_nonzero", "_local_scalar_dense", "nonzero")
@@ -39,7 +39,7 @@ def host_reads() -> Iterator[HostReads]:
     with pytest.MonkeyPatch.context() as patch, HostReads() as mode:
         for name in READS:
             patch.setattr(torch.Tensor, name, _counted(mode, name, getattr(torch.Tensor, name)))
-        for module in (early_exits, layer_runner, loop, sequences, speculate):
+        for module in (early_exits, layer_runner, loop, prompt_lookup, sequences, sources, speculate):
             if hasattr(module, "send"):
                 patch.setattr(module, "send", _sending(mode))
         yield mode

@@ -12,7 +12,7 @@ import torch
 from helpers.decoding import LAYERS, Pair, limits_for, make_pair, one_row, prompts, row_text
 from transformers import GenerationConfig
 
-from ee_scale.modeling.policies import CALIBRATION_KEY
+from ee_scale.modeling.calibration import CALIBRATION_KEY
 from ee_scale.modeling.trail import AuditDraws
 
 NEW = 12

@@ -8,7 +8,7 @@ import torch
 from helpers.decoding import LAYERS, Pair, after_each_step, limits_for, make_pair, prompts, script_drafts
 from helpers.host_reads import host_reads
 
-from ee_scale.modeling import early_exits, speculate, transfers
+from ee_scale.modeling import early_exits, sources, transfers
 from ee_scale.modeling.drafting import Drafting
 from ee_scale.modeling.loop import DecodeLoop
 
@@ -30,7 +30,7 @@ def pair(request, folder) -> Pair:
 @pytest.fixture
 def as_on_a_gpu(monkeypatch) -> None:
     """Waiting is dear."""
-    for module in (early_exits, speculate, transfers):
+    for module in (early_exits, sources, transfers):
         monkeypatch.setattr(module, "waits_are_free", lambda device: False)
 
 
@@ -93,7 +93,9 @@ def test_threshold_where_tokens_leave_everywhere(pair, as_on_a_gpu, reads, rows)
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("options", [{}, {"exit_layer": 1, "exit_draft_length": 3}])
+@pytest.mark.parametrize(
+    "options", [{}, {"exit_layer": 1, "exit_draft_length": 3}, {"exit_draft_sources": "prompt", "exit_draft_length": 3}]
+)
 def test_lossless(pair, as_on_a_gpu, reads, monkeypatch, options, rows, way):
     if not options:  # what is measured would decide how many, and whether any
         monkeypatch.setattr(Drafting, "goes_on", lambda self, drafted, chances: drafted < 2)

@@ -34,10 +34,11 @@ from ee_scale.evaluation.log_summary import summarise
 from ee_scale.files import file_digest
 from ee_scale.inference.prompts import read_prompts
 from ee_scale.launching.multirun import last_losses
+from ee_scale.modeling.calibration import CALIBRATION_KEY
 from ee_scale.modeling.decision_log import DecisionLog
 from ee_scale.modeling.heads import HEADS, ExitSpec
 from ee_scale.modeling.kinds import KINDS
-from ee_scale.modeling.policies import CALIBRATION_KEY, NEVER, ExitPolicy, resolve_policy
+from ee_scale.modeling.policies import NEVER, ExitPolicy, resolve_policy
 from ee_scale.palettes.manifest import MANIFEST, Device, Manifest, Member, Tried, read_manifest, write_manifest
 from ee_scale.reading import DEEPEST, parse_json, read_json, read_object, write_json
 
