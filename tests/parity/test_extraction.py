@@ -110,12 +110,12 @@ class Net:
         return subnet_model(self.map, base_tensors(self.folder, self.map), self.order, self.supernet, spec)
 
     def write(self, folder: Path, spec: SubnetSpec) -> Path:
-        write_subnet(folder, self.extracted(spec), self.supernet, spec, "Facts.")
+        write_subnet(folder, self.extracted(spec), self.supernet, spec, "Facts.", "a teacher")
         return folder
 
     @property
     def supernet(self) -> TrainedSupernet:
-        return TrainedSupernet({"task": self.task}, self.folder, 7, 2, self.trained)
+        return TrainedSupernet({"task": self.task, "base_fingerprint": "f"}, self.folder, 7, 2, self.trained)
 
 
 def inputs(task: str) -> dict[str, torch.Tensor]:

@@ -170,10 +170,11 @@ def test_joint_losses_equal_plain_autograd(name: str, folders: dict[str, Path]) 
 def test_a_subnet_of_full_size_is_the_model(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
     folder = folders[name]
     elastic_map = ElasticMap(read_config(folder), "causal_lm")
-    supernet, full = TrainedSupernet({"task": "causal_lm"}, folder, 0, 1, {}), elastic_map.shape.full
+    identity = {"task": "causal_lm", "base_fingerprint": "f"}
+    supernet, full = TrainedSupernet(identity, folder, 0, 1, {}), elastic_map.shape.full
     order = UnitOrder.identity(elastic_map.shape)
     model = subnet_model(elastic_map, base_tensors(folder, elastic_map), order, supernet, full)
-    write_subnet(tmp_path / "full", model, supernet, full, "Facts.")
+    write_subnet(tmp_path / "full", model, supernet, full, "Facts.", "a teacher")
     ids, expected = torch.load(folder / "reference.pt")
     with torch.no_grad():
         assert (load_whole(tmp_path / "full")(ids).logits - expected).abs().max() <= TOLERANCE
