@@ -212,7 +212,7 @@ def start(model: Path, grid: Grid) -> TuneRun:
     engine = build_engine(model, JOB, grid)
     config = SimpleNamespace(train=SimpleNamespace(global_batch_size=4))
     shape, backbone = SimpleNamespace(vocab_size=VOCAB), SimpleNamespace(trains=False)
-    plan = SimpleNamespace(config=config, shape=shape, backbone=backbone)
+    plan = SimpleNamespace(config=config, shape=shape, backbone=backbone, spec=engine.stage.spec)
     return TuneRun(plan, grid, engine.stage, engine)
 
 
