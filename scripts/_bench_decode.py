@@ -14,10 +14,12 @@ from ee_scale.evaluation.cost_model import acceptance_of, threshold_speedup
 from ee_scale.modeling.calibration import CALIBRATION_KEY
 from ee_scale.modeling.costs import Costs, best_draft_length, lossless_speedup
 from ee_scale.modeling.policies import score
+from ee_scale.modeling.policy_names import DRAFT_SOURCES
 
 REFERENCE = "transformers generate"
 NO_DRAFTS, SHUFFLED = "lossless, no drafts", "lossless, exits shuffled"
 PROFILED = 8  # new tokens
+COPIED = 10  # drafts of transformers' prompt lookup
 
 
 @dataclass
@@ -84,9 +86,15 @@ def contenders(model: Any, stock: Any, batch: int, limits: dict[int, Any], costs
         Contender(REFERENCE, stock.generate),
         Contender("our loop, exits off", with_exits, {"exit_policy": "threshold", "exit_threshold": 2.0}),
         Contender(NO_DRAFTS, with_exits, {"exit_policy": "lossless", "exit_draft_length": 0}),
-        Contender(SHUFFLED, with_shuffled_exits(model).generate, {"exit_policy": "lossless"}),
+        Contender(
+            SHUFFLED, with_shuffled_exits(model).generate, {"exit_policy": "lossless", "exit_draft_sources": "exits"}
+        ),
         Contender("lossless", with_exits, {"exit_policy": "lossless"}),
         Contender("lossless, int8 drafts", with_exits, {"exit_policy": "lossless", "exit_draft_weights": "int8"}),
+        *(
+            Contender(f"lossless, {name} only", with_exits, {"exit_policy": "lossless", "exit_draft_sources": name})
+            for name in DRAFT_SOURCES
+        ),
         *(Contender(f"lossless, exit {k}", with_exits, {"exit_policy": "lossless", "exit_layer": k}) for k in layers),
         *(
             Contender(
@@ -120,6 +128,9 @@ def contenders(model: Any, stock: Any, batch: int, limits: dict[int, Any], costs
         rows.append(Contender("our loop, exits off, graphs", with_exits, off | recorded))
         rows.append(Contender("lossless, graphs", with_exits, {"exit_policy": "lossless"} | recorded))
     if batch == 1:
+        rows.append(
+            Contender(f"prompt_lookup_num_tokens={COPIED}", stock.generate, {"prompt_lookup_num_tokens": COPIED})
+        )
         for k in peers:
             if k < depth:
                 rows.append(Contender(f"assistant_early_exit={k}", stock.generate, {"assistant_early_exit": k}))

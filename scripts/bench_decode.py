@@ -4,12 +4,13 @@
 
 Every way to decode continues the same prompts (first tokens of different documents) in turns, greedily and at a
 temperature; ratios are to transformers' `generate` of the base model at the same batch size. Greedy text of a small
-model loops, which flatters every drafting method: both are shown. Peer: transformers' `assistant_early_exit` (batch 1
-only). Agreement: share of all new tokens that are the full model's choice given the text before them, counted in a
-separate pass that is not timed; limits are chosen on the model's own text after other prompts. "Exits shuffled" say
-nothing: its speed "of no drafts", in the same loop, is what trying costs (wanted: 0.98x). The last column is what
-the cost model says for the acceptance or share and the part times of this run, relative to a step of all layers and the
-head; at a batch it leaves out that a group waits for its slowest row, and in threshold mode it is for batch 1.
+model loops, which flatters every drafting method: both are shown. Peers: transformers'
+`assistant_early_exit` and `prompt_lookup_num_tokens` (batch 1 only). Agreement: share of all new tokens that are the
+full model's choice given the text before them, counted in a separate pass that is not timed; limits are chosen on the
+model's own text after other prompts. "Exits shuffled" say nothing: its speed "of no drafts", in the same loop, is what
+trying costs (wanted: 0.98x). The last column is what the cost model says for the acceptance or share and the part times
+of this run, relative to a step of all layers and the head; at a batch it leaves out that a group waits for its slowest
+row, and in threshold mode it is for batch 1. `--edit`: prompts that ask for a copy of a file.
 """
 
 import argparse
@@ -49,6 +50,26 @@ def read_prompts(tokenizer: Any, path: Path, length: int, count: int, least: int
     if len(rows) < least:
         raise SystemExit(f"--data {path}: {len(rows)} documents of at least {length} tokens, {least} are needed")
     return torch.tensor(rows)
+
+
+def edit_prompts(tokenizer: Any, path: Path, length: int, count: int, least: int) -> torch.Tensor:
+    """A document's first tokens, a request, and the first of them again: the answer is a copy. [documents, length].
+
+    In the words of a chat where the tokenizer has a template for one; else behind a line that parts the two.
+    """
+    request, there = "Repeat this file. Change the name of its first function to first_function.", "[[the file]]"
+    asked = f"{there}\n\n# {request}\n\n"
+    if tokenizer.chat_template:
+        talk = [{"role": "user", "content": f"{request}\n\n{there}"}]
+        asked = tokenizer.apply_chat_template(talk, add_generation_prompt=True, tokenize=False)
+    before, after = (tokenizer(part, add_special_tokens=False).input_ids for part in asked.split(there))
+    size = (length - len(before) - len(after)) * 8 // 9
+    begun = length - len(before) - len(after) - size
+    if begun < 1:
+        raise SystemExit(f"--prompt-tokens {length}: the request alone has {len(before) + len(after)} tokens")
+    files = read_prompts(tokenizer, path, size, count, least)
+    ends = [torch.tensor(part, dtype=torch.long).expand(len(files), -1) for part in (before, after)]
+    return torch.cat([ends[0], files, ends[1], files[:, :begun]], 1)
 
 
 def random_model(folder: Path, arguments: argparse.Namespace) -> Path:
@@ -109,6 +130,7 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--prompts", type=int, default=32, help="documents to continue")
     parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--edit", action="store_true", help="prompts that ask for a copy with a small change")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--temperature", type=float, default=0.8)
@@ -185,7 +207,8 @@ def some_prompts(arguments: argparse.Namespace, where: str, vocab: int) -> tuple
     """Prompts to continue, and others that limits are chosen on: token ids [documents, length] on the device."""
     length, count = arguments.prompt_tokens, arguments.prompts
     if arguments.random is None:
-        found = read_prompts(AutoTokenizer.from_pretrained(where), arguments.data, length, 4 * count, 2 * count)
+        read = edit_prompts if arguments.edit else read_prompts
+        found = read(AutoTokenizer.from_pretrained(where), arguments.data, length, 4 * count, 2 * count)
     else:
         found = torch.randint(1, vocab, (2 * count, length), generator=torch.Generator().manual_seed(0))
     found = found.to(arguments.device)

@@ -23,7 +23,7 @@ from ee_scale.config.groups import (
 from ee_scale.config.supernet import PaletteConfig, SupernetConfig
 from ee_scale.config.tune import TuneConfig
 from ee_scale.modeling.kinds import KINDS
-from ee_scale.modeling.policy_names import DRAFT_SOURCES, DRAFT_WEIGHTS, POLICIES, SCORED
+from ee_scale.modeling.policy_names import DRAFT_WEIGHTS, POLICIES, SCORED
 
 FINITE = Rule("must be above 0", lambda value: 0 < value < inf)
 SHARE = Rule("must be between 0 and 1", lambda value: 0 < value < 1)
@@ -236,7 +236,8 @@ class GenerateConfig:
         rule=Choices(DRAFT_WEIGHTS),
     )
     draft_sources: Any = setting(
-        None, f"lossless: what drafts, {', '.join(DRAFT_SOURCES)}, or a list; null: all, or exits where layer is given"
+        None,
+        "lossless: what drafts: exits, prompt (the text itself), or a list; null: both, or exits where layer is given",
     )
     graphs: bool = setting(False, "steps with static shapes, recorded as CUDA graphs; on a CPU they gain nothing")
     show_exits: bool = setting(False, "colour each token by the layer it came from")

@@ -43,9 +43,18 @@ def moment(start: float) -> str:
 
 def report_table(summary: LogSummary, axis: int | None, title: str, confidence: float) -> Table:
     """One line per time bucket (0), per tag (1), or one for all (None)."""
-    layers = sorted(summary.by(None)[None].layers)
+    total = summary.by(None)[None]
+    layers, sources = sorted(total.layers), sorted(total.sources)
     first = {0: "from (UTC)", 1: "tag", None: ""}[axis]
-    columns = ("tokens", "mean layer", *(f"at {k}" for k in layers), "confidence", "compared", "agreement")
+    columns = (
+        "tokens",
+        "mean layer",
+        *(f"at {k}" for k in layers),
+        *(f"by {name}" for name in sources),
+        "confidence",
+        "compared",
+        "agreement",
+    )
     table = titled_table(title, columns, left=(first,))
     for key, cell in summary.by(axis).items():
         found = cell.agreement(confidence)
@@ -54,6 +63,7 @@ def report_table(summary: LogSummary, axis: int | None, title: str, confidence: 
             f"{cell.tokens:,}",
             f"{cell.depth / cell.tokens:.2f}",
             *(f"{cell.layers[k] / cell.tokens:.1%}" for k in layers),
+            *(f"{cell.sources[name] / cell.tokens:.1%}" for name in sources),
             f"{cell.confidence / cell.scored:.3f}" if cell.scored else "-",
             f"{cell.audited:,}",
             "-" if found is None else f"{found[0]:.2%} ({found[1]:.2%} to {found[2]:.2%})",

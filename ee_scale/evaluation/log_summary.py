@@ -25,12 +25,14 @@ class Summary:
 
     Attributes:
         depth: sum of the layers that tokens left at.
+        sources: tokens that were drafted and accepted, by what drafted them.
         audited, agreed: tokens that left at an exit and were compared with the full model; those that were the same.
     """
 
     tokens: int = 0
     depth: int = 0
     layers: Counter[int] = field(default_factory=Counter)
+    sources: Counter[str] = field(default_factory=Counter)
     confidence: float = 0.0
     scored: int = 0
     exited: int = 0
@@ -43,6 +45,8 @@ class Summary:
         self.tokens += 1
         self.depth += layer
         self.layers[layer] += 1
+        if record.get("source") is not None:
+            self.sources[record["source"]] += 1
         if record.get("confidence") is not None:
             self.confidence += record["confidence"]
             self.scored += 1
@@ -71,6 +75,7 @@ class Summary:
             "tokens": self.tokens,
             "mean_depth": self.depth / self.tokens,
             "shares": {str(k): self.layers[k] / self.tokens for k in sorted(self.layers)},
+            "sources": {name: count / self.tokens for name, count in sorted(self.sources.items())},
             "mean_confidence": self.confidence / self.scored if self.scored else None,
             "exited": self.exited,
             "audited": self.audited,
@@ -101,6 +106,7 @@ class LogSummary:
         for key, cell in self.cells.items():
             total = totals.setdefault(None if axis is None else key[axis], Summary())
             total.layers.update(cell.layers)
+            total.sources.update(cell.sources)
             for name in ("tokens", "depth", "confidence", "scored", "exited", "audited", "agreed"):
                 setattr(total, name, getattr(total, name) + getattr(cell, name))
         return totals if axis is None else dict(sorted(totals.items()))
@@ -193,6 +199,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
         and _is_number(record.get("time"), int | float, 0, LAST_TIME)
         and isinstance(tag, str | int | float | None)
         and isinstance(agrees, bool | None)
+        and isinstance(record.get("source"), str | None)
         and (score is None or _is_number(score, int | float, -LARGEST_SCORE, LARGEST_SCORE))
     )
     if not whole:

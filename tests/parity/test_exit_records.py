@@ -94,6 +94,8 @@ def test_drafts_in_the_log(pair, tmp_path):
     assert torch.equal(got.sequences, pair.reference(inputs, max_new_tokens=NEW))
     lines = _read(path)[1:]
     assert sum(line["layer"] == 4 for line in lines) == got.exit_stats["accepted"] > 0
+    assert [line.get("source") for line in lines] == [source for row in got.exit_sources for source in row]
+    assert {line["source"] for line in lines if line["layer"] == 4} == {"exit 4"}
     again = pair.generate(inputs, "lossless", max_new_tokens=2, exit_log=path)
     assert len(_read(path)) > len(lines) + again.exit_layers.numel() / 2  # the log grows
 

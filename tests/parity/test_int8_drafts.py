@@ -117,13 +117,13 @@ def test_drafts_are_nearly_those_of_the_exit(small, monkeypatch):
 def test_both_kinds_of_drafts_take_turns(small, monkeypatch):
     pair, inputs, want = small
 
-    def turns(self: Drafting) -> str:
+    def turns(self: Drafting, matches: list[int]) -> str:
         self.current = sorted(self.sources)[self.cycles % len(self.sources)]
         return self.current
 
     monkeypatch.setattr(Drafting, "start", turns)
     monkeypatch.setattr(Drafting, "goes_on", lambda self, drafted, chances: drafted < 2)
-    got = pair.generate(inputs, "lossless", max_new_tokens=NEW, **INT8)
+    got = pair.generate(inputs, "lossless", max_new_tokens=NEW, exit_draft_sources="exits", **INT8)
     assert torch.equal(got.sequences, want)
     sources = got.exit_stats["sources"]
     assert set(sources) == {"exit 1", "exit 1 int8", "exit 3", "exit 3 int8"}

@@ -164,7 +164,7 @@ def test_the_end_of_text_at_every_place(llama, monkeypatch, layer, pattern, posi
     last = len(text) - 1
     drafted = {"all": last > 0 and (last - 1) % 4 < 3, "none": False}
     if pattern in drafted:
-        name = TEXT if layer == TEXT else "exit 3"
+        name = {TEXT: TEXT, INT8: "exit 3 int8"}.get(layer, "exit 3")
         assert got.exit_sources[0][last] == (name if drafted[pattern] else None)
     for row in range(5):
         count = len(row_text(got, inputs, row, eos))

@@ -84,6 +84,8 @@ CASES = {
     "one draft of a shallow exit": ({"exit_layer": 1, "exit_draft_length": 1}, 1.0, 1.0),
     "three drafts of a deep exit": ({"exit_layer": 3, "exit_draft_length": 3}, 1.0, 1.0),
     "any drafts": ({}, 1.0, 1.0),
+    "drafts from the text": ({"exit_draft_sources": "prompt", "exit_draft_length": 3}, 1.0, 1.0),
+    "drafts from the text, top p": ({"exit_draft_sources": "prompt", "exit_draft_length": 2}, 1.2, 0.8),
     "shortlist": ({"exit_layer": 3, "exit_draft_length": 3, "exit_shortlist": [5, 0, 2]}, 1.3, 1.0),
     "top p": ({"exit_layer": 1, "exit_draft_length": 2}, 1.2, 0.8),
     "shortlist heads": ({"exit_layer": 3, "exit_draft_length": 2}, 1.3, 1.0),
@@ -184,3 +186,13 @@ def test_rows_stop_at_their_own_first_rejection():
     accepted, token = accept_sampled(p, drafts, [sure[1].expand(4, -1)] * 3)
     assert accepted.tolist() == [0, 1, 2, 3]
     assert token.tolist() == [2, 2, 2, 3]
+
+
+def test_a_draft_that_was_not_drawn():
+    """Always the same token: kept with its probability, else one of the others by theirs."""
+    p = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]])
+    torch.manual_seed(0)
+    accepted, token = accept_sampled(p.expand(40_000, -1, -1), torch.ones(40_000, 1, dtype=torch.long), [None])
+    assert abs(float(accepted.float().mean()) - 0.3) < 0.01
+    for index, want in enumerate((0.5, 0.0, 0.2)):
+        assert abs(float(((accepted == 0) & (token == index)).float().mean()) - want) < 0.01

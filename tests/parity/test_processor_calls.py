@@ -19,7 +19,8 @@ from transformers import (
 
 NEW = 24
 LOSSLESS = ("lossless", {"exit_layer": 3, "exit_draft_length": 3})
-POLICIES = [LOSSLESS, ("lossless", {}), ("threshold", {"exit_threshold": 2.0})]
+COPIED = ("lossless", {"exit_draft_sources": "prompt", "exit_draft_length": 3})
+POLICIES = [LOSSLESS, COPIED, ("lossless", {}), ("threshold", {"exit_threshold": 2.0})]
 SYNTHID = SynthIDTextWatermarkingConfig(ngram_len=5, keys=[654, 400, 836, 123, 340, 443, 597])
 
 
