@@ -112,32 +112,18 @@ def resolve_policy(
     patience, max_pending = 2 if patience is None else patience, 8 if max_pending is None else max_pending
     drafts = 0 if draft_length is None else draft_length
     _check_counts(exit_patience=(patience, 1), exit_max_pending=(max_pending, 0), exit_draft_length=(drafts, 0))
-    if draft_length is not None and name != "lossless":
-        raise ValueError(f"exit_draft_length={draft_length}: only exit_policy=lossless drafts, not {name!r}")
-    if draft_weights is not None and draft_weights not in DRAFT_WEIGHTS:
-        raise ValueError(f"exit_draft_weights={draft_weights!r}: choose one of {', '.join(DRAFT_WEIGHTS)}")
-    if draft_weights is not None and name != "lossless":
-        raise ValueError(f"exit_draft_weights={draft_weights}: only exit_policy=lossless drafts, not {name!r}")
-    sources = _draft_sources(draft_sources, name, layer)
-    if draft_weights is not None and "exits" not in sources:
-        raise ValueError(
-            f"exit_draft_weights={draft_weights}: exit_draft_sources={draft_sources!r} drafts from no exit"
-        )
-    chosen = tuple(k for k in layers if min_layer is None or k >= min_layer)
-    if name == "lossless" and "exits" not in sources:
-        chosen = ()
+    sources = _check_drafts(name, layer, draft_length, draft_weights, draft_sources)
+    chosen = (layer,) if layer is not None else tuple(k for k in layers if min_layer is None or k >= min_layer)
     limits: tuple[tuple[float, ...], ...] = ()
     if name in NEVER:
         rows = _limits(name, threshold, layers, calibration, tags, batch_size)
         chosen, limits = _reached(name, chosen, [[row[layers.index(k)] for k in chosen] for row in rows])
     elif threshold is not None:
         raise ValueError(f"exit_threshold={threshold}: exit_policy={name} has no threshold")
-    if layer is not None:
-        chosen = (layer,)
-    if "exits" in sources and not chosen:
-        raise ValueError(
-            f"exit_min_layer={min_layer}: no exit is left to draft from; the model's are at {_list(layers)}"
-        )
+    if name == "lossless" and "exits" not in sources:
+        chosen = ()
+    elif name == "lossless" and not chosen:
+        raise ValueError(f"exit_min_layer={min_layer}: no exit is left to draft from, of those at {_list(layers)}")
     return ExitPolicy(
         name,
         () if name == "off" else chosen,
@@ -153,17 +139,27 @@ def resolve_policy(
     )
 
 
-def _draft_sources(wanted: object, policy: str, layer: int | None) -> tuple[str, ...]:
-    """What drafts: what was asked for; the asked exit alone; both."""
-    if wanted is None:
-        return () if policy != "lossless" else DRAFT_SOURCES if layer is None else ("exits",)
+def _check_drafts(
+    policy: str, layer: int | None, length: int | None, weights: object, sources: object
+) -> tuple[str, ...]:
+    """What drafts: what was asked for; the asked exit alone; all."""
+    wanted = {"exit_draft_length": length, "exit_draft_weights": weights, "exit_draft_sources": sources}
     if policy != "lossless":
-        raise ValueError(f"exit_draft_sources={wanted!r}: only exit_policy=lossless drafts, not {policy!r}")
-    names = [wanted] if isinstance(wanted, str) else wanted
+        for option, value in wanted.items():
+            if value is not None:
+                raise ValueError(f"{option}={value!r}: only exit_policy=lossless drafts, not {policy!r}")
+        return ()
+    if weights is not None and weights not in DRAFT_WEIGHTS:
+        raise ValueError(f"exit_draft_weights={weights!r}: choose one of {', '.join(DRAFT_WEIGHTS)}")
+    if sources is None:
+        return DRAFT_SOURCES if layer is None else ("exits",)
+    names = [sources] if isinstance(sources, str) else sources
     if not isinstance(names, Sequence) or not names or any(name not in DRAFT_SOURCES for name in names):
-        raise ValueError(f"exit_draft_sources={wanted!r}: give {' or '.join(DRAFT_SOURCES)}, or a list of both")
-    if layer is not None and "exits" not in names:
-        raise ValueError(f"exit_layer={layer}: exit_draft_sources={wanted!r} drafts from no exit")
+        raise ValueError(f"exit_draft_sources={sources!r}: give {' or '.join(DRAFT_SOURCES)}, or a list of both")
+    if "exits" not in names:
+        for option, value in (("exit_layer", layer), ("exit_draft_weights", weights)):
+            if value is not None:
+                raise ValueError(f"{option}={value}: exit_draft_sources={sources!r} drafts from no exit")
     return tuple(name for name in DRAFT_SOURCES if name in names)
 
 

@@ -335,10 +335,7 @@ def plan_tune(config: TuneConfig, model_dir: Path, model_config: PreTrainedConfi
         whole_model=exits.kl_weight > 0 or backbone.trains,
     )
     if config.train.held_out and stages.launched > 1:
-        raise UserError(
-            f"train.held_out: exits are measured where one stage holds them all, and parallel.pp={parallel.pp} "
-            f"launches {stages.launched}; use parallel.pp=1"
-        )
+        raise UserError(f"train.held_out: parallel.pp={parallel.pp} launches {stages.launched} stages, it needs one")
     return TunePlan(
         config=config,
         model_dir=model_dir,
