@@ -6,7 +6,7 @@ is accepted. Speed is relative to ordinary decoding, one token per pass through 
 
 from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 MAX_DRAFT = 12  # tokens per cycle, where nobody asked for more
 MEAN = 0.1  # weight of the newest measurement
@@ -96,6 +96,7 @@ class RowTime:
     # Sums over those of more: weight, further rows g, g^2, excess y, g y. They start as two on the line above, at g = 1
     # and 8, of little weight.
     sums: tuple[float, ...] = (0.5, 2.25, 16.25, 0.1625, 1.0375)
+    recent: dict[int, tuple[float, ...]] = field(default_factory=dict)  # rows -> the last three times
 
     def at(self, rows: float) -> float:
         """The time of so many rows."""
@@ -106,7 +107,10 @@ class RowTime:
         if rows == 1:
             self.one, self.count = mixed(self.one, time, self.count), self.count + 1
             return
-        g, y = rows - 1, min(time, 3 * self.at(rows)) / self.one - 1
+        # The middle of three: one that was interrupted would make drafts look dear, and where none are made, nothing
+        # would correct it.
+        last = self.recent[rows] = (*self.recent.get(rows, ())[-2:], time)
+        g, y = rows - 1, min(sorted(last)[(len(last) - 1) // 2], 3 * self.at(rows)) / self.one - 1
         news = (1.0, g, g * g, y, g * y)
         self.sums = tuple((1 - MEAN) * old + new for old, new in zip(self.sums, news, strict=True))
         n, s1, s2, sy, sgy = self.sums

@@ -13,9 +13,11 @@ from weakref import WeakKeyDictionary
 from .costs import Costs, DraftCost, RowTime, expected_tokens, mixed
 
 BINS = 10
-PRIOR = 2.0  # observations that what earlier calls saw of an exit is worth
+# Observations that a guess, and what earlier calls saw of a source, are worth.
+PRIOR, LEARNED, ENOUGH = 2.0, 6.0, 4  # the latter from so many drafts on
+PROMPTED = 0.25  # worth of a position of the prompt where earlier calls are known: written text is harder than own text
 GUESS = 0.75  # acceptance of an exit that nobody has seen
-DECAY = 0.97  # of an exit's observations, at each new one
+DECAY = 0.985  # of an exit's observations, at each new one
 FRESH = 6.0  # observations that older ones are worth at most when a draft is tried again
 SWITCH = 1.1  # another exit must promise this much more before it takes over: what is known of exits is noisy
 EDGE = 1.02  # drafts must promise this much more than none
@@ -49,7 +51,7 @@ class Known:
         cycles, drafts: how many cycles without and with drafts were measured.
         gap, due: cycles between drafts that are tried though they promise nothing; cycles until the next one.
         debt, stopped: what drafts lost, in tokens; whether that was too much, and is not paid back yet.
-        share: source -> its acceptance in earlier calls.
+        share, seen: source -> its acceptance in earlier calls, and how many drafts say so.
     """
 
     layer: RowTime = field(default_factory=lambda: RowTime(1.0))
@@ -63,7 +65,16 @@ class Known:
     debt: float = 0.0
     stopped: bool = False
     share: dict[str, float] = field(default_factory=dict)
+    seen: dict[str, int] = field(default_factory=dict)
     each: dict[str, float] = field(default_factory=dict)
+
+    def usual(self, name: str) -> float:
+        """Acceptance of a source in earlier calls; a guess where there were none."""
+        return self.share.get(name, LOOKUPS.get(name, GUESS))
+
+    def learned(self, name: str) -> bool:
+        """Whether that is more than a guess."""
+        return self.seen.get(name, 0) >= ENOUGH
 
     def costs(self, num_layers: int, max_draft: int) -> Costs:
         """Everything but layers and exits is one tail."""
@@ -122,7 +133,8 @@ class Drafting:
     def acceptance(self, name: str) -> float:
         """Probability that a draft of this source is accepted."""
         good, bad = self.counts[name]
-        return (good + PRIOR * self.known.share.get(name, LOOKUPS.get(name, GUESS))) / (good + bad + PRIOR)
+        worth = LEARNED if self.known.learned(name) else PRIOR
+        return (good + worth * self.known.usual(name)) / (good + bad + worth)
 
     def calibrated(self, name: str, confidence: float) -> float:
         """The same for a draft of this confidence: shares seen in its bin, drawn to the source's mean where few."""
@@ -245,8 +257,10 @@ class Drafting:
 
     def foresaw(self, name: str, agreed: int, seen: int) -> None:
         """On the prompt a source said at `agreed` of `seen` positions what the final layer said."""
-        self.counts[name] = [float(agreed), float(seen - agreed)]
-        if seen >= SEEN and not agreed:
+        learned = self.known.learned(name)
+        worth = PROMPTED if learned else 1.0
+        self.counts[name] = [worth * agreed, worth * (seen - agreed)]
+        if seen >= SEEN and not agreed and not learned:
             self.rejected[name] = REJECTED[0]
             self._rest(name, self.cycles)
 
@@ -280,8 +294,9 @@ class Drafting:
     def _saw(self, name: str, good: float) -> None:
         right, wrong = self.counts[name]
         self.counts[name] = [DECAY * right + good, DECAY * wrong + 1 - good]
-        usual = self.known.share.get(name, LOOKUPS.get(name, GUESS))
-        self.known.share[name] = usual + (1 - DECAY) * (good - usual)
+        known, seen = self.known, self.known.seen.get(name, 0)
+        usual, rate = known.usual(name), max(1 - DECAY, 1 / (seen + PRIOR + 1))
+        known.share[name], known.seen[name] = usual + rate * (good - usual), seen + 1
 
     def took(self, name: str, drafts: int, early: float, checks: float, late: float, tail: float) -> None:
         """Seconds of one cycle: passes of the source, its looks at them, the model's other layers, everything else."""
