@@ -1,6 +1,6 @@
 """The recipe `supernet`: factors of a weight-sharing supernet, phase after phase."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -94,7 +94,8 @@ class SupernetRun(Run[SupernetConfig, SupernetPlan]):
     """One rank's live run over all phases; without data its engine can be stepped by hand.
 
     cache: what the teacher said, for all phases.
-    roles: of the subnets that were drawn last; frozen: digest of what must not change, from before the phase.
+    roles: step -> those of the subnets that were drawn, until they are told.
+    frozen: digest of what must not change, from before the phase.
     """
 
     plan: SupernetPlan
@@ -106,7 +107,7 @@ class SupernetRun(Run[SupernetConfig, SupernetPlan]):
     factors: list[FactorSet] = field(default_factory=list)
     engine: SupernetEngine | None = None
     step: int = 0
-    roles: Sequence[str] = ROLES
+    roles: dict[int, list[str]] = field(default_factory=dict)
     frozen: str = ""
     cache: TeacherCache | None = None
 
@@ -147,7 +148,7 @@ class SupernetRun(Run[SupernetConfig, SupernetPlan]):
         learning_rate = self.rate.at(self.optimizer_steps)
         self._live_engine.set_lr(learning_rate)
         draws = self.plan.draws(self.space, self.index, self.step, self.trainable)
-        self.roles = [role for role in ROLES if any(draw.role == role for draw in draws)]
+        self.roles[self.step + 1] = [role for role in ROLES if any(draw.role == role for draw in draws)]
         losses = self._live_engine.train_step(self._micro_batches, draws)
         last = self.step + 1 == self.plan.phases.ends[self.index]
         if last and self.frozen:
@@ -193,7 +194,7 @@ class SupernetRun(Run[SupernetConfig, SupernetPlan]):
         return self._stream(ROLES, MEASURES, norm_keys=[TOGETHER], width=width, dtype=self.stage.dtype)
 
     def shown(self, metrics: StepMetrics) -> StepMetrics:
-        return metrics.only(self.roles)
+        return metrics.only(self.roles.pop(metrics.step))
 
     def facts(self) -> dict[str, Any]:
         return {"recipe_stage": self.index, "new": sorted(self.stage.new)}

@@ -190,7 +190,7 @@ def test_what_has_no_int8_drafts_says_so(folder, monkeypatch):
     for policy, options, said in (
         ("lossless", INT8, "exit_draft_weights=int8: the model is in torch.float64"),
         ("lossless", {"exit_draft_weights": "int4"}, "exit_draft_weights='int4': choose one of model, int8"),
-        ("fixed", {"exit_layer": 1, **INT8}, "exit_draft_weights=int8: only exit_policy=lossless"),
+        ("fixed", {"exit_layer": 1, **INT8}, "exit_draft_weights='int8': only exit_policy=lossless"),
         ("lossless", {"exit_graphs": True, **INT8}, "exit_graphs=True: int8 drafts are not recorded"),
     ):
         with pytest.raises(ValueError, match=said) as error:
