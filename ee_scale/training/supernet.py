@@ -94,7 +94,7 @@ class SupernetRun(Run[SupernetConfig, SupernetPlan]):
     """One rank's live run over all phases; without data its engine can be stepped by hand.
 
     cache: what the teacher said, for all phases.
-    roles: step -> those of the subnets that were drawn, until they are told.
+    roles: rank 0: step -> those of the subnets that were drawn, until they are told.
     frozen: digest of what must not change, from before the phase.
     """
 
@@ -148,7 +148,8 @@ class SupernetRun(Run[SupernetConfig, SupernetPlan]):
         learning_rate = self.rate.at(self.optimizer_steps)
         self._live_engine.set_lr(learning_rate)
         draws = self.plan.draws(self.space, self.index, self.step, self.trainable)
-        self.roles[self.step + 1] = [role for role in ROLES if any(draw.role == role for draw in draws)]
+        if self.grid.rank == 0:
+            self.roles[self.step + 1] = [role for role in ROLES if any(draw.role == role for draw in draws)]
         losses = self._live_engine.train_step(self._micro_batches, draws)
         last = self.step + 1 == self.plan.phases.ends[self.index]
         if last and self.frozen:
