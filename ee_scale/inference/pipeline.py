@@ -21,7 +21,7 @@ from ee_scale.errors import UserError
 from ee_scale.exits.stage import TuningStage
 from ee_scale.families.sizes import with_layers
 from ee_scale.grid import Grid
-from ee_scale.inference.pipeline_lossless import Reach, Speculation, reach
+from ee_scale.inference.pipeline_lossless import PipelineSpeculation, Reach, reach
 from ee_scale.inference.pipeline_messages import Decision, Line, Token
 from ee_scale.inference.pipeline_model import drafting_exit, stage_costs
 from ee_scale.inference.pipeline_rows import Row, RowMaker
@@ -147,7 +147,7 @@ class PipelineDecoder:
             self._token_by_token(rows, tell)
         else:
             layers, hear = (self.policy.layers[0], self.config.num_hidden_layers), self._hear
-            drafted, accepted = Speculation(rows, *layers, self.reach, self._launch, hear, tell).run()
+            drafted, accepted = PipelineSpeculation(rows, *layers, self.reach, self._launch, hear, tell).run()
         if streamer is not None:
             streamer.end()
         return {"drafted": drafted, "accepted": accepted} if self.policy.name == "lossless" else {}

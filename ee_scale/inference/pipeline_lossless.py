@@ -15,14 +15,9 @@ import torch
 
 from ee_scale.inference.pipeline_messages import Decision, Token
 from ee_scale.inference.pipeline_rows import Draft, Row
+from ee_scale.modeling.drafting import DECAY, EDGE, GUESS, PRIOR
 
 Launch = Callable[[int, torch.Tensor, int], tuple[Token, Decision | None]]
-
-
-# Of the exit's drafts: the share that is taken to be right before any was judged, how many that counts for, and how
-# older ones fade with each new one.
-GUESS, PRIOR, DECAY = 0.75, 2.0, 0.97
-EDGE = 1.02  # drafts must promise this much more than none
 
 
 @dataclass(frozen=True)
@@ -118,7 +113,7 @@ class Ahead:
     newest: Flown = field(default_factory=lambda: Flown(0))
 
 
-class Speculation:
+class PipelineSpeculation:
     """The first stage's part: what sets out, and what is made of the answers.
 
     Everything follows from tokens and the order of positions, never from what arrives first: the ranks of a tensor

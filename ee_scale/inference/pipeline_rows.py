@@ -3,12 +3,12 @@
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from transformers import (
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
@@ -20,7 +20,7 @@ from ee_scale.errors import UserError
 from ee_scale.families.build import meta_model
 from ee_scale.inference.pipeline_messages import Decision
 from ee_scale.inference.settings import check_settings, end_marks, stop_criterion
-from ee_scale.modeling.sequences import WITHOUT_MEMORY, remembers
+from ee_scale.modeling.sequences import without_memory
 from ee_scale.modeling.speculate import accept_sampled
 from ee_scale.modeling.transfers import send
 
@@ -83,12 +83,16 @@ class Row:
         """Whether a token is an end mark."""
         return token in end_marks(self.settings)
 
+    @cached_property
+    def _draft_processors(self) -> LogitsProcessorList:
+        return without_memory(self.processors)
+
     def draft(self, decision: Decision, before: Iterable[int]) -> Draft:
         """What an exit proposes behind the text and the drafts `before`."""
         if decision.logits is None:
             return Draft(decision.token, decision.score)
         ids, logits = self._followed_by(before), decision.logits.float()
-        scores = self._without_memory(ids, logits)
+        scores = self._draft_processors(ids, logits)
         if not self.settings.do_sample:
             return Draft(int(scores.argmax(-1)), decision.score)
         q = scores.softmax(-1)
@@ -109,11 +113,6 @@ class Row:
 
     def _followed_by(self, tokens: Iterable[int]) -> torch.Tensor:
         return torch.cat([self.ids, send([list(tokens)], self.ids.device)], dim=1)
-
-    def _without_memory(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """By processors that may hear of drafts."""
-        calm = (item for item in self.processors if not remembers(item, WITHOUT_MEMORY, LogitsProcessor))
-        return LogitsProcessorList(calm)(ids, logits)
 
     def _dice(self, purpose: str, position: int) -> torch.Generator:
         """Random numbers for one purpose at one position: how often others were drawn before must not matter.

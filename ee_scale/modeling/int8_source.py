@@ -13,8 +13,8 @@ from .drafting import Drafting
 from .heads import ExitTaps
 from .int8_layers import int8_layers
 from .layer_runner import Block, LayerRunner
-from .policies import ExitPolicy
 from .sequences import Sequences
+from .short_head import ShortHead
 from .sources import Cycle, Draft, ExitSource
 
 EACH = 0.5, 2.0  # a draft until it is measured, in layers: an int8 layer, the look at the exit
@@ -23,8 +23,10 @@ EACH = 0.5, 2.0  # a draft until it is measured, in layers: an int8 layer, the l
 class Int8Source(ExitSource):
     """An exit behind the first k layers in int8."""
 
-    def __init__(self, k: int, runner: LayerRunner, sequences: Sequences, policy: ExitPolicy, drafting: Drafting):
-        super().__init__(k, runner, sequences, policy, drafting)
+    def __init__(
+        self, k: int, runner: LayerRunner, sequences: Sequences, drafting: Drafting, short: ShortHead | None = None
+    ):
+        super().__init__(k, runner, sequences, drafting, short)
         self.name, self.shared, self.each = f"exit {k} int8", 0, EACH[0] * k + EACH[1]
         self.layers = int8_layers(runner.model, k)
 

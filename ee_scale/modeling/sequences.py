@@ -71,6 +71,11 @@ def remembers(part: LogitsProcessor | StoppingCriteria, names: set[str], base: t
     return bool(vars(part)) or not all(isfunction(value) and keeps_nothing(value) for value in held)
 
 
+def without_memory(processors: LogitsProcessorList) -> LogitsProcessorList:
+    """Those that may hear of drafts: what was drafted must not be remembered."""
+    return LogitsProcessorList(item for item in processors if not remembers(item, WITHOUT_MEMORY, LogitsProcessor))
+
+
 def keeps_nothing(function: FunctionType) -> bool:
     """Whether a function has no place to keep anything in: all that it reads from outside is torch."""
     code, there = function.__code__, function.__globals__
@@ -113,10 +118,7 @@ class Sequences:
         self.eos = set(chain(*ends))
         self.pad = int(config._pad_token_tensor) if config._pad_token_tensor is not None else 0
         self.processors, self.streamer, self.do_sample = processors, streamer, config.do_sample
-        # Drafts must not be heard of by processors that remember.
-        self.draft_processors = LogitsProcessorList(
-            processor for processor in processors if not remembers(processor, WITHOUT_MEMORY, LogitsProcessor)
-        )
+        self.draft_processors = without_memory(processors)
         self.criteria = StoppingCriteriaList(
             item for item in criteria if type(item) not in (MaxLengthCriteria, EosTokenCriteria)
         )

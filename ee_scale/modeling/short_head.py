@@ -16,6 +16,7 @@ class ShortHead:
     def __init__(self, model: ModelWithExits, k: int, shortlist: Shortlist):
         """shortlist: the tokens, in the order of the logits; those of a shortlist head, or some of them."""
         head, lm_head = model.exit_heads[str(k)], model.get_output_embeddings()
+        self.shortlist = shortlist
         matrix = head.head if head.spec.owns_matrix else lm_head
         packs = type(matrix) is PackedLinear
         self.capped, self.down = head.spec.capped, None

@@ -12,10 +12,9 @@ import torch
 from .clocks import Clock
 from .drafting import Drafting
 from .layer_runner import Block, LayerRunner
-from .policies import ExitPolicy, most_likely, score
+from .policies import most_likely, score
 from .sequences import Sequences, looks_back
 from .short_head import ShortHead
-from .shortlist import Shortlist
 from .transfers import read, waits_are_free
 
 
@@ -104,16 +103,13 @@ class ExitSource(Source):
     Early layers run once more than drafts are read: on the last draft, for verification.
     """
 
-    def __init__(self, k: int, runner: LayerRunner, sequences: Sequences, policy: ExitPolicy, drafting: Drafting):
-        self.k, self.runner, self.sequences, self.drafting = k, runner, sequences, drafting
+    def __init__(
+        self, k: int, runner: LayerRunner, sequences: Sequences, drafting: Drafting, short: ShortHead | None = None
+    ):
+        """short: the head for the tokens that drafts are chosen among; None: all that the exit's own head scores."""
+        self.k, self.runner, self.sequences, self.drafting, self.short = k, runner, sequences, drafting, short
         self.name, self.layer, self.shared = f"exit {k}", k, k
-        self.shortlist: Shortlist | None = None
-        self.short: ShortHead | None = None
-        self.ids: torch.Tensor | None = None
-        if policy.shortlist is not None:
-            self.shortlist = Shortlist(policy.shortlist, runner.model.config.vocab_size)
-            self.ids = self.shortlist.ids(runner.device)
-            self.short = ShortHead(runner.model, k, self.shortlist)
+        self.ids = None if short is None else short.shortlist.ids(runner.device)
         self.waits_are_free = waits_are_free(runner.device)
 
     def draft(self, cycle: Cycle) -> Draft:
@@ -166,8 +162,8 @@ class ExitSource(Source):
         scores, best = score("threshold", logits) if adaptive else (None, most_likely(logits))
         if not sequences.do_sample and not sequences.draft_processors:
             return (best if self.ids is None else self.ids[best]), scores, None
-        if self.shortlist is not None:
-            logits = self.shortlist.over_vocabulary(logits)
+        if self.short is not None:
+            logits = self.short.shortlist.over_vocabulary(logits)
         if draft.tokens and looks_back(sequences.processors):
             sequences.try_tokens(cycle.index, cycle.rows, len(draft) - 1, draft.tokens[-1])
         prefixes = [sequences.lengths[row] + len(draft) for row in cycle.rows]

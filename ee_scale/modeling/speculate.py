@@ -20,6 +20,8 @@ from .loop import DecodeLoop
 from .policies import most_likely
 from .prompt_lookup import PromptSource
 from .sequences import looks_back
+from .short_head import ShortHead
+from .shortlist import Shortlist
 from .sources import Cycle, Draft, ExitSource, Source
 from .transfers import read, send
 
@@ -44,8 +46,12 @@ class Speculation(DecodeLoop):
         kinds = [ExitSource] if policy.draft_weights == "model" else [Int8Source]
         if kinds == [Int8Source] and policy.draft_length is None:
             kinds.append(ExitSource)  # measured costs decide
+        short: dict[int, ShortHead] = {}
+        if policy.shortlist is not None:
+            shortlist = Shortlist(policy.shortlist, runner.model.config.vocab_size)
+            short = {k: ShortHead(runner.model, k, shortlist) for k in policy.layers}
         sources: list[Source] = [
-            kind(k, runner, self.sequences, policy, self.drafting) for kind in kinds for k in policy.layers
+            kind(k, runner, self.sequences, self.drafting, short.get(k)) for kind in kinds for k in policy.layers
         ]
         self.prompt: PromptSource | None = None
         if "prompt" in policy.draft_sources:

@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.models import VOCAB, load_whole, spec_of, write_model
+from helpers.models import load_whole
+from helpers.pipeline import export_noisy_exits, prompts
 from helpers.spawn import spawn
+from torch import nn
 from torch.nn import functional
 
 from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.errors import UserError
 from ee_scale.grid import Layout, join_grid, leave_grid
-from ee_scale.inference.model import EarlyExitForCausalLM, untrained_exits
+from ee_scale.inference.model import EarlyExitForCausalLM
 from ee_scale.inference.pipeline import Decoded, PipelineDecoder, check_pipeline
 from ee_scale.inference.pipeline_model import load_decoding_stage, plan_decoding
 from ee_scale.inference.pipeline_rows import row_seed
@@ -67,11 +69,6 @@ CASES = {
 }
 
 
-def prompts() -> list[list[int]]:
-    generator = torch.Generator().manual_seed(5)
-    return [torch.randint(3, VOCAB, (length,), generator=generator).tolist() for length in (9, 1, 4)]
-
-
 def settings(case: str, folder: Path) -> dict[str, Any]:
     """The settings of a case; end marks and suppressed tokens are such that the rows would have said them."""
     given = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": -1, **CASES[case].settings}
@@ -82,24 +79,17 @@ def settings(case: str, folder: Path) -> dict[str, Any]:
     return given
 
 
+def _spread(whole: nn.Module) -> None:
+    whole.lm_head.weight.mul_(HEAD_SCALE)
+    whole.model.embed_tokens.weight.mul_(EMBEDDING_SCALE)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models with exits that are not copies, as exported folders."""
     root = tmp_path_factory.mktemp("models")
     for family, (kind, head) in MODELS.items():
-        base = write_model(root / "base" / family, family, seed=3)
-        whole = load_whole(base)
-        with torch.no_grad():
-            whole.lm_head.weight.mul_(HEAD_SCALE)
-            whole.model.embed_tokens.weight.mul_(EMBEDDING_SCALE)
-        whole.save_pretrained(base)
-        spec = spec_of(whole.config, EXITS, kind, head)
-        model = untrained_exits(base, spec)
-        torch.manual_seed(1)
-        with torch.no_grad():
-            for parameter in model.exit_heads.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-        model.save_pretrained(root / family)
+        export_noisy_exits(root, family, EXITS, kind, head, 0.1, _spread)
     torch.save(reference(root, "threshold").tokens, root / "said.pt")
     return root
 

@@ -10,13 +10,15 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers.models import VOCAB, load_whole, spec_of, write_model
+from helpers.models import VOCAB, load_whole
+from helpers.pipeline import export_noisy_exits, prompts
 from helpers.spawn import spawn
+from torch import nn
 
 from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.errors import UserError
 from ee_scale.grid import Layout, join_grid, leave_grid
-from ee_scale.inference.model import EarlyExitForCausalLM, untrained_exits
+from ee_scale.inference.model import EarlyExitForCausalLM
 from ee_scale.inference.pipeline import Decoded, PipelineDecoder
 from ee_scale.inference.pipeline_messages import Decision
 from ee_scale.inference.pipeline_model import load_decoding_stage, plan_decoding
@@ -79,11 +81,6 @@ TOLD: dict[tuple[str, str, str], list[list[int]]] = {}  # by transformers, once 
 GREEDY = [name for name, case in CASES.items() if not case.settings.get("do_sample")]
 
 
-def prompts(rows: int = 3) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(5)
-    return [torch.randint(3, VOCAB, (length,), generator=generator).tolist() for length in (9, 1, 4)][:rows]
-
-
 def settings(case: Case, root: Path) -> dict[str, Any]:
     """The end mark of a case is a token that the second row would say in the middle."""
     given = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": -1, **case.settings}
@@ -109,24 +106,18 @@ def greedy(root: Path, family: str, **given: Any) -> list[list[int]]:
     return texts
 
 
+def _calm(whole: nn.Module) -> None:
+    for layer in whole.model.layers[1:]:
+        layer.self_attn.o_proj.weight.mul_(0.35)
+        layer.mlp.down_proj.weight.mul_(0.35)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models whose late layers add little, so that exits agree with the final layer now and then."""
     root = tmp_path_factory.mktemp("models")
     for family, (kind, head) in MODELS.items():
-        base = write_model(root / "base" / family, family, seed=3)
-        whole = load_whole(base)
-        with torch.no_grad():
-            for layer in whole.model.layers[1:]:
-                layer.self_attn.o_proj.weight.mul_(0.35)
-                layer.mlp.down_proj.weight.mul_(0.35)
-        whole.save_pretrained(base)
-        model = untrained_exits(base, spec_of(whole.config, EXITS, kind, head))
-        torch.manual_seed(1)
-        with torch.no_grad():
-            for parameter in model.exit_heads.parameters():
-                parameter.add_(0.02 * torch.randn_like(parameter))
-        model.save_pretrained(root / family)
+        export_noisy_exits(root, family, EXITS, kind, head, 0.02, _calm)
         torch.save(greedy(root, family, max_new_tokens=NEW, eos_token_id=-1), root / family / "truth.pt")
     return root
 

@@ -87,6 +87,7 @@ CASES = {
     "drafts from the text": ({"exit_draft_sources": "prompt", "exit_draft_length": 3}, 1.0, 1.0),
     "drafts from the text, top p": ({"exit_draft_sources": "prompt", "exit_draft_length": 2}, 1.2, 0.8),
     "shortlist": ({"exit_layer": 3, "exit_draft_length": 3, "exit_shortlist": [5, 0, 2]}, 1.3, 1.0),
+    "int8 drafts": ({"exit_layer": 3, "exit_draft_length": 2, "exit_draft_weights": "int8"}, 1.3, 1.0),
     "top p": ({"exit_layer": 1, "exit_draft_length": 2}, 1.2, 0.8),
     "shortlist heads": ({"exit_layer": 3, "exit_draft_length": 2}, 1.3, 1.0),
 }

@@ -8,6 +8,7 @@ import sys
 import tarfile
 import tomllib
 import zipfile
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -215,3 +216,12 @@ def test_parameters_have_types():
                 names = [argument.annotation for argument in arguments]
                 found += [path for name in names if isinstance(name, ast.Name) and name.id == "Any"]
     assert len(found) <= MOST_ANY, f"{len(found)} parameters are of type Any"
+
+
+def test_every_test_is_collected(request: pytest.FixtureRequest):
+    """pytest leaves folders of some names out, and takes one of two files of the same name."""
+    files, left_out = sorted((ROOT / "tests").rglob("test_*.py")), request.config.getini("norecursedirs")
+    folders = {folder for file in files for folder in file.relative_to(ROOT).parts[:-1]}
+    assert {"dist", "unit"} <= folders
+    assert not [folder for folder in folders for pattern in left_out if fnmatch(folder, pattern)]
+    assert len({file.name for file in files}) == len(files)

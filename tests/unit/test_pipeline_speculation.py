@@ -15,7 +15,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from ee_scale.backbone.digest import named_generator, named_seed
-from ee_scale.inference.pipeline_lossless import Speculation, reach, speedup
+from ee_scale.inference.pipeline_lossless import PipelineSpeculation, reach, speedup
 from ee_scale.inference.pipeline_messages import Decision, Token
 from ee_scale.inference.pipeline_rows import Row, row_seed
 
@@ -98,7 +98,9 @@ def play(
     far = reach(drafts_in, times, len(rows), length)
     pipe = Pipe(times, drafts_in, says, answers, len(rows), far.in_flight)
     heard: Counter[int] = Counter()
-    speculation = Speculation(rows, EXIT, LAYERS, far, pipe.launch, pipe.hear, lambda row: heard.update([id(row)]))
+    speculation = PipelineSpeculation(
+        rows, EXIT, LAYERS, far, pipe.launch, pipe.hear, lambda row: heard.update([id(row)])
+    )
     drafted, accepted = speculation.run()
     assert not any(pipe.queues.values()), "answers that nobody read"
     assert [heard[id(row)] for row in rows] == [len(row.tokens) for row in rows]
