@@ -141,6 +141,19 @@ def test_caches_are_right_and_nothing_stale_is_read(precise, monkeypatch, policy
     assert not all(ends)
 
 
+def test_drafts_are_copied_from_the_text_of_the_row_alone(precise):
+    def look(queue: RowQueue) -> None:
+        texts, loop = queue.texts, queue.loop
+        assert set(loop.prompt.texts) <= set(loop.rows)
+        for row, index in loop.prompt.texts.items():
+            assert index.tokens == texts.ids[row, : texts.lengths[row]].tolist()
+        seen.update(loop.prompt.texts)
+
+    seen: set[int] = set()
+    decode(precise, rows_of(), "lossless", look=look, exit_draft_sources="prompt", exit_draft_length=2)
+    assert len(seen) == PLACES
+
+
 @pytest.mark.parametrize("policy", ["threshold", "lossless"])
 def test_memory_does_not_grow_with_prompts(precise, policy):
     sizes = []
