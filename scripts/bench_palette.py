@@ -219,7 +219,7 @@ class Bench:
     def cheap(self) -> list[str]:
         """Settings of steps that cost little."""
         sizes = ", ".join(f"{{ffn: {ffn}, depth: {depth}}}" for ffn, depth in self.case.sizes)
-        drawn = ["members=palette", "palette_share=1.0", "smallest=false", "full_every=4"]
+        drawn = ["palette_share=1.0", "smallest=false", "full_every=4"]
         kept = f"distill.cache={self.case.kept}"
         return [f"space.palette=[{sizes}]", kept, *(f"sampling.{setting}" for setting in drawn)]
 

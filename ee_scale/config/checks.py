@@ -87,8 +87,6 @@ def check_supernet(config: SupernetConfig) -> None:
             raise UserError(f"stages[{number}].axes=[]: stages without axes come first, they make the teacher")
     if not config.sampling.smallest and config.sampling.randoms == 0:
         raise UserError("sampling.smallest=false and sampling.randoms=0: no subnet would train beside the full model")
-    if config.sampling.members == "palette" and not config.space.palette:
-        raise UserError("sampling.members=palette: give the sizes, space.palette=[{ffn: 0.5, depth: 0.5}, ...]")
     if config.distill.teacher == "live":
         if config.sampling.full_every > 1:
             every = f"sampling.full_every={config.sampling.full_every}"

@@ -41,7 +41,8 @@ class SpaceConfig:
     ffn: list[Any] = setting([1.0, 0.75, 0.5], "MLP units per layer, as fractions or numbers")
     depth: list[Any] = setting([1.0, 0.75, 0.5], "layers, as fractions or numbers; the least important are dropped")
     palette: list[SizeConfig] = setting(
-        [], "sizes that will be shipped: [{ffn: 0.5, depth: 0.67}, ...]; what is left out is whole (sampling.members)"
+        [],
+        "sizes that will be shipped: [{ffn: 0.5, depth: 0.67}, ...]; what is left out is whole (sampling.palette_share)",
     )
     exits: list[int] = setting([], "layers k whose first k layers at full width are members as well: early exits")
     depth_parts: int | None = setting(
@@ -69,21 +70,18 @@ class FactorsConfig:
 @dataclass
 class SamplingConfig:
     smallest: bool = setting(
-        True, "the smallest subnet (members=palette: of the palette) trains in every step, beside the full one"
+        True,
+        "the smallest subnet (of space.palette, where sizes are drawn from it) trains in every step, beside the full",
     )
     randoms: int = setting(2, "random subnets per step", rule=at_least(0))
     gamma: float = setting(
         0.5, "exponent of the gradient scaling (n_full / n_sub)^gamma; 0: plain mean; may be negative"
     )
     full_every: int = setting(1, "the full net trains in every N-th step only", rule=at_least(1))
-    members: str = setting(
-        "space",
-        "random subnets: any of the space, or those of space.palette in a share palette_share of the draws",
-        rule=one_of("space", "palette"),
-    )
     palette_share: float = setting(
         0.8,
-        "members=palette: share of the draws that are sizes of the palette; the others are any of the space",
+        "share of the random subnets that are sizes of space.palette, each as often as the others; the rest are any of "
+        "the space",
         rule=Rule("must be in [0, 1]", lambda share: 0 <= share <= 1),
     )
 

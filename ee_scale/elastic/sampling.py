@@ -9,7 +9,6 @@ from ee_scale.elastic.subnet import SearchSpace, SubnetSpec
 
 FULL, SMALLEST, RANDOM = "full", "smallest", "random"
 ROLES = (FULL, SMALLEST, RANDOM)
-PALETTE = "palette"  # of `sampling.members`
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,8 @@ def draw_stream(
     if axes:
         random = Random(f"{seed}:{step}")
         members += [(SMALLEST, smallest_member(space, axes, sampling))] * sampling.smallest
-        members += [(RANDOM, random_member(space, axes, sampling, random)) for _ in range(sampling.randoms)]
+        turns = range(step * sampling.randoms, (step + 1) * sampling.randoms)
+        members += [(RANDOM, random_member(space, axes, sampling, random, seed, turn)) for turn in turns]
     members.sort(key=lambda member: (member[0] != FULL, -member[1].depth))
     drawn = [(micro_batch, role, spec) for role, spec in members for micro_batch in range(num_micro_batches)]
     most = trainable(full)
@@ -59,15 +59,22 @@ def draw_stream(
 
 def smallest_member(space: SearchSpace, axes: Sequence[str], sampling: SamplingConfig) -> SubnetSpec:
     """The subnet that trains beside the full one in every step."""
-    if sampling.members != PALETTE:
+    if not (space.palette and sampling.palette_share):
         return space.smallest(axes)
     return min(shipped_members(space, axes), key=lambda spec: (space.shape.layer_weights(spec), spec))
 
 
-def random_member(space: SearchSpace, axes: Sequence[str], sampling: SamplingConfig, random: Random) -> SubnetSpec:
-    """Any subnet, or mostly one that will be shipped."""
-    if sampling.members == PALETTE and random.random() < sampling.palette_share:
-        return random.choice(shipped_members(space, axes))
+def random_member(
+    space: SearchSpace, axes: Sequence[str], sampling: SamplingConfig, random: Random, seed: int, turn: int
+) -> SubnetSpec:
+    """Any subnet, or mostly one that will be shipped: those are dealt like cards, so that none is met more often.
+
+    turn: number of this draw in the run.
+    """
+    if space.palette and random.random() < sampling.palette_share:
+        shipped = shipped_members(space, axes)
+        deal, place = divmod(turn, len(shipped))
+        return Random(f"{seed}:deal {deal}").sample(shipped, len(shipped))[place]
     return space.draw(random, axes)
 
 

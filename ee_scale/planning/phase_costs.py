@@ -46,7 +46,7 @@ def drawn_specs(plan: SupernetSetup, index: int) -> list[tuple[SubnetSpec, float
         if sampling.smallest:
             specs.append((smallest_member(space, axes, sampling), 1.0))
         if sampling.randoms:
-            drawn = [random_member(space, axes, sampling, random) for _ in range(DRAWS)]
+            drawn = [random_member(space, axes, sampling, random, 0, turn) for turn in range(DRAWS)]
             specs += [(spec, sampling.randoms / DRAWS) for spec in drawn]
     return specs
 

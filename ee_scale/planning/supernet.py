@@ -13,7 +13,7 @@ from ee_scale.config.checks import check_batch, check_supernet
 from ee_scale.config.supernet import SupernetConfig
 from ee_scale.elastic.architecture import ElasticMap
 from ee_scale.elastic.order import UnitOrder
-from ee_scale.elastic.sampling import PALETTE, shipped_members
+from ee_scale.elastic.sampling import shipped_members
 from ee_scale.elastic.subnet import AXES, SearchSpace
 from ee_scale.errors import UserError
 from ee_scale.families.registry import elastic_family
@@ -139,10 +139,11 @@ def _check_axes(plan: SupernetPlan, space: SearchSpace) -> None:
             raise UserError(
                 f"stages: nothing can shrink in '{phase.name}': space.* has the full size alone for {phase.axes}"
             )
-        if phase.axes and plan.config.sampling.members == PALETTE and not shipped_members(space, phase.axes):
+        drawn = plan.config.sampling.palette_share if space.palette else 0.0
+        if phase.axes and drawn and not shipped_members(space, phase.axes):
             raise UserError(
                 f"stages: nothing of space.palette can shrink in '{phase.name}' (axes={phase.axes}); leave the stage "
-                "out, or sampling.members=space"
+                "out, or sampling.palette_share=0"
             )
 
 

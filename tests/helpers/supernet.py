@@ -54,7 +54,7 @@ class SupernetJob:
     steps: tuple[int, ...] = (1, 2)
     cache: int | None = None  # texts that fit; each comes in every step
     full_every: int = 1
-    members: str = "space"
+    palette_share: float = 0.0
 
     @property
     def task(self) -> str:
@@ -126,7 +126,7 @@ def config_of(job: SupernetJob, lr: float = 1e-2, eps: float = 1e-4, weight_deca
     """What the engine and the draws are given."""
     return SupernetConfig(
         factors=FactorsConfig(list(job.targets)),
-        sampling=SamplingConfig(True, 2, job.gamma, job.full_every, job.members),
+        sampling=SamplingConfig(True, 2, job.gamma, job.full_every, job.palette_share),
         distill=DistillConfig(
             job.teacher, job.kl_weight, job.feature_weight, 16, job.temperature, 7, cache_samples=SAMPLES
         ),

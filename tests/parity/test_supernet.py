@@ -17,10 +17,10 @@ JOBS = {
     "qwen2": SupernetJob("qwen2", gamma=-0.5),
     "qwen3": SupernetJob("qwen3", targets=("attention",), feature_weight=0.0),
     "llama, kept teacher, palette": SupernetJob(
-        "llama", cache=4, full_every=2, members="palette", steps=(1, 3), tied=True
+        "llama", cache=4, full_every=2, palette_share=0.8, steps=(1, 3), tied=True
     ),
     "bert": SupernetJob("bert"),
-    "bert, kept teacher, palette": SupernetJob("bert", cache=3, full_every=2, members="palette", steps=(1, 3)),
+    "bert, kept teacher, palette": SupernetJob("bert", cache=3, full_every=2, palette_share=0.8, steps=(1, 3)),
     "bert, live teacher": SupernetJob("bert", teacher="live", gamma=1.0),
 }
 # One process and two run everything; four share the cases out.

@@ -15,8 +15,8 @@ KEPT = {4: (0, 1, 2, 3), 3: (0, 1, 3), 2: (0, 3)}
 PALETTE = ((64, 4, 128, 4), (64, 2, 64, 3), (48, 4, 128, 2), (48, 4, 64, 2))
 
 
-def space(exits: tuple[int, ...] = ()) -> SearchSpace:
-    return SearchSpace(SHAPE, (64, 48, 32), (4, 2), (128, 64), (4, 3, 2), KEPT, exits, PALETTE)
+def space(exits: tuple[int, ...] = (), palette=()) -> SearchSpace:
+    return SearchSpace(SHAPE, (64, 48, 32), (4, 2), (128, 64), (4, 3, 2), KEPT, exits, palette)
 
 
 def size(spec: SubnetSpec) -> int:
@@ -25,9 +25,9 @@ def size(spec: SubnetSpec) -> int:
 
 
 def stream(
-    step: int = 0, micro_batches: int = 1, axes=AXES, exits: tuple[int, ...] = (), seed: int = 1234, **settings
+    step: int = 0, micro_batches: int = 1, axes=AXES, exits=(), seed: int = 1234, palette=(), **settings
 ) -> list[Draw]:
-    return draw_stream(space(exits), axes, step, micro_batches, SamplingConfig(**settings), seed, size)
+    return draw_stream(space(exits, palette), axes, step, micro_batches, SamplingConfig(**settings), seed, size)
 
 
 def specs(draws: list[Draw]) -> list[tuple[str, SubnetSpec]]:
@@ -125,16 +125,33 @@ def test_the_full_net_in_a_share_of_the_steps(full_every: int) -> None:
 def test_sizes_that_will_be_shipped_are_drawn_most() -> None:
     shipped = {space().member(*sizes) for sizes in PALETTE[1:]}
     for share in (1.0, 0.75):
-        drawn = [stream(s, members="palette", palette_share=share, smallest=False, randoms=4) for s in range(500)]
+        drawn = [stream(s, palette=PALETTE, palette_share=share, smallest=False, randoms=4) for s in range(500)]
         randoms = Counter(draw.spec for draws in drawn for draw in draws if draw.role == RANDOM)
         others = (1 - share) * 3 / 36  # those that the whole space hits by chance
         assert sum(randoms[spec] for spec in shipped) / 2000 == pytest.approx(share + others, abs=0.03)
         assert all(randoms[spec] / 2000 == pytest.approx(share / 3 + others / 3, abs=0.04) for spec in shipped)
         assert (set(randoms) <= shipped) == (share == 1)
-    narrow = {d.spec for s in range(60) for d in stream(s, axes=("ffn",), members="palette", palette_share=1.0)}
+    narrow = {d.spec for s in range(60) for d in stream(s, axes=("ffn",), palette=PALETTE, palette_share=1.0)}
     assert narrow == {SHAPE.full, SubnetSpec(64, 4, 64, (0, 1, 2, 3))}
 
 
 def test_the_smallest_net_of_the_palette() -> None:
-    (smallest,) = {draw.spec for draw in stream(members="palette") if draw.role == SMALLEST}
+    (smallest,) = {draw.spec for draw in stream(palette=PALETTE) if draw.role == SMALLEST}
     assert smallest == SubnetSpec(48, 4, 64, (0, 3))
+    (of_space,) = {draw.spec for draw in stream(palette=PALETTE, palette_share=0.0) if draw.role == SMALLEST}
+    assert of_space == space().smallest()
+
+
+@pytest.mark.parametrize("randoms", [1, 2])
+def test_sizes_of_the_palette_are_dealt_in_turn(randoms: int) -> None:
+    """Every three draws meet each of the three once, in an order that changes."""
+    drawn = [
+        [d.spec for d in stream(step, palette=PALETTE, palette_share=1.0, smallest=False, randoms=randoms)][1:]
+        for step in range(60)
+    ]
+    shipped = {space().member(*sizes) for sizes in PALETTE[1:]}
+    met = Counter(spec for specs in drawn for spec in specs)
+    assert met == dict.fromkeys(shipped, 20 * randoms)
+    deals = [tuple(spec for specs in drawn[i : i + 3] for spec in specs) for i in range(0, 60, 3)]
+    assert all(Counter(deal) == dict.fromkeys(shipped, randoms) for deal in deals)
+    assert len(set(deals)) > 3

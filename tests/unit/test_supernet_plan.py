@@ -53,9 +53,7 @@ def bert() -> BertConfig:
         ("distill.loss_chunk_tokens=0", "distill.loss_chunk_tokens=0: must be at least 1"),
         ("distill.feature_weight=-0.1", "distill.feature_weight=-0.1: must be at least 0"),
         ("sampling.full_every=0", "sampling.full_every=0: must be at least 1"),
-        ("sampling.members=some", "sampling.members=some: choose one of space, palette"),
         ("sampling.palette_share=1.5", "sampling.palette_share=1.5: must be in [0, 1]"),
-        ("sampling.members=palette", "sampling.members=palette: give the sizes, space.palette=[{ffn: 0.5, depth: 0.5}"),
         ("distill.cache_gb=0", "distill.cache_gb=0.0: must be above 0"),
         ("distill.cache_samples=0", "distill.cache_samples=0: must be at least 1"),
         ("sampling.randoms=-1", "sampling.randoms=-1: must be at least 0"),
@@ -173,7 +171,7 @@ def test_a_teacher_is_kept_for_texts_that_come_again():
 
 
 def test_a_stage_that_shrinks_nothing_of_the_palette_is_refused():
-    deep = ["sampling.members=palette", "space.palette=[{depth: 0.5}]"]
+    deep = ["space.palette=[{depth: 0.5}]"]
     with pytest.raises(UserError, match=r"nothing of space\.palette can shrink in 'width' \(axes=\['hidden', 'heads'"):
         plan(*deep)
     assert plan(*deep, f"stages=[{TEACHER},{ALL}]").total_steps == 7
