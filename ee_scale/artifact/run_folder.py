@@ -35,7 +35,7 @@ MAY_CHANGE = (
 UNSAID = {
     BACKBONE: FROZEN,
     "space.palette": [],
-    **{f"sampling.{name}": getattr(SamplingConfig(), name) for name in ("full_every", "members", "palette_share")},
+    **{f"sampling.{name}": getattr(SamplingConfig(), name) for name in ("full_every", "palette_share")},
     **{f"distill.{name}": getattr(DistillConfig(), name) for name in ("cache", "cache_samples")},
 }
 

@@ -42,7 +42,7 @@ class SpaceConfig:
     depth: list[Any] = setting([1.0, 0.75, 0.5], "layers, as fractions or numbers; the least important are dropped")
     palette: list[SizeConfig] = setting(
         [],
-        "sizes that will be shipped: [{ffn: 0.5, depth: 0.67}, ...]; what is left out is whole (sampling.palette_share)",
+        "sizes that will be shipped: [{ffn: 0.5, depth: 0.67}, ...]; the rest is whole (sampling.palette_share)",
     )
     exits: list[int] = setting([], "layers k whose first k layers at full width are members as well: early exits")
     depth_parts: int | None = setting(
