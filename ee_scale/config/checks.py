@@ -88,7 +88,7 @@ def check_supernet(config: SupernetConfig) -> None:
     if not config.sampling.smallest and config.sampling.randoms == 0:
         raise UserError("sampling.smallest=false and sampling.randoms=0: no subnet would train beside the full model")
     if config.distill.teacher == "live":
-        if config.sampling.full_every > 1:
+        if config.sampling.full_every != 1:
             every = f"sampling.full_every={config.sampling.full_every}"
             raise UserError(f"{every} with distill.teacher=live: the full net teaches in every step; use frozen")
         if config.distill.cache:

@@ -77,7 +77,11 @@ class SamplingConfig:
     gamma: float = setting(
         0.5, "exponent of the gradient scaling (n_full / n_sub)^gamma; 0: plain mean; may be negative"
     )
-    full_every: int = setting(1, "the full net trains in every N-th step only", rule=at_least(1))
+    full_every: int = setting(
+        1,
+        "the full net trains in every N-th step only; 0: never, then the full model of a palette is the frozen teacher",
+        rule=at_least(0),
+    )
     palette_share: float = setting(
         0.8,
         "share of the random subnets that are sizes of space.palette, each as often as the others; the rest are any of "
@@ -104,10 +108,10 @@ class DistillConfig:
     feature_dim: int = setting(128, "dimension that hidden states are projected to", rule=at_least(1))
     temperature: float = setting(1.0, "temperature of both distributions in the KL term", rule=above(0))
     loss_chunk_tokens: int | None = setting(None, CHUNK, rule=at_least(1))
-    cache: bool = setting(
-        False,
+    cache: bool | None = setting(
+        None,
         "compute the frozen teacher once per text and keep it in memory: its projected hidden states, logits of "
-        "classes, and of a causal LM cache_samples random tokens per position (unbiased)",
+        "classes, and of a causal LM cache_samples random tokens per position (unbiased); null: for classes",
     )
     cache_gb: float = setting(
         4.0, "cache: memory of one rank for it; texts beyond that are computed each time", rule=above(0)

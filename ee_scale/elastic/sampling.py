@@ -37,12 +37,13 @@ def draw_stream(
 
     So the same samples meet the same subnets at every grid, however many micro-batches a replica has.
 
-    The full net (the sandwich rule of US-Nets, as in MLFS; in every `full_every`-th step) comes first (it may be the
-    teacher), then deep to shallow: in a 1F1B pipeline the shallow ones then drain it. Gradient scaling: MLFS (arXiv
-    2404.01353) section 3, n counts trainable parameters; gamma may be negative.
+    The full net (the sandwich rule of US-Nets, as in MLFS; in every `full_every`-th step, or never) comes first (it may
+    be the teacher), then deep to shallow: in a 1F1B pipeline the shallow ones then drain it. Gradient scaling: MLFS
+    (arXiv 2404.01353) section 3, n counts trainable parameters; gamma may be negative.
     """
     full = space.shape.full
-    members = [(FULL, full)] if not axes or step % sampling.full_every == 0 else []
+    every = sampling.full_every if axes else 1
+    members = [(FULL, full)] if every and step % every == 0 else []
     if axes:
         random = Random(f"{seed}:{step}")
         members += [(SMALLEST, smallest_member(space, axes, sampling))] * sampling.smallest

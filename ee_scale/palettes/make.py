@@ -1,6 +1,7 @@
 """Make a palette: search, cut out, measure, recommend."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -167,14 +168,13 @@ class Palette:
         live = plan.config.distill.teacher == LIVE
         self.teacher = supernet.teacher(supernet.phases if live else plan.phases.of_teacher)
         self.texts = sum(len(batch["labels"]) for batch in batches)
-        # Numbers per unit of width that a tied model has not: training gave the output matrix values of its own.
-        tied = plan.map.config.tie_word_embeddings and plan.task == "causal_lm"
-        self.untied = plan.map.config.vocab_size * (tied and not is_tied(plan.map, supernet.trained))
         self.limits = limits_of(config)
         self.times = PartTimes(plan.map, config.tokens, 0.1, self.device, run.stage.dtype)
         self.judged: dict[SubnetSpec, Judged] = {}
         self.measures: dict[SubnetSpec, EdgeMeasure] = {}
-        self.polished: dict[SubnetSpec, TrainedSupernet] = {}
+        self.own: dict[SubnetSpec, TrainedSupernet] = {}  # of sizes that have other weights than the supernet
+        if not plan.config.sampling.full_every:
+            self.own[plan.map.shape.full] = self.teacher
 
     def make(self) -> Manifest:
         """Search, cut out and measure. Raises `UserError` where nothing keeps the limits."""
@@ -223,12 +223,14 @@ class Palette:
 
     def _quality(self, spec: SubnetSpec) -> float:
         if spec not in self.judged:
-            self.judged[spec] = self.judge.judge(spec)
+            as_teacher = self.judge.stage.teaching(self.teacher.phases) if spec in self.own else nullcontext()
+            with as_teacher:
+                self.judged[spec] = self.judge.judge(spec)
         return self.judge.lower_is_better(self.judged[spec].figures)
 
     def _estimate(self, spec: SubnetSpec) -> dict[str, float]:
         """Exact parameters and FLOPs; latency by look-up and memory by weights, where they are asked for."""
-        params = self.plan.map.parameters(spec) + self.untied * spec.hidden
+        params = self.plan.map.parameters(spec) + self._untied(spec) * spec.hidden
         costs = {"params": params, "flops": self.plan.map.flops(spec, self.config.tokens)}
         wanted = {*self.limits, self.config.objective}
         if "latency_ms" in wanted:
@@ -236,6 +238,16 @@ class Palette:
         if "memory_mb" in wanted:
             costs["memory_mb"] = params * self.judge.stage.dtype.itemsize / MEGABYTE
         return costs
+
+    def _untied(self, spec: SubnetSpec) -> int:
+        """Numbers per unit of width that a tied model has not: training gave the output matrix values of its own."""
+        config = self.plan.map.config
+        tied = config.tie_word_embeddings and self.plan.task == "causal_lm"
+        return config.vocab_size * (tied and not is_tied(self.plan.map, self._state(spec).trained))
+
+    def _state(self, spec: SubnetSpec) -> TrainedSupernet:
+        """Where a size's weights come from."""
+        return self.own.get(spec, self.supernet)
 
     def _measure(self, candidate: Candidate) -> Mapping[str, float]:
         measure = self._measure_spec(candidate.spec)
@@ -286,11 +298,11 @@ class Palette:
 
     def _polished(self, polish: Polish, specs: list[SubnetSpec]) -> dict[SubnetSpec, dict[str, float]]:
         """Train each size by itself and write it anew. Returns what the sizes were before."""
-        before = {}
+        before, specs = {}, [spec for spec in specs if spec not in self.own]
         with shares("polishing") as progress:
             for done, spec in enumerate(specs):
                 trained = {**self.supernet.trained, **polish.train(spec)}
-                self.polished[spec] = replace(self.supernet, trained=trained)
+                self.own[spec] = replace(self.supernet, trained=trained)
                 before[spec], self.judged[spec] = self.judged[spec].figures, self.judge.judge(spec)
                 self._write(spec, f"{self.config.polish} more steps trained this size alone.")
                 progress((done + 1) / len(specs))
@@ -303,7 +315,7 @@ class Palette:
         if folder.exists():
             remove_folder(folder)
         facts = ", ".join(f"{name} {value:.4g}" for name, value in self.judged[spec].figures.items())
-        model = subnet_model(self.plan.map, self.base, self.order, self.polished.get(spec, self.supernet), spec)
+        model = subnet_model(self.plan.map, self.base, self.order, self._state(spec), spec)
         said = f"On held-out data: {facts}. {more}".strip()
         write_subnet(folder, model, self.supernet, spec, said, self.teacher.fingerprint)
         return folder
@@ -311,7 +323,7 @@ class Palette:
     def _found_by(self, audit: Audit, specs: list[SubnetSpec]) -> dict[str, Overlap]:
         """What the sizes and the teacher give back of the training text."""
         writers = [("teacher", self.teacher, self.plan.map.shape.full)]
-        writers += [(self._name(spec), self.polished.get(spec, self.supernet), spec) for spec in specs]
+        writers += [(self._name(spec), self._state(spec), spec) for spec in specs]
         with shares("looking for training text") as progress:
             for done, (name, supernet, spec) in enumerate(writers):
                 audit.write(name, subnet_model(self.plan.map, self.base, self.order, supernet, spec))

@@ -40,7 +40,8 @@ DRAWS = 256  # subnets that the mean cost of a random one is taken over
 def drawn_specs(plan: SupernetSetup, index: int) -> list[tuple[SubnetSpec, float]]:
     """(subnet, times per micro-batch) of a phase, over its steps: the full net, the smallest, and random ones."""
     axes, sampling = plan.phases[index].axes, plan.config.sampling
-    specs = [(plan.map.shape.full, 1.0 / sampling.full_every if axes else 1.0)]
+    every = sampling.full_every if axes else 1
+    specs = [(plan.map.shape.full, 1.0 / every)] if every else []
     if axes:
         space, random = _space(plan), Random(0)
         if sampling.smallest:
@@ -56,7 +57,7 @@ def draws_per_micro_batch(plan: SupernetSetup, index: int) -> int:
     sampling = plan.config.sampling
     if not plan.phases[index].axes:
         return 1
-    return (2 if sampling.smallest else 1) + sampling.randoms
+    return bool(sampling.full_every) + sampling.smallest + sampling.randoms
 
 
 def phase_work(plan: SupernetSetup, index: int) -> list[StageWork]:
@@ -119,7 +120,9 @@ def _stage_work(
         head += times * sum(sum(counts.matrix(spec, name)) / tokens for name, tokens in _heads(plan, seq_length))
     teacher = plan.map.layer_flops(full, seq_length) + 2 * features * full.hidden
     looked = len(plan.stages.layers(stage)) * teacher * _looks(plan) if teaches else 0.0
-    if learns and plan.task == "causal_lm" and not distill.cache:  # the teacher's logits are computed for every draw
+    if (
+        learns and plan.task == "causal_lm" and not plan.keeps_teacher
+    ):  # the teacher's logits are computed for every draw
         learners = sum(times for _, times in specs)
         if not teaches:
             learners -= 1  # the full net, which is the teacher
@@ -129,7 +132,7 @@ def _stage_work(
 
 def _looks(plan: SupernetSetup) -> float:
     """Share of the micro-batches that the frozen teacher looks at; labelled texts are few, and come again and again."""
-    if not plan.config.distill.cache:
+    if not plan.keeps_teacher:
         return 1.0
     reads = plan.phases.total_steps * plan.config.train.global_batch_size
     return min(1.0, (plan.config.data.sequences or 0) / reads) if plan.task == "causal_lm" else 0.0

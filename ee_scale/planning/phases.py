@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from ee_scale.backbone.stages import StagePlan
 from ee_scale.config.supernet import PhaseConfig, SupernetConfig
 from ee_scale.elastic.architecture import ElasticMap
+from ee_scale.elastic.distill import FROZEN
 from ee_scale.elastic.factors import FactorPlan
 from ee_scale.elastic.order import UnitOrder
 from ee_scale.elastic.sampling import Draw, draw_stream
@@ -71,6 +72,14 @@ class SupernetSetup(Plan[SupernetConfig]):
     @property
     def task(self) -> str:
         return self.map.family.task
+
+    @property
+    def keeps_teacher(self) -> bool:
+        """Whether what the frozen teacher says of a text is computed once. Labelled texts come again and again."""
+        distill = self.config.distill
+        if distill.cache is None:
+            return self.task == "classify" and distill.teacher == FROZEN
+        return distill.cache
 
     def space(self, order: UnitOrder) -> SearchSpace:
         """The search space, once it is known which layers matter least."""

@@ -76,7 +76,7 @@ class SupernetPlan(SupernetSetup):
         return [phase_traffic(self, stage, BF16 if bf16 else FP32) for stage in range(self.stages.launched)]
 
     def notes(self) -> Mapping[str, str]:
-        if not self.config.distill.cache:
+        if not self.keeps_teacher:
             return {}
         return {"teacher": f"kept: {kept_teacher(self, BF16 if is_bf16(self.config) else FP32).words}"}
 

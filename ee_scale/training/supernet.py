@@ -171,7 +171,7 @@ class SupernetRun(Run[SupernetConfig, SupernetPlan]):
             for index in range(min(teacher, self.index)):
                 module.merge(index)
         teaches = teacher if phase.axes else None
-        if phase.axes and self.config.distill.cache and self.cache is None:
+        if phase.axes and self.plan.keeps_teacher and self.cache is None:
             kept = kept_teacher(self.plan, self.stage.dtype.itemsize)
             log.info("the teacher is kept: %s", kept.words)
             self.cache = TeacherCache(kept.most_tokens)

@@ -280,6 +280,33 @@ def test_polish_needs_a_teacher(supernet_run, tmp_path):
     )
 
 
+# -- a full net that never trains --------------------------------------------------------------------------------------
+
+TAUGHT = ["sampling.full_every=0", "sampling.smallest=false", "sampling.randoms=1", "space.palette=[{}, {ffn: 0.5}]"]
+
+
+def test_the_full_model_of_a_palette_is_the_teacher_where_it_never_trained(supernet_arguments, model_dir, tmp_path):
+    """Here the base model itself teaches; what the sizes trained is no part of it, polished or not."""
+    given = [word for word in supernet_arguments if not word.startswith("stages=")]
+    stages = "stages=[{name: sizes, axes: [ffn], steps: 6, rank: 2, lr: 2.0}]"  # it only gets worse
+    finished = run_cli([*given, *TAUGHT, stages, "parallel.pp=1", "out=run"], tmp_path)
+    assert finished.code == 0, finished.output
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [set(line["loss"]) for line in lines if "loss" in line] == [{"random"}] * 6
+    manifest = made(tmp_path, tmp_path / "run", "samples=12", "polish=2")
+    whole, half = sorted(manifest.members, key=lambda member: -member.params)
+    base = AutoModelForCausalLM.from_pretrained(model_dir)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "palette" / whole.folder)
+    assert model.config.intermediate_size == base.config.intermediate_size
+    assert bool(whole.before) < bool(half.before)
+    own = model.state_dict()
+    for name, tensor in base.state_dict().items():
+        assert sorted(own[name].flatten().tolist()) == sorted(tensor.flatten().tolist()), name  # units are reordered
+    ids = torch.arange(12).view(1, -1)
+    torch.testing.assert_close(model(ids).logits, base(ids).logits)
+    assert manifest.full.quality == whole.quality
+
+
 # -- limits ------------------------------------------------------------------------------------------------------------
 
 

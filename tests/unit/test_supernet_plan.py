@@ -52,7 +52,7 @@ def bert() -> BertConfig:
         ("data.seq_length=0", "data.seq_length=0: must be at least 1"),
         ("distill.loss_chunk_tokens=0", "distill.loss_chunk_tokens=0: must be at least 1"),
         ("distill.feature_weight=-0.1", "distill.feature_weight=-0.1: must be at least 0"),
-        ("sampling.full_every=0", "sampling.full_every=0: must be at least 1"),
+        ("sampling.full_every=-1", "sampling.full_every=-1: must be at least 0"),
         ("sampling.palette_share=1.5", "sampling.palette_share=1.5: must be in [0, 1]"),
         ("distill.cache_gb=0", "distill.cache_gb=0.0: must be above 0"),
         ("distill.cache_samples=0", "distill.cache_samples=0: must be at least 1"),
