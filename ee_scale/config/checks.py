@@ -90,7 +90,7 @@ def check_supernet(config: SupernetConfig) -> None:
     if config.distill.teacher == "live":
         if config.sampling.full_every != 1:
             every = f"sampling.full_every={config.sampling.full_every}"
-            raise UserError(f"{every} with distill.teacher=live: the full net teaches in every step; use frozen")
+            raise UserError(f"{every} with distill.teacher=live: the full net teaches in every step; give 1, or frozen")
         if config.distill.cache:
             raise UserError("distill.cache=true with distill.teacher=live: a teacher that trains says something new")
     places = ("attention", "mlp", "embeddings", "head")

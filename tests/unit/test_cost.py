@@ -294,7 +294,7 @@ def _embedding_factor_flops(plan: SupernetPlan, spec: Any, rank: int) -> float:
 
 
 def test_draws_of_a_phase() -> None:
-    plan = supernet_plan(tiny_config("llama", num_hidden_layers=4), "sampling.randoms=2")
+    plan = supernet_plan(tiny_config("llama", num_hidden_layers=4), "recipe=paper")
     specs = drawn_specs(plan, 1)
     assert sum(times for _, times in specs) == pytest.approx(4)
     assert next(times for spec, times in specs if spec == plan.map.shape.full) == 1

@@ -88,12 +88,12 @@ def test_checks_that_need_no_model(override: str, message: str):
 def test_something_must_train_beside_the_full_net():
     with pytest.raises(UserError, match="no subnet would train beside the full model"):
         check_supernet(compose("sampling.smallest=false", "sampling.randoms=0"))
-    check_supernet(compose("sampling.smallest=false"))
-    check_supernet(compose("sampling.randoms=0"))
+    check_supernet(compose("sampling.smallest=false", "sampling.randoms=1"))
+    check_supernet(compose("sampling.smallest=true", "sampling.randoms=0"))
 
 
 def test_shipped_recipes_and_spaces_pass():
-    for recipe in ("mlfs", "one_stage", "pretrained"):
+    for recipe in ("mlfs", "one_stage", "paper", "pretrained"):
         check_supernet(compose(f"recipe={recipe}"))
     for space in ("halves", "decoder", "bert_small", "encoder_deep_cut"):
         plan(f"space={space}", "recipe=one_stage")
@@ -156,7 +156,7 @@ def test_architectures_are_refused_by_name():
 
 
 def test_a_teacher_that_trains_is_neither_kept_nor_left_out():
-    live = ["distill.teacher=live", "data.sequences=8"]
+    live = ["recipe=one_stage", "data.sequences=8"]
     with pytest.raises(UserError, match=r"sampling\.full_every=2 with distill\.teacher=live: the full net teaches"):
         plan(*live, "sampling.full_every=2")
     with pytest.raises(UserError, match=r"distill\.cache=true with distill\.teacher=live"):
@@ -173,7 +173,8 @@ def test_a_teacher_is_kept_for_texts_that_come_again():
 def test_a_stage_that_shrinks_nothing_of_the_palette_is_refused():
     deep = ["space.palette=[{depth: 0.5}]"]
     with pytest.raises(UserError, match=r"nothing of space\.palette can shrink in 'width' \(axes=\['hidden', 'heads'"):
-        plan(*deep)
+        plan(*deep, "stages=[{name: width, axes: [hidden, heads, ffn], steps: 3}]")
+    assert plan(*deep, "recipe=paper").total_steps == 900  # which draws from the whole space
     assert plan(*deep, f"stages=[{TEACHER},{ALL}]").total_steps == 7
 
 
@@ -206,6 +207,7 @@ def test_the_space_drops_what_matters_least():
 
 def test_settings_reach_the_parts_that_read_them():
     made = plan(
+        "recipe=one_stage",
         f"stages=[{TEACHER},{ALL}]",
         "factors={targets: [mlp], vectors: false}",
         "sampling={smallest: false, randoms: 3, gamma: -0.5}",
@@ -233,14 +235,24 @@ def test_what_is_kept_of_the_teacher():
 
 def test_a_kept_teacher_and_a_rare_full_net_cost_less():
     stages = f"stages=[{ALL}]"
-    whole, rare = plan(stages, "data.sequences=16"), plan(stages, "data.sequences=16", "sampling.full_every=4")
-    kept = plan(stages, "data.sequences=16", "distill.cache=true")
+    paper = ["recipe=paper", stages, "data.sequences=16"]
+    whole, rare, never = (plan(*paper, f"sampling.full_every={every}") for every in (1, 4, 0))
+    kept = plan(*paper, "distill.cache=true")
     assert kept.work()[0].teacher == pytest.approx(whole.work()[0].teacher * 16 / 64)
     assert kept.work()[0].exits < whole.work()[0].exits  # no logits of the teacher
     assert (kept.work()[0].forward, kept.work()[0].backward) == (whole.work()[0].forward, whole.work()[0].backward)
     saved = whole.work()[0].forward - rare.work()[0].forward
     alone = plan(f"stages=[{TEACHER},{ALL}]").phase_flops(0)
     assert 0 < saved < 0.75 * alone
+    assert whole.work()[0].forward - never.work()[0].forward == pytest.approx(saved / 0.75)
+
+
+def test_the_teacher_of_classes_is_kept_unless_it_trains():
+    given = {"model": bert(), "labels": LABELS}
+    assert plan("space=bert_small", **given).keeps_teacher
+    assert not plan("space=bert_small", "distill.cache=false", **given).keeps_teacher
+    assert not plan("space=bert_small", "recipe=one_stage", **given).keeps_teacher
+    assert not plan().keeps_teacher  # texts of a corpus come once
 
 
 def test_stages_follow_each_other():
