@@ -10,7 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from _palette_report import Result, compared
+from _palette_latency import measure_latency
+from _palette_report import POLISHED, SEPARATE, SUPERNET, Report, Result, Way, summed_up
 from rich.console import Console
 
 from ee_scale.config.compose import compose_config
@@ -23,12 +24,15 @@ from ee_scale.palettes.intervals import Scores
 from ee_scale.palettes.judge import Judge
 from ee_scale.palettes.make import held_out
 from ee_scale.palettes.polish import POLISH, Polish
+from ee_scale.planning.supernet import SupernetPlan
 from ee_scale.training.loop import Loop
 from ee_scale.training.schedules import LearningRate
 from ee_scale.training.supernet import Supernet, SupernetRun, build_stage, open_phases, start_run, unit_order
 from ee_scale.training.supernet_data import Data, prepare_data
 from ee_scale.training.watchdog import Watchdog
 
+HELD_OUT = "held out"
+ABLATION = 2.5  # of a cheap run's time: full net, smallest and another one in every step
 AXES = "[hidden,heads,ffn,depth]"
 WIDTHS = "[hidden,heads,ffn]"
 
@@ -46,6 +50,7 @@ class Case:
     rank: int  # of the factors behind the teacher's
     ablations: bool
     kept: bool  # whether the teacher is kept: texts come again
+    elsewhere: Path | None = None  # labelled texts of another domain, to judge on too
 
 
 class NoWriter(nullcontext):
@@ -73,11 +78,20 @@ class Bench:
         self.layer_params = [plan.map.parameters(spec, layers_only=True) for spec in self.sizes]
         self.full = plan.map.shape.full
         self.full_params = (plan.map.parameters(self.full), plan.map.parameters(self.full, layers_only=True))
-        judged = SimpleNamespace(data=None, samples=case.samples, seed=0, batch_size=32, cache_dir=None)
-        self.batches = held_out(judged, plan)
+        self.map, self.tokens = plan.map, plan.config.data.seq_length
+        self.batches = {name: self._held_out(plan, path) for name, path in self._texts().items()}
         self.teacher: dict[str, torch.Tensor] = {}
         self.results: dict[str, Result] = {}
         self.teacher_seconds = 0.0
+
+    def _texts(self) -> dict[str, str | None]:
+        """Files to judge on; the first one decides. None: that of the run."""
+        elsewhere = self.case.elsewhere
+        return {HELD_OUT: None, **({elsewhere.stem: str(elsewhere)} if elsewhere else {})}
+
+    def _held_out(self, plan: SupernetPlan, path: str | None) -> list[dict[str, torch.Tensor]]:
+        judged = SimpleNamespace(data=path, samples=self.case.samples, seed=0, batch_size=32, cache_dir=None)
+        return held_out(judged, plan)
 
     def recipe(self, rank: int, one_stage: bool = False, polish: int = 0) -> str:
         """The stages as a setting; `polish`: steps of one more, for a size alone."""
@@ -96,11 +110,11 @@ class Bench:
         ]
         return f"stages=[{', '.join(lines)}]"
 
-    def plan(self, *settings: str) -> Any:
+    def plan(self, *settings: str) -> SupernetPlan:
         """A run's plan."""
         return Supernet.of(compose_config("supernet", [*self.case.settings, *settings])).plan
 
-    def begin(self, plan: Any) -> SupernetRun:
+    def begin(self, plan: SupernetPlan) -> SupernetRun:
         """A run that starts from the teacher."""
         run = start_run(plan, self.grid, build_stage(plan, self.grid), self.order)
         if self.teacher and plan.phases.of_teacher:
@@ -111,9 +125,13 @@ class Bench:
             run.step = plan.phases.ends[0]
         return run
 
-    def judge(self, run: SupernetRun, spec: SubnetSpec) -> Scores:
+    def judge(self, run: SupernetRun, spec: SubnetSpec, texts: str = HELD_OUT) -> Scores:
         """Accuracy, or loss, text by text."""
-        return Judge(run.stage, self.batches).judge(spec).scores
+        return Judge(run.stage, self.batches[texts]).judge(spec).scores
+
+    def judged(self, run: SupernetRun, spec: SubnetSpec) -> dict[str, Scores]:
+        """The same on every file."""
+        return {texts: self.judge(run, spec, texts) for texts in self.batches}
 
     def train_teacher(self) -> None:
         """The stage without axes, once for all ways."""
@@ -122,47 +140,56 @@ class Bench:
             self.teacher_seconds = timed(lambda: self._train(run))
             self.teacher = {name: p.detach().clone() for name, p in run.factors[0].named.items()}
         run = self.begin(self.plan(self.recipe(self.case.rank)))
-        self.metric, self.taught = Judge(run.stage, self.batches).metric, self.judge(run, self.full)
-        self.say(f"teacher: {self.teacher_seconds:.0f} s, quality {self.taught.mean:.4f}")
-        self.add("sliced", 0, 0.0, [self.judge(run, spec) for spec in self.sizes])
+        self.metric = Judge(run.stage, self.batches[HELD_OUT]).metric
+        self.taught = self.judged(run, self.full)
+        self.say(f"teacher: {self.teacher_seconds:.0f} s, quality {self.taught[HELD_OUT].mean:.4f}")
+        self.add("sliced", 0, 0.0, [self.judged(run, spec) for spec in self.sizes])
 
     def supernet(self, name: str, *settings: str, whole: bool = False, one_stage: bool = False) -> None:
         """All sizes from one run."""
         rank = 0 if whole else self.case.rank
-        plan = self.plan(self.recipe(rank, one_stage), *settings)
-        run = self.begin(plan)
-        seconds = timed(lambda: self._train(run)) + (0.0 if one_stage else self.teacher_seconds)
-        trained = sum(self._factors(run, i).parameters(self.full) for i in range(len(plan.phases)))
-        self.add(name, trained, seconds, [self.judge(run, spec) for spec in self.sizes])
-        self.say(f"    full net after training: {self.judge(run, self.full).mean:.4f}")
+        run = self.begin(self.plan(self.recipe(rank, one_stage), *settings))
+        seconds = timed(lambda: self._train(run))
+        self._add_supernet(name, run, seconds, len(run.plan.phases), starts_at_teacher=not one_stage)
 
-    def polished(self, steps: int) -> None:
-        """All sizes from one run, and then some steps for each alone."""
-        run = self.begin(self.plan(self.recipe(self.case.rank, polish=steps), *self.cheap(), "train.seed=0"))
-        seconds = timed(lambda: self._train(run, run.plan.phases.ends[-2])) + self.teacher_seconds
+    def polished(self, steps: int, *settings: str) -> None:
+        """All sizes from one run, and then some steps for each alone. What they were before is the way `supernet`."""
+        run = self.begin(self.plan(self.recipe(self.case.rank, polish=steps), *self.cheap(), *settings))
+        phases = len(run.plan.phases) - 1
+        seconds = timed(lambda: self._train(run, run.plan.phases.ends[phases - 1]))
+        trained = self._add_supernet(SUPERNET, run, seconds, phases)
         polish, scores = Polish(run), []
         for spec in self.sizes:
             polish.train(spec)
-            scores.append(self.judge(run, spec))
-        trained = sum(self._factors(run, i).parameters(self.full) for i in range(len(run.plan.phases) - 1))
-        trained += sum(self._factors(run, run.index).parameters(spec) for spec in self.sizes)
-        self.add(f"polished, {steps} steps", trained, seconds + polish.seconds, scores)
+            scores.append(self.judged(run, spec))
+        trained += sum(self._factors(run, phases).parameters(spec) for spec in self.sizes)
+        self.add(f"{POLISHED}, {steps} steps", trained, seconds + polish.seconds, scores)
+
+    def _add_supernet(
+        self, name: str, run: SupernetRun, seconds: float, phases: int, *, starts_at_teacher: bool = True
+    ) -> int:
+        """Keep a supernet of so many phases; returns how many numbers they train."""
+        trained = sum(self._factors(run, i).parameters(self.full) for i in range(phases))
+        scores = [self.judged(run, spec) for spec in self.sizes]
+        self.add(name, trained, seconds, scores, starts_at_teacher=starts_at_teacher)
+        self.say(f"    full net after training: {self.judge(run, self.full).mean:.4f}")
+        return trained
 
     def separate(self, *settings: str) -> None:
         """A run per size: the same losses, teacher and number of steps, on that size alone."""
         plan = self.plan(self.recipe(self.case.rank), *settings)
         index = plan.phases.of_teacher
-        seconds, trained, scores = self.teacher_seconds, 0, []
+        seconds, trained, scores = 0.0, 0, []
         for spec in self.sizes:
             run = self.begin(plan)
             open_phases(run, index)
             run.start_engine()
             seconds += timed(lambda run=run, spec=spec: self._train_one(run, spec))
             trained += self._factors(run, index).parameters(spec)
-            scores.append(self.judge(run, spec))
+            scores.append(self.judged(run, spec))
         if index:
             trained += self._factors(run, 0).parameters(self.full)
-        self.add("separate", trained, seconds, scores)
+        self.add(SEPARATE, trained, seconds, scores)
 
     def _train(self, run: SupernetRun, steps: int | None = None) -> None:
         run.data = Data(run.plan, self.grid)
@@ -182,13 +209,22 @@ class Bench:
     def _factors(self, run: SupernetRun, index: int) -> FactorPlan:
         return run.plan.factors(index, run.stage.new)
 
-    def add(self, name: str, trained: int, seconds: float, scores: list[Scores]) -> None:
-        """Keep a run and tell."""
-        result = self.results.setdefault(name, Result(name, trained))
+    def add(
+        self,
+        name: str,
+        trained: int,
+        seconds: float,
+        scores: list[dict[str, Scores]],
+        *,
+        starts_at_teacher: bool = True,
+    ) -> None:
+        """Keep a run and tell. seconds: without the teacher's."""
+        teacher = self.teacher_seconds if starts_at_teacher else 0.0
+        result = self.results.setdefault(name, Result(name, trained, teacher))
         result.seconds.append(seconds)
         result.runs.append(scores)
-        found = "  ".join(f"{own.mean:.4f}" for own in scores)
-        self.say(f"{name}: {seconds:.0f} s, {trained:,} trained, {found}")
+        found = "  ".join(f"{own[HELD_OUT].mean:.4f}" for own in scores)
+        self.say(f"{name}: {teacher + seconds:.0f} s, {trained:,} trained, {found}")
 
     def cheap(self) -> list[str]:
         """Settings of steps that cost little."""
@@ -201,14 +237,40 @@ class Bench:
         """A line as it comes."""
         self.out.print(text, highlight=False)
 
-    def run(self, seeds: int, polish: int) -> dict[str, Any]:
-        """All ways; returns what goes to JSON."""
+    def run(self, seeds: int, polish: int, *, ablations: bool = False, latency: bool = True) -> Report:
+        """All ways."""
+        began = time.perf_counter()
+        found = measure_latency(self.map, self.sizes, self.tokens) if latency else None  # first: it may refuse
         self.train_teacher()
+        before = time.perf_counter()
         for seed in range(seeds):
-            self.supernet("supernet", *self.cheap(), f"train.seed={seed}")
+            if polish:
+                self.polished(polish, f"train.seed={seed}")
+            else:
+                self.supernet(SUPERNET, *self.cheap(), f"train.seed={seed}")
+            if not seed:
+                self._foretell(began, before, seeds, ablations=ablations)
             self.separate(f"distill.cache={self.case.kept}", f"train.seed={seed}")
-        if polish:
-            self.polished(polish)
+        if ablations:
+            self.ablate()
+        results = list(self.results.values())
+        return Report(
+            case=self.case.name,
+            metric=self.metric,
+            steps=self.case.steps,
+            sizes=[spec.name for spec in self.sizes],
+            params=self.params,
+            layer_params=self.layer_params,
+            full_params=self.full_params[0],
+            full_layer_params=self.full_params[1],
+            teacher_seconds=self.teacher_seconds,
+            ways=[Way(r.name, r.teacher + r.apart, r.apart, r.trained) for r in results],
+            judged=[summed_up(name, taught, results, self.metric) for name, taught in self.taught.items()],
+            latency=found,
+        )
+
+    def ablate(self) -> None:
+        """What the parts of the supernet are good for."""
         self.supernet("sandwich")
         self.supernet("whole weights", whole=True)
         if self.case.ablations:
@@ -217,23 +279,14 @@ class Bench:
             self.supernet("no distillation", "distill.kl_weight=0", "distill.feature_weight=0")
             self.supernet("live teacher", "distill.teacher=live")
             self.supernet("one stage", "distill.teacher=live", one_stage=True)  # nobody was frozen before it
-        return {
-            "case": self.case.name,
-            "metric": self.metric,
-            "texts": len(self.taught.sums),
-            "sizes": [spec.name for spec in self.sizes],
-            "params": self.params,
-            "layer_params": self.layer_params,
-            "full_params": self.full_params,
-            "teacher": {"quality": self.taught.mean, "seconds": self.teacher_seconds},
-            "steps": self.case.steps,
-            "results": [result.to_dict(self.metric) for result in self.results.values()],
-            "supernet minus separate": [compared(*sizes) for sizes in zip(*self.pair(), strict=True)],
-        }
 
-    def pair(self) -> list[list[tuple[Scores, ...]]]:
-        """Of the two ways that are compared: of each size, what every seed answered."""
-        return [list(zip(*self.results[name].runs, strict=True)) for name in ("supernet", "separate")]
+    def _foretell(self, began: float, before: float, seeds: int, *, ablations: bool) -> None:
+        """How long the case will take; a step of a separate run costs about what one of the supernet does."""
+        now, one = time.perf_counter(), self.results[SUPERNET].apart
+        more = (seeds - 1) * (now - before) + seeds * len(self.sizes) * one
+        if ablations:
+            more += ABLATION * one * (7 if self.case.ablations else 2)
+        self.say(f"about {(now - began + more) / 60:.0f} minutes for this case, {more / 60:.0f} of them still to come")
 
 
 def timed(call: Callable[[], Any]) -> float:

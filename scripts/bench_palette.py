@@ -10,17 +10,22 @@ same teacher (encoder: the model after the first stage; decoder: the model as it
     supernet       low-rank stages with distillation, all sizes at once, in cheap steps: the teacher kept, the full net
                    in every fourth step, one of the six sizes
     polished       the same, and steps of each size alone behind it
-    sandwich       the first with the full net, the smallest and a random one of the space in every step, as in MLFS
     sliced         the teacher cut to size, without training                                      (a)
     separate       low-rank training with the same distillation, one run per size, as many steps    (b)
+
+`--ablations` adds parts of the supernet:
+
+    sandwich       the first with the full net, the smallest and a random one of the space in every step, as in MLFS
     whole weights  the supernet with whole matrices instead of low-rank factors                   (c)
+    encoder: gamma 0 and 1, no distillation, the live full net as teacher, one stage instead of three
 
-`--seeds 3` repeats supernet and separate from other starts and draws. Quality is the mean over seeds, its 95% interval
-(in the JSON) that of the texts. The difference of the two is taken on the same texts; its interval adds what the texts
-and what the seeds let vary.
+`--seeds 3` repeats supernet, polished and separate from other starts and draws. Quality is the mean over seeds, its 95%
+interval that of the texts. Differences, and shares of the teacher's quality, are taken on the same texts; their
+intervals add what the texts and what the seeds let vary. A labelled folder with tweets.jsonl is judged on that too.
 
-Ablations of the supernet (encoder): gamma 0 and 1, no distillation, the live full net as teacher, one stage instead of
-three. Training time is that of the steps alone: no loading, no evaluation. Quality is measured on text that no run saw.
+Training time is that of the steps alone: no loading, no evaluation; with the teacher's own, and without it. Quality is
+measured on text that no run saw. Latency is that of stock models with random weights, in torch and in onnxruntime.
+A line after the first supernet says how long the case will take.
 """
 
 import argparse
@@ -31,11 +36,12 @@ from pathlib import Path
 
 import torch
 from _palette_bench import Bench, Case
-from _palette_report import plot, print_tables, write
+from _palette_plot import plot
+from _palette_report import print_tables, write
 from rich.console import Console
 from transformers import logging
 
-from ee_scale.grid import Layout, join_grid
+from ee_scale.grid import Layout, join_grid, leave_grid
 
 
 def cases(args: argparse.Namespace) -> list[Case]:
@@ -46,6 +52,7 @@ def cases(args: argparse.Namespace) -> list[Case]:
     scale = lambda *steps: tuple(round(step * args.scale) for step in steps)  # noqa: E731
     if args.encoder and args.labelled:
         data = Path(args.labelled)
+        tweets = data / "tweets.jsonl"
         settings = [f"model={args.encoder}", f"data={data / 'train.jsonl'}", f"data.valid={data / 'test.jsonl'}"]
         settings += ["space.hidden=[1.0]", "space.ffn=[1536,1152,768,384]", "space.depth=[6,4,3,2]"]
         settings += [f"data.seq_length={args.seq_length}", "train.micro_batch_size=16", "train.global_batch_size=16"]
@@ -61,6 +68,7 @@ def cases(args: argparse.Namespace) -> list[Case]:
                 args.rank,
                 True,
                 True,
+                tweets if tweets.is_file() else None,
             )
         )
     if args.decoder:
@@ -90,8 +98,12 @@ def main() -> None:
     parser.add_argument("--train", help="text to train the decoder's sizes on")
     parser.add_argument("--valid", help="text to judge them on")
     parser.add_argument("--sequences", type=int, help="of the decoder's text, again and again; keeps the teacher")
-    parser.add_argument("--seeds", type=int, default=1, help="repeats of supernet and separate")
+    parser.add_argument("--seeds", type=int, default=1, help="repeats of supernet, polished and separate")
     parser.add_argument("--polish", type=int, default=30, help="steps of each size alone behind the supernet; 0: none")
+    parser.add_argument(
+        "--ablations", action="store_true", help="sandwich, whole weights and parts of the supernet too"
+    )
+    parser.add_argument("--no-latency", action="store_true", help="leave out the latency of the sizes")
     parser.add_argument("--samples", type=int, help="held-out sequences to judge on; default: of each case")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every number of steps")
     parser.add_argument("--rank", type=int, default=8, help="of all low-rank factors behind the teacher's")
@@ -105,13 +117,15 @@ def main() -> None:
     started, reports = time.perf_counter(), []
     for case in cases(args):
         out.rule(case.name)
-        reports.append(Bench(case, grid, out).run(args.seeds, args.polish))
+        bench = Bench(case, grid, out)
+        reports.append(bench.run(args.seeds, args.polish, ablations=args.ablations, latency=not args.no_latency))
         print_tables(out, reports[-1])
         seconds = time.perf_counter() - started
         if args.json:
             write(args.json, args.threads, seconds, reports)
         if args.plot:
             plot(args.plot, reports)
+    leave_grid()
     out.print(f"{(time.perf_counter() - started) / 60:.1f} minutes in all", highlight=False)
 
 
