@@ -4,294 +4,71 @@
     python scripts/bench_palette.py --labelled sets/sentiment --seq-length 48 --seeds 3 --json bench.json
     python scripts/bench_palette.py --decoder LLAMA --train train.txt --valid heldout.txt
 
-Six sizes, one run; the same data and batch for everything, the same learning rate for all factors. All start from the
-same teacher (encoder: the model after the first stage; decoder: the model as it is) and the same order of units:
+Six sizes, one run; the same data and batch for everything, the same learning rate for all factors of a rank. All start
+from the same teacher (encoder: the model after the first stage; decoder: the model as it is) and order of units:
 
-    supernet       low-rank stages with distillation, all sizes at once, in cheap steps: the teacher kept, the full net
-                   in every fourth step, one of the six sizes
+    supernet       recipe=mlfs: one size in a step, in turn, with distillation from the kept teacher
     polished       the same, and steps of each size alone behind it
-    sandwich       the first with the full net, the smallest and a random one of the space in every step, as in MLFS
     sliced         the teacher cut to size, without training                                      (a)
-    separate       low-rank training with the same distillation, one run per size, as many steps    (b)
+    separate       low-rank training with the same distillation, one run per size                   (b)
+
+The supernet trains for less than one and a half times as many steps as each separate run. `--ablations` adds
+
+    paper          recipe=paper: widths, then widths and depths, rank 8; the full net, the smallest and two random ones
+                   in every step, as many steps as a separate run
     whole weights  the supernet with whole matrices instead of low-rank factors                   (c)
+    rank 8, any size of the space, full net in every 4th step, gamma 0 and 1, no distillation
 
-`--seeds 3` repeats supernet and separate from other starts and draws. Quality is the mean over seeds, its 95% interval
-(in the JSON) that of the texts. The difference of the two is taken on the same texts; its interval adds what the texts
-and what the seeds let vary.
+`--seeds 3` repeats supernet, polished and separate from other starts and draws. Quality is the mean over seeds, its 95%
+interval that of the texts. Differences, and shares of the teacher's quality, are taken on the same texts; their
+intervals add what the texts and what the seeds let vary. A labelled folder with tweets.jsonl is judged on that too.
 
-Ablations of the supernet (encoder): gamma 0 and 1, no distillation, the live full net as teacher, one stage instead of
-three. Training time is that of the steps alone: no loading, no evaluation. Quality is measured on text that no run saw.
+Training time is that of the steps alone, in CPU seconds: no loading, no evaluation; with the teacher's, and without.
+Quality is measured on text that no run saw. Latency is that of stock models with random weights, in torch and in
+onnxruntime.
+A line after the first supernet says how long the case will take.
 """
 
 import argparse
-import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import torch
-from _palette_report import Result, compared, plot, print_tables, write
+from _palette_bench import Bench, Case, Steps
+from _palette_plot import plot
+from _palette_report import print_tables, write
 from rich.console import Console
 from transformers import logging
 
-from ee_scale.config.compose import compose_config
-from ee_scale.elastic.factors import FactorPlan
-from ee_scale.elastic.order import UnitOrder
-from ee_scale.elastic.sampling import RANDOM, Draw
-from ee_scale.elastic.subnet import SubnetSpec
-from ee_scale.grid import Grid, Layout, join_grid
-from ee_scale.palettes.intervals import Scores
-from ee_scale.palettes.judge import Judge
-from ee_scale.palettes.make import held_out
-from ee_scale.palettes.polish import POLISH, Polish
-from ee_scale.training.loop import Loop
-from ee_scale.training.schedules import LearningRate
-from ee_scale.training.supernet import Supernet, SupernetRun, build_stage, open_phases, start_run, unit_order
-from ee_scale.training.supernet_data import Data, prepare_data
-from ee_scale.training.watchdog import Watchdog
-
-AXES = "[hidden,heads,ffn,depth]"
-WIDTHS = "[hidden,heads,ffn]"
-
-
-@dataclass
-class Case:
-    """A model, its data, and the sizes that are compared: (MLP units, layers), width and heads whole."""
-
-    name: str
-    settings: list[str]
-    sizes: Sequence[tuple[int, int]]
-    steps: tuple[int, int, int]  # of the teacher, the widths, widths and depths
-    lr: float  # of the factors; whole matrices take a tenth of it
-    samples: int  # held-out sequences; 0: all
-    rank: int  # of the factors behind the teacher's
-    ablations: bool
-    kept: bool  # whether the teacher is kept: texts come again
-
-
-class NoWriter(nullcontext):
-    """Checkpoints are not measured here."""
-
-    def save(self, run: SupernetRun, facts: dict[str, Any]) -> None: ...
-
-    def poll(self) -> None: ...
-
-    def finish(self) -> None: ...
-
-
-class Bench:
-    """Everything that the ways share."""
-
-    def __init__(self, case: Case, grid: Grid, out: Console):
-        self.case, self.grid, self.out = case, grid, out
-        self.folder = Path(tempfile.mkdtemp())
-        plan = self.plan(self.recipe(case.rank))
-        prepare_data(plan, progress=False)
-        self.order: UnitOrder = unit_order(plan, build_stage(plan, grid), Data(plan, grid), self.folder / "order.st")
-        space = plan.space(self.order)
-        self.sizes = [space.member(space.hidden[0], next(iter(space.groups), None), *size) for size in case.sizes]
-        self.params = [plan.map.parameters(spec) for spec in self.sizes]
-        self.layer_params = [plan.map.parameters(spec, layers_only=True) for spec in self.sizes]
-        self.full = plan.map.shape.full
-        self.full_params = (plan.map.parameters(self.full), plan.map.parameters(self.full, layers_only=True))
-        judged = SimpleNamespace(data=None, samples=case.samples, seed=0, batch_size=32, cache_dir=None)
-        self.batches = held_out(judged, plan)
-        self.teacher: dict[str, torch.Tensor] = {}
-        self.results: dict[str, Result] = {}
-        self.teacher_seconds = 0.0
-
-    def recipe(self, rank: int, one_stage: bool = False, polish: int = 0) -> str:
-        """The stages as a setting; `polish`: steps of one more, for a size alone."""
-        teacher, width, depth = self.case.steps
-        if one_stage:
-            return self.stages(("all", AXES, teacher + width + depth, rank))
-        first = [("teacher", "[]", teacher, 8)] if teacher else []
-        last = [(POLISH, AXES, polish, rank)] if polish else []
-        return self.stages(*first, ("width", WIDTHS, width, rank), ("width_depth", AXES, depth, rank), *last)
-
-    def stages(self, *found: tuple[str, str, int, int]) -> str:
-        """(name, axes, steps, rank) of each stage as a setting."""
-        lines = [
-            f"{{name: {name}, axes: {axes}, steps: {steps}, rank: {rank}, lr: {self.case.lr * (1 if rank else 0.1)}}}"
-            for name, axes, steps, rank in found
-        ]
-        return f"stages=[{', '.join(lines)}]"
-
-    def plan(self, *settings: str) -> Any:
-        """A run's plan."""
-        return Supernet.of(compose_config("supernet", [*self.case.settings, *settings])).plan
-
-    def begin(self, plan: Any) -> SupernetRun:
-        """A run that starts from the teacher."""
-        run = start_run(plan, self.grid, build_stage(plan, self.grid), self.order)
-        if self.teacher and plan.phases.of_teacher:
-            open_phases(run, 0)
-            with torch.no_grad():
-                for name, parameter in run.factors[0].named.items():
-                    parameter.copy_(self.teacher[name])
-            run.step = plan.phases.ends[0]
-        return run
-
-    def judge(self, run: SupernetRun, spec: SubnetSpec) -> Scores:
-        """Accuracy, or loss, text by text."""
-        return Judge(run.stage, self.batches).judge(spec).scores
-
-    def train_teacher(self) -> None:
-        """The stage without axes, once for all ways."""
-        if self.case.steps[0]:
-            run = self.begin(self.plan(self.stages(("teacher", "[]", self.case.steps[0], 8))))
-            self.teacher_seconds = timed(lambda: self._train(run))
-            self.teacher = {name: p.detach().clone() for name, p in run.factors[0].named.items()}
-        run = self.begin(self.plan(self.recipe(self.case.rank)))
-        self.metric, self.taught = Judge(run.stage, self.batches).metric, self.judge(run, self.full)
-        self.say(f"teacher: {self.teacher_seconds:.0f} s, quality {self.taught.mean:.4f}")
-        self.add("sliced", 0, 0.0, [self.judge(run, spec) for spec in self.sizes])
-
-    def supernet(self, name: str, *settings: str, whole: bool = False, one_stage: bool = False) -> None:
-        """All sizes from one run."""
-        rank = 0 if whole else self.case.rank
-        plan = self.plan(self.recipe(rank, one_stage), *settings)
-        run = self.begin(plan)
-        seconds = timed(lambda: self._train(run)) + (0.0 if one_stage else self.teacher_seconds)
-        trained = sum(self._factors(run, i).parameters(self.full) for i in range(len(plan.phases)))
-        self.add(name, trained, seconds, [self.judge(run, spec) for spec in self.sizes])
-        self.say(f"    full net after training: {self.judge(run, self.full).mean:.4f}")
-
-    def polished(self, steps: int) -> None:
-        """All sizes from one run, and then some steps for each alone."""
-        run = self.begin(self.plan(self.recipe(self.case.rank, polish=steps), *self.cheap(), "train.seed=0"))
-        seconds = timed(lambda: self._train(run, run.plan.phases.ends[-2])) + self.teacher_seconds
-        polish, scores = Polish(run), []
-        for spec in self.sizes:
-            polish.train(spec)
-            scores.append(self.judge(run, spec))
-        trained = sum(self._factors(run, i).parameters(self.full) for i in range(len(run.plan.phases) - 1))
-        trained += sum(self._factors(run, run.index).parameters(spec) for spec in self.sizes)
-        self.add(f"polished, {steps} steps", trained, seconds + polish.seconds, scores)
-
-    def separate(self, *settings: str) -> None:
-        """A run per size: the same losses, teacher and number of steps, on that size alone."""
-        plan = self.plan(self.recipe(self.case.rank), *settings)
-        index = plan.phases.of_teacher
-        seconds, trained, scores = self.teacher_seconds, 0, []
-        for spec in self.sizes:
-            run = self.begin(plan)
-            open_phases(run, index)
-            run.start_engine()
-            seconds += timed(lambda run=run, spec=spec: self._train_one(run, spec))
-            trained += self._factors(run, index).parameters(spec)
-            scores.append(self.judge(run, spec))
-        if index:
-            trained += self._factors(run, 0).parameters(self.full)
-        self.add("separate", trained, seconds, scores)
-
-    def _train(self, run: SupernetRun, steps: int | None = None) -> None:
-        run.data = Data(run.plan, self.grid)
-        watchdog = Watchdog(self.grid, timeout_seconds=3600)
-        loop = Loop(run, self.folder, run.metrics_stream(), lambda _: None, NoWriter(), watchdog)
-        loop.train(steps or run.plan.total_steps)
-
-    def _train_one(self, run: SupernetRun, spec: SubnetSpec) -> None:
-        steps = sum(self.case.steps[1:])
-        peak = run.plan.learning_rate(run.index)
-        rate = LearningRate(replace(run.config.optim, lr=peak), steps)
-        micro_batches = Data(run.plan, self.grid).micro_batches(run.consumed_samples)
-        for step in range(steps):
-            run.engine.set_lr(rate.at(step))
-            run.engine.train_step(micro_batches, [Draw(0, RANDOM, spec, 1.0)])
-
-    def _factors(self, run: SupernetRun, index: int) -> FactorPlan:
-        return run.plan.factors(index, run.stage.new)
-
-    def add(self, name: str, trained: int, seconds: float, scores: list[Scores]) -> None:
-        """Keep a run and tell."""
-        result = self.results.setdefault(name, Result(name, trained))
-        result.seconds.append(seconds)
-        result.runs.append(scores)
-        found = "  ".join(f"{own.mean:.4f}" for own in scores)
-        self.say(f"{name}: {seconds:.0f} s, {trained:,} trained, {found}")
-
-    def cheap(self) -> list[str]:
-        """Settings of steps that cost little."""
-        sizes = ", ".join(f"{{ffn: {ffn}, depth: {depth}}}" for ffn, depth in self.case.sizes)
-        drawn = ["palette_share=1.0", "smallest=false", "full_every=4"]
-        kept = f"distill.cache={self.case.kept}"
-        return [f"space.palette=[{sizes}]", kept, *(f"sampling.{setting}" for setting in drawn)]
-
-    def say(self, text: str) -> None:
-        """A line as it comes."""
-        self.out.print(text, highlight=False)
-
-    def run(self, seeds: int, polish: int) -> dict[str, Any]:
-        """All ways; returns what goes to JSON."""
-        self.train_teacher()
-        for seed in range(seeds):
-            self.supernet("supernet", *self.cheap(), f"train.seed={seed}")
-            self.separate(f"distill.cache={self.case.kept}", f"train.seed={seed}")
-        if polish:
-            self.polished(polish)
-        self.supernet("sandwich")
-        self.supernet("whole weights", whole=True)
-        if self.case.ablations:
-            self.supernet("gamma 0", "sampling.gamma=0")
-            self.supernet("gamma 1", "sampling.gamma=1")
-            self.supernet("no distillation", "distill.kl_weight=0", "distill.feature_weight=0")
-            self.supernet("live teacher", "distill.teacher=live")
-            self.supernet("one stage", "distill.teacher=live", one_stage=True)  # nobody was frozen before it
-        return {
-            "case": self.case.name,
-            "metric": self.metric,
-            "texts": len(self.taught.sums),
-            "sizes": [spec.name for spec in self.sizes],
-            "params": self.params,
-            "layer_params": self.layer_params,
-            "full_params": self.full_params,
-            "teacher": {"quality": self.taught.mean, "seconds": self.teacher_seconds},
-            "steps": self.case.steps,
-            "results": [result.to_dict(self.metric) for result in self.results.values()],
-            "supernet minus separate": [compared(*sizes) for sizes in zip(*self.pair(), strict=True)],
-        }
-
-    def pair(self) -> list[list[tuple[Scores, ...]]]:
-        """Of the two ways that are compared: of each size, what every seed answered."""
-        return [list(zip(*self.results[name].runs, strict=True)) for name in ("supernet", "separate")]
-
-
-def timed(call: Callable[[], Any]) -> float:
-    """Seconds."""
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
+from ee_scale.grid import Layout, join_grid, leave_grid
 
 
 def cases(args: argparse.Namespace) -> list[Case]:
     """What was asked for."""
     found = []
     common = ["optim.min_lr=1e-5", "optim.warmup_fraction=0.05", "optim.weight_decay=0.01", "train.precision=fp32"]
-    common += ["logging.every=1000000", "train.verify_frozen=false", "sampling.randoms=1"]
-    scale = lambda *steps: tuple(round(step * args.scale) for step in steps)  # noqa: E731
+    common += ["logging.every=1000000", "train.verify_frozen=false"]
+    scale = lambda *steps: Steps(*(round(step * args.scale) for step in steps))  # noqa: E731
     if args.encoder and args.labelled:
         data = Path(args.labelled)
+        tweets = data / "tweets.jsonl"
         settings = [f"model={args.encoder}", f"data={data / 'train.jsonl'}", f"data.valid={data / 'test.jsonl'}"]
         settings += ["space.hidden=[1.0]", "space.ffn=[1536,1152,768,384]", "space.depth=[6,4,3,2]"]
         settings += [f"data.seq_length={args.seq_length}", "train.micro_batch_size=16", "train.global_batch_size=16"]
-        sizes, steps = ((1152, 6), (768, 4), (384, 4), (768, 3), (384, 3), (384, 2)), scale(400, 60, 300)
+        sizes, steps = ((1152, 6), (768, 4), (384, 4), (768, 3), (384, 3), (384, 2)), scale(400, 520, 360)
         found.append(
             Case(
                 f"encoder, {data.name}",
                 [*settings, *common],
                 sizes,
-                scale(400, 60, 300),
+                steps,
                 3e-3,
                 0,
                 args.rank,
                 True,
-                True,
+                tweets if tweets.is_file() else None,
             )
         )
     if args.decoder:
@@ -304,8 +81,8 @@ def cases(args: argparse.Namespace) -> list[Case]:
             "train.global_batch_size=4",
         ]
         sizes = ((384, 12), (512, 10), (384, 10), (256, 10), (384, 8), (256, 8))
-        kept, steps = args.sequences is not None, scale(0, 30, 90)
-        found.append(Case("decoder", [*settings, *common], sizes, steps, 1e-3, 256, args.rank, False, kept))
+        kept, steps = args.sequences is not None, scale(0, 175, 120)
+        found.append(Case("decoder", [*settings, *common], sizes, steps, 1e-3, 256, args.rank, kept))
     return found if args.samples is None else [replace(case, samples=args.samples) for case in found]
 
 
@@ -321,11 +98,13 @@ def main() -> None:
     parser.add_argument("--train", help="text to train the decoder's sizes on")
     parser.add_argument("--valid", help="text to judge them on")
     parser.add_argument("--sequences", type=int, help="of the decoder's text, again and again; keeps the teacher")
-    parser.add_argument("--seeds", type=int, default=1, help="repeats of supernet and separate")
+    parser.add_argument("--seeds", type=int, default=1, help="repeats of supernet, polished and separate")
     parser.add_argument("--polish", type=int, default=30, help="steps of each size alone behind the supernet; 0: none")
+    parser.add_argument("--ablations", action="store_true", help="the paper's recipe and parts of the supernet too")
+    parser.add_argument("--no-latency", action="store_true", help="leave out the latency of the sizes")
     parser.add_argument("--samples", type=int, help="held-out sequences to judge on; default: of each case")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every number of steps")
-    parser.add_argument("--rank", type=int, default=8, help="of all low-rank factors behind the teacher's")
+    parser.add_argument("--rank", type=int, default=32, help="of all low-rank factors behind the teacher's")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -336,13 +115,15 @@ def main() -> None:
     started, reports = time.perf_counter(), []
     for case in cases(args):
         out.rule(case.name)
-        reports.append(Bench(case, grid, out).run(args.seeds, args.polish))
+        bench = Bench(case, grid, out)
+        reports.append(bench.run(args.seeds, args.polish, ablations=args.ablations, latency=not args.no_latency))
         print_tables(out, reports[-1])
         seconds = time.perf_counter() - started
         if args.json:
             write(args.json, args.threads, seconds, reports)
         if args.plot:
             plot(args.plot, reports)
+    leave_grid()
     out.print(f"{(time.perf_counter() - started) / 60:.1f} minutes in all", highlight=False)
 
 

@@ -250,7 +250,7 @@ def _compare(path: Path, model: PreTrainedModel, task: str) -> OnnxReport:
     ours, theirs = np.concatenate(answers), np.concatenate(references)
     tokens = min(TIMED_TOKENS, model.config.max_position_embeddings)
     ids = torch.randint(vocabulary, (1, tokens), generator=random)
-    torch_ms, onnx_ms = _in_turns(lambda: model(ids), lambda: running(ids.numpy()))
+    torch_ms, onnx_ms = in_turns(lambda: model(ids), lambda: running(ids.numpy()))
     return OnnxReport(
         files={file.name: file.stat().st_size for file in sorted(path.parent.glob(f"{FILE}*"))},
         largest_difference=float(np.abs(ours - theirs).max()),
@@ -273,10 +273,10 @@ def _answer(running: OnnxModel, ids: np.ndarray, task: str) -> np.ndarray:
     return np.concatenate(pieces, 1)
 
 
-def _in_turns(*calls: Callable[[], Any]) -> list[float]:
+def in_turns(*calls: Callable[[], Any], rounds: int = ROUNDS) -> list[float]:
     """Median milliseconds of each call; in turns, so that other work on the machine slows all of them alike."""
     times: list[list[float]] = [[] for _ in calls]
-    for _ in range(ROUNDS + 1):
+    for _ in range(rounds + 1):
         for call, spent in zip(calls, times, strict=True):
             start = time.perf_counter()
             call()
