@@ -123,6 +123,16 @@ class DistillConfig:
 class ImportanceConfig:
     samples: int = setting(256, "sequences that the order of units is measured on", rule=at_least(1))
     batch_size: int = setting(8, "sequences per forward pass", rule=at_least(1))
+    layers: str | None = setting(
+        None,
+        "what a layer is worth: divergence (causal_lm): KL from the full net's distribution to that without it, "
+        "measured again after each drop; influence: how far it turns the residual stream; null: by task, classify: "
+        "influence",
+        rule=one_of("divergence", "influence"),
+    )
+    layer_samples: int = setting(
+        8, "sequences of them that divergence is measured on: some hundred forwards", rule=at_least(1)
+    )
 
 
 @dataclass

@@ -11,7 +11,7 @@ from ee_scale.backbone.stages import StagePlan
 from ee_scale.config.supernet import PhaseConfig, SupernetConfig
 from ee_scale.elastic.architecture import ElasticMap
 from ee_scale.elastic.factors import FactorPlan
-from ee_scale.elastic.order import UnitOrder
+from ee_scale.elastic.order import DIVERGENCE, INFLUENCE, UnitOrder
 from ee_scale.elastic.sampling import Draw, draw_stream
 from ee_scale.elastic.subnet import SearchSpace, SubnetSpec, resolve_space
 from ee_scale.grid import Layout
@@ -71,6 +71,11 @@ class SupernetSetup(Plan[SupernetConfig]):
     @property
     def task(self) -> str:
         return self.map.family.task
+
+    @property
+    def layers_by(self) -> str:
+        """What orders the layers. A classifier's logits mean nothing before training: its layers go by influence."""
+        return self.config.importance.layers or (INFLUENCE if self.task == "classify" else DIVERGENCE)
 
     def space(self, order: UnitOrder) -> SearchSpace:
         """The search space, once it is known which layers matter least."""

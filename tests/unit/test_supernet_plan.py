@@ -46,6 +46,8 @@ def bert() -> BertConfig:
         ("distill.feature_dim=0", "distill.feature_dim=0: must be at least 1"),
         ("importance.samples=0", "importance.samples=0: must be at least 1"),
         ("importance.batch_size=0", "importance.batch_size=0: must be at least 1"),
+        ("importance.layers=norm", "importance.layers=norm: choose one of divergence, influence"),
+        ("importance.layer_samples=0", "importance.layer_samples=0: must be at least 1"),
         ("train.save_every=0", "train.save_every=0: must be at least 1"),
         ("train.keep=0", "train.keep=0: must be at least 1"),
         ("logging.every=0", "logging.every=0: must be at least 1"),
@@ -198,6 +200,15 @@ def test_layout_and_micro_batches():
     assert made.parts == 2  # the stages
     assert [len(made.stages.layers(stage)) for stage in (0, 1)] in ([3, 2], [2, 3])
     assert plan("parallel.pp=2", "space.depth_parts=1").parts == 1
+
+
+def test_layers_of_a_decoder_go_by_what_it_says():
+    assert plan().layers_by == "divergence"
+    assert plan("importance.layers=influence").layers_by == "influence"
+    encoder = {"model": bert(), "labels": LABELS}
+    assert plan("space=bert_small", "recipe=one_stage", **encoder).layers_by == "influence"
+    with pytest.raises(UserError, match=r"importance\.layers=divergence with task=classify: a new head has no"):
+        plan("space=bert_small", "recipe=one_stage", "importance.layers=divergence", **encoder)
 
 
 def test_the_space_drops_what_matters_least():
