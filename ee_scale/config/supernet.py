@@ -33,7 +33,7 @@ class SizeConfig:
 @dataclass
 class SpaceConfig:
     hidden: list[Any] = setting(
-        [1.0, 0.75, 0.5], "widths of the residual stream: fractions of the model's (0.5), or whole numbers"
+        [1.0], "widths of the residual stream, which shrinks last: fractions of the model's (0.5), or whole numbers"
     )
     heads: list[Any] | None = setting(
         None, "query heads per layer, as fractions or numbers (whole KV groups); null: all, or what the width gives"
