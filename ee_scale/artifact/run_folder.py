@@ -11,7 +11,7 @@ from ee_scale.backbone.exit_layers import read_spec
 from ee_scale.backbone.fingerprint import fingerprint, is_model
 from ee_scale.backbone.model_path import find_gguf, plain_folder
 from ee_scale.config.compose import to_yaml
-from ee_scale.config.supernet import DistillConfig, SamplingConfig
+from ee_scale.config.supernet import DistillConfig, ImportanceConfig, SamplingConfig
 from ee_scale.data.provenance import SOURCES
 from ee_scale.errors import STOPPED, UserError
 from ee_scale.exits.joint import FROZEN
@@ -35,6 +35,7 @@ MAY_CHANGE = (
 UNSAID = {
     BACKBONE: FROZEN,
     "space.palette": [],
+    **{f"importance.{name}": getattr(ImportanceConfig(), name) for name in ("layers", "layer_samples")},
     **{f"sampling.{name}": getattr(SamplingConfig(), name) for name in ("full_every", "palette_share")},
     **{f"distill.{name}": getattr(DistillConfig(), name) for name in ("cache", "cache_samples")},
 }

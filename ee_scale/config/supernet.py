@@ -33,7 +33,7 @@ class SizeConfig:
 @dataclass
 class SpaceConfig:
     hidden: list[Any] = setting(
-        [1.0, 0.75, 0.5], "widths of the residual stream: fractions of the model's (0.5), or whole numbers"
+        [1.0], "widths of the residual stream, which shrinks last: fractions of the model's (0.5), or whole numbers"
     )
     heads: list[Any] | None = setting(
         None, "query heads per layer, as fractions or numbers (whole KV groups); null: all, or what the width gives"
@@ -125,6 +125,16 @@ class DistillConfig:
 class ImportanceConfig:
     samples: int = setting(256, "sequences that the order of units is measured on", rule=at_least(1))
     batch_size: int = setting(8, "sequences per forward pass", rule=at_least(1))
+    layers: str | None = setting(
+        None,
+        "what a layer is worth: divergence (causal_lm): KL from the full net's distribution to that without it, "
+        "measured again after each drop; influence: how far it turns the residual stream; null: by task, classify: "
+        "influence",
+        rule=one_of("divergence", "influence"),
+    )
+    layer_samples: int = setting(
+        8, "sequences of them that divergence is measured on: some hundred forwards", rule=at_least(1)
+    )
 
 
 @dataclass

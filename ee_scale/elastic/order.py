@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from ee_scale.elastic.subnet import ElasticShape
 from ee_scale.errors import UserError
 
+DIVERGENCE, INFLUENCE = "divergence", "influence"  # of `importance.layers`
+
 
 @dataclass(frozen=True)
 class UnitOrder:

@@ -1,6 +1,6 @@
 """A subnet as plain numbers, and the space it is drawn from."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise, product
 from random import Random
@@ -192,18 +192,27 @@ def _shipped(
 
 
 def drop_order(importance: Sequence[float], parts: int) -> list[int]:
-    """Layers in the order in which they are dropped: the least important first, in turn from `parts` equal runs.
+    """Layers in the order in which they are dropped: the least important first, in turn from `parts` equal runs."""
+    return drop_in_turn(len(importance), parts, lambda _, __: dict(enumerate(importance)))
 
-    Taking the next layer from one of the longest runs keeps pipeline stages equally deep (+-1) for every depth.
+
+def drop_in_turn(
+    count: int, parts: int, importance: Callable[[Sequence[int], Sequence[int]], Mapping[int, float]]
+) -> list[int]:
+    """All layers; the next is the least important of the longest runs, when those before it are gone.
+
+    importance: (layers dropped so far, layers that may go next) -> of each of these. Taking the next layer from one of
+    the longest runs keeps pipeline stages equally deep (+-1) for every depth.
     """
-    count = len(importance)
     bounds = [round(part * count / parts) for part in range(parts + 1)]
-    runs = [sorted(range(a, b), key=lambda i: (importance[i], i)) for a, b in pairwise(bounds)]
+    runs = [list(range(a, b)) for a, b in pairwise(bounds)]
     order: list[int] = []
     while any(runs):
-        longest = max(map(len, runs))
-        run = min((run for run in runs if len(run) == longest), key=lambda run: (importance[run[0]], run[0]))
-        order.append(run.pop(0))
+        longest = [run for run in runs if len(run) == max(map(len, runs))]
+        candidates = [i for run in longest for i in run]
+        worth = importance(order, candidates)
+        order.append(min(candidates, key=lambda i: (worth[i], i)))
+        next(run for run in longest if order[-1] in run).remove(order[-1])
     return order
 
 

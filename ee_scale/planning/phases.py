@@ -12,7 +12,7 @@ from ee_scale.config.supernet import PhaseConfig, SupernetConfig
 from ee_scale.elastic.architecture import ElasticMap
 from ee_scale.elastic.distill import FROZEN
 from ee_scale.elastic.factors import FactorPlan
-from ee_scale.elastic.order import UnitOrder
+from ee_scale.elastic.order import DIVERGENCE, INFLUENCE, UnitOrder
 from ee_scale.elastic.sampling import Draw, draw_stream
 from ee_scale.elastic.subnet import SearchSpace, SubnetSpec, resolve_space
 from ee_scale.grid import Layout
@@ -80,6 +80,11 @@ class SupernetSetup(Plan[SupernetConfig]):
         if distill.cache is None:
             return self.task == "classify" and distill.teacher == FROZEN
         return distill.cache
+
+    @property
+    def layers_by(self) -> str:
+        """What orders the layers. A classifier's logits mean nothing before training: its layers go by influence."""
+        return self.config.importance.layers or (INFLUENCE if self.task == "classify" else DIVERGENCE)
 
     def space(self, order: UnitOrder) -> SearchSpace:
         """The search space, once it is known which layers matter least."""

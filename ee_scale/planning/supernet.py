@@ -12,7 +12,7 @@ from ee_scale.backbone.stages import plan_stages
 from ee_scale.config.checks import check_batch, check_supernet
 from ee_scale.config.supernet import SupernetConfig
 from ee_scale.elastic.architecture import ElasticMap
-from ee_scale.elastic.order import UnitOrder
+from ee_scale.elastic.order import DIVERGENCE, INFLUENCE, UnitOrder
 from ee_scale.elastic.sampling import shipped_members
 from ee_scale.elastic.subnet import AXES, SearchSpace
 from ee_scale.errors import UserError
@@ -127,6 +127,11 @@ def plan_supernet(
     )
     space = plan.space(UnitOrder.identity(shape))
     _check_axes(plan, space)
+    if plan.layers_by == DIVERGENCE and task == "classify":
+        raise UserError(
+            f"importance.layers={DIVERGENCE} with task=classify: a new head has no distribution to diverge from; "
+            f"importance.layers={INFLUENCE}"
+        )
     _check_cache(plan)
     return plan
 

@@ -12,9 +12,10 @@ from torch import nn
 from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.config.supernet import SupernetConfig
 from ee_scale.data.builtin import training_model
+from ee_scale.elastic.divergence import divergence_order
 from ee_scale.elastic.factors import FactorSet
 from ee_scale.elastic.importance import measure_order
-from ee_scale.elastic.order import UnitOrder
+from ee_scale.elastic.order import DIVERGENCE, UnitOrder
 from ee_scale.elastic.sampling import ROLES
 from ee_scale.elastic.stage import ElasticStage, base_tensors
 from ee_scale.elastic.subnet import SearchSpace
@@ -230,7 +231,12 @@ def unit_order(plan: SupernetPlan, stage: ElasticStage, data: Data, path: Path) 
         return UnitOrder.load(path, plan.map.shape)
     stage.load(base_tensors(plan.model_dir, plan.map), UnitOrder.identity(plan.map.shape))
     log.info("measuring the importance of heads, MLP units, widths and layers")
-    order = measure_order(stage, data.sample(), plan.parts)
+    importance = plan.config.importance
+    order = measure_order(stage, data.sample(importance.samples), plan.parts)
+    if plan.layers_by == DIVERGENCE:
+        few = min(importance.layer_samples, importance.samples)
+        drops = plan.map.shape.num_layers - plan.space(order).depth[-1]
+        order = replace(order, drop=torch.tensor(divergence_order(stage, list(data.sample(few)), plan.parts, drops)))
     if stage.grid.rank == 0:
         temporary = path.with_name(f".{path.name}.tmp")
         order.save(temporary)

@@ -109,10 +109,9 @@ class Data:
         found = batches(self.data, num_workers=config.data.num_workers, **common)
         return ({**batch, "sample": self.data.sequences(mine)} for batch, mine in zip(found, numbers, strict=True))
 
-    def sample(self) -> Iterator[dict[str, torch.Tensor]]:
+    def sample(self, count: int) -> Iterator[dict[str, torch.Tensor]]:
         """The first sequences of the run in batches, the same on every rank."""
-        importance = self.plan.config.importance
-        size = min(importance.batch_size, importance.samples, len(self.data))
+        size = min(self.plan.config.importance.batch_size, count, len(self.data))
         one = {"micro_batch_size": size, "num_micro_batches": 1, "dp_rank": 0, "dp_size": 1}
         seed = self.plan.config.data.seed
         found = (
@@ -120,4 +119,4 @@ class Data:
             if isinstance(self.data, LabelledData)
             else batches(self.data, **one)
         )
-        return islice(found, max(1, importance.samples // size))
+        return islice(found, max(1, count // size))

@@ -1,22 +1,28 @@
 """The order of units is the same at every grid, and the one that the formulas give on a plain transformers model."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers.models import VOCAB, write_model
 from helpers.spawn import spawn
 from helpers.supernet import SupernetJob, write_base
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from ee_scale.backbone.loading import read_config
 from ee_scale.backbone.stages import plan_stages
 from ee_scale.elastic.architecture import ElasticMap
+from ee_scale.elastic.divergence import divergence_order
 from ee_scale.elastic.importance import measure_order
 from ee_scale.elastic.order import FIELDS, UnitOrder
 from ee_scale.elastic.stage import ElasticStage, base_tensors
-from ee_scale.elastic.subnet import drop_order
+from ee_scale.elastic.subnet import drop_in_turn, drop_order
+from ee_scale.errors import UserError
 from ee_scale.families.build import AUTO_CLASS
 from ee_scale.grid import Grid, Layout, join_grid, leave_grid
 
@@ -40,7 +46,18 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         tensors = load_file(folder / "model.safetensors")
         plant(tensors, family)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return {"llama": llama, "bert": bert}
+    return {"llama": llama, "bert": bert, "uneven": write_uneven(root / "uneven")}
+
+
+def write_uneven(folder: Path) -> Path:
+    """A decoder with layers of very different worth, one of which adds nothing."""
+    write_model(folder, "llama", num_hidden_layers=LAYERS)
+    tensors, generator = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(2)
+    for layer in range(LAYERS):
+        for matrix in output_matrices(tensors, "llama", layer):
+            matrix *= 0.0 if layer == USELESS_LAYER else 3.0 ** float(torch.rand((), generator=generator) * 4 - 3)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def plant(tensors: dict[str, torch.Tensor], family: str) -> None:
@@ -84,12 +101,22 @@ def batches(family: str, padding: int = 0) -> list[dict[str, torch.Tensor]]:
     return found
 
 
+def texts(masked: bool) -> list[dict[str, torch.Tensor]]:
+    """A decoder's batches; `masked`: few tokens count."""
+    found = batches("llama")
+    if masked:
+        for index, batch in enumerate(found):
+            batch["loss_mask"] = torch.zeros(3, 16)
+            batch["loss_mask"][index, 3:9] = 0.5
+    return found
+
+
 def run_cases(rank: int, layouts: list[Layout], folders: dict[str, Path]) -> dict:
     found = {}
     for layout in layouts:
         grid = join_grid(layout, torch.device("cpu"))
-        for family, folder in folders.items():
-            stage = load_stage(folder, TASKS[family], grid)
+        for family, task in TASKS.items():
+            stage = load_stage(folders[family], task, grid)
             hooks = count_hooks(stage)
             orders = {
                 "measured": measure_order(stage, batches(family), 1),
@@ -98,7 +125,16 @@ def run_cases(rank: int, layouts: list[Layout], folders: dict[str, Path]) -> dic
             }
             assert count_hooks(stage) == hooks
             found[layout, family] = orders
+        found[layout, "layers"] = run_divergences(load_stage(folders["uneven"], "causal_lm", grid))
         leave_grid()
+    return found
+
+
+def run_divergences(stage: ElasticStage) -> dict[tuple[int, bool], list[int]]:
+    """(parts, masked) -> order of the layers."""
+    cases = product((1, 2), (False, True))
+    found = {(parts, masked): divergence_order(stage, texts(masked), parts, LAYERS) for parts, masked in cases}
+    assert stage.spec == stage.map.shape.full
     return found
 
 
@@ -212,3 +248,84 @@ def test_dead_units_come_last_and_useless_layers_go_first(
             assert order.ffn[layer, -len(units) :].tolist() == units
         if family == "llama":
             assert order.drop[0] == USELESS_LAYER
+
+
+def plain_divergences(folder: Path, masked: bool) -> Callable[[Sequence[int], Sequence[int]], dict[int, float]]:
+    """KL(full || without layers), by the formula in fp64 on a plain transformers model."""
+    model = AUTO_CLASS["causal_lm"].from_pretrained(folder).double().eval()
+    layers = list(model.model.layers)
+
+    @torch.no_grad()
+    def log_p(kept: list[int]) -> torch.Tensor:
+        model.model.layers = nn.ModuleList(layers[i] for i in kept)
+        found = [model(input_ids=batch["tokens"], use_cache=False).logits.log_softmax(-1) for batch in texts(masked)]
+        counted = [batch.get("loss_mask", torch.ones(3, 16)) > 0 for batch in texts(masked)]
+        return torch.cat([logits[mask] for logits, mask in zip(found, counted, strict=True)])
+
+    full = log_p(list(range(LAYERS)))
+
+    def without(dropped: Sequence[int], candidates: Sequence[int]) -> dict[int, float]:
+        kept = [i for i in range(LAYERS) if i not in dropped]
+        rest = {c: log_p([i for i in kept if i != c]) for c in candidates}
+        return {c: float(F.kl_div(found, full, log_target=True, reduction="sum")) for c, found in rest.items()}
+
+    return without
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all tokens", "masked"])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_layers_of_a_decoder_are_dropped_by_divergence(
+    parts: int, masked: bool, orders: dict, folders: dict[str, Path]
+) -> None:
+    """The same at every grid: measured again after each drop, from the state in front of the layer."""
+    expected = drop_in_turn(LAYERS, parts, plain_divergences(folders["uneven"], masked))
+    assert expected[0] == USELESS_LAYER
+    for world, results in orders.items():
+        for result in results:
+            for layout in LAYOUTS[world]:
+                assert result[layout, "layers"][parts, masked] == expected, layout
+
+
+def test_divergence_is_no_other_measure(folders: dict[str, Path]) -> None:
+    """Otherwise the test above could not tell it from influence, from a single measurement, or from all tokens."""
+    greedy, masked = (drop_in_turn(LAYERS, 1, plain_divergences(folders["uneven"], only)) for only in (False, True))
+    once = plain_divergences(folders["uneven"], False)([], range(LAYERS))
+    others = [sorted(once, key=once.get), masked, plain_worth(folders["uneven"], "llama").layers.argsort().tolist()]
+    assert greedy not in others
+    gaps = torch.tensor(sorted(once.values())).diff() / torch.tensor(sorted(once.values()))[1:]
+    assert gaps.min() > 1e-3
+
+
+def run_broken(_: int, folder: Path) -> str:
+    """What a rank says when a layer of the first stage gives no numbers."""
+    grid = join_grid(Layout(1, 2, 1), torch.device("cpu"))
+    stage = load_stage(folder, "causal_lm", grid)
+    if 1 in stage.layers:
+        stage.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(UserError) as error:
+        divergence_order(stage, texts(False), 1, LAYERS)
+    assert stage.spec == stage.map.shape.full
+    leave_grid()
+    return str(error.value)
+
+
+def test_no_number_is_no_order(folders: dict[str, Path]) -> None:
+    """Every rank stops, with the same words."""
+    for words in spawn(run_broken, 2, folders["uneven"]):
+        assert words.endswith("the logits of the model, or of that without layer 0, are no numbers")
+
+
+def run_few(_: int, folder: Path) -> tuple[list[int], int]:
+    stage = load_stage(folder, "causal_lm", join_grid(Layout(), torch.device("cpu")))
+    forwards: list[int] = []
+    stage.register_forward_hook(lambda *_: forwards.append(1))
+    order = divergence_order(stage, texts(False), 1, 2)
+    leave_grid()
+    return order, len(forwards)
+
+
+def test_only_layers_that_somebody_drops_are_measured(folders: dict[str, Path], orders: dict) -> None:
+    ((order, forwards),) = spawn(run_few, 1, folders["uneven"])
+    assert order[:2] == orders[1][0][Layout(), "layers"][1, False][:2]
+    assert sorted(order) == list(range(LAYERS))
+    assert forwards == len(texts(False)) * ((1 + LAYERS) + (1 + LAYERS - 1))

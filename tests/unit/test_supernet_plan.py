@@ -9,7 +9,7 @@ from transformers import BertConfig
 
 from ee_scale.config.checks import check_supernet
 from ee_scale.config.compose import compose_config
-from ee_scale.config.supernet import DistillConfig, FactorsConfig, SamplingConfig
+from ee_scale.config.supernet import DistillConfig, FactorsConfig, SamplingConfig, SpaceConfig
 from ee_scale.elastic.order import UnitOrder
 from ee_scale.elastic.subnet import SubnetSpec
 from ee_scale.errors import UserError
@@ -46,6 +46,8 @@ def bert() -> BertConfig:
         ("distill.feature_dim=0", "distill.feature_dim=0: must be at least 1"),
         ("importance.samples=0", "importance.samples=0: must be at least 1"),
         ("importance.batch_size=0", "importance.batch_size=0: must be at least 1"),
+        ("importance.layers=norm", "importance.layers=norm: choose one of divergence, influence"),
+        ("importance.layer_samples=0", "importance.layer_samples=0: must be at least 1"),
         ("train.save_every=0", "train.save_every=0: must be at least 1"),
         ("train.keep=0", "train.keep=0: must be at least 1"),
         ("logging.every=0", "logging.every=0: must be at least 1"),
@@ -197,6 +199,47 @@ def test_layout_and_micro_batches():
     assert made.parts == 2  # the stages
     assert [len(made.stages.layers(stage)) for stage in (0, 1)] in ([3, 2], [2, 3])
     assert plan("parallel.pp=2", "space.depth_parts=1").parts == 1
+
+
+def test_the_residual_stream_is_whole_unless_asked_for():
+    """In the default space, that of the dataclass, and the decoders' own."""
+    for settings in ([], ["space=decoder"]):
+        space = plan(*settings).space(UnitOrder.identity(plan().map.shape))
+        assert space.hidden == (64,)
+        assert len(space.ffn) > 1
+        assert len(space.depth) > 1
+    assert SpaceConfig().hidden == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("layers", "depths"),
+    [
+        (12, (12, 11, 10, 9, 8)),
+        (24, (24, 22, 20, 18, 16)),
+        (30, (30, 27, 25, 22, 20)),
+        (32, (32, 29, 27, 24, 21)),
+        (36, (36, 32, 30, 27, 24)),
+    ],
+)
+def test_a_decoder_shrinks_to_two_thirds(layers: int, depths: tuple[int, ...]):
+    """Of its layers by depth alone; of SmolLM2 as a whole with five sixths of the MLP units too."""
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    model = tiny_config("llama", num_hidden_layers=layers, vocab_size=49152, tie_word_embeddings=True, **sizes)
+    made = plan("space=decoder", "recipe=one_stage", "data.seq_length=16", model=model)
+    space = made.space(UnitOrder.identity(made.map.shape))
+    assert (space.depth, space.ffn) == (depths, (1536, 1280))
+    assert abs(depths[-1] / layers - 2 / 3) < 0.02
+    if layers == 30:
+        assert 0.66 < made.map.parameters(space.smallest()) / made.map.parameters(made.map.shape.full) < 0.68
+
+
+def test_layers_of_a_decoder_go_by_what_it_says():
+    assert plan().layers_by == "divergence"
+    assert plan("importance.layers=influence").layers_by == "influence"
+    encoder = {"model": bert(), "labels": LABELS}
+    assert plan("space=bert_small", "recipe=one_stage", **encoder).layers_by == "influence"
+    with pytest.raises(UserError, match=r"importance\.layers=divergence with task=classify: a new head has no"):
+        plan("space=bert_small", "recipe=one_stage", "importance.layers=divergence", **encoder)
 
 
 def test_the_space_drops_what_matters_least():
