@@ -14,7 +14,13 @@ import torch.nn.functional as F
 from helpers.cli import Finished, run_cli
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+from transformers.generation.streamers import BaseStreamer
 
 from ee_scale.artifact.checkpoint import checkpoints
 from ee_scale.palettes.manifest import Manifest, Member, read_manifest
@@ -70,7 +76,7 @@ def classes(classify_run, tmp_path_factory) -> Path:
 def texts(supernet_run, tmp_path_factory) -> Path:
     """Nine sizes of the decoder, which are more than its front has."""
     folder = tmp_path_factory.mktemp("texts")
-    made(folder, supernet_run, "count=9", "method=grid", "samples=12", "audit=true", "audit_samples=3")
+    made(folder, supernet_run, "count=9", "method=grid", "samples=12", "audit=true", "audit_samples=3", "drafts=true")
     return folder / "palette"
 
 
@@ -237,6 +243,112 @@ def test_an_audit_needs_the_text_of_the_run(classify_run, supernet_run, tmp_path
     config.data.path = str(other)
     OmegaConf.save(config, run / "config.yaml")
     assert refused(tmp_path, run, "audit=true").endswith(f"data.path={other}: the run was trained on other text")
+
+
+# -- draft models ------------------------------------------------------------------------------------------------------
+
+
+class Cycles(BaseStreamer):
+    """How many tokens each cycle of stock assisted generation brought."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.sizes.append(value.numel())
+
+    def end(self) -> None:
+        pass
+
+    def whole(self, length: int, drafts: int) -> list[int]:
+        """Those that begin so early that all their rows lie in the text."""
+        sizes = self.sizes[1:]  # the first is the prompt
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        return [size for start, size in zip(starts, sizes, strict=True) if start < length - drafts]
+
+
+def opened(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+
+
+def prompts(folder: Path, member: str, arguments: list[str]) -> torch.Tensor:
+    """What `samples=12` reads of the held-out text."""
+    valid = next(Path(text.partition("=")[2]) for text in arguments if text.startswith("data.valid="))
+    tokenizer = AutoTokenizer.from_pretrained(folder / member)
+    return torch.tensor(tokenizer(valid.read_text())["input_ids"])[: 12 * 17].view(12, 17)[:, :16]
+
+
+def test_every_smaller_size_is_tried_as_a_drafter(texts):
+    manifest = read_manifest(texts)
+    everyone = {**{member.folder: member for member in manifest.members}, manifest.drafts.full: manifest.full}
+    pairs = [(pair.target, pair.drafter) for pair in manifest.drafts.pairs]
+    smaller = [(a, b) for a in everyone for b in everyone if everyone[b].params < everyone[a].params]
+    assert sorted(pairs) == sorted(smaller)
+    assert (manifest.drafts.texts, manifest.drafts.tokens) == (12, 48)
+    for pair in manifest.drafts.pairs:
+        assert pair.cost == pytest.approx(everyone[pair.drafter].token_ms / everyone[pair.target].token_ms)
+        for found in (pair.greedy, pair.sampled):
+            low, high = found.acceptance_interval
+            assert low < found.acceptance < high
+            assert 1 <= found.drafts <= 12
+            assert 1 <= found.tokens <= found.drafts + 1
+    assert [rows for rows, _ in everyone[pairs[0][0]].verify_ms] == [2, 4, 8, 13]
+    speedups = [pair.greedy.speedup for pair in manifest.drafts.pairs]
+    assert speedups == sorted(speedups, reverse=True)
+    assert (texts / manifest.drafts.full / "model.safetensors").is_file()
+    assert "## Small sizes as draft models" in (texts / "report.md").read_text()
+    assert "## As a draft model" in (texts / manifest.members[0].folder / "README.md").read_text()
+
+
+def test_stock_transformers_drafts_as_foretold(texts, supernet_arguments):
+    """Greedy: the same text as without a drafter, and exactly the tokens per cycle that the manifest says."""
+    drafts = read_manifest(texts).drafts
+    for pair in drafts.pairs:
+        target, drafter, found = opened(texts / pair.target), opened(texts / pair.drafter), pair.greedy
+        settings = {"num_assistant_tokens": found.drafts, "num_assistant_tokens_schedule": "constant"}
+        drafter.generation_config.update(**settings, assistant_confidence_threshold=0)
+        counted: list[int] = []
+        for prompt in prompts(texts, pair.drafter, supernet_arguments):
+            ids, cycles = prompt[None], Cycles()
+            options = {"max_new_tokens": drafts.tokens, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+            alone = target.generate(ids, **options)
+            assert torch.equal(target.generate(ids, assistant_model=drafter, streamer=cycles, **options), alone)
+            counted += cycles.whole(alone.shape[1] - ids.shape[1], found.drafts)
+        assert sum(counted) / len(counted) == pytest.approx(found.tokens)
+
+
+def test_stock_transformers_samples_as_foretold(texts, supernet_arguments):
+    """Sampling: tokens per cycle within what chance allows."""
+    drafts = read_manifest(texts).drafts
+    pair = max(drafts.pairs, key=lambda pair: pair.sampled.drafts)
+    target, drafter, found = opened(texts / pair.target), opened(texts / pair.drafter), pair.sampled
+    settings = {"num_assistant_tokens": found.drafts, "num_assistant_tokens_schedule": "constant"}
+    drafter.generation_config.update(**settings, assistant_confidence_threshold=0)
+    torch.manual_seed(0)
+    counted: list[float] = []
+    for prompt in prompts(texts, pair.drafter, supernet_arguments):
+        ids, cycles = prompt[None], Cycles()
+        options = {
+            "max_new_tokens": drafts.tokens,
+            "do_sample": True,
+            "top_k": 0,
+            "attention_mask": torch.ones_like(ids),
+        }
+        text = target.generate(ids, assistant_model=drafter, streamer=cycles, **options)
+        counted += cycles.whole(text.shape[1] - ids.shape[1], found.drafts)
+    error = torch.tensor(counted, dtype=torch.float64).std() / len(counted) ** 0.5
+    assert sum(counted) / len(counted) == pytest.approx(found.tokens, abs=4 * float(error))
+
+
+def test_a_classifier_drafts_nothing(classify_run, tmp_path):
+    assert refused(tmp_path, classify_run, "drafts=true") == "drafts=true: a classifier writes no text"
+
+
+def test_drafts_need_room_behind_the_prompt(supernet_run, tmp_path):
+    assert refused(tmp_path, supernet_run, "drafts=true", "tokens=40") == (
+        "tokens=40 and 27 that are verified behind them (drafts=true): "
+        "the model reads at most max_position_embeddings=64 tokens"
+    )
 
 
 # -- polish ------------------------------------------------------------------------------------------------------------
