@@ -74,7 +74,7 @@ def draft_markdown(manifest: Manifest) -> list[str]:
 
 def draft_command(pair: DraftPair, way: str) -> str:
     """Python that runs a pair on stock transformers, which takes one text at a time."""
-    settings = f"num_assistant_tokens={_drafting(pair, way).drafts}, num_assistant_tokens_schedule='constant'"
+    drafts = _drafting(pair, way).drafts
     chosen = "do_sample=True, top_k=0" if way == SAMPLING else "do_sample=False"
     return f"""\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -82,7 +82,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("{pair.target}")
 model = AutoModelForCausalLM.from_pretrained("{pair.target}", dtype="auto")
 drafter = AutoModelForCausalLM.from_pretrained("{pair.drafter}", dtype="auto")
-drafter.generation_config.update({settings}, assistant_confidence_threshold=0)
+drafter.generation_config.update(num_assistant_tokens={drafts}, num_assistant_tokens_schedule="constant")
+drafter.generation_config.update(assistant_confidence_threshold=0)  # or it stops where it is not sure
 prompt = tokenizer("Once upon a time", return_tensors="pt")
 output = model.generate(**prompt, assistant_model=drafter, {chosen}, max_new_tokens=64)
 print(tokenizer.decode(output[0]))"""

@@ -8,7 +8,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ee_scale.palettes.drafts import DraftedText, DraftPair, Drafts, foretold, target_costs
+from ee_scale.modeling.costs import Costs
+from ee_scale.palettes.drafts import DraftedText, DraftPair, Drafts, foretold, whole_costs
 from ee_scale.palettes.manifest import Member
 from ee_scale.palettes.writing import End, write_on
 from ee_scale.progress import shares
@@ -54,9 +55,9 @@ class DraftTrials:
         end, texts = model.generation_config.eos_token_id, {}
         for sampled in (False, True):
             texts[sampled] = self.written(model, end, sampled=sampled)
-        costs = target_costs(_token_ms(target), target.verify_ms)
+        costs = _costs(target)
         for member in smaller:
-            drafter, token_ms = self._open(folder / member.folder), _token_ms(member)
+            drafter, token_ms = self._open(folder / member.folder), _costs(member).step
             greedy, sampled = (
                 foretold(self.drafted(model, drafter, texts[sampled], sampled=sampled), costs, token_ms)
                 for sampled in (False, True)
@@ -101,7 +102,7 @@ def _until_end(row: torch.Tensor, ends: torch.Tensor) -> Written:
     return Written(row[: int(places[0]) + 1], ended=True) if len(places) else Written(row, ended=False)
 
 
-def _token_ms(member: Member) -> float:
+def _costs(member: Member) -> Costs:
     if member.token_ms is None:
         raise ValueError(f"{member.folder}: decoding was not measured")
-    return member.token_ms
+    return whole_costs(member.token_ms, member.verify_ms)

@@ -15,6 +15,7 @@ min(1, q / p) of the text's token (sampling: text and acceptance then have the j
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 import torch
 
@@ -124,16 +125,25 @@ def foretold(texts: Sequence[DraftedText], costs: Costs, token_ms: float) -> Dra
         scores = _scores([cycles(text, drafts) for text in texts])
         if not scores.counts.sum():
             break
-        gain, span = costs.step / costs.drafting(DraftCost(token_ms), drafts), interval(scores)
+        gain, span = costs.step / costs.drafting(DraftCost(token_ms), drafts), _within(scores, 1, drafts + 1)
         speed_span = None if span is None else (gain * span[0], gain * span[1])
-        told = acceptance.mean, interval(acceptance), drafts, scores.mean, gain * scores.mean, speed_span
+        told = acceptance.mean, _within(acceptance, 0, 1), drafts, scores.mean, gain * scores.mean, speed_span
         found.append(Drafting(*told))
     return max(found, key=lambda drafting: drafting.speedup)  # the first of equals: fewer drafts
 
 
-def target_costs(token_ms: float, verify_ms: Sequence[tuple[int, float]]) -> Costs:
-    """A whole target as one layer: rows -> ms."""
-    return Costs(1, {1: token_ms, **dict(verify_ms)}, {1: 0.0}, {})
+def whole_costs(token_ms: float, verify_ms: Sequence[tuple[int, float]]) -> Costs:
+    """A whole model as one layer: rows -> ms. No number of rows takes longer than more of them: that is noise."""
+    least, times = inf, dict[int, float]()
+    for rows, ms in sorted([(1, token_ms), *verify_ms], reverse=True):
+        times[rows] = least = min(least, ms)
+    return Costs(1, times, {1: 0.0}, {})
+
+
+def _within(scores: Scores, least: float, most: float) -> Interval | None:
+    """The interval, without values that there cannot be."""
+    span = interval(scores)
+    return None if span is None else (max(span[0], least), min(span[1], most))
 
 
 def _scores(pairs: Sequence[tuple[float, float]]) -> Scores:

