@@ -110,7 +110,7 @@ def palette(config: PaletteConfig) -> "Manifest":
         config: `src` (a supernet run), `out` (a new folder), limits: parameters, FLOPs, milliseconds, megabytes.
 
     Returns:
-        What lies in `out`: every member with its sizes, cost and quality.
+        What lies in `out`: every member with its sizes, cost and quality; with `drafts` the pairs that may draft.
     """
     config = _ready(config)
     from ee_scale.palettes.make import make_palette

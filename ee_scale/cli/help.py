@@ -26,6 +26,7 @@ EXAMPLES = {
     "palette": (
         "ee-scale palette src=runs/s count=6 out=palette",
         "ee-scale palette src=runs/s objective=latency_ms max_latency_ms=5 max_memory_mb=60 onnx=true out=palette",
+        "ee-scale palette src=runs/d drafts=true out=palette",
     ),
     "export": (
         "ee-scale export src=runs/a kind=early_exit out=my-model",

@@ -7,6 +7,7 @@ from ee_scale import api
 from ee_scale.cli.console import console
 from ee_scale.config.supernet import PaletteConfig
 from ee_scale.log import configure_logging
+from ee_scale.palettes.draft_report import draft_sentences, draft_table
 from ee_scale.palettes.recommend import palette_table, recommendations
 
 
@@ -17,6 +18,10 @@ def run(config: PaletteConfig, overrides: Sequence[str]) -> int:
     terminal.print(palette_table(manifest, f"{len(manifest.members)} sizes of {Path(manifest.base_model).name}"))
     for line in recommendations(manifest):
         terminal.print(line, highlight=False)
+    if manifest.drafts is not None:
+        terminal.print(draft_table(manifest))
+        for line in draft_sentences(manifest):
+            terminal.print(line, highlight=False)
     out = Path(config.out).expanduser()
     terminal.print(f"\nwrote {out} (manifest.json, report.md, palette.png)", highlight=False)
     return 0

@@ -214,6 +214,11 @@ class PaletteConfig:
         False, "let each size and the teacher go on from training text, and count what comes back verbatim (causal_lm)"
     )
     audit_samples: int = setting(64, "audit: texts that each of them writes", rule=at_least(1))
+    drafts: bool = setting(
+        False,
+        "try each size as draft model of the larger ones: acceptance, number of drafts, speed-up, command (causal_lm)",
+    )
+    drafts_samples: int = setting(32, "drafts: texts that each larger size writes", rule=at_least(1))
     step: int | None = setting(None, "checkpoint to cut from; null: the last one")
     seed: int = setting(0, "search, and which held-out text is read")
     cache_dir: str | None = setting(None, "tokenised data; null: ~/.cache/ee_scale/data")

@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ee_scale.data.corpora import num_tokens, open_tokens, read_tokens
 from ee_scale.data.dataset import check_tokens
@@ -18,11 +18,11 @@ from ee_scale.data.inputs import load_tokenizer, run_prefixes
 from ee_scale.errors import UserError
 from ee_scale.log import log
 from ee_scale.palettes.overlap import Overlap, overlaps
+from ee_scale.palettes.writing import write_on
 from ee_scale.planning.supernet import SupernetPlan
 
 PROMPT, NEW = 16, 128  # tokens
 MOST_TOKENS = 20_000_000  # of the corpus that are read
-ROWS = 16  # texts that are written together
 
 
 class Audit:
@@ -52,23 +52,14 @@ class Audit:
             rows.append(torch.from_numpy(read_tokens(self.datasets[number], int(place), PROMPT)))
         return torch.stack(rows)
 
-    @torch.no_grad()
     def write(self, name: str, model: PreTrainedModel) -> None:
         """Let a model write, sampled from its whole distribution."""
         torch.nn.Module.to(model, self.device)
         end = self.tokenizer.eos_token_id
-        model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=end)
-        settings = GenerationConfig(
-            max_new_tokens=self.new, do_sample=True, top_k=0, top_p=1.0, temperature=1.0, eos_token_id=end,
-            pad_token_id=end,
-        )  # fmt: skip
-        found: list[str] = []
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(self.seed)
-            for prompts in self.prompts.to(self.device).split(ROWS):
-                ids = model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=settings)
-                found += self.tokenizer.batch_decode(ids[:, PROMPT:], skip_special_tokens=True)
-        self.written[name] = found
+        rows = write_on(model, self.prompts, self.new, end, sampled=True, seed=self.seed)
+        self.written[name] = [
+            text for ids in rows for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        ]
 
     def corpus(self) -> Iterator[str]:
         """The training documents as the model's tokenizer writes them; at most MOST_TOKENS."""

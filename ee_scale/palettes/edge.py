@@ -12,7 +12,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -32,6 +32,7 @@ from ee_scale.families.sizes import with_layers
 from ee_scale.modeling.attention import without_cudnn
 from ee_scale.modeling.versions import CACHE
 from ee_scale.palettes.energy import EnergyMeter, find_meter
+from ee_scale.reading import checked
 
 MIN_ROUNDS = 5
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -51,6 +52,7 @@ class EdgeMeasure:
         joules_per_token: energy of the timed runs per token that was read or decoded, or None; `energy` says of what,
             or why not.
         threads: of torch.
+        verify_ms: (rows, median) of a forward over several tokens behind those, as verifying drafts takes it.
     """
 
     parameters: int
@@ -64,6 +66,7 @@ class EdgeMeasure:
     tokens: int
     device: str
     threads: int
+    verify_ms: list[tuple[int, float]] = field(default_factory=list)
 
 
 def measure_edge(
@@ -75,14 +78,16 @@ def measure_edge(
     seconds: float = 3.0,
     device: str = "cpu",
     threads: int | None = None,
+    verify: Sequence[int] = (),
 ) -> EdgeMeasure:
     """Measure the model of `folder` in a process of its own, for about `seconds` after loading.
 
-    task: 'causal_lm' or 'classify'; device: 'cpu' or 'cuda'. Raises `UserError` with the last line of the process if
-    it fails, `torch.OutOfMemoryError` if it found no memory left.
+    task: 'causal_lm' or 'classify'; device: 'cpu' or 'cuda'; verify: rows of further forwards, timed for as long again.
+    Raises `UserError` with the last line of the process if it fails, `torch.OutOfMemoryError` if it found no memory
+    left.
     """
     request = {"folder": str(folder), "task": task, "tokens": tokens, "new_tokens": new_tokens}
-    request |= {"seconds": seconds, "device": device, "threads": threads}
+    request |= {"seconds": seconds, "device": device, "threads": threads, "verify": list(verify)}
     environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
@@ -93,7 +98,7 @@ def measure_edge(
         if lines[-1].startswith("torch.OutOfMemoryError"):
             raise torch.OutOfMemoryError(f"{folder}: {lines[-1].partition(': ')[2]}")
         raise UserError(f"{folder}: cannot be measured ({lines[-1].removeprefix('ee_scale.errors.UserError: ')})")
-    return EdgeMeasure(**json.loads(done.stdout.splitlines()[-1]))
+    return checked(EdgeMeasure, json.loads(done.stdout.splitlines()[-1]), folder)
 
 
 def time_forward(call: Callable[[], Any], seconds: float) -> float:
@@ -132,12 +137,19 @@ class Timings:
 
 @torch.no_grad()
 def _measure(
-    folder: str, task: str, tokens: int, new_tokens: int, seconds: float, device: str, threads: int | None
+    folder: str,
+    task: str,
+    tokens: int,
+    new_tokens: int,
+    seconds: float,
+    device: str,
+    threads: int | None,
+    verify: Sequence[int] = (),
 ) -> EdgeMeasure:
     if threads is not None:
         torch.set_num_threads(threads)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    _check_length(config, tokens + (new_tokens if task == "causal_lm" else 0))
+    _check_length(config, tokens + max(new_tokens if task == "causal_lm" else 0, sum(verify)))
     steps = new_tokens if task == "causal_lm" else 0
     ids = torch.randint(config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0)).to(device)
     _warm_up(config, task, ids, steps)
@@ -160,6 +172,7 @@ def _measure(
         tokens=tokens,
         device=device,
         threads=torch.get_num_threads(),
+        verify_ms=_verify(model, ids, verify, seconds) if verify else [],
     )
 
 
@@ -207,6 +220,29 @@ def _next_token(model: PreTrainedModel, last: ModelOutput) -> ModelOutput:
     """One greedy step: the token of `last`'s logits goes through the model behind `last`'s cache."""
     token = last.logits[:, -1:].argmax(-1)
     return model(token, use_cache=True, **{CACHE: last[CACHE]})
+
+
+@without_cudnn()
+def _verify(model: PreTrainedModel, ids: torch.Tensor, rows: Sequence[int], seconds: float) -> list[tuple[int, float]]:
+    """(rows, median milliseconds) of forwards over so many tokens, one behind another after the prompt."""
+    times: dict[int, list[float]] = {count: [] for count in rows}
+    rounds, begun = -1, time.perf_counter()  # the first round is a warm-up
+    while rounds < MIN_ROUNDS or time.perf_counter() - begun < seconds:
+        output = model(ids, use_cache=True)
+        for count in rows:
+            spent, output = _timed(partial(_read, model, output, count))
+            if rounds >= 0:
+                times[count].append(spent)
+        rounds += 1
+    return [(count, 1e3 * median(spent)) for count, spent in times.items()]
+
+
+def _read(model: PreTrainedModel, last: ModelOutput, count: int) -> ModelOutput:
+    """`count` tokens behind `last`'s cache, and the choice of each of their positions."""
+    tokens = last.logits[:, -1:].argmax(-1).expand(-1, count)
+    output = model(tokens, use_cache=True, **{CACHE: last[CACHE]})
+    output.logits.argmax(-1)
+    return output
 
 
 class PeakMemory:

@@ -12,11 +12,6 @@ from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.config.compose import stored_config
 from ee_scale.config.groups import ParallelConfig
 from ee_scale.config.supernet import PaletteConfig, SupernetConfig
-from ee_scale.data.dataset import check_tokens
-from ee_scale.data.inputs import load_tokenizer, sources
-from ee_scale.data.labelled import check_labels, evaluation_batches, read_labelled
-from ee_scale.data.loader import windows
-from ee_scale.data.text import prepare_text
 from ee_scale.elastic.distill import LIVE
 from ee_scale.elastic.extract import is_tied
 from ee_scale.elastic.order import UnitOrder
@@ -27,7 +22,11 @@ from ee_scale.files import new_folder, remove_folder
 from ee_scale.grid import Layout, join_grid, pick_device
 from ee_scale.palettes.audit import Audit
 from ee_scale.palettes.cut_out import TrainedSupernet, read_supernet, subnet_model, write_subnet
+from ee_scale.palettes.draft_report import add_to_cards
+from ee_scale.palettes.draft_trials import DraftTrials
+from ee_scale.palettes.drafts import VERIFIED, Drafts
 from ee_scale.palettes.edge import EdgeMeasure, measure_edge
+from ee_scale.palettes.held_out import held_out
 from ee_scale.palettes.intervals import interval, wilson
 from ee_scale.palettes.judge import Judge, Judged, PartTimes
 from ee_scale.palettes.manifest import Device, Manifest, Member, Polished, Tried, write_manifest
@@ -40,7 +39,6 @@ from ee_scale.planning.out_of_memory import model_advice, told_when_full
 from ee_scale.planning.supernet import SupernetPlan, plan_supernet
 from ee_scale.progress import shares
 from ee_scale.training.supernet import ORDER, build_stage, open_phases, start_run
-from ee_scale.training.supernet_data import encode_labelled
 
 LIMITS = ("params", "flops", "latency_ms", "memory_mb")
 MEGABYTE = 1e6
@@ -55,14 +53,16 @@ def make_palette(config: PaletteConfig) -> Manifest:
         import ee_scale.artifact.onnx  # noqa: F401  (says now that packages are missing)
     supernet = read_supernet(src, config.step)
     plan = stored_plan(src, supernet, config)
+    for name in ("audit", "drafts"):
+        if getattr(config, name) and plan.task != "causal_lm":
+            raise UserError(f"{name}=true: a classifier writes no text")
     check_length(config, plan)
-    if config.audit and plan.task != "causal_lm":
-        raise UserError("audit=true: a classifier writes no text")
     batches = held_out(config, plan)
     with new_folder(out) as folder, told_when_full(lambda: _advice(config, plan)):
         manifest = Palette(config, src, supernet, plan, batches, folder).make()
         write_manifest(folder, manifest)
         write_palette_report(folder, manifest)
+        add_to_cards(folder, manifest)
     return manifest
 
 
@@ -78,6 +78,9 @@ def check_length(config: PaletteConfig, plan: SupernetPlan) -> None:
     most, decoded = plan.map.config.max_position_embeddings, config.new_tokens if plan.task == "causal_lm" else 0
     if config.tokens + decoded > most:
         texts = f"tokens={config.tokens}" + (f" and new_tokens={decoded}" if decoded else "")
+        raise UserError(f"{texts}: the model reads at most max_position_embeddings={most} tokens")
+    if config.drafts and config.tokens + sum(VERIFIED) > most:
+        texts = f"tokens={config.tokens} and {sum(VERIFIED)} that are verified behind them (drafts=true)"
         raise UserError(f"{texts}: the model reads at most max_position_embeddings={most} tokens")
 
 
@@ -103,34 +106,6 @@ def stored_plan(src: Path, supernet: TrainedSupernet, config: PaletteConfig) -> 
     plan = plan_supernet(stored, supernet.base, ModelFolder(supernet.base).config, supernet.identity["labels"])
     base_tensors(supernet.base, plan.map)  # said before anything is judged
     return plan
-
-
-def held_out(config: PaletteConfig, plan: SupernetPlan) -> list[dict[str, torch.Tensor]]:
-    """Batches to judge quality on. Raises `UserError`."""
-    stored, given = plan.config.data, config.data if config.data is not None else plan.config.data.valid
-    if given is None:
-        raise UserError("data: the run has no data.valid; give data=<held-out file>")
-    tokenizer, names = load_tokenizer(plan.model_dir), sources(given)
-    limit = config.samples or None
-    if plan.task == "classify":
-        if len(names) != 1:
-            raise UserError(f"data={names}: labelled data is one file")
-        keys = (stored.text_key, stored.label_key, stored.pair_key)
-        examples = read_labelled(names[0], *keys, fields="", errors=stored.errors)
-        check_labels(plan.labels, examples, names[0], fields="")
-        if limit is not None and limit < len(examples):
-            keep = torch.randperm(len(examples), generator=torch.Generator().manual_seed(config.seed))[:limit]
-            examples = [examples[i] for i in keep.tolist()]
-        data = encode_labelled(plan, examples, tokenizer, "")
-        return list(evaluation_batches(data, config.batch_size))
-    given = (tokenizer, plan.model_dir, config.cache_dir, stored.text_key, True)
-    prefixes = prepare_text(names, *given, fields="", errors=stored.errors)
-    check_tokens(prefixes, plan.map.config.vocab_size, 1, names=names, fields="", tokenizer=tokenizer)
-    found = windows(prefixes, stored.seq_length, config.batch_size, (limit or 0) * stored.seq_length)
-    batches = [{"tokens": rows[:, :-1], "labels": rows[:, 1:], "loss_mask": learned} for rows, learned in found]
-    if not any(bool(batch["loss_mask"].any()) for batch in batches):
-        raise UserError(f"data={names}: nothing in what is read is the assistant's; give more text, or samples=0")
-    return batches
 
 
 class Palette:
@@ -160,7 +135,7 @@ class Palette:
                     parameter.copy_(supernet.trained[name])
         self.polish = Polish(run) if config.polish else None
         self.space: SearchSpace = run.space
-        self.judge = Judge(run.stage, batches)
+        self.batches, self.judge = batches, Judge(run.stage, batches)
         self.audit = None
         if config.audit:
             digests = supernet.identity.get("data", {}).get("tokens", [])
@@ -218,7 +193,10 @@ class Palette:
             polish=None if self.polish is None else Polished(config.polish, self.polish.seconds),
             tried=[Tried(c.spec, before.get(c.spec, self.judged[c.spec].figures), dict(c.estimates)) for c in found],
         )
-        self._keep_only({member.folder for member in manifest.members})
+        if config.drafts:
+            manifest = replace(manifest, drafts=self._drafts(manifest))
+        kept = [] if manifest.drafts is None else [manifest.drafts.full]
+        self._keep_only({*kept, *(member.folder for member in manifest.members)})
         return manifest
 
     def _quality(self, spec: SubnetSpec) -> float:
@@ -271,6 +249,7 @@ class Palette:
                 seconds=self.config.seconds,
                 device=self.device.type,
                 threads=self.config.threads,
+                verify=VERIFIED if self.config.drafts else (),
             )
         return self.measures[spec]
 
@@ -294,6 +273,7 @@ class Palette:
             difference=None if spec == whole else interval(judged.scores.minus(self.judged[whole].scores)),
             estimated_ms=self.times.milliseconds(spec),
             onnx=self._onnx(folder) if self.config.onnx and folder != "full" else {},
+            verify_ms=measure.verify_ms,
         )
 
     def _polished(self, polish: Polish, specs: list[SubnetSpec]) -> dict[SubnetSpec, dict[str, float]]:
@@ -319,6 +299,14 @@ class Palette:
         said = f"On held-out data: {facts}. {more}".strip()
         write_subnet(folder, model, self.supernet, spec, said, self.teacher.fingerprint)
         return folder
+
+    def _drafts(self, manifest: Manifest) -> Drafts:
+        """Small sizes as drafters of larger ones; the full model is one of those, whether it is a member or not."""
+        config, longest, full = self.config, self.plan.map.config.max_position_embeddings, manifest.full
+        trials = DraftTrials(self.batches, config.drafts_samples, longest, config.seed, self.device)
+        others = [member for member in manifest.members if member.spec != full.spec]
+        whole = replace(full, folder=self._name(full.spec))
+        return trials.drafts(self.folder, [whole, *others], whole.folder)
 
     def _found_by(self, audit: Audit, specs: list[SubnetSpec]) -> dict[str, Overlap]:
         """What the sizes and the teacher give back of the training text."""

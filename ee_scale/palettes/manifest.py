@@ -9,6 +9,7 @@ import torch
 from ee_scale.data.provenance import TextSource
 from ee_scale.elastic.subnet import SubnetSpec
 from ee_scale.errors import UserError
+from ee_scale.palettes.drafts import Drafts
 from ee_scale.palettes.overlap import Overlap
 from ee_scale.reading import checked, read_json, whole, write_json
 
@@ -54,6 +55,7 @@ class Member:
         estimated_ms: what the search took for the latency that `Manifest.latency` names; None if nothing.
         before: quality before it was polished; empty: it was not.
         onnx: variant ('fp32', 'int8') -> {'file_mb', 'latency_ms'}.
+        verify_ms: (rows, milliseconds) of forwards over several tokens behind the prompt; empty: not measured.
     """
 
     folder: str
@@ -72,6 +74,7 @@ class Member:
     before: dict[str, float] = field(default_factory=dict)
     interval: tuple[float, float] | None = None
     difference: tuple[float, float] | None = None
+    verify_ms: list[tuple[int, float]] = field(default_factory=list)
 
 
 @whole
@@ -110,6 +113,7 @@ class Manifest:
         sources: text that the supernet was trained on; teacher: what taught, by its fingerprint; empty: not known.
         polish: what sizes were trained by themselves behind the supernet; None: not at all.
         audit: what each size and the teacher gave back of it verbatim, by folder.
+        drafts: small sizes as draft models of large ones; None: not asked for.
         texts: held-out texts that quality was judged on; 0: a version that did not say.
     """
 
@@ -130,6 +134,7 @@ class Manifest:
     teacher: str = ""
     polish: Polished | None = None
     audit: dict[str, Overlap] = field(default_factory=dict)
+    drafts: Drafts | None = None
 
     @property
     def higher_is_better(self) -> bool:

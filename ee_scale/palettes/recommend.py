@@ -8,6 +8,7 @@ from rich.table import Table
 
 from ee_scale.families.build import AUTO_CLASS
 from ee_scale.files import write_text
+from ee_scale.palettes.draft_report import draft_markdown
 from ee_scale.palettes.intervals import is_seen
 from ee_scale.palettes.limits import number
 from ee_scale.palettes.manifest import Manifest, Member
@@ -56,6 +57,7 @@ def palette_markdown(manifest: Manifest) -> str:
         *_energy_note(manifest),
         "## Which one to take",
         "\n".join(f"- {line}" for line in recommendations(manifest)),
+        *draft_markdown(manifest),
         *_provenance(manifest),
         "## How to open one",
         f"```python\nfrom transformers import {auto}, AutoTokenizer\n\n"

@@ -11,16 +11,23 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.assisted import Cycles
 from helpers.cli import Finished, run_cli
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 from ee_scale.artifact.checkpoint import checkpoints
 from ee_scale.palettes.manifest import Manifest, Member, read_manifest
 
 COMMON = ["seconds=0.02", "tokens=16", "new_tokens=2", "device=cpu"]
 REPORT = {"manifest.json", "report.md", "palette.png"}
+DRAFTS = ["drafts=true", "drafts_samples=4"]
 COSTS = {"params": "params", "flops": "flops", "latency_ms": "prefill_ms", "memory_mb": "memory_mb"}
 
 
@@ -70,7 +77,7 @@ def classes(classify_run, tmp_path_factory) -> Path:
 def texts(supernet_run, tmp_path_factory) -> Path:
     """Nine sizes of the decoder, which are more than its front has."""
     folder = tmp_path_factory.mktemp("texts")
-    made(folder, supernet_run, "count=9", "method=grid", "samples=12", "audit=true", "audit_samples=3")
+    made(folder, supernet_run, "count=9", "method=grid", "samples=12", "audit=true", "audit_samples=3", *DRAFTS)
     return folder / "palette"
 
 
@@ -237,6 +244,71 @@ def test_an_audit_needs_the_text_of_the_run(classify_run, supernet_run, tmp_path
     config.data.path = str(other)
     OmegaConf.save(config, run / "config.yaml")
     assert refused(tmp_path, run, "audit=true").endswith(f"data.path={other}: the run was trained on other text")
+
+
+# -- draft models ------------------------------------------------------------------------------------------------------
+
+
+def opened(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+
+
+def prompts(folder: Path, member: str, arguments: list[str]) -> torch.Tensor:
+    """Beginnings of four of the twelve texts that `samples=12` reads."""
+    valid = next(Path(text.partition("=")[2]) for text in arguments if text.startswith("data.valid="))
+    tokenizer = AutoTokenizer.from_pretrained(folder / member)
+    return torch.tensor(tokenizer(valid.read_text())["input_ids"])[: 12 * 17].view(12, 17)[[0, 3, 7, 11], :16]
+
+
+def test_every_smaller_size_is_tried_as_a_drafter(texts):
+    manifest = read_manifest(texts)
+    everyone = {**{member.folder: member for member in manifest.members}, manifest.drafts.full: manifest.full}
+    pairs = [(pair.target, pair.drafter) for pair in manifest.drafts.pairs]
+    smaller = [(a, b) for a in everyone for b in everyone if everyone[b].params < everyone[a].params]
+    assert sorted(pairs) == sorted(smaller)
+    assert (manifest.drafts.texts, manifest.drafts.tokens) == (4, 48)
+    for pair in manifest.drafts.pairs:
+        assert pair.cost > 0
+        for found in (pair.greedy, pair.sampled):
+            low, high = found.acceptance_interval
+            assert 0 <= low <= found.acceptance <= high <= 1
+            assert found.speedup <= found.tokens / found.drafts / pair.cost
+            assert 1 <= found.drafts <= 12
+            assert 1 <= found.tokens <= found.drafts + 1
+    assert [rows for rows, _ in everyone[pairs[0][0]].verify_ms] == [2, 4, 8, 13]
+    speedups = [pair.greedy.speedup for pair in manifest.drafts.pairs]
+    assert speedups == sorted(speedups, reverse=True)
+    assert (texts / manifest.drafts.full / "model.safetensors").is_file()
+    assert "## Small sizes as draft models" in (texts / "report.md").read_text()
+    assert "## As a draft model" in (texts / manifest.members[0].folder / "README.md").read_text()
+
+
+def test_stock_transformers_drafts_as_foretold(texts, supernet_arguments):
+    """Greedy: the same text as without a drafter, and exactly the tokens per cycle that the manifest says."""
+    drafts = read_manifest(texts).drafts
+    for pair in (drafts.pairs[0], min(drafts.pairs, key=lambda pair: pair.greedy.acceptance)):
+        target, drafter, found = opened(texts / pair.target), opened(texts / pair.drafter), pair.greedy
+        settings = {"num_assistant_tokens": found.drafts, "num_assistant_tokens_schedule": "constant"}
+        drafter.generation_config.update(**settings, assistant_confidence_threshold=0)
+        counted: list[int] = []
+        for prompt in prompts(texts, pair.drafter, supernet_arguments):
+            ids, cycles = prompt[None], Cycles()
+            options = {"max_new_tokens": drafts.tokens, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+            alone = target.generate(ids, **options)
+            assert torch.equal(target.generate(ids, assistant_model=drafter, streamer=cycles, **options), alone)
+            counted += cycles.whole(alone.shape[1] - ids.shape[1], found.drafts)
+        assert sum(counted) / len(counted) == pytest.approx(found.tokens)
+
+
+def test_a_classifier_drafts_nothing(classify_run, tmp_path):
+    assert refused(tmp_path, classify_run, "drafts=true") == "drafts=true: a classifier writes no text"
+
+
+def test_drafts_need_room_behind_the_prompt(supernet_run, tmp_path):
+    assert refused(tmp_path, supernet_run, "drafts=true", "tokens=40") == (
+        "tokens=40 and 27 that are verified behind them (drafts=true): "
+        "the model reads at most max_position_embeddings=64 tokens"
+    )
 
 
 # -- polish ------------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def encoder(tmp_path_factory) -> Path:
 
 
 def test_a_decoder_in_a_process_of_its_own(decoder):
-    measure = measure_edge(decoder, "causal_lm", tokens=32, new_tokens=4, seconds=0.2, threads=1)
+    measure = measure_edge(decoder, "causal_lm", tokens=32, new_tokens=4, seconds=0.2, threads=1, verify=(2, 3))
     known = ElasticMap(AutoConfig.from_pretrained(decoder), "causal_lm")
     assert measure.parameters == known.parameters(known.shape.full)
     assert measure.weights_mb == (decoder / "model.safetensors").stat().st_size / 1e6
@@ -45,6 +45,7 @@ def test_a_decoder_in_a_process_of_its_own(decoder):
     if _peak_can_be_reset():  # else it holds what the whole process needed
         assert measure.memory_mb < measure.weights_mb + 20
     assert (measure.tokens, measure.device, measure.threads) == (32, "cpu", 1)
+    assert [(type(rows), rows) for rows, _ in measure.verify_ms] == [(int, 2), (int, 3)]
 
 
 def test_an_encoder_decodes_nothing(encoder):
@@ -90,6 +91,23 @@ def test_tokens_are_those_of_greedy_generation(decoder):
     text = torch.cat(seen, 1)
     settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     assert torch.equal(text, load_whole(decoder).generate(ids, **settings))
+
+
+def test_rows_are_read_one_behind_another_after_the_prompt(decoder):
+    model, ids = load_whole(decoder), torch.ones(1, 9, dtype=torch.long)
+    seen, behind = [], []
+
+    def watch(module, args, kwargs, output):
+        seen.append(args[0].shape[1])
+        behind.append(output[edge.CACHE].get_seq_length())
+
+    model.register_forward_hook(watch, with_kwargs=True)
+    with torch.no_grad():
+        found = edge._verify(model, ids, (2, 4), 0.0)
+    assert [rows for rows, _ in found] == [2, 4]
+    assert min(ms for _, ms in found) > 0
+    assert seen == [9, 2, 4] * (1 + edge.MIN_ROUNDS)
+    assert behind == [9, 11, 15] * (1 + edge.MIN_ROUNDS)
 
 
 def test_time_is_a_median_after_a_warm_up(monkeypatch):
