@@ -83,7 +83,7 @@ class _KLDivergence(torch.autograd.Function):
         log_q = teacher - log_normalizer(teacher)[1].unsqueeze(-1)
         q = log_q.exp()
         # A padded row has q = 0 and two very low logarithms, infinite at a temperature below 1: 0 x inf is no number.
-        loss = torch.where(q > 0, q * (log_q - log_p), 0.0).sum(dim=-1)
+        loss = torch.where(q == 0, 0.0, q * (log_q - log_p)).sum(dim=-1)
         if (group := parallel_state.get_tensor_model_parallel_group()).size() > 1:
             dist.all_reduce(loss, group=group)
         ctx.save_for_backward(log_p.exp() - q)
@@ -111,7 +111,7 @@ def systematic_sample(logits: torch.Tensor, points: torch.Tensor, count: int) ->
     logits, group = logits.float(), parallel_state.get_tensor_model_parallel_group()
     log_q = logits - log_normalizer(logits)[1].unsqueeze(-1)
     q = log_q.exp()
-    negentropy = torch.where(q > 0, q * log_q, 0.0).sum(dim=-1)
+    negentropy = torch.where(q == 0, 0.0, q * log_q).sum(dim=-1)
     below = q.cumsum(dim=-1, dtype=torch.float64)
     masses = [torch.empty_like(points) for _ in range(group.size())]
     masses[group.rank()] = below[:, -1].contiguous()

@@ -81,6 +81,10 @@ def cut(vocab: int, grid: Grid) -> dict[str, torch.Tensor]:
     for t in TEMPERATURES:
         keep(f"kl{t}", kl_divergence(mask_padding(mine, vocab), target, t))
         keep(f"sampled{t}", sampled(mine, target, vocab, t))
+    broken = target.clone()
+    broken[0, 0] = torch.nan  # on one token's row
+    lost = kl_divergence(mask_padding(mine.detach(), vocab), broken).isnan()
+    assert lost.tolist() == [True, *[False] * (TOKENS - 1)], "what is no number must not pass for no distance"
     found["tokens"] = systematic_sample(target, torch.full((TOKENS,), 0.3, dtype=torch.float64), 50)[0]
     return found
 
