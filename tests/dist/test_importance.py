@@ -201,7 +201,7 @@ def plain_worth(folder: Path, family: str) -> Worth:
 
 @pytest.fixture(scope="module")
 def worths(folders: dict[str, Path]) -> dict[str, Worth]:
-    return {family: plain_worth(folder, family) for family, folder in folders.items()}
+    return {family: plain_worth(folders[family], family) for family in TASKS}
 
 
 def test_the_importances_are_well_apart(worths: dict[str, Worth]) -> None:
