@@ -13,7 +13,7 @@ from threading import get_ident
 import torch
 from torch import nn
 
-from .heads import ExitTaps, ModelWithExits, Tap
+from .heads import ExitTaps, ModelWithExits, Tap, embed, rotary_by_type
 from .position_cache import GROWTH, PositionCache
 from .short_head import ShortHead
 from .transfers import send
@@ -127,7 +127,7 @@ class LayerRunner:
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """[B, q] -> [B, q, D]."""
-        return self.base.embed_tokens(tokens)
+        return embed(self.base, tokens)
 
     def run(self, hidden: torch.Tensor, block: Block, first: int, last: int) -> torch.Tensor:
         """Layers first+1..last on hidden states [B, q, D] of a block; states at exits on the way are remembered."""
@@ -322,6 +322,11 @@ def check_model(model: ModelWithExits) -> None:
             f"exit_policy: attention '{attention}' takes no mask of ours; open the model with "
             "attn_implementation='sdpa'"
         )
+    kinds = set(getattr(model.config, "layer_types", None) or [])
+    if strange := sorted(kinds - {"full_attention", "sliding_attention"}):
+        raise ValueError(f"exit_policy: layers of type '{strange[0]}' take no mask of ours")
+    if rotary_by_type(model.base_model.rotary_emb):
+        raise ValueError("exit_policy: rotary tables of their own for each type of layer are not read yet")
     if len(set((getattr(model, "hf_device_map", None) or {"": 0}).values())) > 1:
         raise ValueError("exit_policy: the model is spread over several devices; use ee-scale generate parallel.pp=...")
     rope = getattr(model.config, "rope_parameters", None) or {}
