@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import tiny_config
+from helpers.models import tiny_config, write_model
 from transformers import GPT2Config, PreTrainedConfig
 from transformers.models.llama import modeling_llama
 
 from ee_scale.backbone import proof, shard
 from ee_scale.backbone.proof import check_decoding_proof, check_tensor_proof, prove
 from ee_scale.backbone.stacked import StackedLinear
+from ee_scale.cli.main import main
 from ee_scale.errors import UserError
 from ee_scale.exits.placement import exit_spec
 from ee_scale.families.decoders import DECODERS
@@ -240,3 +241,32 @@ def test_what_was_refused_is_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path:
         patched_layer(patch, lambda hidden: (hidden,))
         assert refusal(tiny_config("llama")) == refusal(tiny_config("llama"))
     assert not (tmp_path / "proofs").exists()
+
+
+# -- what `check` prints ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "told"),
+    [
+        ("qwen3", ("tp 1, 2, 4;", "exits.kind=embedding|norm|mlp|layer", "decode with exits yes", "convert Megatron")),
+        ("cohere2", ("exits.kind=embedding|norm|layer", "decode with exits yes", "supernet no", "convert no")),
+        ("gemma3_text", ("exits.kind=embedding|norm|mlp|layer", "rotary tables of their own", "decode with exits no")),
+    ],
+)
+def test_check_of_a_model(tmp_path: Any, capsys: pytest.CaptureFixture, family: str, told: tuple[str, ...]) -> None:
+    folder = write_model(tmp_path / "model", family)
+    assert main(["check", f"model={folder}"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert all(f"{name} holds" in printed for name in proof.NEEDED)
+    for words in (f"{family}, tried on a copy of ", "pp 1 to 5", *told):
+        assert words in printed
+
+
+def test_check_of_what_is_no_model(tmp_path: Any, capsys: pytest.CaptureFixture) -> None:
+    assert main(["check", f"model={tmp_path / 'nothing'}"]) == 2
+    GPT2Config().save_pretrained(tmp_path / "gpt2")
+    assert main(["check", f"model={tmp_path / 'gpt2'}"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["error", "error"]
+    assert "architecture 'gpt2' is not supported" in lines[1]
