@@ -32,7 +32,7 @@ def _axes(family: Family) -> list[str]:
     megatron = family.megatron
     return [
         f"{split} dp" if family.is_decoder else NOT,
-        split if family.is_decoder and family.decoding else NOT,
+        split if family.is_decoder else NOT,
         "tp pp dp" if family.elastic is not None else NOT,
         "tp pp" if megatron is not None else NOT,
         "tp pp" if megatron is not None and megatron.in_ee_llm else NOT,

@@ -61,7 +61,6 @@ DECODERS = (
         logit_softcap="final_logit_softcapping",
         embedding_scale="scalar_embed_scale",
         neutral_norm=0.0,
-        decoding=False,
     ),
     Family(
         "vaultgemma",
@@ -70,7 +69,7 @@ DECODERS = (
         embedding_scale="scalar_embed_scale",
         neutral_norm=0.0,
     ),
-    Family("olmo3", mlp_input_norm=None, mlp_output_norm="post_feedforward_layernorm", decoding=False),
+    Family("olmo3", mlp_input_norm=None, mlp_output_norm="post_feedforward_layernorm"),
     Family("exaone4", mlp_input_norm=None, mlp_output_norm="post_feedforward_layernorm"),
     Family("glm4", mlp_output_norm="post_mlp_layernorm"),
     Family("granite", logit_divisor="logits_scaling", residual_multiplier="residual_multiplier"),

@@ -51,7 +51,6 @@ class Family:
         gated: whether an MLP has three matrices (gate, up, down), not two.
         parallel: attention and MLP read the same state, side by side, and both are added: an MLP beside it is no exit.
         neutral_norm: weight of a norm that only normalises (Gemma multiplies by 1 + weight).
-        decoding: whether exits of it are decoded with (a proof says the same of a model).
         gguf: whether GGUF files of it are read.
         gguf_pairs: GGUF files hold the two rows of a rotary pair side by side, transformers half a head apart.
         elastic, megatron: None where it is no supernet, or has no map to Megatron.
@@ -74,7 +73,6 @@ class Family:
     embedding_scale: str | None = None
     parallel: bool = False
     neutral_norm: float = 1.0
-    decoding: bool = True
     gguf: bool = False
     gguf_pairs: bool = False
     elastic: Elastic | None = None

@@ -9,7 +9,7 @@ from helpers.models import MORE_FAMILIES
 
 from ee_scale.families.registry import FAMILIES
 
-DECODED = [name for name in (*MORE_FAMILIES, "olmo2") if FAMILIES[name].decoding]
+DECODED = (*MORE_FAMILIES, "olmo2")
 EXITS = (1, 3)
 NEW = 8  # behind prompts of up to 9 tokens: longer than a window
 
