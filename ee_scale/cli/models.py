@@ -3,6 +3,8 @@
 `ee-scale check model=...`: the same of one model, with what was tried of it.
 """
 
+from contextlib import suppress
+
 from rich.table import Table
 from transformers import PreTrainedConfig
 
@@ -17,7 +19,7 @@ from ee_scale.families.sizes import shape_of
 from ee_scale.modeling.kinds import KINDS
 
 NOT = "-"
-SPLITS = (2, 4, 8, 16)
+MOST_RANKS = 16
 COLUMNS = ["tune", "generate", "supernet", "convert (Megatron)", "convert (EE-LLM)"]
 
 
@@ -80,12 +82,10 @@ def check(name: str) -> None:
 
 
 def _tensor_ranks(config: PreTrainedConfig, proof: Proof) -> list[int]:
-    """Of the usual numbers, those that cut it evenly."""
+    """Numbers that cut it evenly."""
     found = [1]
-    for tp in () if proof.tensor else SPLITS:
-        try:
+    for tp in () if proof.tensor else range(2, MOST_RANKS + 1):
+        with suppress(UserError):
             tensor_plan(config, tp)
-        except UserError:
-            break
-        found.append(tp)
+            found.append(tp)
     return found
