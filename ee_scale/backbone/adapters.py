@@ -9,7 +9,7 @@ from torch import nn
 
 from ee_scale.backbone.digest import named_generator
 from ee_scale.backbone.narrowing import narrowed
-from ee_scale.backbone.parallel import COLUMN, ROW, ColumnLinear, RowLinear, low_rank_update
+from ee_scale.backbone.parallel import COLUMN, ROW, ColumnLinear, RowLinear, update_beside
 from ee_scale.backbone.shard import BackboneStage
 from ee_scale.grid import Grid
 
@@ -44,7 +44,7 @@ def _add_adapter(name: str, projection: nn.Module, rank: int, grid: Grid, seed: 
     if style == COLUMN:
         set_tensor_model_parallel_attributes(up, True, 0, 1)
     projection.register_forward_hook(
-        lambda _, args, output: output + low_rank_update(args[0], down, up, style, grid.tp_group)
+        lambda module, args, output: output + update_beside(module, args[0], down, up, grid.tp_group)
     )
     return {name + DOWN: down, name + UP: up}
 

@@ -22,7 +22,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ee_scale.errors import UserError, one_line
 from ee_scale.families.build import meta_model
-from ee_scale.families.registry import decoder_family
+from ee_scale.families.registry import gguf_family
 from ee_scale.families.sizes import check_sizes
 from ee_scale.reading import shown
 
@@ -81,9 +81,7 @@ class GGUFFile:
         if self._reader.byte_order != "I":
             raise UserError(f"{path}: a GGUF file of the other byte order; convert it with gguf-convert-endian")
         self.architecture = str(values.get("general.architecture"))
-        asked = PreTrainedConfig()
-        asked.model_type = self.architecture
-        decoder_family(asked)
+        gguf_family(self.architecture)
         start = f"{self.architecture}."
         self._settings = {name[len(start) :]: value for name, value in values.items() if name.startswith(start)}
         if (parts := values.get("split.count", 1)) != 1:
@@ -114,7 +112,7 @@ class GGUFFile:
                 config = AutoConfig.from_pretrained(**place, trust_remote_code=False)
             except Exception as error:  # transformers checks types and values in many ways
                 raise UserError(f"{self.path}: no config that transformers reads ({one_line(error)})") from error
-        decoder_family(config)
+        gguf_family(config.model_type)
         check_sizes(config.to_dict(), self.path)
         for name in ("_model_name_or_path", "_name_or_path"):  # what the file calls itself, and a folder that is gone
             vars(config).pop(name, None)
@@ -209,7 +207,7 @@ class GGUFFile:
 
     def read(self, name: str) -> torch.Tensor:
         """A parameter, fp32, as transformers computes with it. Raises `UserError` for numbers that are none."""
-        stored, config, family = self.names[name], self.config, decoder_family(self.config)
+        stored, config, family = self.names[name], self.config, gguf_family(self.config.model_type)
         values = self._values(stored)
         if not values.isfinite().all():
             raise UserError(f"{self.path}: '{stored}' has numbers that are not finite; it is damaged")

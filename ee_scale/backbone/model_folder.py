@@ -14,10 +14,10 @@ from ee_scale.backbone.fingerprint import is_model
 from ee_scale.backbone.loading import TensorFolder, read_config, weight_files
 from ee_scale.backbone.model_path import find_gguf, plain_folder
 from ee_scale.backbone.model_tensors import ModelTensors
+from ee_scale.backbone.proof import prove
 from ee_scale.backbone.shard import model_tensors
 from ee_scale.backbone.small_files import GENERATION_CONFIG
 from ee_scale.errors import UserError, one_line
-from ee_scale.families.registry import decoder_family
 from ee_scale.modeling.calibration import CALIBRATION_KEY, check_calibration
 from ee_scale.modeling.heads import ExitSpec
 from ee_scale.modeling.modeling_early_exit import PREFIX, check_exit_keys, early_exit_class
@@ -82,8 +82,8 @@ class ModelFolder:
 
     @property
     def decoder_config(self) -> PreTrainedConfig:
-        """The same, of an architecture that exits are known for."""
-        decoder_family(self.config)
+        """The same, of an architecture that was proved to take exits."""
+        prove(self.config)
         return self.config
 
     @cached_property

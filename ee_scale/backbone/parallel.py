@@ -4,7 +4,8 @@ Sizes are those of one rank afterwards; parameter names stay Hugging Face's. Eac
 Megatron's attributes `tensor_model_parallel` and `partition_dim`, which loading, clipping and saving read.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from math import ceil
 
 import torch
@@ -24,28 +25,79 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_from_tensor_model_parallel_region as reduce_from,
 )
 from torch import nn
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
 from ee_scale.errors import UserError
 from ee_scale.families.sizes import ModelShape
 
-STYLES = COLUMN, ROW, GRAD_SUM = "colwise", "rowwise", "replicated_with_grad_allreduce"
+# Projections that are cut: their parts meet behind the second of a pair, or ("gathered", "split") behind each.
+CUTS = COLUMN, ROW, GATHERED, SPLIT = "colwise", "rowwise", "colwise_gather_output", "rowwise_split_input"
+GRAD_SUM = "replicated_with_grad_allreduce"
+STYLES = (*CUTS, GRAD_SUM)
+
+
+class _Gather(torch.autograd.Function):
+    """The ranks' parts of the last dimension, joined. (Megatron's own wants a GPU.)"""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return _joined(part, group)
+
+    @staticmethod
+    def backward(ctx: BackwardCFunction, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _own_part(gradient, ctx.group), None
+
+
+class _Split(torch.autograd.Function):
+    """This rank's part of the last dimension."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, whole: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return _own_part(whole, group)
+
+    @staticmethod
+    def backward(ctx: BackwardCFunction, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _joined(gradient, ctx.group), None
+
+
+def _joined(part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(group.size())]
+    dist.all_gather(parts, part.contiguous(), group=group)
+    return torch.cat(parts, -1)
+
+
+def _own_part(whole: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    return whole.chunk(group.size(), -1)[group.rank()].contiguous()
 
 
 class ColumnLinear(ColumnParallelLinear):
-    """[..., in] -> [..., out/tp]."""
+    """[..., in] -> [..., out/tp]; whole where `gathers` is set."""
+
+    gathers = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.requires_grad:
-            return super().forward(x)[0]
         # Megatron computes, and sums over the group, the gradient of an input that wants none.
-        return F.linear(x, self.weight, self.bias)
+        out = super().forward(x)[0] if x.requires_grad else F.linear(x, self.weight, self.bias)
+        return self.whole(out)
+
+    def whole(self, out: torch.Tensor) -> torch.Tensor:
+        """What it gives, of what its rows give."""
+        return _Gather.apply(out, self.tp_group) if self.gathers and self.tp_group.size() > 1 else out
 
 
 class RowLinear(RowParallelLinear):
-    """[..., in/tp] -> [..., out], summed over the tensor group."""
+    """[..., in/tp] -> [..., out], summed over the tensor group; reads a whole input where `splits` is set."""
+
+    splits = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x)[0]
+        return super().forward(self.own(x))[0]
+
+    def own(self, x: torch.Tensor) -> torch.Tensor:
+        """What its columns read, of what it reads."""
+        return _Split.apply(x, self.tp_group) if self.splits and self.tp_group.size() > 1 else x
 
 
 class VocabEmbedding(VocabParallelEmbedding):
@@ -103,13 +155,21 @@ def swap_projections(
 
     `plan` is by the name inside a decoder layer; `prefix` is the place of `module` there ('mlp.' for an MLP alone).
     """
+
+    def make(linear: nn.Linear, style: str) -> nn.Module:
+        return MAKERS[style](linear.in_features, linear.out_features, linear.bias is not None, group, dtype)
+
+    swap_linears(module, plan, prefix, make)
+
+
+def swap_linears(
+    module: nn.Module, plan: Mapping[str, str], prefix: str, make: Callable[[nn.Linear, str], nn.Module]
+) -> None:
+    """Put `make(projection, style)` in the place of each projection that the plan cuts."""
     for name, child in list(module.named_modules()):
         style = plan.get(prefix + name)
-        if style in (COLUMN, ROW):
-            make = column_linear if style == COLUMN else row_linear
-            module.set_submodule(
-                name, make(child.in_features, child.out_features, child.bias is not None, group, dtype)
-            )
+        if style in CUTS:
+            module.set_submodule(name, make(child, style))
 
 
 def sum_partial_gradients(module: nn.Module, plan: Mapping[str, str], prefix: str, group: dist.ProcessGroup) -> None:
@@ -136,20 +196,38 @@ def materialise(module: nn.Module, device: torch.device) -> None:
 
 
 def column_linear(
-    in_features: int, out_features: int, bias: bool, group: dist.ProcessGroup, dtype: torch.dtype
+    in_features: int,
+    out_features: int,
+    bias: bool,
+    group: dist.ProcessGroup,
+    dtype: torch.dtype,
+    *,
+    gathers: bool = False,
 ) -> ColumnLinear:
-    """A linear layer whose outputs are cut over the group."""
+    """A linear layer whose outputs are cut over the group, and joined again with `gathers`."""
     layer = ColumnLinear(
-        in_features, out_features, bias=bias, config=_config(group, dtype), init_method=_no_init, tp_group=group
+        in_features,
+        out_features,
+        bias=bias,
+        config=_config(group, dtype),
+        init_method=_no_init,
+        tp_group=group,
     )
+    layer.gathers = gathers
     set_tensor_model_parallel_attributes(layer.weight, True, 0, 1)
     return layer
 
 
 def row_linear(
-    in_features: int, out_features: int, bias: bool, group: dist.ProcessGroup, dtype: torch.dtype
+    in_features: int,
+    out_features: int,
+    bias: bool,
+    group: dist.ProcessGroup,
+    dtype: torch.dtype,
+    *,
+    splits: bool = False,
 ) -> RowLinear:
-    """A linear layer whose inputs are cut over the group; the bias is whole on every rank."""
+    """A linear layer whose inputs are cut over the group, by itself with `splits`; the bias is whole on every rank."""
     layer = RowLinear(
         in_features,
         out_features,
@@ -160,8 +238,17 @@ def row_linear(
         skip_bias_add=False,
         tp_group=group,
     )
+    layer.splits = splits
     set_tensor_model_parallel_attributes(layer.weight, True, 1, 1)
     return layer
+
+
+MAKERS = {
+    COLUMN: column_linear,
+    ROW: row_linear,
+    GATHERED: partial(column_linear, gathers=True),
+    SPLIT: partial(row_linear, splits=True),
+}
 
 
 def vocab_embedding(
@@ -173,6 +260,17 @@ def vocab_embedding(
     embedding.scale, embedding.padding_id = scale, whole.padding_idx
     set_tensor_model_parallel_attributes(embedding.weight, True, 0, 1)
     return embedding
+
+
+def update_beside(
+    projection: nn.Module, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, group: dist.ProcessGroup
+) -> torch.Tensor:
+    """`low_rank_update` beside a projection, from what it reads to what it gives."""
+    if isinstance(projection, RowLinear):
+        return low_rank_update(projection.own(x), down, up, ROW, group)
+    if isinstance(projection, ColumnLinear):
+        return projection.whole(low_rank_update(x, down, up, COLUMN, group))
+    return low_rank_update(x, down, up, None, group)
 
 
 def low_rank_update(

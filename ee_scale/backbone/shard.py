@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from ee_scale.backbone.loading import LoadTask, TensorFolder, load_tensors
 from ee_scale.backbone.masks import HandedMasks
@@ -27,6 +27,7 @@ from ee_scale.families.family import Family
 from ee_scale.families.registry import decoder_family
 from ee_scale.families.sizes import shape_of, with_layers
 from ee_scale.grid import Grid
+from ee_scale.modeling.heads import take_as_it_is
 
 
 def tensor_plan(config: PreTrainedConfig, tp: int) -> dict[str, str]:
@@ -47,6 +48,42 @@ def model_tensors(folder: Path, config: PreTrainedConfig) -> ModelTensors:
     return ModelTensors(folder, meta_model(config, torch.float32))
 
 
+def layers_of(base: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a base model."""
+    layers = base.get_submodule("layers")
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def cut_base(model: PreTrainedModel, layers: Sequence[int], *, final_norm: bool) -> nn.Module:
+    """The base of a model that is used up, with these layers (from 0) alone. It embeds only if it has the first one."""
+    base = model.base_model
+    base.config = with_layers(base.config, layers)
+    kept = nn.ModuleList(layers_of(base)[i] for i in layers)
+    for place, layer in enumerate(kept):
+        layer.get_submodule("self_attn").layer_idx = place  # its place in this stage's cache
+    base.layers = kept
+    if not final_norm:
+        base.norm = nn.Identity()
+    if layers[0] > 0:
+        take_as_it_is(base)
+    return base
+
+
+def renew_rotary(base: nn.Module, config: PreTrainedConfig) -> None:
+    """Tables of a base that was built without memory, for the whole model's config, on the current default device."""
+    base.rotary_emb = type(base.rotary_emb)(config=config)
+
+
+def run_base(base: nn.Module, masks: HandedMasks, x: torch.Tensor, **options: object) -> torch.Tensor:
+    """The base of a stage on ids [B, S] or hidden states [B, S, D] -> [B, S, D]; `masks`: those of its layers."""
+    inputs = {"inputs_embeds": x} if x.is_floating_point() else {"input_ids": x}
+    if options:
+        return base(**inputs, **{"use_cache": False, **options}).last_hidden_state
+    with masks.handed(layers_of(base), x) as kept:
+        return base(**inputs, **kept, use_cache=False).last_hidden_state
+
+
 class BackboneStage(nn.Module):
     """The layers of one pipeline stage, frozen, cut over the tensor group.
 
@@ -56,7 +93,7 @@ class BackboneStage(nn.Module):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         plan: StagePlan,
         grid: Grid,
         dtype: torch.dtype,
@@ -73,31 +110,21 @@ class BackboneStage(nn.Module):
         self.model_config = model.config
         self.family = decoder_family(model.config)
         self.layer_indices = plan.layers(grid.stage)
-        self.base = self._cut(model, final_norm and plan.is_last(grid.stage))
+        self.base = cut_base(model, self.layer_indices, final_norm=final_norm and plan.is_last(grid.stage))
         self.lm_head_tokens = tuple(lm_head_tokens)
         self._swap(grid, dtype, with_lm_head=lm_head)
         self.requires_grad_(False)
         self._masks = HandedMasks(self.base.layers)
 
-    def _cut(self, model: nn.Module, final_norm: bool) -> nn.Module:
-        base = model.base_model
-        base.config = with_layers(base.config, self.layer_indices)
-        base.layers = nn.ModuleList(base.layers[i] for i in self.layer_indices)
-        for place, layer in enumerate(base.layers):
-            layer.self_attn.layer_idx = place  # its place in this stage's cache
-        if not final_norm:
-            base.norm = nn.Identity()
-        return base
-
     def _swap(self, grid: Grid, dtype: torch.dtype, with_lm_head: bool) -> None:
         config, group = self.model_config, grid.tp_group
         plan = tensor_plan(config, group.size())
         embedding = self.base.embed_tokens
-        scale = getattr(embedding, self.family.embedding_scale) if self.family.embedding_scale else None
+        scale = self.family.scale_of(embedding)
         with torch.device(grid.device):
             for layer in self.base.layers:
                 swap_projections(layer, plan, "", group, dtype)
-            self.base.rotary_emb = type(self.base.rotary_emb)(config=config)
+            renew_rotary(self.base, config)
             self.base.embed_tokens = None
             if grid.stage == 0:
                 self.base.embed_tokens = vocab_embedding(embedding, scale, group, dtype)
@@ -138,11 +165,7 @@ class BackboneStage(nn.Module):
 
     def forward(self, x: torch.Tensor, **options: object) -> torch.Tensor:
         """options: those of transformers' base model. A `Cache` for this stage's layers is extended; x continues it."""
-        inputs = {"inputs_embeds": x} if x.is_floating_point() else {"input_ids": x}
-        if options:
-            return self.base(**inputs, **{"use_cache": False, **options}).last_hidden_state
-        with self._masks.handed(self.base.layers, x) as masks:
-            return self.base(**inputs, **masks, use_cache=False).last_hidden_state
+        return run_base(self.base, self._masks, x, **options)
 
 
 def output_matrix_name(tensors: TensorFolder) -> str:

@@ -62,6 +62,7 @@ PREFIX_EXAMPLES = {
     "check": (
         "ee-scale check tune model=<HF dir> data=corpus.txt parallel.tp=2 parallel.pp=4 backbone=full",
         "ee-scale check supernet +debug=supernet_cpu",
+        "ee-scale check model=<HF dir>   (whether exits can be added to it, and what else it can do)",
     ),
     "trace": ("ee-scale trace tune +debug=cpu logging.trace_steps=2",),
     "launch": (

@@ -46,6 +46,10 @@ def _main(arguments: Sequence[str] | None) -> int:
     try:
         if STOPPING in os.environ:  # a rank that torchrun starts again after a signal; the first one has said why
             return REQUEUE
+        if arguments[0] == "check" and [word.partition("=")[0] for word in arguments[1:]] == ["model"]:
+            prepare_libraries()
+            importlib.import_module("ee_scale.cli.models").check(arguments[1].partition("=")[2])
+            return 0
         prefix, verb, rest = split_command(arguments)
         if verb is None:
             assert prefix is not None  # of a command that trains; alone, it asks for help

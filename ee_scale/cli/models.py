@@ -1,13 +1,25 @@
-"""`ee-scale --models`: over which axes of the grid each family of models can do what, as its object says."""
+"""`ee-scale --models`: over which axes of the grid each family of models can do what, as its object says.
+
+`ee-scale check model=...`: the same of one model, with what was tried of it.
+"""
+
+from contextlib import suppress
 
 from rich.table import Table
+from transformers import PreTrainedConfig
 
-from ee_scale.backbone.shard import takes_tensor_parallel
+from ee_scale.backbone.model_folder import ModelFolder
+from ee_scale.backbone.proof import DECODING, NEEDED, TENSOR, Proof, prove
+from ee_scale.backbone.shard import takes_tensor_parallel, tensor_plan
 from ee_scale.cli.console import console
+from ee_scale.errors import UserError
 from ee_scale.families.family import Family
-from ee_scale.families.registry import FAMILIES
+from ee_scale.families.registry import FAMILIES, known_family
+from ee_scale.families.sizes import shape_of
+from ee_scale.modeling.kinds import KINDS
 
 NOT = "-"
+MOST_RANKS = 16
 COLUMNS = ["tune", "generate", "supernet", "convert (Megatron)", "convert (EE-LLM)"]
 
 
@@ -38,3 +50,42 @@ def run() -> None:
     for row in rows:
         table.add_row(*row)
     console().print(table)
+
+
+def check(name: str) -> None:
+    """What was tried of a model, and what it can do. Raises `UserError` for one that takes no exits."""
+    folder = ModelFolder.named(name)
+    config = folder.config
+    proof, family, layers = prove(config), known_family(config), shape_of(config).num_layers
+    table = Table(
+        title=f"{config.model_type}, tried on a copy of {proof.layers} layers", title_justify="left", box=None
+    )
+    table.add_column("check")
+    table.add_column("result", overflow="fold")
+    for words in NEEDED:
+        table.add_row(words, "holds")
+    for words, reason in ((TENSOR, proof.tensor), (DECODING, proof.decoding)):
+        table.add_row(words, reason.removeprefix(f"{words}: ") or "holds")
+    console().print(table)
+    kinds = [kind.name for kind in KINDS.values() if not (family.parallel and kind.tapped)]
+    tensor = ", ".join(map(str, _tensor_ranks(config, proof)))
+    cells = {
+        "tune": f"tp {tensor}; pp 1 to {layers}; exits.kind={'|'.join(kinds)}",
+        "decode with exits": "no" if proof.decoding else "yes",
+        "supernet": "no" if family.elastic is None else "yes",
+        "convert": "no" if family.megatron is None else "Megatron" + ", EE-LLM" * family.megatron.in_ee_llm,
+    }
+    able = Table(title="what it can do", title_justify="left", box=None, show_header=False)
+    for words, cell in cells.items():
+        able.add_row(words, cell)
+    console().print(able)
+
+
+def _tensor_ranks(config: PreTrainedConfig, proof: Proof) -> list[int]:
+    """Numbers that cut it evenly."""
+    found = [1]
+    for tp in () if proof.tensor else range(2, MOST_RANKS + 1):
+        with suppress(UserError):
+            tensor_plan(config, tp)
+            found.append(tp)
+    return found

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ee_scale.backbone.exit_layers import resolve_exit_layers
 from ee_scale.backbone.model_folder import ModelFolder
+from ee_scale.backbone.proof import check_decoding_proof
 from ee_scale.cli.console import console
 from ee_scale.config.schema import ProbeConfig
 from ee_scale.data.inputs import load_tokenizer, sources
@@ -72,6 +73,7 @@ def _open(config: ProbeConfig) -> tuple[Any, bool]:
     """The model with its exits, or with untrained ones. Raises `UserError`, before weights are read where it can."""
     folder = ModelFolder.named(config.model)
     path, model_config = folder.path, folder.decoder_config
+    check_decoding_proof(model_config)
     _check_lengths(config, model_config)
     device = pick_device(config.device)
     if folder.exits is not None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ee_scale.modeling.attention import without_cudnn
 from ee_scale.modeling.costs import Costs
+from ee_scale.modeling.heads import layer_type, rotary_by_type
 from ee_scale.modeling.kinds import Tap
 from ee_scale.modeling.packing import pack_linears
 from ee_scale.modeling.policies import score
@@ -110,7 +111,9 @@ def layer_pass(
     """A pass of [B, n, D] through layers; by default all, so that each finds its weights as far away as in decoding."""
     n, start = hidden.shape[1], cache.length
     positions = torch.arange(start, start + n, device=hidden.device)[None]
-    rotary = base.rotary_emb(hidden, positions)
+    by_type = rotary_by_type(base.rotary_emb)
+    kinds = sorted(set(base.config.layer_types)) if by_type else [""]
+    rotary = {kind: base.rotary_emb(hidden, positions, *([kind] if by_type else [])) for kind in kinds}
     mask = None
     if n > 1:
         columns = torch.arange(start + n, device=hidden.device)
@@ -126,7 +129,7 @@ def layer_pass(
                 attention_mask=mask,
                 position_ids=positions,
                 use_cache=True,
-                position_embeddings=rotary,
+                position_embeddings=rotary[layer_type(layer) if by_type else ""],
                 **{CACHE: cache},
             )
         return states

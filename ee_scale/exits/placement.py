@@ -35,15 +35,18 @@ def exit_spec(
     if not KINDS[kind].trains and head == "tied":
         raise UserError(f"exits.kind={kind} with exits.head=tied has nothing to train; use head=low_rank or full")
     family = decoder_family(model_config)
+    if family.parallel and KINDS[kind].tapped:
+        raise UserError(
+            f"exits.kind={kind}: '{model_config.model_type}' runs attention and MLP of a layer side by side, so no MLP "
+            "reads what its attention gives; use exits.kind=norm or layer"
+        )
     return ExitSpec(
         layers=tuple(layers),
         kind=kind,
         head=head,
         rank=rank,
-        mlp_input_norm=family.mlp_input_norm,
-        mlp_output_norm=family.mlp_output_norm,
-        logit_softcap=family.softcap(model_config),
         shortlist=shortlist if head == SHORTLIST else 0,
+        **family.exit_settings(model_config),
     )
 
 

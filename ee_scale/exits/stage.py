@@ -17,6 +17,7 @@ from ee_scale.backbone.masks import HandedMasks
 from ee_scale.backbone.narrowing import fill
 from ee_scale.backbone.parallel import (
     ROW,
+    SPLIT,
     column_linear,
     cut_dim,
     materialise,
@@ -224,7 +225,7 @@ def whole_random(
         return torch.full(shape, 0.0 if source.endswith(".bias") else decoder_family(config).neutral_norm)
     std = config.initializer_range
     place = re.sub(r"^model\.layers\.\d+", "layers.*", source).rsplit(".", 1)[0]
-    if (config.base_model_tp_plan or {}).get(place) == ROW:
+    if (config.base_model_tp_plan or {}).get(place) in (ROW, SPLIT):
         std /= sqrt(2 * int(name.split(".", 1)[0]))
     return torch.empty(shape).normal_(0.0, std, generator=named_generator(name, seed))
 

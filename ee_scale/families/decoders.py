@@ -1,4 +1,4 @@
-"""Decoders. A family is added here: one entry."""
+"""Decoders. A family is added here: one entry, where it differs from Llama. The tests run over all of them."""
 
 from ee_scale.families.family import FFN, HEAD_DIM, HEADS, HIDDEN, KV, VOCAB, Elastic, Family
 from ee_scale.families.megatron import MegatronNames
@@ -25,12 +25,15 @@ def _norms(*names: str) -> dict[str, tuple[str, ...]]:
 LLAMA = MATRICES | _norms("input_layernorm", "post_attention_layernorm")
 
 DECODERS = (
-    Family("llama", LLAMA, gguf_pairs=True, elastic=Elastic(heads_divide_hidden=True), megatron=MegatronNames()),
-    Family("mistral", LLAMA, gguf_pairs=True, elastic=Elastic(), megatron=MegatronNames(windowed=True)),
-    Family("qwen2", LLAMA, elastic=Elastic(), megatron=MegatronNames(qkv_bias=True, head_dim=False)),
+    Family(
+        "llama", LLAMA, gguf=True, gguf_pairs=True, elastic=Elastic(heads_divide_hidden=True), megatron=MegatronNames()
+    ),
+    Family("mistral", LLAMA, gguf=True, gguf_pairs=True, elastic=Elastic(), megatron=MegatronNames(windowed=True)),
+    Family("qwen2", LLAMA, gguf=True, elastic=Elastic(), megatron=MegatronNames(qkv_bias=True, head_dim=False)),
     Family(
         "qwen3",
         LLAMA | {Q_NORM: (HEAD_DIM,), K_NORM: (HEAD_DIM,)},
+        gguf=True,
         elastic=Elastic(),
         megatron=MegatronNames(qk_norms=True),
     ),
@@ -42,11 +45,41 @@ DECODERS = (
         logit_softcap="final_logit_softcapping",
         embedding_scale="scalar_embed_scale",
         neutral_norm=0.0,
+        gguf=True,
     ),
     Family(
         "olmo2",
         MATRICES | {Q_NORM: (HEADS,), K_NORM: (KV,)} | _norms("post_attention_layernorm", "post_feedforward_layernorm"),
         mlp_input_norm=None,
         mlp_output_norm="post_feedforward_layernorm",
+    ),
+    Family("gemma", embedding_scale="scalar_embed_scale", neutral_norm=0.0),
+    Family(
+        "gemma3_text",
+        mlp_input_norm="pre_feedforward_layernorm",
+        mlp_output_norm="post_feedforward_layernorm",
+        logit_softcap="final_logit_softcapping",
+        embedding_scale="scalar_embed_scale",
+        neutral_norm=0.0,
+    ),
+    Family(
+        "vaultgemma",
+        mlp_input_norm="pre_feedforward_layernorm",
+        logit_softcap="final_logit_softcapping",
+        embedding_scale="scalar_embed_scale",
+        neutral_norm=0.0,
+    ),
+    Family("olmo3", mlp_input_norm=None, mlp_output_norm="post_feedforward_layernorm"),
+    Family("exaone4", mlp_input_norm=None, mlp_output_norm="post_feedforward_layernorm"),
+    Family("glm4", mlp_output_norm="post_mlp_layernorm"),
+    Family("granite", logit_divisor="logits_scaling", residual_multiplier="residual_multiplier"),
+    Family("cohere", logit_scale="logit_scale", parallel=True),
+    Family("cohere2", logit_scale="logit_scale", parallel=True),
+    Family("arcee", gated=False),
+    Family("jais2", gated=False),
+    Family("starcoder2", gated=False),
+    # Like Llama in all that is said here; so is every family that has no entry, until a proof finds otherwise.
+    *map(
+        Family, ("ministral", "ministral3", "smollm3", "seed_oss", "ernie4_5", "helium", "cwm", "olmo", "phi3", "glm")
     ),
 )

@@ -3,12 +3,14 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig
 
 from ee_scale.families.megatron import MegatronNames
-from ee_scale.modeling.heads import soft_cap
+from ee_scale.modeling.heads import ExitSpec
 
 # Axes by name. HEADS, KV and FFN are dealt to tensor ranks; VOCAB is cut by them, but never elastic.
 HIDDEN, HEADS, KV, FFN, VOCAB, HEAD_DIM = "hidden", "heads", "kv", "ffn", "vocab", "head_dim"
@@ -34,22 +36,28 @@ class Family:
 
     Attributes:
         task: 'causal_lm' takes exits; 'classify' reads a whole text.
-        axes: module name ('*' for a layer's number) -> axes of its weight; a bias lies along the first.
+        axes: module name ('*' for a layer's number) -> axes of its weight; a bias lies along the first. Supernets and
+            GGUF files need them.
         layers: place of the layers in the base model.
         heads: matrices behind the last layer, the output matrix last.
         attention, mlp: how names of their modules begin inside a layer.
         mlp_input_norm: norm whose input is the residual stream and whose output feeds the MLP;
             None when the MLP reads the residual stream itself.
         mlp_output_norm: norm between the MLP and the residual addition, or None.
-        logit_softcap: config attribute that caps the final logits, or None.
+        logit_softcap, logit_scale, logit_divisor: config attributes that cap, multiply and divide the final logits,
+            or None.
+        residual_multiplier: config attribute that multiplies what attention and MLP add to the residual stream.
         embedding_scale: attribute of the embedding that multiplies its output, or None.
+        gated: whether an MLP has three matrices (gate, up, down), not two.
+        parallel: attention and MLP read the same state, side by side, and both are added: an MLP beside it is no exit.
         neutral_norm: weight of a norm that only normalises (Gemma multiplies by 1 + weight).
+        gguf: whether GGUF files of it are read.
         gguf_pairs: GGUF files hold the two rows of a rotary pair side by side, transformers half a head apart.
         elastic, megatron: None where it is no supernet, or has no map to Megatron.
     """
 
     name: str
-    axes: Mapping[str, tuple[str, ...]] = field(repr=False)
+    axes: Mapping[str, tuple[str, ...]] = field(repr=False, default_factory=dict)
     task: str = "causal_lm"
     layers: str = "layers"
     heads: tuple[str, ...] = ("lm_head",)
@@ -58,8 +66,14 @@ class Family:
     mlp_input_norm: str | None = "post_attention_layernorm"
     mlp_output_norm: str | None = None
     logit_softcap: str | None = None
+    logit_scale: str | None = None
+    logit_divisor: str | None = None
+    residual_multiplier: str | None = None
+    gated: bool = True
     embedding_scale: str | None = None
+    parallel: bool = False
     neutral_norm: float = 1.0
+    gguf: bool = False
     gguf_pairs: bool = False
     elastic: Elastic | None = None
     megatron: MegatronNames | None = None
@@ -89,10 +103,20 @@ class Family:
         targets = [target for target in ("attention", "mlp") if inside.startswith(self.prefixes([target]))]
         return targets[0] if targets else "embeddings" if "embed" in module else "head"
 
-    def softcap(self, config: PreTrainedConfig) -> float | None:
-        """The number that caps the final logits."""
-        return getattr(config, self.logit_softcap) if self.logit_softcap else None
+    def scale_of(self, embedding: nn.Module) -> float | None:
+        """What an embedding of a model of the family multiplies its output by."""
+        return getattr(embedding, self.embedding_scale) if self.embedding_scale else None
+
+    def exit_settings(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """What `ExitSpec` says of the model that exits stand in."""
+        settings = ("logit_softcap", "logit_scale", "logit_divisor", "residual_multiplier")
+        named = {name: getattr(self, name) for name in settings}
+        return {
+            "mlp_input_norm": self.mlp_input_norm,
+            "mlp_output_norm": self.mlp_output_norm,
+            **{name: getattr(config, source) if source else None for name, source in named.items()},
+        }
 
     def cap(self, logits: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
-        """cap x tanh(logits / cap), where there is a cap."""
-        return soft_cap(logits, self.softcap(config))
+        """What the model's output matrix gives, scaled and capped as the model does it."""
+        return ExitSpec((), **self.exit_settings(config)).capped(logits)

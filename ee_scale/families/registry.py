@@ -3,27 +3,50 @@
 from collections.abc import Iterable
 
 from transformers import PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ee_scale.errors import UserError
 from ee_scale.families.decoders import DECODERS
 from ee_scale.families.encoders import ENCODERS
 from ee_scale.families.family import Family
 
+STAGES = {"embed_tokens", "layers", "norm"}
 FAMILIES = {family.name: family for family in (*DECODERS, *ENCODERS)}
 
 
 def find_family(config: PreTrainedConfig) -> Family | None:
-    """The family of a transformers config; None: none that is known."""
-    return FAMILIES.get(config.model_type)
+    """The family of a transformers config: as it is described here, or else one like Llama where transformers says how
+    its decoder is cut. Whether that is true of it, `ee_scale.backbone.proof` finds out. None: no family.
+    """
+    family = FAMILIES.get(config.model_type)
+    if family is None and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        stages = config.base_model_pp_plan or {}
+        return Family(config.model_type) if stages.keys() >= STAGES and config.base_model_tp_plan else None
+    return family
 
 
 def decoder_family(config: PreTrainedConfig) -> Family:
-    """One that takes exits. Raises `UserError` with the names of those."""
+    """One that may take exits. Raises `UserError`."""
     family = find_family(config)
     if family is None or not family.is_decoder:
-        names = _names(DECODERS)
-        raise UserError(f"model.path: architecture '{config.model_type}' is not supported; supported: {names}")
+        reason = "transformers has no plan that cuts it into embedding, decoder layers and norm"
+        raise UserError(f"model.path: architecture '{config.model_type}' is not supported: {reason}")
     return family
+
+
+def known_family(config: PreTrainedConfig) -> Family:
+    """One that is not asked for here for the first time."""
+    family = find_family(config)
+    assert family is not None
+    return family
+
+
+def gguf_family(name: str) -> Family:
+    """One whose GGUF files are read, by the name that they have for it. Raises `UserError` with the names of those."""
+    if name not in FAMILIES or not FAMILIES[name].gguf:
+        names = _names(family for family in DECODERS if family.gguf)  # other than those of folders
+        raise UserError(f"model.path: architecture '{name}' is not supported; supported: {names}")
+    return FAMILIES[name]
 
 
 def elastic_family(config: PreTrainedConfig, task: str | None = None) -> Family:

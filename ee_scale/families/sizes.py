@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from ee_scale.errors import UserError
 from ee_scale.families.family import FFN, HEAD_DIM, HEADS, HIDDEN, KV, VOCAB
+from ee_scale.families.registry import find_family
 from ee_scale.reading import shown
 
 # The largest number that each size may be: far above every model, and small enough to compute with.
@@ -61,6 +62,7 @@ class ModelShape:
     vocab_size: int
     max_positions: int
     tied_embeddings: bool
+    gated: bool = True
 
     @property
     def lengths(self) -> dict[str, int]:
@@ -82,8 +84,8 @@ class ModelShape:
 
     @property
     def mlp_parameters(self) -> int:
-        """Parameters of one gated MLP."""
-        return 3 * self.hidden_size * self.intermediate_size
+        """Parameters of one MLP."""
+        return (3 if self.gated else 2) * self.hidden_size * self.intermediate_size
 
 
 def shape_of(config: PreTrainedConfig) -> ModelShape:
@@ -99,14 +101,20 @@ def shape_of(config: PreTrainedConfig) -> ModelShape:
         vocab_size=config.vocab_size,
         max_positions=config.max_position_embeddings,
         tied_embeddings=bool(config.tie_word_embeddings),
+        gated=family.gated if (family := find_family(config)) else True,
     )
+
+
+# What a config says of each layer, in lists.
+PER_LAYER = ("layer_types", "no_rope_layers")
 
 
 def layer_settings(config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
     """What a config says of its layers, for the model that has only the layers `kept` (from 0)."""
     settings: dict[str, Any] = {"num_hidden_layers": len(kept)}
-    if (types := getattr(config, "layer_types", None)) is not None:
-        settings["layer_types"] = [types[i] for i in kept]
+    for name in PER_LAYER:
+        if (values := getattr(config, name, None)) is not None:
+            settings[name] = [values[i] for i in kept]
     return settings
 
 

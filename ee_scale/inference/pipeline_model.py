@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ee_scale.backbone.model_folder import ModelFolder
+from ee_scale.backbone.proof import check_tensor_proof
 from ee_scale.backbone.shard import tensor_plan
 from ee_scale.backbone.stages import StagePlan, plan_stages
 from ee_scale.errors import UserError
@@ -33,7 +34,8 @@ def plan_decoding(
     and the final head reads every token. Raises `UserError` also where no exit stands before the last stage.
     """
     shape = shape_of(folder.config)
-    tensor_plan(folder.config, tp)
+    tensor_plan(folder.decoder_config, tp)
+    check_tensor_proof(folder.config, tp)
     costs = {
         "layer_cost": shape.layer_parameters,
         "exit_cost": _exit_cost(folder.exits, shape),

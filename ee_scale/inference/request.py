@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ee_scale.backbone.model_folder import ModelFolder
+from ee_scale.backbone.proof import check_decoding_proof
 from ee_scale.config.schema import GenerateConfig
 from ee_scale.data.inputs import load_tokenizer
 from ee_scale.errors import UserError, one_line
@@ -120,6 +121,8 @@ def check_model(config: GenerateConfig) -> ModelFolder:
     policy = read_policy(config, folder)
     parallel = config.parallel
     grid = parallel.tp * parallel.pp > 1
+    if grid or policy.name != "off":
+        check_decoding_proof(folder.config)
     check_settings(folder.generation_config(), own_loop=grid or policy.name != "off", grid=grid)
     drafts = grid and policy.name == "lossless"
     plan_decoding(folder, parallel.tp, parallel.pp, policy.layers, parallel.stages, drafts=drafts)

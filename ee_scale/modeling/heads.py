@@ -4,6 +4,7 @@ Tensors: B sequences, S positions, D hidden size, V vocabulary (V/tp under tenso
 """
 
 import copy
+import inspect
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +20,9 @@ from .shortlist import Shortlist
 SHORTLIST = "shortlist"
 HEADS = ("tied", "low_rank", "full", SHORTLIST)
 LARGEST_RANK, LARGEST_CAP = 1 << 20, 1e30
+FACTORS = ("logit_scale", "logit_divisor", "residual_multiplier")
+# By which a base model multiplies what it is given, embeddings of a text or hidden states of another stage alike.
+INPUT_FACTORS = ("embedding_multiplier",)
 SMALLEST_SHORTLIST = 2  # a margin is between two
 
 
@@ -32,7 +36,8 @@ class ExitSpec:
         head: `tied` (the frozen lm_head), `low_rank` (lm_head + up(down(x))), `full` (its own matrix), `shortlist` (its
             own matrix, with rows for some tokens only).
         rank: r of the low-rank head.
-        mlp_input_norm, mlp_output_norm, logit_softcap: see `ee_scale.families.family.Family`; the last is a value.
+        mlp_input_norm, mlp_output_norm, logit_softcap, logit_scale, logit_divisor, residual_multiplier: see
+            `ee_scale.families.family.Family`; those that are no norms are values here.
         shortlist: N, the tokens that a shortlist head scores; 0 for the others.
         shortlist_ids: those tokens, the most frequent ones first, the same at every exit; empty as long as nobody has
             counted the training data.
@@ -45,6 +50,9 @@ class ExitSpec:
     mlp_input_norm: str | None = "post_attention_layernorm"
     mlp_output_norm: str | None = None
     logit_softcap: float | None = None
+    logit_scale: float | None = None
+    logit_divisor: float | None = None
+    residual_multiplier: float | None = None
     shortlist: int = 0
     shortlist_ids: tuple[int, ...] = ()
 
@@ -70,6 +78,10 @@ class ExitSpec:
         cap = spec.logit_softcap
         if cap is not None and (type(cap) not in (int, float) or not 0 < cap <= LARGEST_CAP):
             raise ValueError("early_exit: logit_softcap is not a number above 0")
+        for name in FACTORS:
+            factor = getattr(spec, name)
+            if factor is not None and (type(factor) not in (int, float) or not 0 < factor <= LARGEST_CAP):
+                raise ValueError(f"early_exit: {name} is not a number above 0")
         spec._check_shortlist()
         return spec
 
@@ -113,18 +125,26 @@ class ExitSpec:
         return {"head.weight": (rows, hidden_size)} if self.owns_matrix else {}
 
     def output_norm(self, layer: nn.Module) -> nn.Module | None:
-        """The frozen norm behind the MLP of a backbone's layer, where the family has one."""
-        return getattr(layer, self.mlp_output_norm) if self.mlp_output_norm else None
+        """What stands between the MLP of a backbone's layer and the sum, where the family has that: a frozen norm, or a
+        number that multiplies."""
+        if self.mlp_output_norm:
+            return getattr(layer, self.mlp_output_norm)
+        return None if self.residual_multiplier is None else Multiplier(self.residual_multiplier)
 
     def capped(self, logits: torch.Tensor) -> torch.Tensor:
-        """As the model caps its own logits."""
+        """As the model scales and caps its own logits."""
+        if self.logit_scale is not None:
+            logits = logits * self.logit_scale
+        if self.logit_divisor is not None:
+            logits = logits / self.logit_divisor
         return soft_cap(logits, self.logit_softcap)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
         values = {**asdict(self), "layers": list(self.layers), "shortlist_ids": list(self.shortlist_ids)}
-        own = ("shortlist", "shortlist_ids")
-        return {name: value for name, value in values.items() if self.head == SHORTLIST or name not in own}
+        if self.head != SHORTLIST:
+            del values["shortlist"], values["shortlist_ids"]
+        return {name: value for name, value in values.items() if name not in FACTORS or value is not None}
 
 
 class ModelWithExits(Protocol):
@@ -147,6 +167,17 @@ class ModelWithExits(Protocol):
 def soft_cap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
     """cap x tanh(logits / cap) for models that cap their logits (Gemma-2)."""
     return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+class Multiplier(nn.Module):
+    """x times a number."""
+
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factor
 
 
 class ExitTaps:
@@ -259,7 +290,9 @@ class ExitHead(nn.Module):
 
 def build_exit_heads(spec: ExitSpec, layers: Sequence[nn.Module], norm: nn.Module, vocab_size: int) -> nn.ModuleDict:
     """The exit heads of a model, keyed by layer, as copies of the backbone's modules (architecture and dtype)."""
-    hidden_size, kind, heads = norm.weight.shape[0], spec.exit_kind, {}
+    weight = getattr(norm, "weight", None)
+    hidden_size = norm.normalized_shape[0] if weight is None else weight.shape[0]
+    kind, heads = spec.exit_kind, {}
     for index, k in enumerate(spec.layers):
         body = copy.deepcopy(kind.body_source(layers, k))
         if kind.attends:
@@ -275,6 +308,7 @@ def run_single_layer(base: nn.Module, layer: nn.Module, hidden: torch.Tensor, **
     """
     view = copy.copy(base)
     view._modules = {**base._modules, "layers": nn.ModuleList([layer]), "norm": nn.Identity()}
+    take_as_it_is(view)
     view.config = copy.copy(base.config)
     view.config.num_hidden_layers = 1
     if getattr(base.config, "layer_types", None) is not None:
@@ -282,7 +316,30 @@ def run_single_layer(base: nn.Module, layer: nn.Module, hidden: torch.Tensor, **
     return view(inputs_embeds=hidden, use_cache=False, **kwargs).last_hidden_state
 
 
+def take_as_it_is(base: nn.Module) -> None:
+    """Let a base model that embeds nothing take its hidden states as they are."""
+    for name in INPUT_FACTORS:
+        if hasattr(base, name):
+            setattr(base, name, 1.0)
+
+
+def embed(base: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """[B, q] -> [B, q, D], what the first layer reads."""
+    hidden = base.embed_tokens(tokens)
+    for name in INPUT_FACTORS:
+        if hasattr(base, name):
+            hidden = hidden * getattr(base, name)
+    return hidden
+
+
 def layer_type(layer: nn.Module) -> str:
     """'sliding_attention' or 'full_attention', as the layer itself was built."""
-    sliding = getattr(layer.self_attn, "sliding_window", None)
-    return "full_attention" if sliding is None else "sliding_attention"
+    attention = layer.self_attn
+    # Some have a window in every layer, and say which ones look through it.
+    sliding = getattr(attention, "is_sliding", getattr(attention, "sliding_window", None) is not None)
+    return "sliding_attention" if sliding else "full_attention"
+
+
+def rotary_by_type(rotary: nn.Module) -> bool:
+    """Whether layers of different types turn positions by different tables."""
+    return "layer_type" in inspect.signature(rotary.forward).parameters

@@ -13,7 +13,7 @@ from threading import get_ident
 import torch
 from torch import nn
 
-from .heads import ExitTaps, ModelWithExits, Tap
+from .heads import ExitTaps, ModelWithExits, Tap, embed, rotary_by_type
 from .position_cache import GROWTH, PositionCache
 from .short_head import ShortHead
 from .transfers import send
@@ -33,6 +33,7 @@ class Block:
         start: the first position where all rows have the same one, else None.
         columns: [B, q] positions ([1, q] where all rows have the same).
         end: columns that are looked at.
+        rotary: cosines and sines [B or 1, q, D]; [T, B or 1, q, D] where T types of layers have their own.
     """
 
     starts: list[int]
@@ -69,6 +70,9 @@ class LayerRunner:
         self.calls: Counter[tuple[int, int]] = Counter()
         self.positions: Counter[tuple[int, int]] = Counter()
         self.checks: Counter[int] = Counter()
+        # Place of a layer's type in tables that differ by type.
+        by_type = sorted(set(self.types)) if rotary_by_type(self.base.rotary_emb) else []
+        self.tables = {kind: place for place, kind in enumerate(by_type)}
         self._rotary_table(capacity)
 
     def freeze(self) -> None:
@@ -119,15 +123,15 @@ class LayerRunner:
             self._rotary_table(end + GROWTH)
         if uniform:
             columns = self.numbers[None, first : first + length]
-            rotary = self.cos[:, first : first + length], self.sin[:, first : first + length]
+            rotary = self._rotary(slice(first, first + length))
         else:
             columns = send(starts, self.device)[:, None] + self.numbers[:length]
-            rotary = self.cos[0][columns], self.sin[0][columns]
+            rotary = self._rotary(columns)
         return Block(starts, length, first if uniform else None, columns, end, rotary)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """[B, q] -> [B, q, D]."""
-        return self.base.embed_tokens(tokens)
+        return embed(self.base, tokens)
 
     def run(self, hidden: torch.Tensor, block: Block, first: int, last: int) -> torch.Tensor:
         """Layers first+1..last on hidden states [B, q, D] of a block; states at exits on the way are remembered."""
@@ -161,7 +165,9 @@ class LayerRunner:
             attention_mask=self._mask(block, kind),
             position_ids=block.columns,
             use_cache=True,
-            position_embeddings=block.rotary,
+            position_embeddings=tuple(part[self.tables[kind]] for part in block.rotary)
+            if self.tables
+            else block.rotary,
             **{CACHE: self.cache},
         )
 
@@ -287,7 +293,16 @@ class LayerRunner:
     def _rotary_table(self, length: int) -> None:
         self.numbers = torch.arange(max(length, self.cache.num_rows), device=self.device)
         like = torch.empty(0, device=self.device, dtype=self.dtype)
-        self.cos, self.sin = self.base.rotary_emb(like, position_ids=self.numbers[None, :length])
+        calls: list[dict[str, str]] = [{"layer_type": kind} for kind in self.tables] or [{}]
+        tables = [self.base.rotary_emb(like, position_ids=self.numbers[None, :length], **call) for call in calls]
+        self.cos, self.sin = (torch.cat(parts) for parts in zip(*tables, strict=True))
+
+    def _rotary(self, at: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of consecutive positions, the same in all rows, or of columns [B, q]."""
+        if self.tables:
+            at = (slice(None), None, at) if isinstance(at, slice) else (slice(None), at)
+            return self.cos[at], self.sin[at]
+        return (self.cos[:, at], self.sin[:, at]) if isinstance(at, slice) else (self.cos[0][at], self.sin[0][at])
 
     # -- counters --------------------------------------------------------------------------------------------------
 
@@ -322,6 +337,9 @@ def check_model(model: ModelWithExits) -> None:
             f"exit_policy: attention '{attention}' takes no mask of ours; open the model with "
             "attn_implementation='sdpa'"
         )
+    kinds = set(getattr(model.config, "layer_types", None) or [])
+    if strange := sorted(kinds - {"full_attention", "sliding_attention"}):
+        raise ValueError(f"exit_policy: layers of type '{strange[0]}' take no mask of ours")
     if len(set((getattr(model, "hf_device_map", None) or {"": 0}).values())) > 1:
         raise ValueError("exit_policy: the model is spread over several devices; use ee-scale generate parallel.pp=...")
     rope = getattr(model.config, "rope_parameters", None) or {}

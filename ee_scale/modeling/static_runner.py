@@ -103,7 +103,7 @@ class StaticRunner(LayerRunner):
 
     def _everywhere(self, columns: torch.Tensor, end: int) -> Block:
         """All rows at positions [B, q]: nothing in it is known to the host."""
-        block = Block([], columns.shape[1], None, columns, end, (self.cos[0][columns], self.sin[0][columns]))
+        block = Block([], columns.shape[1], None, columns, end, self._rotary(columns))
         self.cache.focus(None, columns, end)
         return block
 

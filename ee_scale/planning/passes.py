@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from ee_scale.families.build import meta_model
-from ee_scale.families.registry import FAMILIES
+from ee_scale.families.registry import known_family
 from ee_scale.families.sizes import with_layers
+from ee_scale.modeling.heads import rotary_by_type
 
 LayerCall = Callable[[torch.Tensor], torch.Tensor]
 FUSED = "ee_scale_fused_sizes"  # attention that keeps what fused kernels keep, and computes nothing
@@ -115,14 +116,14 @@ def local_model(
         config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         config.num_attention_heads = heads // tp
         config.intermediate_size //= tp
-    model = meta_model(config, dtype, attn_implementation, task=FAMILIES[config.model_type].task)
+    model = meta_model(config, dtype, attn_implementation, task=known_family(config).task)
     if model.config._attn_implementation != "eager":
         model.set_attn_implementation(FUSED)
     return model
 
 
 def first_layer(model: PreTrainedModel) -> nn.Module:
-    return model.base_model.get_submodule(FAMILIES[model.config.model_type].layers).get_submodule("0")
+    return model.base_model.get_submodule(known_family(model.config).layers).get_submodule("0")
 
 
 def final_norm(model: PreTrainedModel) -> nn.Module:
@@ -138,7 +139,9 @@ def layer_call(model: PreTrainedModel, rows: int, length: int) -> tuple[nn.Modul
     with torch.device("meta"):
         positions = torch.arange(length)[None]
         rotary_emb = model.base_model.get_submodule("rotary_emb")
-        rotary = rotary_emb(torch.empty(rows, length, 1, dtype=model.dtype), positions)
+        x = torch.empty(rows, length, 1, dtype=model.dtype)
+        kind = [model.config.layer_types[0]] if rotary_by_type(rotary_emb) else []
+        rotary = rotary_emb(x, positions, *kind)
     return layer, lambda x: _first(layer(x, position_embeddings=rotary, attention_mask=None, position_ids=positions))
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from ee_scale.backbone.exit_layers import resolve_exit_layers
 from ee_scale.backbone.parallel import padded_vocab
+from ee_scale.backbone.proof import check_tensor_proof
 from ee_scale.backbone.shard import tensor_plan
 from ee_scale.backbone.stages import StagePlan, plan_stages
 from ee_scale.config.checks import check_batch, check_tune
@@ -321,6 +322,7 @@ def plan_tune(config: TuneConfig, model_dir: Path, model_config: PreTrainedConfi
     shape, parallel, exits = shape_of(model_config), config.parallel, config.exits
     check_lengths(config, shape.max_positions, shape.num_layers)
     tensor_plan(model_config, parallel.tp)
+    check_tensor_proof(model_config, parallel.tp)
     layers = resolve_exit_layers(exits.layers, shape.num_layers, parallel.pp, parallel.stages)
     spec = exit_spec(model_config, layers, exits.kind, exits.head, exits.rank, exits.shortlist)
     backbone = config.backbone

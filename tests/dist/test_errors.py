@@ -47,7 +47,6 @@ def error_of(rank: int, what: str, root: Path) -> str:
         ("llama", NINE_HEADS, "parallel.tp=2 does not divide num_attention_heads=9"),
         ("llama", {"num_key_value_heads": 1}, "parallel.tp=2 does not divide num_key_value_heads=1"),
         ("qwen3", {"intermediate_size": 129}, "parallel.tp=2 does not divide intermediate_size=129"),
-        ("olmo2", {}, "parallel.tp=2: 'olmo2' asks for "),
     ],
 )
 def test_tensor_parallel_that_does_not_fit(family: str, changes: dict, text: str) -> None:
@@ -65,9 +64,16 @@ def test_a_plan_for_the_vocabulary_is_not_ours() -> None:
     assert tensor_plan(config, 2) == plan
 
 
+def test_a_style_that_is_not_known() -> None:
+    config = tiny_config("llama")
+    config.base_model_tp_plan = {**config.base_model_tp_plan, "layers.*.mlp.up_proj": "packed_colwise"}
+    with pytest.raises(UserError, match=r"^parallel.tp=2: 'llama' asks for 'packed_colwise' on layers.\*.mlp.up_proj"):
+        tensor_plan(config, 2)
+
+
 def test_unsupported_architecture(tmp_path: Path) -> None:
     GPT2Config(n_layer=2, n_embd=16, n_head=2).save_pretrained(tmp_path)
-    text = "'gpt2' is not supported; supported: llama, mistral, qwen2, qwen3, gemma2, olmo2"
+    text = "'gpt2' is not supported: transformers has no plan that cuts it into embedding, decoder layers and norm"
     with pytest.raises(UserError, match=text):
         _ = ModelFolder(tmp_path).decoder_config
 

@@ -55,13 +55,13 @@ def make_pair(
     source = folder / f"{family}-{calm}-{len(list(folder.iterdir())) if folder.is_dir() else 0}"
     folder.mkdir(parents=True, exist_ok=True)
     write_model(source, family, **{"eos_token_id": EOS, **changes})
-    options = {"dtype": dtype, "attn_implementation": "eager" if family == "gemma2" else "sdpa"}
+    options = {"dtype": dtype, "attn_implementation": "eager" if family in ("gemma2", "vaultgemma") else "sdpa"}
     if calm != 1.0:
         model = AutoModelForCausalLM.from_pretrained(source)
         with torch.no_grad():
             for layer in model.model.layers[1:]:
                 layer.self_attn.o_proj.weight.mul_(calm)
-                layer.mlp.down_proj.weight.mul_(calm)
+                (layer.mlp.c_proj if family == "starcoder2" else layer.mlp.down_proj).weight.mul_(calm)
         model.save_pretrained(source)
     base = AutoModelForCausalLM.from_pretrained(source, **options).eval()
     model = untrained_exits(source, spec_of(AutoConfig.from_pretrained(source), exits, kind, head), **options)

@@ -13,11 +13,44 @@ from ee_scale.exits.placement import exit_spec
 from ee_scale.families.decoders import DECODERS
 from ee_scale.modeling.heads import ExitSpec
 
-FAMILIES = tuple(family.name for family in DECODERS)
-CUT_FAMILIES = tuple(family for family in FAMILIES if family != "olmo2")  # those that can be tensor-parallel
+FAMILIES = tuple(family.name for family in DECODERS if family.axes)
+MORE_FAMILIES = tuple(family.name for family in DECODERS if not family.axes)
+NEUTRAL = {family.name: family.neutral_norm for family in DECODERS}
 VOCAB = 131  # odd: tp = 2 and 4 both pad
 SLIDING_WINDOW = 8
 SHORTLIST = 37  # so is this one
+
+
+_WINDOWS = {"sliding_window": SLIDING_WINDOW}
+_NARROW = {"head_dim": 8}  # heads that fill the width
+MORE_SETTINGS: dict[str, dict[str, Any]] = {
+    "gemma3_text": {
+        **_WINDOWS,
+        "sliding_window_pattern": 2,
+        "query_pre_attn_scalar": 16,
+        "final_logit_softcapping": 4.0,
+    },
+    "vaultgemma": {
+        **_WINDOWS,
+        **{"query_pre_attn_scalar": 16, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0},
+    },
+    "olmo": _NARROW,
+    "olmo3": {**_WINDOWS, **_NARROW},
+    "exaone4": {**_WINDOWS, **_NARROW},
+    "granite": {
+        **_NARROW,
+        **{"embedding_multiplier": 3.0, "residual_multiplier": 0.3, "logits_scaling": 1.3, "attention_multiplier": 0.1},
+    },
+    "cohere": {**_NARROW, "logit_scale": 0.3},
+    "cohere2": {**_WINDOWS, **_NARROW, "logit_scale": 0.3},
+    "starcoder2": {**_WINDOWS, **_NARROW},
+    "ministral": _WINDOWS,
+    "ministral3": _WINDOWS,
+    "smollm3": {**_WINDOWS, **_NARROW, "use_sliding_window": True},
+    "helium": _NARROW,
+    "cwm": _WINDOWS,
+    "phi3": {**_WINDOWS, **_NARROW},
+}
 
 
 def tiny_config(family: str, **changes: Any) -> Any:
@@ -44,6 +77,7 @@ def tiny_config(family: str, **changes: Any) -> Any:
         values |= {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0}
     if family in ("qwen2", "olmo2"):
         del values["head_dim"]
+    values |= MORE_SETTINGS.get(family, {})
     return CONFIG_MAPPING[family](**(values | changes))
 
 
@@ -67,7 +101,7 @@ def write_model(folder: Path, family: str, seed: int = 0, **changes: Any) -> Pat
             if parameter.ndim > 1:
                 parameter.mul_(3)
             else:
-                nn.init.normal_(parameter, 0.0 if name.endswith(".bias") or family == "gemma2" else 1.0, 0.2)
+                nn.init.normal_(parameter, 0.0 if name.endswith(".bias") else NEUTRAL[family], 0.2)
     model.save_pretrained(folder)
     return folder
 

@@ -163,5 +163,4 @@ def pipeline_logits(folder: Path, grid: Grid, ids: torch.Tensor) -> torch.Tensor
     shards = [torch.empty_like(shard) for _ in range(grid.layout.tp)]
     dist.all_gather(shards, shard.contiguous(), group=grid.tp_group)
     logits = torch.cat(shards, dim=-1)[..., : config.vocab_size]
-    cap = getattr(config, "final_logit_softcapping", None)
-    return logits if cap is None else torch.tanh(logits / cap) * cap
+    return backbone.family.cap(logits, config)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.models import CUT_FAMILIES, FAMILIES, SLIDING_WINDOW, VOCAB, load_whole, write_model
+from helpers.models import FAMILIES, MORE_FAMILIES, SLIDING_WINDOW, VOCAB, load_whole, write_model
 from helpers.spawn import spawn
 from helpers.tuning import pipeline_logits
 
@@ -13,27 +13,23 @@ from ee_scale.grid import Layout, join_grid, leave_grid
 TOLERANCE = 1e-5
 SEQUENCE = 24  # three sliding windows
 GRIDS = [(1, 1), (2, 1), (1, 2), (4, 1), (1, 4), (2, 2)]  # tp, pp; 5 layers, so PP cuts are uneven
-CASES = [
-    (family, tied, grid)
-    for family in FAMILIES
-    for tied in (False, True)
-    for grid in GRIDS
-    if grid[0] == 1 or family in CUT_FAMILIES
-]
+CASES = [(family, tied, grid) for family in FAMILIES for tied in (False, True) for grid in GRIDS]
+MORE_GRIDS = [(2, 1), (1, 2), (4, 1), (2, 2)]
+CASES += [(family, False, grid) for family in MORE_FAMILIES for grid in MORE_GRIDS]
+MODELS = sorted({case[:2] for case in CASES})
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders <family>-<tied>, each with `reference.pt`: ids and transformers' logits."""
     root = tmp_path_factory.mktemp("logits")
-    for family in FAMILIES:
-        for tied in (False, True):
-            folder = write_model(root / f"{family}-{tied}", family, tie_word_embeddings=tied)
-            torch.manual_seed(1)
-            ids = torch.randint(0, VOCAB, (2, SEQUENCE))
-            with torch.no_grad():
-                logits = load_whole(folder)(ids).logits
-            torch.save((ids, logits), folder / "reference.pt")
+    for family, tied in MODELS:
+        folder = write_model(root / f"{family}-{tied}", family, tie_word_embeddings=tied)
+        torch.manual_seed(1)
+        ids = torch.randint(0, VOCAB, (2, SEQUENCE))
+        with torch.no_grad():
+            logits = load_whole(folder)(ids).logits
+        torch.save((ids, logits), folder / "reference.pt")
     return root
 
 
