@@ -355,12 +355,12 @@ def test_polish_needs_a_teacher(supernet_run, tmp_path):
 
 # -- a full net that never trains --------------------------------------------------------------------------------------
 
-TAUGHT = ["sampling.full_every=0", "sampling.smallest=false", "sampling.randoms=1", "space.palette=[{}, {ffn: 0.5}]"]
+TAUGHT = ["recipe=mlfs", "space.palette=[{}, {ffn: 0.5}]"]
 
 
 def test_the_full_model_of_a_palette_is_the_teacher_where_it_never_trained(supernet_arguments, model_dir, tmp_path):
     """Here the base model itself teaches; what the sizes trained is no part of it, polished or not."""
-    given = [word for word in supernet_arguments if not word.startswith("stages=")]
+    given = [word for word in supernet_arguments if not word.startswith(("stages=", "recipe="))]
     stages = "stages=[{name: sizes, axes: [ffn], steps: 6, rank: 2, lr: 2.0}]"  # it only gets worse
     finished = run_cli([*given, *TAUGHT, stages, "parallel.pp=1", "out=run"], tmp_path)
     assert finished.code == 0, finished.output

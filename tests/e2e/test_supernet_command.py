@@ -200,7 +200,7 @@ def test_debug_config_starts_its_own_ranks(tmp_path):
 
 PALETTE = "space.palette=[{ffn: 0.5}, {hidden: 0.5, depth: 2}]"
 STAGES = "{name: t, axes: [], steps: 2, rank: 2}, {name: a, axes: [hidden, ffn, depth], steps: 40, rank: 2, lr: 1e-3}"
-CHEAP = ["distill.cache=true", "sampling.full_every=2", PALETTE]
+CHEAP = ["distill.cache=true", "sampling.full_every=2", "sampling.palette_share=0.8", PALETTE]
 
 
 def test_a_kept_teacher_says_the_same_whether_it_fits_or_not(supernet_arguments, tmp_path):

@@ -119,6 +119,7 @@ def supernet_arguments(model_dir, corpus, tmp_path_factory) -> list[str]:
         f"data.cache_dir={folder}",
         "data.seq_length=16",
         "space={hidden: [1.0, 0.5], ffn: [1.0, 0.5], depth: [4, 2], exits: [1]}",
+        "recipe=paper",  # full, smallest and random nets in every step
         recipe((3, 3, 4), 1e-2, 4),
         "importance={samples: 8, batch_size: 4}",
         "train.micro_batch_size=2",
@@ -186,6 +187,7 @@ def classify_arguments(bert_dir, labelled) -> list[str]:
         f"data.valid={labelled['valid']}",
         "data.seq_length=24",
         "space={hidden: [1.0, 0.5], ffn: [1.0, 0.5], depth: [4, 2]}",
+        "recipe=paper",
         recipe((60, 40, 60), 1e-2, 8),
         "importance={samples: 32, batch_size: 16}",
         "train.micro_batch_size=16",
