@@ -40,7 +40,7 @@ def test_help_lists_the_groups_of_the_verb_alone(capsys):
     assert {"space", "recipe"} == set(groups["supernet"]) - set(groups["tune"])
     assert groups["tune"]["debug"] == ["cpu", "single_gpu"]
     assert groups["supernet"]["debug"] == ["supernet_cpu"]
-    assert groups["supernet"]["recipe"] == ["mlfs", "one_stage", "pretrained"]
+    assert groups["supernet"]["recipe"] == ["mlfs", "one_stage", "paper", "pretrained"]
     for verb, options in groups.items():
         assert main([verb, "--help"]) == 0
         shown = capsys.readouterr().out
