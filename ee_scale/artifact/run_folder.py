@@ -71,6 +71,8 @@ def run_identity(recipe: Recipe[Any, Any], data: dict[str, Any]) -> dict[str, An
         settings[BACKBONE] = FROZEN
     if not settings.get(OWN_TEXT):
         settings = {key: value for key, value in settings.items() if not key.startswith(OWN_TEXT)}
+    if not settings.get("space.palette"):  # then there is nothing to have a share of
+        settings.pop("sampling.palette_share", None)
     if settings.get("exits.head") != SHORTLIST:  # then its length means nothing
         settings.pop("exits.shortlist", None)
     model_dir = recipe.plan.model_dir

@@ -206,12 +206,7 @@ def column_linear(
 ) -> ColumnLinear:
     """A linear layer whose outputs are cut over the group, and joined again with `gathers`."""
     layer = ColumnLinear(
-        in_features,
-        out_features,
-        bias=bias,
-        config=_config(group, dtype),
-        init_method=_no_init,
-        tp_group=group,
+        in_features, out_features, bias=bias, config=_config(group, dtype), init_method=_no_init, tp_group=group
     )
     layer.gathers = gathers
     set_tensor_model_parallel_attributes(layer.weight, True, 0, 1)

@@ -7,6 +7,7 @@ does: it starts from that state, half of a forward on average.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -112,8 +113,7 @@ class _Divergences:
         return hidden, states
 
     def _select(self, layers: Sequence[int]) -> None:
-        full = self.stage.map.shape.full
-        self.stage.select(type(full)(full.hidden, full.groups, full.ffn, tuple(layers)))
+        self.stage.select(replace(self.stage.map.shape.full, layers=tuple(layers)))
 
     def _divergence(self, final: torch.Tensor, taught: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """KL(full || net), summed over the tokens of a batch; logits exist for a chunk of them at a time."""

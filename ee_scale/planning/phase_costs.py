@@ -120,9 +120,8 @@ def _stage_work(
         head += times * sum(sum(counts.matrix(spec, name)) / tokens for name, tokens in _heads(plan, seq_length))
     teacher = plan.map.layer_flops(full, seq_length) + 2 * features * full.hidden
     looked = len(plan.stages.layers(stage)) * teacher * _looks(plan) if teaches else 0.0
-    if (
-        learns and plan.task == "causal_lm" and not plan.keeps_teacher
-    ):  # the teacher's logits are computed for every draw
+    # A teacher that is not kept computes its logits for every draw.
+    if learns and plan.task == "causal_lm" and not plan.keeps_teacher:
         learners = sum(times for _, times in specs)
         if not teaches:
             learners -= 1  # the full net, which is the teacher

@@ -319,13 +319,12 @@ def plan_tune(config: TuneConfig, model_dir: Path, model_config: PreTrainedConfi
     """Check the config against the model and cut it into stages. Raises `UserError`."""
     check_tune(config)
     check_loss_kernel(config)
-    shape, parallel, exits = shape_of(model_config), config.parallel, config.exits
+    shape, parallel, exits, backbone = shape_of(model_config), config.parallel, config.exits, config.backbone
     check_lengths(config, shape.max_positions, shape.num_layers)
     tensor_plan(model_config, parallel.tp)
     check_tensor_proof(model_config, parallel.tp)
     layers = resolve_exit_layers(exits.layers, shape.num_layers, parallel.pp, parallel.stages)
     spec = exit_spec(model_config, layers, exits.kind, exits.head, exits.rank, exits.shortlist)
-    backbone = config.backbone
     stages = plan_stages(
         shape.num_layers,
         parallel.pp,

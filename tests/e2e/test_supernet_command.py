@@ -21,6 +21,7 @@ from ee_scale.elastic.stage import base_tensors
 from ee_scale.elastic.subnet import SubnetSpec
 from ee_scale.files import file_digest
 from ee_scale.palettes.cut_out import read_supernet, subnet_model
+from ee_scale.reading import read_json, write_json
 
 ENDS = (3, 6, 10)
 
@@ -227,3 +228,18 @@ def test_a_kept_teacher_of_classes_is_the_teacher(classify_arguments, tmp_path):
     for kept, computed in zip(*lines, strict=True):
         for name in ("loss", "kl", "features", "grad_norm"):
             assert kept[name] == pytest.approx(computed[name], rel=1e-3, abs=1e-4)
+
+
+def test_a_run_of_a_version_without_palettes_goes_on_with_the_papers_recipe(supernet_run, supernet_arguments, tmp_path):
+    """What it did not have has no value that another recipe could contradict."""
+    run = tmp_path / "run"
+    shutil.copytree(supernet_run, run)
+    identity = read_json(run / "run.json")
+    new = ("sampling.full_every", "sampling.palette_share", "space.palette", "importance.layer", "distill.cache")
+    kept = {key: value for key, value in identity["settings"].items() if not key.startswith(new)}
+    assert len(kept) < len(identity["settings"])
+    write_json(run / "run.json", {**identity, "settings": kept})
+    finished = run_cli([*supernet_arguments, "out=run"], tmp_path)
+    assert finished.code == 0, finished.output
+    finished = run_cli([*supernet_arguments, "sampling.full_every=2", "out=run"], tmp_path)
+    assert (finished.code, "sampling.full_every=1 there, 2 here" in finished.output) == (2, True), finished.output
