@@ -22,6 +22,7 @@ from ee_scale.gpu import check_capability
 
 T = TypeVar("T")
 _met_here = False  # whether the default process group is ours to destroy, and not of who calls us
+_named_here = False  # whether LOCAL_RANK is ours
 _groups_before: set[dist.ProcessGroup] = set()  # the caller's groups, when `join_grid` was called
 
 
@@ -190,6 +191,7 @@ def leave_grid() -> None:
     """
     global _met_here
     parallel_state.destroy_model_parallel()
+    _leave_deepspeed()
     if _met_here and dist.is_initialized():
         deepspeed.comm.destroy_process_group()
     elif dist.is_initialized():
@@ -209,6 +211,7 @@ def abandon_grid() -> None:
     """`leave_grid` after an error, which the others need not have met: waits for nobody."""
     global _met_here
     parallel_state.destroy_model_parallel()
+    _leave_deepspeed()
     if _met_here and dist.is_initialized() and dist.get_backend() == "nccl":
         with suppress(Exception):  # what is left ends with the process
             dist.distributed_c10d._abort_process_group()
@@ -224,11 +227,22 @@ def world_size_message(layout: Layout, world_size: int) -> str:
 
 
 def _join_deepspeed(device: torch.device) -> None:
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # PipelineModule reads it
+    global _named_here
+    if "LOCAL_RANK" not in os.environ:  # PipelineModule reads it
+        os.environ["LOCAL_RANK"] = str(device.index or 0)
+        _named_here = True
     if device.type == "cpu":
         # Serves inference_all_reduce only, and takes a compiler and 20 s or more on first use.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False, dist_init_required=False)
+
+
+def _leave_deepspeed() -> None:
+    """Other libraries (accelerate) take a process with a LOCAL_RANK for one of many."""
+    global _named_here
+    if _named_here:
+        os.environ.pop("LOCAL_RANK", None)
+        _named_here = False
 
 
 def _assert_one_order(grid: Grid) -> None:

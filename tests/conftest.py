@@ -25,6 +25,18 @@ settings.register_profile("suite", deadline=None, derandomize=True, suppress_hea
 settings.load_profile("suite")
 
 
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_launcher_stays() -> Generator[None, None, None]:
+    """Whoever runs in this process next would take it for one of many."""
+    before = {name: os.environ.get(name) for name in LAUNCHERS}
+    yield
+    after = {name: os.environ.get(name) for name in LAUNCHERS}
+    assert after == before, "a test of this file left a launcher's variables behind"
+
+
 @pytest.hookimpl(wrapper=True, trylast=True)  # inside of pytest's own filters for warnings
 def pytest_runtest_protocol() -> Generator[None, Any, Any]:
     """Each test with its fixtures."""
