@@ -188,6 +188,19 @@ def test_links_lead_somewhere(name):
         assert home == ROOT or path.resolve().is_relative_to(ROOT / "docs"), f"{link}: outside of the pages"
 
 
+@pytest.mark.parametrize("name", WRITTEN)
+def test_no_section_is_there_twice(name):
+    """A page that was put together from two branches."""
+    titles: list[tuple[str, ...]] = []
+    above: dict[int, str] = {}
+    for line in re.sub(r"```.*?```", "", WRITTEN[name], flags=re.DOTALL).splitlines():
+        if found := re.match(r"(#+) (.+)", line):
+            depth = len(found[1])
+            above = {level: title for level, title in above.items() if level < depth} | {depth: found[2]}
+            titles.append(tuple(above.values()))
+    assert len(titles) == len(set(titles)), [title for title in set(titles) if titles.count(title) > 1]
+
+
 def test_every_page_is_in_the_menu():
     menu = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
     assert {page for item in menu for page in item.values()} == PAGES.keys() - {"README.md"}
