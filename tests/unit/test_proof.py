@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import tiny_config, write_model
+from helpers.models import MIXTURES, tiny_config, write_model
 from transformers import GPT2Config, PreTrainedConfig
 from transformers.models.llama import modeling_llama
 
@@ -61,6 +61,8 @@ def test_known_families_are_proved(family: Family) -> None:
     found = prove(config)
     assert (found.tensor, found.decoding) == ("", "")
     kinds = [values for name in PER_LAYER if (values := getattr(config, name, None)) is not None]
+    if family.name in MIXTURES:
+        kinds.append([i in getattr(config, "mlp_only_layers", []) for i in range(config.num_hidden_layers)])
     assert found.layers == 2 * max(1, len(set(zip(*kinds, strict=True))))
     assert json.dumps(config.to_dict(), sort_keys=True, default=str) == before
     assert torch.equal(torch.get_rng_state(), random)  # nobody else's random numbers are drawn
