@@ -135,6 +135,11 @@ class ModelShape:
             widths["shared_expert_intermediate_size"] = self.experts.shared
         return widths
 
+    @property
+    def widest_layer(self) -> int:
+        """One of those with the most weights: with experts, where some have them."""
+        return self.experts.layers.index(True) if self.experts else 0
+
     def held(self, layer: int) -> int:
         """Weights in the matrices of a layer."""
         return self.active(layer) + self.idle(layer)
