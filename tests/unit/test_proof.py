@@ -12,16 +12,18 @@ from helpers.models import MIXTURES, tiny_config, write_model
 from transformers import GPT2Config, PreTrainedConfig
 from transformers.models.llama import modeling_llama
 
-from ee_scale.backbone import proof, shard
+from ee_scale.backbone import proof, proof_checks, shard, stacked
+from ee_scale.backbone.experts import CUTS
 from ee_scale.backbone.proof import check_decoding_proof, check_tensor_proof, prove
-from ee_scale.backbone.stacked import StackedLinear
+from ee_scale.backbone.stacked import StackedExperts, StackedLinear
 from ee_scale.cli.main import main
 from ee_scale.errors import UserError
 from ee_scale.exits.placement import exit_spec
+from ee_scale.families.build import meta_model
 from ee_scale.families.decoders import DECODERS
 from ee_scale.families.family import Family
 from ee_scale.families.registry import FAMILIES
-from ee_scale.families.sizes import PER_LAYER
+from ee_scale.families.sizes import PER_LAYER, ModelShape
 from ee_scale.modeling import heads
 from ee_scale.modeling.kinds import Mlp
 from ee_scale.modeling.layer_runner import LayerRunner
@@ -168,6 +170,74 @@ def test_granite_without_its_numbers_is_noticed(monkeypatch: pytest.MonkeyPatch)
 def test_matrices_that_nobody_counts_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FAMILIES, "starcoder2", replace(FAMILIES["starcoder2"], gated=True))
     assert "counted sizes: layer 1 has " in refusal(tiny_config("starcoder2"))
+
+
+# -- experts ----------------------------------------------------------------------------------------------------------
+
+SLICES = "tensor-parallel slices == the whole: behind layer 1 of 2: off by"
+
+
+def test_wrong_slices_of_experts_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gates for one rank, what they gate for the other."""
+    monkeypatch.setattr(stacked, "own_units", lambda name, whole, rank, tp: whole.chunk(tp, CUTS[name][0])[rank])
+    assert SLICES in prove(tiny_config("mixtral")).tensor
+
+
+def test_experts_that_are_not_summed_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = StackedExperts.forward
+    monkeypatch.setattr(StackedExperts, "forward", lambda self, *args: forward(self, *args) * 0.5)
+    assert SLICES in prove(tiny_config("olmoe")).tensor
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", "olmoe"])
+def test_weights_of_experts_that_are_not_normed_alike_are_noticed(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    def other(config: Any, *args: Any, **options: Any) -> Any:
+        config = copy.deepcopy(config)
+        config.norm_topk_prob = not config.norm_topk_prob
+        return meta_model(config, *args, **options)
+
+    monkeypatch.setattr(proof_checks, "meta_model", other)
+    assert "pipeline stages chained == the whole: behind layer 1 of" in refusal(tiny_config(family))
+
+
+def test_a_token_that_goes_through_fewer_experts_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(config: Any, *args: Any, **options: Any) -> Any:
+        config = copy.deepcopy(config)
+        config.num_experts_per_tok -= 1
+        return meta_model(config, *args, **options)
+
+    monkeypatch.setattr(proof_checks, "meta_model", other)
+    assert "pipeline stages chained == the whole: behind layer 1 of" in refusal(tiny_config("mixtral"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"mlp__shared_expert__down_proj": "colwise"}, "Error"),
+        ({"mlp__experts__down_proj": None}, "its plan asks for 'moe_tp_experts' on layers.*.mlp.experts, which is not"),
+        (
+            {"mlp__experts__down_proj": "colwise"},
+            "its plan asks for 'colwise' on layers.*.mlp.experts.down_proj",
+        ),
+        ({"mlp__experts": "ep_dispatch_experts"}, "its plan asks for 'packed_colwise' on layers.*.mlp.experts.gate_up"),
+        ({"mlp__gate_proj": None, "mlp__up_proj": None, "mlp__down_proj": None}, ""),
+    ],
+)
+def test_a_wrong_plan_of_experts_is_noticed(changes: dict, told: str) -> None:
+    found = prove(with_plan(tiny_config("qwen2_moe"), **changes)).tensor
+    assert told in found
+    assert bool(found) == bool(told)
+
+
+def test_a_router_that_nobody_counts_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = ModelShape.held
+    monkeypatch.setattr(ModelShape, "held", lambda self, layer: held(self, layer) - self.hidden_size)
+    assert "counted sizes: layer 1 has " in refusal(tiny_config("qwen2_moe"))
+
+
+def test_an_exit_that_reads_something_else_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, "mixtral", replace(FAMILIES["mixtral"], mlp_input_norm="input_layernorm"))
+    assert "copied exit == logit lens: kind=mlp at layer 1 of 2" in refusal(tiny_config("mixtral"))
 
 
 def test_layers_side_by_side_have_no_mlp_exit() -> None:
