@@ -323,6 +323,14 @@ def test_what_was_refused_is_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path:
         ("qwen3", ("tp 1, 2, 4;", "exits.kind=embedding|norm|mlp|layer", "decode with exits yes", "convert Megatron")),
         ("cohere2", ("exits.kind=embedding|norm|layer", "decode with exits yes", "supernet no", "convert no")),
         ("gemma3_text", ("exits.kind=embedding|norm|mlp|layer", "decode with exits yes")),
+        (
+            "qwen2_moe",
+            (
+                "experts 5 of 32 units in 4 of 5 layers, 3 of them for a token and one of 48 units for all",
+                "weights 264,064 held, 214,912 for a token",
+                "tp 1, 2, 4; pp 1 to 5; exits.kind=embedding|norm|mlp decode with exits yes supernet no",
+            ),
+        ),
     ],
 )
 def test_check_of_a_model(tmp_path: Any, capsys: pytest.CaptureFixture, family: str, told: tuple[str, ...]) -> None:
