@@ -8,6 +8,7 @@ import torch
 from helpers.folders import Tensors, packed, rewritten, without
 from helpers.models import MIXTURES, load_whole, spec_of, tiny_config, write_model
 from helpers.reference import dense_mlp
+from rich.console import Console
 from torch import nn
 from transformers import DeepseekV2Config
 
@@ -16,6 +17,7 @@ from ee_scale.backbone.loading import read_config
 from ee_scale.backbone.model_tensors import ModelTensors
 from ee_scale.backbone.proof_checks import LENGTH, ROWS, Whole
 from ee_scale.backbone.shard import model_tensors
+from ee_scale.cli.check import print_stages
 from ee_scale.config.tune import BackboneConfig, ExitsConfig, TuneConfig
 from ee_scale.errors import UserError
 from ee_scale.families.registry import decoder_family, elastic_family
@@ -207,6 +209,18 @@ def test_what_is_held_and_what_a_token_meets(folders: dict[str, Path], family: s
     assert made.work()[0].forward == sum(2 * shape.active(i) + attention for i in range(3))
     trained = sum(nn.Module.get_parameter(head, name).numel() for head, name in _trained(folders[family]))
     assert parameters.trained == trained
+
+
+def test_check_tells_both(capsys: pytest.CaptureFixture) -> None:
+    terminal = Console(width=200)
+    print_stages(terminal, plan())
+    found = plan().parameters(0)
+    printed = capsys.readouterr().out
+    assert "active" in printed
+    assert f"{found.active / 1e3:.2f}k" in printed
+    assert f"{found.held / 1e3:.2f}k" in printed
+    print_stages(terminal, plan("llama"))
+    assert "active" not in capsys.readouterr().out
 
 
 def _trained(folder: Path) -> list[tuple[nn.Module, str]]:
