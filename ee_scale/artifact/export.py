@@ -123,7 +123,8 @@ def _copy_base(base: TrainedBase, folder: Path, copied: Callable[[int], None]) -
         if not names:
             continue
         if len(names) < len(stored) or any(map(base.is_trained, names.values())):
-            tensors = {key: base.read(parameter).contiguous() for key, parameter in names.items()}
+            read = {key: parameter if base.is_trained(parameter) else key for key, parameter in names.items()}
+            tensors = {key: base.read(name).contiguous() for key, name in read.items()}
             save_file(tensors, folder / name, metadata={"format": "pt"})
             copied(path.stat().st_size)
         else:

@@ -18,7 +18,7 @@ from ee_scale.backbone.narrowing import narrowed
 from ee_scale.backbone.shard import output_matrix_name
 from ee_scale.errors import UserError
 from ee_scale.families.build import meta_model
-from ee_scale.families.sizes import layer_settings
+from ee_scale.families.sizes import layer_settings, shape_of
 from ee_scale.files import new_folder, write_text
 from ee_scale.modeling.heads import ExitSpec
 from ee_scale.reading import read_object
@@ -79,6 +79,7 @@ def export_submodel(run: Path, out: Path, exit_layer: int, step: int | None = No
     spec = ExitSpec.from_dict(trained.facts["early_exit"])
     _check(run, spec, exit_layer)
     base = trained.base()
+    _check_experts(base.folder, spec, exit_layer)
     prefix = f"exit_heads.{exit_layer}."
     own = {name.removeprefix(prefix): value for name, value in trained.exits.items() if name.startswith(prefix)}
     submodel = Submodel(exit_layer, spec, own, base)
@@ -100,6 +101,16 @@ def _check(run: Path, spec: ExitSpec, exit_layer: int) -> None:
         raise UserError(
             f"exit={exit_layer}: {run} has heads of kind 'shortlist', which score {spec.shortlist} tokens; a stock "
             "model scores all of them, so it cannot say the same; use kind=early_exit or kind=sidecar"
+        )
+
+
+def _check_experts(base: Path, spec: ExitSpec, exit_layer: int) -> None:
+    config = ModelFolder(base).decoder_config
+    experts = shape_of(config).experts
+    if spec.exit_kind.body and experts and experts.layers[exit_layer - 1]:
+        raise UserError(
+            f"exit={exit_layer}: its {spec.kind} is dense, and a stock '{config.model_type}' has experts in its place; "
+            "use kind=early_exit or kind=sidecar"
         )
 
 

@@ -218,6 +218,7 @@ class LoadTask:
     Attributes:
         dim: dimension cut over the tensor group; None: whole on every rank.
         size: size of the whole tensor along `dim` in the file (smaller than tp x the slice for a padded vocabulary).
+        packs: matrices that lie side by side along `dim`, each of which is cut.
         rows: those of the file's matrix that are wanted, in the order of the target's, int64 [n]; None: all.
     """
 
@@ -225,6 +226,7 @@ class LoadTask:
     source: str
     dim: int | None = None
     size: int = 0
+    packs: int = 1
     rows: torch.Tensor | None = None
 
 
@@ -244,8 +246,18 @@ def load_tensors(tasks: list[LoadTask], tensors: TensorFolder, tp_rank: int, tp:
             )
         if task.dim is None:
             fill(task.target, tensors.read(task.source), task.source)
+        elif task.packs > 1:
+            _copy_packed(task, tensors, tp_rank)
         else:
             _copy_slice(task, tensors, tp_rank)
+
+
+def _copy_packed(task: LoadTask, tensors: TensorFolder, tp_rank: int) -> None:
+    step, whole = task.target.shape[task.dim] // task.packs, task.size // task.packs
+    for pack in range(task.packs):
+        start = pack * whole + tp_rank * step
+        part = tensors.read(task.source, task.dim, start, start + step)
+        fill(task.target.narrow(task.dim, pack * step, step), part, task.source)
 
 
 def _copy_slice(task: LoadTask, tensors: TensorFolder, tp_rank: int) -> None:

@@ -1,13 +1,13 @@
 """A model on disk: its base, exits, weights, settings and calibration, found and checked in one place."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ee_scale.backbone.exit_layers import exits_of, read_spec
 from ee_scale.backbone.fingerprint import is_model
@@ -17,6 +17,7 @@ from ee_scale.backbone.model_tensors import ModelTensors
 from ee_scale.backbone.proof import prove
 from ee_scale.backbone.shard import model_tensors
 from ee_scale.backbone.small_files import GENERATION_CONFIG
+from ee_scale.backbone.stored_names import find_parameters
 from ee_scale.errors import UserError, one_line
 from ee_scale.modeling.calibration import CALIBRATION_KEY, check_calibration
 from ee_scale.modeling.heads import ExitSpec
@@ -115,7 +116,7 @@ class ModelFolder:
             model = early_exit_class(config)(config)
         exits = TensorFolder(self.path, None if self.sidecar is None else [self.path / SIDECAR_WEIGHTS])
         shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items() if name.startswith(PREFIX)}
-        stored, wanted = {name for name in exits.files if name.startswith(PREFIX)}, shapes.keys()
+        stored, wanted = {name for name in self._exit_names(model, exits) if name.startswith(PREFIX)}, shapes.keys()
         try:
             check_exit_keys(self.path, {"missing_keys": wanted - stored, "unexpected_keys": stored - wanted})
         except ValueError as error:
@@ -127,6 +128,15 @@ class ModelFolder:
             if (found := list(exits.shape(name))) != shape:
                 raise UserError(f"{self.path}: '{name}' has shape {found}, but the config asks for {shape}")
         return model_tensors(self.base, config), exits
+
+    def _exit_names(self, model: PreTrainedModel, exits: TensorFolder) -> Iterable[str]:
+        """Of what lies in `exits`: transformers writes those of some models as it writes the names of their layers."""
+        if self.sidecar is not None:
+            return exits.files
+        try:
+            return find_parameters(model, exits.files)[0].values()
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}") from error
 
     def generation_config(self) -> GenerationConfig:
         """That of the base model; a sidecar's own file holds a calibration alone."""

@@ -27,6 +27,7 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import nn
 from torch.autograd.function import BackwardCFunction, FunctionCtx
 
+from ee_scale.backbone.experts import cut_experts
 from ee_scale.errors import UserError
 from ee_scale.families.sizes import ModelShape
 
@@ -34,6 +35,9 @@ from ee_scale.families.sizes import ModelShape
 CUTS = COLUMN, ROW, GATHERED, SPLIT = "colwise", "rowwise", "colwise_gather_output", "rowwise_split_input"
 GRAD_SUM = "replicated_with_grad_allreduce"
 STYLES = (*CUTS, GRAD_SUM)
+EXPERTS = "moe_tp_experts"  # the module that holds those of a layer
+EXPERT_STYLES = {"gate_up_proj": "packed_colwise", "down_proj": ROW}  # its parameters
+DENSE_STYLES = {"gate_proj": COLUMN, "up_proj": COLUMN, "down_proj": ROW}
 
 
 class _Gather(torch.autograd.Function):
@@ -128,24 +132,46 @@ def check_tensor_parallel(tp: int, shape: ModelShape, plan: Mapping[str, str], m
     sizes = {
         "num_attention_heads": shape.num_heads,
         "num_key_value_heads": shape.num_kv_heads,
-        "intermediate_size": shape.intermediate_size,
+        **shape.cut_units,
     }
     for name, size in sizes.items():
         if size % tp:
             raise UserError(f"parallel.tp={tp} does not divide {name}={size} of the model")
     if not plan:
         raise UserError(f"parallel.tp={tp}: transformers has no tensor-parallel plan for '{model_type}'; use tp=1")
-    for name, style in plan.items():
-        if style not in STYLES:
-            raise UserError(
-                f"parallel.tp={tp}: '{model_type}' asks for '{style}' on {name}, which is not supported; use tp=1"
-            )
+    if unknown := unknown_style(plan):
+        name, style = unknown
+        raise UserError(
+            f"parallel.tp={tp}: '{model_type}' asks for '{style}' on {name}, which is not supported; use tp=1"
+        )
 
 
 def layer_plan(plan: Mapping[str, str] | None) -> dict[str, str]:
     """The part of transformers' plan inside decoder layers ('layers.*.mlp.up_proj': 'colwise')."""
     # Some configs also say how to cut the vocabulary, which is cut as it is here.
-    return {name: style for name, style in (plan or {}).items() if name.startswith("layers.")}
+    found = {name: style for name, style in (plan or {}).items() if name.startswith("layers.")}
+    for experts in [name for name, style in found.items() if style == EXPERTS]:
+        # Some say nothing of the dense MLPs beside them: the shared one, and those of exits.
+        mlp = experts.removesuffix(".experts")
+        for module in (mlp, f"{mlp}.shared_expert"):
+            for name, style in DENSE_STYLES.items():
+                found.setdefault(f"{module}.{name}", style)
+    return found
+
+
+def unknown_style(plan: Mapping[str, str]) -> tuple[str, str] | None:
+    """The first (name, style) of a plan that nothing here computes."""
+    for name, style in plan.items():
+        owner, _, inner = name.rpartition(".")
+        if plan.get(owner) == EXPERTS:
+            known = EXPERT_STYLES.get(inner) == style
+        elif style == EXPERTS:
+            known = all(f"{name}.{each}" in plan for each in EXPERT_STYLES)
+        else:
+            known = style in STYLES
+        if not known:
+            return name, style
+    return None
 
 
 def swap_projections(
@@ -160,6 +186,9 @@ def swap_projections(
         return MAKERS[style](linear.in_features, linear.out_features, linear.bias is not None, group, dtype)
 
     swap_linears(module, plan, prefix, make)
+    for name, child in module.named_modules():
+        if plan.get(prefix + name) == EXPERTS:
+            cut_experts(child, group, dtype)
 
 
 def swap_linears(
@@ -283,6 +312,11 @@ def low_rank_update(
     elif style == ROW and group.size() > 1:
         low = reduce_from(low, group)
     return F.linear(low, up)
+
+
+def cut_packs(parameter: torch.Tensor) -> int:
+    """How many matrices lie side by side along that dimension, each of them cut."""
+    return getattr(parameter, "partition_stride", 1)
 
 
 def cut_dim(parameter: torch.Tensor) -> int | None:

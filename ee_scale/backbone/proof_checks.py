@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ee_scale.backbone.digest import named_generator
 from ee_scale.backbone.masks import HandedMasks
-from ee_scale.backbone.parallel import STYLES, layer_plan, materialise
+from ee_scale.backbone.parallel import layer_plan, materialise, unknown_style
 from ee_scale.backbone.shard import cut_base, layers_of, renew_rotary, run_base
 from ee_scale.backbone.stacked import stack_ranks
 from ee_scale.families.build import AUTO_CLASS, meta_model
@@ -98,9 +98,12 @@ class Whole:
             model = early_exit_class(config)(config).eval()
         weights = dict(self.model.named_parameters())
         for k, head in model.exit_heads.items():
+            body = spec.exit_kind.body_source(self.layers, int(k))
             for name, _ in head.named_parameters():
                 source = spec.exit_kind.source(name, int(k), len(layers))
                 assert source is not None  # tied heads have no tensors
+                if body is not None and source not in weights:  # a part of a mixture of experts
+                    weights[source] = dict(body.named_parameters())[name.removeprefix("mlp.")]
                 weights[f"exit_heads.{k}.{name}"] = weights[source]
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])
@@ -158,8 +161,9 @@ def _compare_states(parts: Sequence[torch.Tensor], whole: Whole) -> None:
 
 def check_count(whole: Whole) -> None:
     """The matrices of a layer are those that plans count."""
-    wanted = shape_of(whole.config).layer_parameters
+    shape = shape_of(whole.config)
     for k, layer in enumerate(whole.layers, 1):
+        wanted = shape.held(k - 1)
         if (found := sum(p.numel() for p in layer.parameters() if p.ndim > 1)) != wanted:
             raise CheckError(f"layer {k} has {found:,} weights in matrices, {wanted:,} are counted")
 
@@ -216,8 +220,22 @@ def _stage(whole: Whole, layers: range) -> nn.Module:
 
 
 def check_exits(whole: Whole) -> None:
-    """An exit at layer k that was copied is the model of k layers, bit for bit (the logit lens)."""
-    exits, kind = whole.with_exits(whole.ids, use_cache=False).exit_logits, whole.spec.kind
+    """An exit at layer k that was copied is the model of k layers, bit for bit (the logit lens).
+
+    Where the layer has experts and the exit a part of them, all of them answer in its place.
+    """
+    model, kind = whole.with_exits, whole.spec.kind
+    own = {k: head._modules.get("mlp") for k, head in model.exit_heads.items()}
+    for k, head in model.exit_heads.items():
+        mlp = whole.layers[int(k) - 1].get_submodule("mlp")
+        if own[k] is not None and hasattr(mlp, "experts"):
+            head.mlp = mlp
+    try:
+        exits = model(whole.ids, use_cache=False).exit_logits
+    finally:
+        for k, head in model.exit_heads.items():
+            if own[k] is not None:
+                head.mlp = own[k]
     for k, logits in exits.items():
         lens = whole.lens(k)
         if not torch.equal(logits, lens):
@@ -239,9 +257,9 @@ def check_tensor(whole: Whole) -> None:
     plan = layer_plan(whole.config.base_model_tp_plan)
     if not plan:
         raise CheckError("transformers has no tensor-parallel plan for it")
-    for name, style in plan.items():
-        if style not in STYLES:
-            raise CheckError(f"its plan asks for '{style}' on {name}, which is not known here")
+    if unknown := unknown_style(plan):
+        name, style = unknown
+        raise CheckError(f"its plan asks for '{style}' on {name}, which is not known here")
     model = copy.deepcopy(whole.model)
     layers, states = layers_of(model.base_model), list[torch.Tensor]()
     for layer in layers:

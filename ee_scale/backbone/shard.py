@@ -11,14 +11,15 @@ from ee_scale.backbone.loading import LoadTask, TensorFolder, load_tensors
 from ee_scale.backbone.masks import HandedMasks
 from ee_scale.backbone.model_tensors import ModelTensors
 from ee_scale.backbone.parallel import (
-    STYLES,
     check_tensor_parallel,
     column_linear,
     cut_dim,
+    cut_packs,
     layer_plan,
     materialise,
     padded_vocab,
     swap_projections,
+    unknown_style,
     vocab_embedding,
 )
 from ee_scale.backbone.stages import StagePlan
@@ -40,7 +41,7 @@ def tensor_plan(config: PreTrainedConfig, tp: int) -> dict[str, str]:
 def takes_tensor_parallel(family: Family) -> bool:
     """Whether exits of a family train on more than one tensor rank: transformers' plan for it has known styles only."""
     plan = layer_plan(CONFIG_MAPPING[family.name].base_model_tp_plan)
-    return family.is_decoder and bool(plan) and set(plan.values()) <= set(STYLES)
+    return family.is_decoder and bool(plan) and unknown_style(plan) is None
 
 
 def model_tensors(folder: Path, config: PreTrainedConfig) -> ModelTensors:
@@ -182,7 +183,8 @@ def load_task(parameter: nn.Parameter, source: str, vocab_size: int, tp: int, to
     if dim is None:
         return LoadTask(parameter, source)
     rows = torch.tensor(tokens) if tokens else None
-    return LoadTask(parameter, source, dim, vocab_size if is_vocabulary(source) else parameter.shape[dim] * tp, rows)
+    size = vocab_size if is_vocabulary(source) else parameter.shape[dim] * tp
+    return LoadTask(parameter, source, dim, size, cut_packs(parameter), rows)
 
 
 def is_vocabulary(name: str) -> bool:

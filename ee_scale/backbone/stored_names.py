@@ -1,8 +1,9 @@
 """What transformers calls the tensors of a folder: its own renaming, applied to names without reading a weight."""
 
+import re
 from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -11,6 +12,21 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from ee_scale.errors import UserError
 
+# What converters do that make one parameter of the matrices of all experts: [E, P x out, in].
+STACKED = (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
+
+
+class ExpertPart(NamedTuple):
+    """A stored tensor that is a part of one of the model's.
+
+    expert: whose; place: which of the matrices that lie side by side in the parameter; patterns: names of all of those.
+    """
+
+    parameter: str
+    expert: int
+    place: int
+    patterns: tuple[str, ...]
+
 
 def parameter_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
     """Stored name -> name of the parameter that transformers fills with it; a name that no parameter has, otherwise.
@@ -18,22 +34,38 @@ def parameter_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, 
     Prefixes of base models come and go and old spellings become new ones as in `from_pretrained`. `model` may be on
     the meta device. Raises `UserError` where transformers would do more than rename, or has two tensors for one name.
     """
+    found, parts = find_parameters(model, stored)
+    for name, part in parts.items():
+        raise UserError(f"'{name}': transformers computes '{part.parameter}' from it and others; only names may differ")
+    return found
+
+
+def find_parameters(model: PreTrainedModel, stored: Iterable[str]) -> tuple[dict[str, str], dict[str, ExpertPart]]:
+    """The same, and by stored name those of single experts, which transformers stacks. Raises `UserError` for anything
+    else that it computes."""
     transforms, known = get_model_conversion_mapping(model), model.state_dict()
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     found: dict[str, str] = {}
+    parts: dict[str, ExpertPart] = {}
     for name in stored:
         renamed, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
         if renamed not in known and name in known:  # as `from_pretrained` has it
             renamed, converted = rename_source_key(name, [], [], model.base_model_prefix, known)
-        if converted is not None and renamed in known:
+        if converted is None or renamed not in known:
+            found[name] = renamed
+            continue
+        converter = next(each for each in converters if converted in each.source_patterns)
+        number = re.search(re.escape(converted).replace(r"\*", r"(\d+)"), rename_source_key(name, renamings, [])[0])
+        if [type(operation).__name__ for operation in converter.operations] not in STACKED or number is None:
             raise UserError(f"'{name}': transformers computes '{renamed}' from it and others; only names may differ")
-        found[name] = renamed
-    owners: dict[str, str] = {}
+        patterns = tuple(converter.source_patterns)
+        parts[name] = ExpertPart(renamed, int(number[1]), patterns.index(converted), patterns)
+    owners: dict[str, str] = {part.parameter: name for name, part in parts.items()}
     for name, renamed in found.items():
         if renamed in known and owners.setdefault(renamed, name) != name:
             raise UserError(f"'{owners[renamed]}' and '{name}' are both '{renamed}' of {type(model).__name__}")
-    return found
+    return found, parts
 
 
 def stored_pair(model_class: type[PreTrainedModel], stored: Iterable[str]) -> tuple[str, str] | None:

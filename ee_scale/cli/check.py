@@ -62,14 +62,16 @@ def print_stages(terminal: Console, plan: Plan) -> None:
     unit, scale = ("GiB", GIB) if max(rank.total - rank.overhead for rank in memory) > GIB else ("MiB", 2**20)
     title = f"stages; memory of one rank in {unit} ({'bf16' if bf16 else 'fp32'}, {kind})"
     table = Table(title=title, title_justify="left")
-    for column in ("stage", "layers", "exits", "held", "trained", *PARTS, "rank", "FLOPs"):
+    experts = any(plan.parameters(stage).idle for stage in range(len(memory)))
+    active = ["active"] * experts
+    for column in ("stage", "layers", "exits", "held", *active, "trained", *PARTS, "rank", "FLOPs"):
         table.add_column(column.replace("overhead", "process"), justify="right", no_wrap=column == "exits")
     for stage, rank in enumerate(memory):
         layers, parameters = plan.stages.layers(stage), plan.parameters(stage)
         exits = ", ".join(map(str, plan.exits(stage)))
         numbers = [f"{getattr(rank, part) / scale:.2f}" for part in PARTS]
         row = [str(stage), f"{layers.start + 1}-{layers.stop}", exits]
-        row += [_count(parameters.held), _count(parameters.trained), *numbers]
+        row += [_count(parameters.held), *[_count(parameters.active)] * experts, _count(parameters.trained), *numbers]
         table.add_row(*row, Text(f"{rank.total / scale:.2f}", style="bold"), f"{flops[stage] / sum(flops):.0%}")
     for stage in range(plan.stages.launched, len(plan.stages.bounds) - 1):
         first, last = plan.stages.bounds[stage] + 1, plan.stages.bounds[stage + 1]

@@ -15,7 +15,7 @@ from ee_scale.cli.console import console
 from ee_scale.errors import UserError
 from ee_scale.families.family import Family
 from ee_scale.families.registry import FAMILIES, known_family
-from ee_scale.families.sizes import shape_of
+from ee_scale.families.sizes import ModelShape, shape_of
 from ee_scale.modeling.kinds import KINDS
 
 NOT = "-"
@@ -26,6 +26,15 @@ COLUMNS = ["tune", "generate", "supernet", "convert (Megatron)", "convert (EE-LL
 def model_rows() -> list[list[str]]:
     """The table, its header first."""
     return [["model_type", *COLUMNS], *([family.name, *_axes(family)] for family in FAMILIES.values())]
+
+
+def grouped_rows() -> list[list[str]]:
+    """The same with one row for all families that can do the same."""
+    header, *rows = model_rows()
+    names: dict[tuple[str, ...], list[str]] = {}
+    for name, *cells in rows:
+        names.setdefault(tuple(cells), []).append(name)
+    return [header, *([", ".join(group), *cells] for cells, group in names.items())]
 
 
 def _axes(family: Family) -> list[str]:
@@ -56,7 +65,7 @@ def check(name: str) -> None:
     """What was tried of a model, and what it can do. Raises `UserError` for one that takes no exits."""
     folder = ModelFolder.named(name)
     config = folder.config
-    proof, family, layers = prove(config), known_family(config), shape_of(config).num_layers
+    proof, family, shape = prove(config), known_family(config), shape_of(config)
     table = Table(
         title=f"{config.model_type}, tried on a copy of {proof.layers} layers", title_justify="left", box=None
     )
@@ -68,9 +77,11 @@ def check(name: str) -> None:
         table.add_row(words, reason.removeprefix(f"{words}: ") or "holds")
     console().print(table)
     kinds = [kind.name for kind in KINDS.values() if not (family.parallel and kind.tapped)]
+    if shape.experts is not None:
+        kinds = [name for name in kinds if not KINDS[name].attends]
     tensor = ", ".join(map(str, _tensor_ranks(config, proof)))
-    cells = {
-        "tune": f"tp {tensor}; pp 1 to {layers}; exits.kind={'|'.join(kinds)}",
+    cells = _expert_cells(shape) | {
+        "tune": f"tp {tensor}; pp 1 to {shape.num_layers}; exits.kind={'|'.join(kinds)}",
         "decode with exits": "no" if proof.decoding else "yes",
         "supernet": "no" if family.elastic is None else "yes",
         "convert": "no" if family.megatron is None else "Megatron" + ", EE-LLM" * family.megatron.in_ee_llm,
@@ -79,6 +90,20 @@ def check(name: str) -> None:
     for words, cell in cells.items():
         able.add_row(words, cell)
     console().print(able)
+
+
+def _expert_cells(shape: ModelShape) -> dict[str, str]:
+    """What there is of experts, in words."""
+    if (experts := shape.experts) is None:
+        return {}
+    layers, own = range(shape.num_layers), shape.vocab_size * shape.hidden_size * (1 if shape.tied_embeddings else 2)
+    shared = f" and one of {experts.shared} units for all" if experts.shared else ""
+    held, active = (own + sum(map(numbers, layers)) for numbers in (shape.held, shape.active))
+    return {
+        "experts": f"{experts.count} of {experts.units} units in {sum(experts.layers)} of {shape.num_layers} layers, "
+        f"{experts.active} of them for a token{shared}",
+        "weights": f"{held:,} held, {active:,} for a token",
+    }
 
 
 def _tensor_ranks(config: PreTrainedConfig, proof: Proof) -> list[int]:

@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 
 from ee_scale.errors import UserError
 from ee_scale.families.registry import decoder_family
-from ee_scale.families.sizes import ModelShape
+from ee_scale.families.sizes import ModelShape, shape_of
 from ee_scale.modeling.heads import SHORTLIST, ExitSpec
 from ee_scale.modeling.kinds import KINDS
 
@@ -20,6 +20,17 @@ def resolve_loss_weights(weights: float | Sequence[float], exit_layers: Sequence
     if min(values) < 0:
         raise UserError(f"exits.loss_weights={values}: weights cannot be negative")
     return dict(zip(exit_layers, values, strict=True))
+
+
+def check_experts(model_config: PreTrainedConfig, kind: str, mode: str) -> None:
+    """Refuse (`UserError`) to train a router: `kind` of exits, `mode` of the backbone."""
+    experts = shape_of(model_config).experts
+    wrong = f"backbone.mode={mode}" if mode != "frozen" else f"exits.kind={kind}" if KINDS[kind].attends else ""
+    if experts and wrong:
+        raise UserError(
+            f"{wrong}: '{model_config.model_type}' chooses among {experts.count} experts, and the losses that keep its "
+            "routers balanced are not here; use backbone=frozen with exits.kind=mlp (dense), norm or embedding"
+        )
 
 
 def exit_spec(

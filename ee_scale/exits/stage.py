@@ -20,6 +20,7 @@ from ee_scale.backbone.parallel import (
     SPLIT,
     column_linear,
     cut_dim,
+    layer_plan,
     materialise,
     padded_vocab,
     sum_partial_gradients,
@@ -225,7 +226,7 @@ def whole_random(
         return torch.full(shape, 0.0 if source.endswith(".bias") else decoder_family(config).neutral_norm)
     std = config.initializer_range
     place = re.sub(r"^model\.layers\.\d+", "layers.*", source).rsplit(".", 1)[0]
-    if (config.base_model_tp_plan or {}).get(place) in (ROW, SPLIT):
+    if layer_plan(config.base_model_tp_plan).get(place) in (ROW, SPLIT):
         std /= sqrt(2 * int(name.split(".", 1)[0]))
     return torch.empty(shape).normal_(0.0, std, generator=named_generator(name, seed))
 

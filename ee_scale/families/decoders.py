@@ -78,6 +78,8 @@ DECODERS = (
     Family("arcee", gated=False),
     Family("jais2", gated=False),
     Family("starcoder2", gated=False),
+    # Experts in the place of the MLP.
+    *map(Family, ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")),
     # Like Llama in all that is said here; so is every family that has no entry, until a proof finds otherwise.
     *map(
         Family, ("ministral", "ministral3", "smollm3", "seed_oss", "ernie4_5", "helium", "cwm", "olmo", "phi3", "glm")

@@ -27,9 +27,11 @@ def find_family(config: PreTrainedConfig) -> Family | None:
 
 def decoder_family(config: PreTrainedConfig) -> Family:
     """One that may take exits. Raises `UserError`."""
-    family = find_family(config)
-    if family is None or not family.is_decoder:
+    family, latent = find_family(config), getattr(config, "kv_lora_rank", None)
+    if family is None or not family.is_decoder or latent:
         reason = "transformers has no plan that cuts it into embedding, decoder layers and norm"
+        if latent:
+            reason = f"its attention keeps keys and values in one latent vector (kv_lora_rank={latent})"
         raise UserError(f"model.path: architecture '{config.model_type}' is not supported: {reason}")
     return family
 

@@ -20,6 +20,11 @@ SIZES = {
     "hidden_size": 1 << 20,
     "embedding_size": 1 << 20,
     "intermediate_size": 1 << 24,
+    "moe_intermediate_size": 1 << 24,
+    "num_experts": 1 << 14,
+    "num_local_experts": 1 << 14,
+    "num_experts_per_tok": 1 << 14,
+    "decoder_sparse_step": 10_000,
     "num_attention_heads": 1 << 14,
     "num_key_value_heads": 1 << 14,
     "head_dim": 1 << 14,
@@ -41,6 +46,9 @@ def check_sizes(values: Mapping[str, Any], here: str | Path) -> None:
             continue
         if type(size) is not int or not 1 <= size <= most:
             raise UserError(f"{here}: {name}={shown(size)}: give a whole number from 1 to {most}")
+    count, active = values.get("num_experts", values.get("num_local_experts")), values.get("num_experts_per_tok")
+    if count is not None and active is not None and active > count:
+        raise UserError(f"{here}: num_experts_per_tok={active} is above the number of experts, {count}")
     for group in (values, values.get("rope_parameters"), values.get("rope_scaling")):
         for name, value in group.items() if isinstance(group, Mapping) else ():
             if isinstance(value, float) and not isfinite(value):
@@ -50,8 +58,32 @@ def check_sizes(values: Mapping[str, Any], here: str | Path) -> None:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Mixtures of experts in the places of MLPs: each token goes through some of them, which its router chooses.
+
+    Attributes:
+        count: experts of a layer.
+        active: those that a token goes through.
+        units: of each.
+        shared: units of the one that every token goes through besides; 0: there is none.
+        layers: whether each layer has them, or an MLP.
+    """
+
+    count: int
+    active: int
+    units: int
+    shared: int
+    layers: tuple[bool, ...]
+
+    @property
+    def dense_units(self) -> int:
+        """Of the dense MLP of an exit: see `ee_scale.modeling.experts`."""
+        return self.shared or self.active * self.units
+
+
+@dataclass(frozen=True)
 class ModelShape:
-    """The numbers of a model that plans and checks need."""
+    """The numbers of a model that plans and checks need; layers are counted from 0."""
 
     num_layers: int
     hidden_size: int
@@ -63,6 +95,7 @@ class ModelShape:
     max_positions: int
     tied_embeddings: bool
     gated: bool = True
+    experts: Experts | None = None
 
     @property
     def lengths(self) -> dict[str, int]:
@@ -78,14 +111,57 @@ class ModelShape:
 
     @property
     def layer_parameters(self) -> int:
-        """Parameters of one decoder layer (projections only)."""
-        attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
-        return attention + self.mlp_parameters
+        """Parameters of a decoder layer that a token meets (projections only), of all layers on average."""
+        return sum(map(self.active, range(self.num_layers))) // self.num_layers
+
+    @property
+    def mlp_units(self) -> int:
+        """Of the MLP that an exit has (of the larger one, where some layers have experts)."""
+        dense = 0 if self.experts and all(self.experts.layers) else self.intermediate_size
+        return max(dense, self.experts.dense_units) if self.experts else dense
 
     @property
     def mlp_parameters(self) -> int:
-        """Parameters of one MLP."""
-        return (3 if self.gated else 2) * self.hidden_size * self.intermediate_size
+        """Parameters of that MLP."""
+        return self._matrices(self.mlp_units)
+
+    @property
+    def cut_units(self) -> dict[str, int]:
+        """Widths inside of MLPs and experts, by their names in the config: what tensor ranks divide."""
+        widths = {} if self.experts and all(self.experts.layers) else {"intermediate_size": self.intermediate_size}
+        if self.experts is not None:
+            widths["units of an expert"] = self.experts.units
+        if self.experts is not None and self.experts.shared:
+            widths["shared_expert_intermediate_size"] = self.experts.shared
+        return widths
+
+    @property
+    def widest_layer(self) -> int:
+        """One of those with the most weights: with experts, where some have them."""
+        return self.experts.layers.index(True) if self.experts else 0
+
+    def held(self, layer: int) -> int:
+        """Weights in the matrices of a layer."""
+        return self.active(layer) + self.idle(layer)
+
+    def idle(self, layer: int) -> int:
+        """Those of its experts that a token does not go through."""
+        experts = self.experts
+        if experts is None or not experts.layers[layer]:
+            return 0
+        return (experts.count - experts.active) * self._matrices(experts.units)
+
+    def active(self, layer: int) -> int:
+        """Those that a token meets."""
+        attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
+        experts = self.experts
+        if experts is None or not experts.layers[layer]:
+            return attention + self._matrices(self.intermediate_size)
+        routers = (experts.count + (experts.shared > 0)) * self.hidden_size  # of the experts, of the shared one
+        return attention + routers + self._matrices(experts.active * experts.units + experts.shared)
+
+    def _matrices(self, units: int) -> int:
+        return (3 if self.gated else 2) * self.hidden_size * units
 
 
 def shape_of(config: PreTrainedConfig) -> ModelShape:
@@ -102,11 +178,38 @@ def shape_of(config: PreTrainedConfig) -> ModelShape:
         max_positions=config.max_position_embeddings,
         tied_embeddings=bool(config.tie_word_embeddings),
         gated=family.gated if (family := find_family(config)) else True,
+        experts=_experts_of(config),
     )
+
+
+def _experts_of(config: PreTrainedConfig) -> Experts | None:
+    count, layers = getattr(config, "num_experts", None), _have_experts(config)
+    if not count or not any(layers):
+        return None
+    return Experts(
+        count,
+        active=config.num_experts_per_tok or 1,
+        units=getattr(config, "moe_intermediate_size", None) or config.intermediate_size,
+        shared=getattr(config, "shared_expert_intermediate_size", None) or 0,
+        layers=layers,
+    )
+
+
+def _have_experts(config: PreTrainedConfig) -> tuple[bool, ...]:
+    """Which layers have experts, if any has (Qwen's settings; the others have no such)."""
+    dense, step = getattr(config, DENSE_LAYERS, None) or (), getattr(config, SPARSE_STEP, 1)
+    return tuple(i not in dense and (i + 1) % step == 0 for i in range(config.num_hidden_layers))
 
 
 # What a config says of each layer, in lists.
 PER_LAYER = ("layer_types", "no_rope_layers")
+DENSE_LAYERS, SPARSE_STEP = "mlp_only_layers", "decoder_sparse_step"
+
+
+def layer_kinds(config: PreTrainedConfig) -> list[tuple[object, ...]]:
+    """What a config says of each layer."""
+    lists = [values for name in PER_LAYER if (values := getattr(config, name, None)) is not None]
+    return list(zip(*lists, _have_experts(config), strict=True))
 
 
 def layer_settings(config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
@@ -115,6 +218,9 @@ def layer_settings(config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, A
     for name in PER_LAYER:
         if (values := getattr(config, name, None)) is not None:
             settings[name] = [values[i] for i in kept]
+    if hasattr(config, DENSE_LAYERS):
+        sparse = _have_experts(config)
+        settings |= {DENSE_LAYERS: [place for place, i in enumerate(kept) if not sparse[i]], SPARSE_STEP: 1}
     return settings
 
 

@@ -4,9 +4,10 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ee_scale.families.sizes import PER_LAYER, shape_of, with_layers
+from ee_scale.families.sizes import layer_kinds, shape_of, with_layers
 
 VOCAB, WIDTH, INNER, HEADS = 96, 64, 48, 4
+EXPERTS, ACTIVE, UNITS = 6, 2, 24
 WINDOW = 8  # shorter than the texts that the model is tried with
 
 
@@ -26,14 +27,16 @@ def small_config(config: PreTrainedConfig) -> PreTrainedConfig:
         sizes["num_key_value_heads"] = HEADS if shape.num_kv_heads == shape.num_heads else HEADS // 2
     if getattr(config, "sliding_window", None) is not None:
         sizes["sliding_window"] = WINDOW
+    if shape.experts is not None:
+        sizes |= {"num_experts": EXPERTS, "num_experts_per_tok": min(ACTIVE, shape.experts.active)}
+        widths = ("moe_intermediate_size", "shared_expert_intermediate_size")
+        sizes |= {name: UNITS for name in widths if getattr(config, name, None)}
     small.update(sizes)
     return small
 
 
 def _kept(config: PreTrainedConfig) -> list[int]:
     """The first layer of each kind, and those again the other way round: two halves that differ in their order."""
-    lists = [getattr(config, name, None) for name in PER_LAYER]
-    kinds = list(zip(*(values for values in lists if values is not None), strict=True))
-    kinds = kinds or [()] * config.num_hidden_layers
+    kinds = layer_kinds(config)
     first = [i for i, kind in enumerate(kinds) if kinds.index(kind) == i]
     return first + first[::-1]

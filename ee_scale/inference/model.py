@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, logging
 
-from ee_scale.backbone.loading import TensorFolder
 from ee_scale.backbone.model_folder import GONE, SIDECAR_CONFIG, ModelFolder
 from ee_scale.backbone.narrowing import narrowed
 from ee_scale.backbone.shard import model_tensors
@@ -97,7 +96,7 @@ def open_model(path: Path, **kwargs: Any) -> Any:
 def _check_numbers(folder: Path, model: PreTrainedModel) -> None:
     """Raise `UserError` naming a tensor with a number that the type it was opened in has not."""
     odd = {name: value for name, value in model.named_parameters() if not value.isfinite().all()}
-    stored = TensorFolder(folder) if odd else {}
+    stored = model_tensors(folder, model.config) if odd else {}
     for name, value in odd.items():
         if name in stored:
             narrowed(stored.read(name), value.dtype, name)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from ee_scale.families.sizes import shape_of
 from ee_scale.log import log
 from ee_scale.modeling.packing import packed_linears
 
@@ -26,7 +27,8 @@ def fastest_dtype(config: PreTrainedConfig, device: torch.device, pack_weights: 
     rows, columns = getattr(config, "intermediate_size", None), getattr(config, "hidden_size", None)
     if device.type != "cpu" or stored not in (torch.bfloat16, torch.float16) or not rows or not columns:
         return "auto"
-    weights = config.num_hidden_layers * columns * (4 * columns + 3 * rows) + config.vocab_size * columns
+    shape = shape_of(config)
+    weights = sum(map(shape.held, range(shape.num_layers))) + config.vocab_size * columns
     if 4 * weights > psutil.virtual_memory().available / 2:
         return "auto"
     count = min(config.num_hidden_layers, max(1, READ // (4 * rows * columns)))

@@ -47,7 +47,7 @@ class Shape(Protocol):
     def hidden_size(self) -> int: ...
 
     @property
-    def intermediate_size(self) -> int: ...
+    def mlp_units(self) -> int: ...
 
     @property
     def num_heads(self) -> int: ...
@@ -216,11 +216,17 @@ class Norm(ExitKind):
 class Mlp(ExitKind):
     """A sibling of the layer's own MLP, e = a + MLP(u) (EE-LLM; facts of arXiv 2402.00518), and a norm.
 
-    In the backbone's order of operations, so that a copied MLP gives the backbone's own hidden state bit for bit.
+    In the backbone's order of operations, so that a copied MLP gives the backbone's own hidden state bit for bit. Where
+    the layer has a mixture of experts, it is dense: see `experts`.
     """
 
     name, body, tapped, states_read = "mlp", Body("mlp"), True, 2
     ee_llm = ("use_exit_mlp", "use_exit_norm")
+
+    def body_in(self, layer: nn.Module) -> nn.Module | None:
+        from .experts import dense_part
+
+        return dense_part(layer.mlp)
 
     def watch(self, layer: nn.Module, mlp_input_norm: str | None, keep: Callable[[Tap], None]) -> RemovableHandle:
         if mlp_input_norm is None:
@@ -243,7 +249,7 @@ class Mlp(ExitKind):
         return shape.mlp_parameters
 
     def training_flops(self, shape: Shape, seq_length: int, *, through: bool, pre_norm: bool) -> float:
-        matrix = 2 * shape.hidden_size * shape.intermediate_size
+        matrix = 2 * shape.hidden_size * shape.mlp_units
         return 2 * matrix * (3 if through else 2) + 3 * matrix  # gate and up read what is frozen, down does not
 
     def all_reduces(self, through: bool) -> int:

@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,9 @@ class EarlyExitOutput(CausalLMOutputWithPast):
     """The base model's output, and `exit_logits`: exit layer -> logits [B, S, V] (None when not asked for)."""
 
     exit_logits: dict[int, torch.Tensor] | None = None
+
+
+OUTPUTS = {field.name for field in fields(CausalLMOutputWithPast)}
 
 
 class EarlyExitMixin:
@@ -102,7 +105,8 @@ class EarlyExitMixin:
             taps.remove()
         masks = {"attention_mask": attention_mask, "position_ids": position_ids}
         exit_logits = {k: self._exit_logits(k, tap, masks, logits_to_keep) for k, tap in taps.pop().items()}
-        return EarlyExitOutput(**output, exit_logits=exit_logits)
+        known = {name: value for name, value in output.items() if name in OUTPUTS}  # others also give routers' logits
+        return EarlyExitOutput(**known, exit_logits=exit_logits)
 
     def _exit_logits(self, k: int, tap: Tap, masks: dict[str, Any], logits_to_keep: int | torch.Tensor) -> torch.Tensor:
         def run_layer(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:

@@ -50,15 +50,22 @@ def mean_work(shares: Sequence[float], works: Sequence[StageWork]) -> StageWork:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Of one rank: `frozen` and `trained` numbers, and the largest trained tensor."""
+    """Of one rank: `frozen` and `trained` numbers, the largest trained tensor, and those of the frozen ones that are of
+    experts that a token does not go through (`idle`)."""
 
     frozen: int
     trained: int
     largest: int = 0
+    idle: int = 0
 
     @property
     def held(self) -> int:
         return self.frozen + self.trained
+
+    @property
+    def active(self) -> int:
+        """What a token meets."""
+        return self.held - self.idle
 
 
 BF16, FP32 = 2, 4  # bytes of a number

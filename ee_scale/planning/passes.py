@@ -13,14 +13,16 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ee_scale.families.build import meta_model
 from ee_scale.families.registry import known_family
-from ee_scale.families.sizes import with_layers
+from ee_scale.families.sizes import ModelShape, shape_of, with_layers
 from ee_scale.modeling.heads import rotary_by_type
 
 LayerCall = Callable[[torch.Tensor], torch.Tensor]
-FUSED = "ee_scale_fused_sizes"  # attention that keeps what fused kernels keep, and computes nothing
+# Attention that keeps what fused kernels keep, and experts as one matrix product for all: they compute nothing.
+FUSED = "ee_scale_fused_sizes"
 
 
 class LiveBytes(TorchDispatchMode):
@@ -83,7 +85,18 @@ def _fused(
     return _Fused.apply(q, k, v).transpose(1, 2), None
 
 
+def _grouped(experts: nn.Module, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Of frozen experts: each token once for every expert that it goes through."""
+    k = chosen.shape[-1]
+    rows = x.repeat_interleave(k, 0)
+    inner = experts._apply_gate(rows.new_empty(len(rows), experts.gate_up_proj.shape[1]))
+    out = inner.new_empty(len(rows), x.shape[-1]) * weights.reshape(-1, 1)
+    return out.view(-1, k, x.shape[-1]).sum(1).to(x.dtype)
+
+
 AttentionInterface.register(FUSED, _fused)
+ALL_EXPERTS_FUNCTIONS.register(FUSED, _grouped)
+UNITS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
 
 
 @dataclass(frozen=True)
@@ -105,21 +118,48 @@ class Passes:
 
 
 def local_model(
-    config: PreTrainedConfig, tp: int, dtype: torch.dtype, attn_implementation: str | None = None
+    config: PreTrainedConfig,
+    tp: int,
+    dtype: torch.dtype,
+    attn_implementation: str | None = None,
+    *,
+    layer: int | None = None,
 ) -> PreTrainedModel:
-    """The model with one decoder layer at one tensor rank's sizes, on the meta device (vocabulary matrices whole)."""
-    config = with_layers(config, range(1))
+    """The model with one decoder layer (None: the widest) at one tensor rank's sizes, on the meta device (vocabulary
+    matrices whole)."""
+    config = with_layers(config, [shape_of(config).widest_layer if layer is None else layer])
     if tp > 1:
         heads = config.num_attention_heads
         if hasattr(config, "num_key_value_heads"):
             config.num_key_value_heads = (config.num_key_value_heads or heads) // tp
         config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         config.num_attention_heads = heads // tp
-        config.intermediate_size //= tp
+        for name in UNITS:
+            if getattr(config, name, None):
+                setattr(config, name, getattr(config, name) // tp)
     model = meta_model(config, dtype, attn_implementation, task=known_family(config).task)
+    _shorten_norms(model)
     if model.config._attn_implementation != "eager":
         model.set_attn_implementation(FUSED)
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation(FUSED)
     return model
+
+
+def _shorten_norms(model: PreTrainedModel) -> None:
+    """Some norms of queries and keys are as long as the model is wide, whatever the number of heads."""
+    attention = getattr(first_layer(model), "self_attn", None)
+    for name in "qk":
+        norm, projection = (getattr(attention, f"{name}_{part}", None) for part in ("norm", "proj"))
+        if norm is not None and projection is not None and len(norm.weight) > projection.out_features:
+            norm.weight = nn.Parameter(norm.weight[: projection.out_features])
+
+
+def local_layers(config: PreTrainedConfig, tp: int, shape: ModelShape) -> tuple[list[nn.Module], nn.Module]:
+    """All decoder layers at one rank's sizes in fp32 (one module for those that are alike), and the final norm."""
+    have = shape.experts.layers if shape.experts else (False,) * shape.num_layers
+    models = {kind: local_model(config, tp, torch.float32, layer=have.index(kind)) for kind in sorted(set(have))}
+    return [first_layer(models[kind]) for kind in have], final_norm(models[have[0]])
 
 
 def first_layer(model: PreTrainedModel) -> nn.Module:

@@ -19,7 +19,7 @@ from ee_scale.config.tune import BackboneConfig, TuneConfig
 from ee_scale.errors import UserError
 from ee_scale.exits.joint import FROZEN, FULL, LOW_RANK, output_copies
 from ee_scale.exits.losses import LEAST_CHUNK, chunk_tokens
-from ee_scale.exits.placement import exit_cost, exit_spec, resolve_loss_weights
+from ee_scale.exits.placement import check_experts, exit_cost, exit_spec, resolve_loss_weights
 from ee_scale.families.family import Family
 from ee_scale.families.registry import decoder_family
 from ee_scale.families.sizes import ModelShape, shape_of
@@ -45,14 +45,7 @@ from ee_scale.planning.estimates import (
 )
 from ee_scale.planning.exit_costs import exit_flops, exit_passes
 from ee_scale.planning.loss import check_loss_kernel
-from ee_scale.planning.passes import (
-    add_pairs,
-    count,
-    final_norm,
-    first_layer,
-    layer_passes,
-    local_model,
-)
+from ee_scale.planning.passes import add_pairs, count, layer_passes, local_layers, local_model
 from ee_scale.planning.taps import KeptTaps
 
 # Passes over a layer's matrices per token: forward; and gradient of the input; and gradient of the weights.
@@ -151,20 +144,19 @@ class TunePlan(Plan[TuneConfig]):
             confidence=self.config.exits.confidence_weighting,
             pre_norm=self.family.mlp_input_norm is not None,
         )
-        matrices, attention = 2 * shape.layer_parameters, attention_flops(shape, seq_length)
-        adapters = 2 * self._adapter_parameters
+        attention, adapters = attention_flops(shape, seq_length), 2 * self._adapter_parameters
         vocabulary = 2 * shape.vocab_size * shape.hidden_size
-        forward = matrices + attention + adapters
+        forward = [2 * shape.active(layer) + attention + adapters for layer in range(shape.num_layers)]
         backward, own_loss = 0.0, 0
         if joint:
             gradients = 2 if full else 1  # of a matrix's input; and of the matrix
-            backward = gradients * matrices + 2 * attention + 2 * adapters
+            backward = gradients * 2 * shape.layer_parameters + 2 * attention + 2 * adapters
             own_loss = (1 + gradients) * vocabulary
             if self.backbone.activation_checkpointing:
-                backward += forward
+                backward += forward[0]  # no experts here: all layers are alike
         return [
             StageWork(
-                forward=forward * len(stages.layers(stage)),
+                forward=sum(forward[layer] for layer in stages.layers(stage)),
                 backward=backward * len(stages.layers(stage)),
                 exits=per_exit * len(stages.exits(stage)) + (own_loss if stages.is_last(stage) else 0),
             )
@@ -192,16 +184,16 @@ class TunePlan(Plan[TuneConfig]):
         return padded_vocab(self.spec.scored(self.shape.vocab_size), self.layout.tp) // self.layout.tp
 
     def parameters(self, stage: int) -> Parameters:
-        local = local_model(self.model_config, self.layout.tp, torch.float32)
-        layer, norm, spec = first_layer(local), final_norm(local), self.spec
+        modules, norm = local_layers(self.model_config, self.layout.tp, self.shape)
+        mine, kind, spec = self.stages.layers(stage), self.spec.exit_kind, self.spec
         mode, last = self.backbone.mode, self.stages.is_last(stage)
-        layers, exits = len(self.stages.layers(stage)), len(self.stages.exits(stage))
+        layers, exits = len(mine), len(self.stages.exits(stage))
         width, rows = self.shape.hidden_size, self._vocabulary_rows
         vocabulary = rows * width
         own_loss = last and self.backbone.trains
         few = bool(spec.shortlist) and not own_loss  # a teacher of shortlist heads has the rows of their tokens only
         reads_head = own_loss or (exits > 0 and (spec.reads_lm_head or self.teaches))
-        backbone = layers * count(layer)
+        backbone = sum(count(modules[layer]) for layer in mine)
         if stage == 0:
             backbone += vocabulary
         if reads_head and few:
@@ -210,24 +202,25 @@ class TunePlan(Plan[TuneConfig]):
             backbone += vocabulary
         if own_loss or (last and self.teaches):
             backbone += count(norm)
-        body = spec.exit_kind.body_in(layer)
-        own_norm = count(norm) if spec.exit_kind.normed else 0
+        bodies = [kind.body_source(modules, k) for k in self.stages.exits(stage)]
+        own_norm = count(norm) if kind.normed else 0
         head = [prod(shape) for shape in spec.head_shapes(width, self._scored_rows).values()]
-        trained, biggest = exits * (count(body) + own_norm + sum(head)), [0]
+        trained, biggest = sum(map(count, bodies)) + exits * (own_norm + sum(head)), [0]
         if exits:
             biggest += [own_norm, *head]
-            biggest += [p.numel() for p in body.parameters()] if body is not None else []
+            biggest += [p.numel() for body in bodies if body is not None for p in body.parameters()]
         if mode == LOW_RANK:
             prefixes = self.family.prefixes(self.backbone.targets)
-            adapted = add_pairs(layer, self.backbone.rank, prefixes)
+            adapted = add_pairs(modules[0], self.backbone.rank, prefixes)
             trained += layers * count(adapted)
             biggest += [p.numel() for p in adapted.parameters()]
         if mode == FULL:
-            biggest += [p.numel() for p in layer.parameters()]
+            biggest += [p.numel() for p in modules[0].parameters()]
             if stage == 0 or reads_head:
                 biggest.append(vocabulary)
             return Parameters(0, backbone + trained, max(biggest))
-        return Parameters(backbone, trained, max(biggest))
+        idle = sum(map(self.shape.idle, mine)) // self.layout.tp
+        return Parameters(backbone, trained, max(biggest), idle)
 
     def memory(self, *, bf16: bool, device: str = "cuda") -> list[RankMemory]:
         dtype = torch.bfloat16 if bf16 else torch.float32
@@ -300,7 +293,9 @@ class TunePlan(Plan[TuneConfig]):
             sent += 1  # their gradients, back
         if last and self.teaches and self.stages.launched > 1:
             sent += 1  # the teacher's states, from the last stage to all
-        per_layer = LAYER_FORWARD + LAYER_BACKWARD if joint else LAYER_FORWARD
+        # Beside its experts a layer sums what its shared one gives.
+        shared = self.shape.experts is not None and self.shape.experts.shared > 0
+        per_layer = LAYER_FORWARD + shared + (LAYER_BACKWARD if joint else 0)
         per_exit = self.spec.exit_kind.all_reduces(joint) + HEAD_CALL
         calls = len(self.stages.layers(stage)) * per_layer + len(self.stages.exits(stage)) * per_exit
         if first:
@@ -324,6 +319,7 @@ def plan_tune(config: TuneConfig, model_dir: Path, model_config: PreTrainedConfi
     tensor_plan(model_config, parallel.tp)
     check_tensor_proof(model_config, parallel.tp)
     layers = resolve_exit_layers(exits.layers, shape.num_layers, parallel.pp, parallel.stages)
+    check_experts(model_config, exits.kind, backbone.mode)
     spec = exit_spec(model_config, layers, exits.kind, exits.head, exits.rank, exits.shortlist)
     stages = plan_stages(
         shape.num_layers,

@@ -32,6 +32,7 @@ MODELS = {  # family -> kind, head
     "mistral": ("layer", "full"),
     "gemma2": ("mlp", "full"),
     "qwen2": ("norm", "shortlist"),
+    "qwen2_moe": ("mlp", "full"),
 }
 GRIDS = {2: (Layout(pp=2), Layout(tp=2)), 4: (Layout(pp=4), Layout(tp=2, pp=2))}
 SAMPLING = {"do_sample": True, "temperature": 0.9, "top_k": 20}
@@ -66,6 +67,7 @@ CASES = {
     "gemma2": Case("gemma2", "threshold", {"threshold": 0.032}),
     "gemma2-off": Case("gemma2", "off"),
     "qwen2": Case("qwen2", "entropy", {"threshold": 1.2}),
+    "qwen2_moe": Case("qwen2_moe", "threshold", {"threshold": 0.7}),
 }
 
 

@@ -61,7 +61,9 @@ def make_pair(
         with torch.no_grad():
             for layer in model.model.layers[1:]:
                 layer.self_attn.o_proj.weight.mul_(calm)
-                (layer.mlp.c_proj if family == "starcoder2" else layer.mlp.down_proj).weight.mul_(calm)
+                for name, parameter in layer.mlp.named_parameters():
+                    if "down_proj" in name or "c_proj.weight" in name:
+                        parameter.mul_(calm)
         model.save_pretrained(source)
     base = AutoModelForCausalLM.from_pretrained(source, **options).eval()
     model = untrained_exits(source, spec_of(AutoConfig.from_pretrained(source), exits, kind, head), **options)

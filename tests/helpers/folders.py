@@ -37,6 +37,23 @@ def bare(tensors: Tensors) -> Tensors:
     return {name.removeprefix("model.").removeprefix("bert."): tensor for name, tensor in tensors.items()}
 
 
+def packed(tensors: Tensors) -> Tensors:
+    """All experts of a layer in one tensor, as transformers has them in memory."""
+    found = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    firsts = sorted({name.partition(".experts.")[0] for name in tensors if ".experts." in name})
+    for place in firsts:
+        mlp = place.replace("block_sparse_moe", "mlp")
+        count = len(
+            {name.split(".experts.")[1].split(".")[0] for name in tensors if name.startswith(f"{place}.experts.")}
+        )
+        names = ("gate_proj", "up_proj", "down_proj") if mlp == place else ("w1", "w3", "w2")
+        gate, up, down = (
+            torch.stack([tensors[f"{place}.experts.{i}.{name}.weight"] for i in range(count)]) for name in names
+        )
+        found |= {f"{mlp}.experts.gate_up_proj": torch.cat([gate, up], 1), f"{mlp}.experts.down_proj": down}
+    return found
+
+
 def as_int8(tensors: Tensors) -> Tensors:
     """bitsandbytes' 8 bits: rows of int8 and their scales."""
     scale = tensors[UP].abs().amax(1)

@@ -50,7 +50,16 @@ MORE_SETTINGS: dict[str, dict[str, Any]] = {
     "helium": _NARROW,
     "cwm": _WINDOWS,
     "phi3": {**_WINDOWS, **_NARROW},
+    "mixtral": {**_WINDOWS, "num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 32},
+    "qwen2_moe": {
+        **_NARROW,
+        **{"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "mlp_only_layers": [1]},
+        "shared_expert_intermediate_size": 48,
+    },
+    "qwen3_moe": {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True},
+    "olmoe": {**_NARROW, "num_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 32},
 }
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
 
 
 def tiny_config(family: str, **changes: Any) -> Any:

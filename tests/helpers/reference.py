@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from helpers.models import VOCAB, load_whole, some_tokens
 
@@ -76,6 +78,23 @@ def start_noise(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     return 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def dense_mlp(mlp: nn.Module, config: Any) -> nn.Module:
+    """What an exit copies of an MLP: of a mixture of experts the shared one, or the first ones side by side."""
+    if not hasattr(mlp, "experts"):
+        return mlp
+    if hasattr(mlp, "shared_expert"):
+        return mlp.shared_expert
+    k, units = config.num_experts_per_tok, mlp.experts.down_proj.shape[-1]
+    dense = LlamaMLP(LlamaConfig(hidden_size=config.hidden_size, intermediate_size=k * units))
+    with torch.no_grad():
+        for expert in range(k):
+            mine, both = slice(expert * units, (expert + 1) * units), mlp.experts.gate_up_proj[expert]
+            dense.gate_proj.weight[mine] = both[:units]
+            dense.up_proj.weight[mine] = both[units:]
+            dense.down_proj.weight[:, mine] = mlp.experts.down_proj[expert] / k
+    return dense
+
+
 class ReferenceExit(nn.Module):
     """One exit made of copies of transformers' modules, with the parameter names of the exported files."""
 
@@ -85,7 +104,7 @@ class ReferenceExit(nn.Module):
         # The sibling of an MLP is a copy of its whole layer of which the MLP alone trains.
         self.frozen = [copy.deepcopy(layers[k - 1])]
         if job.kind == "mlp":
-            self.mlp = self.frozen[0].mlp
+            self.mlp = self.frozen[0].mlp = dense_mlp(self.frozen[0].mlp, model.config)
         if job.kind == "layer":
             self.layer = copy.deepcopy(layers[-1])
         if job.kind != "embedding":

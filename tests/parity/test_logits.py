@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.models import FAMILIES, MORE_FAMILIES, SLIDING_WINDOW, VOCAB, load_whole, write_model
+from helpers.models import FAMILIES, MIXTURES, MORE_FAMILIES, SLIDING_WINDOW, VOCAB, load_whole, write_model
 from helpers.spawn import spawn
 from helpers.tuning import pipeline_logits
 
@@ -16,6 +16,7 @@ GRIDS = [(1, 1), (2, 1), (1, 2), (4, 1), (1, 4), (2, 2)]  # tp, pp; 5 layers, so
 CASES = [(family, tied, grid) for family in FAMILIES for tied in (False, True) for grid in GRIDS]
 MORE_GRIDS = [(2, 1), (1, 2), (4, 1), (2, 2)]
 CASES += [(family, False, grid) for family in MORE_FAMILIES for grid in MORE_GRIDS]
+CASES += [(family, False, (1, 1)) for family in MIXTURES]  # whose experts are found in files otherwise
 MODELS = sorted({case[:2] for case in CASES})
 
 
@@ -77,6 +78,8 @@ def test_logits_equal_transformers(case: tuple, differences: dict[tuple, float])
         ("gemma2", {"attn_logit_softcapping": None}),
         ("gemma2", {"final_logit_softcapping": None}),
         ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}),
+        ("mixtral", {"num_experts_per_tok": 1}),
+        ("olmoe", {"norm_topk_prob": True}),
     ],
 )
 def test_the_models_would_show_a_mistake(models: Path, family: str, change: dict) -> None:

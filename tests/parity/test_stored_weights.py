@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import joint
-from helpers.folders import EMBEDDING, HEAD, Tensors, bare, rewritten, without
+from helpers.folders import EMBEDDING, HEAD, Tensors, bare, packed, rewritten, without
 from helpers.joint import JointJob, build_joint_engine, file_names
 from helpers.models import VOCAB, load_whole, write_model
 from helpers.reference import Job, train
@@ -64,6 +64,9 @@ CASES = {
     "bare": ("mistral", bare, False, False),
     "a prefix too many": ("llama", moved, False, False),
     "old buffers": ("olmo2", older, False, False),
+    "experts one by one, bare": ("qwen2_moe", bare, False, False),
+    "experts packed": ("mixtral", packed, False, False),
+    "experts packed beside a shared one": ("qwen2_moe", packed, False, False),
 }
 
 

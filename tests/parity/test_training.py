@@ -38,19 +38,23 @@ JOBS = {
         # Projections whose parts meet behind each of them: in the MLP, in attention.
         Job("phi3", "mlp", "low_rank", clip_grad=0.5, steps=2),
         Job("olmo2", "layer", "tied", clip_grad=0.5, steps=2),
+        # Experts, without and with a shared one (and with a dense layer among them).
+        Job("mixtral", "mlp", "full", kl_weight=0.5, clip_grad=0.5, steps=2),
+        Job("qwen2_moe", "mlp", "low_rank", clip_grad=0.5, steps=2),
     )
 }
+MIXTURES = tuple(name for name, job in JOBS.items() if job.family in ("mixtral", "qwen2_moe"))
 LONG_JOBS = tuple(name for name, job in JOBS.items() if job.steps == 20)
 # Every such job runs on TP2 x PP2 and on one process; the other grids take those that stress them.
 GRIDS = {
     (1, 1, 1): tuple(JOBS),
     (2, 1, 1): (
         *("llama-embedding-full", "gemma2-mlp-low_rank-kl2.0-confidence", "qwen3-layer-low_rank"),
-        *("phi3-mlp-low_rank-2steps", "olmo2-layer-tied-2steps"),
+        *("phi3-mlp-low_rank-2steps", "olmo2-layer-tied-2steps", *MIXTURES),
     ),
-    (1, 2, 1): ("olmo2-mlp-low_rank", "qwen2-norm-low_rank-kl1.0", "mistral-layer-tied"),
+    (1, 2, 1): ("olmo2-mlp-low_rank", "qwen2-norm-low_rank-kl1.0", "mistral-layer-tied", *MIXTURES),
     (1, 1, 2): ("olmo2-mlp-low_rank", "llama-norm-tied-confidence", "gemma2-layer-full"),
-    (2, 2, 1): LONG_JOBS,
+    (2, 2, 1): (*LONG_JOBS, *MIXTURES),
     (2, 1, 2): ("llama-norm-tied-confidence", "qwen2-mlp-full"),
     (1, 2, 2): ("olmo2-mlp-low_rank", "mistral-norm-full", "gemma2-mlp-low_rank-kl2.0-confidence"),
     (2, 2, 2): ("llama-norm-tied-confidence", "gemma2-mlp-low_rank-kl2.0-confidence", "qwen3-layer-low_rank"),

@@ -19,11 +19,12 @@ from draw_architecture import TARGET, drawing
 import ee_scale
 from ee_scale.api import Exported, TrainedRun
 from ee_scale.cli.main import main, split_command
-from ee_scale.cli.models import model_rows
+from ee_scale.cli.models import grouped_rows, model_rows
 from ee_scale.config.compose import checked, compose_config
 from ee_scale.config.schema import PREFIXES, VERBS
 from ee_scale.evaluation.evaluate import Evaluation
 from ee_scale.evaluation.per_exit import ExitQuality
+from ee_scale.families.registry import FAMILIES
 from ee_scale.launching.multirun import expand
 from ee_scale.modeling.decode import LOG_OPTIONS, OPTIONS
 
@@ -124,7 +125,8 @@ def test_python_in_pages(page: str):
 def test_the_table_of_models_is_what_the_families_say(capsys):
     lines = README.split("## Models")[1].split("##")[0].splitlines()
     header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
-    assert [header, *rows] == model_rows()
+    assert [header, *rows] == grouped_rows()
+    assert sorted(name for row in rows for name in row[0].split(", ")) == sorted(FAMILIES)
     assert main(["--models"]) == 0
     printed = [re.split(r"\s{2,}", line.strip()) for line in capsys.readouterr().out.splitlines()]
     assert printed == model_rows()

@@ -8,20 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import tiny_config, write_model
+from helpers.models import MIXTURES, tiny_config, write_model
 from transformers import GPT2Config, PreTrainedConfig
 from transformers.models.llama import modeling_llama
 
-from ee_scale.backbone import proof, shard
+from ee_scale.backbone import proof, proof_checks, shard, stacked
+from ee_scale.backbone.experts import CUTS
 from ee_scale.backbone.proof import check_decoding_proof, check_tensor_proof, prove
-from ee_scale.backbone.stacked import StackedLinear
+from ee_scale.backbone.stacked import StackedExperts, StackedLinear
 from ee_scale.cli.main import main
 from ee_scale.errors import UserError
 from ee_scale.exits.placement import exit_spec
+from ee_scale.families.build import meta_model
 from ee_scale.families.decoders import DECODERS
 from ee_scale.families.family import Family
 from ee_scale.families.registry import FAMILIES
-from ee_scale.families.sizes import PER_LAYER
+from ee_scale.families.sizes import PER_LAYER, ModelShape
 from ee_scale.modeling import heads
 from ee_scale.modeling.kinds import Mlp
 from ee_scale.modeling.layer_runner import LayerRunner
@@ -61,6 +63,8 @@ def test_known_families_are_proved(family: Family) -> None:
     found = prove(config)
     assert (found.tensor, found.decoding) == ("", "")
     kinds = [values for name in PER_LAYER if (values := getattr(config, name, None)) is not None]
+    if family.name in MIXTURES:
+        kinds.append([i in getattr(config, "mlp_only_layers", []) for i in range(config.num_hidden_layers)])
     assert found.layers == 2 * max(1, len(set(zip(*kinds, strict=True))))
     assert json.dumps(config.to_dict(), sort_keys=True, default=str) == before
     assert torch.equal(torch.get_rng_state(), random)  # nobody else's random numbers are drawn
@@ -168,6 +172,70 @@ def test_matrices_that_nobody_counts_are_noticed(monkeypatch: pytest.MonkeyPatch
     assert "counted sizes: layer 1 has " in refusal(tiny_config("starcoder2"))
 
 
+# -- experts ----------------------------------------------------------------------------------------------------------
+
+SLICES = "tensor-parallel slices == the whole: behind layer 1 of 2: off by"
+
+
+def test_wrong_slices_of_experts_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gates for one rank, what they gate for the other."""
+    monkeypatch.setattr(stacked, "own_units", lambda name, whole, rank, tp: whole.chunk(tp, CUTS[name][0])[rank])
+    assert SLICES in prove(tiny_config("mixtral")).tensor
+
+
+def test_experts_that_are_not_summed_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = StackedExperts.forward
+    monkeypatch.setattr(StackedExperts, "forward", lambda self, *args: forward(self, *args) * 0.5)
+    assert SLICES in prove(tiny_config("olmoe")).tensor
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        *(("qwen2_moe", {"norm_topk_prob": True}), ("qwen3_moe", {"norm_topk_prob": False})),
+        *(("olmoe", {"norm_topk_prob": True}), ("mixtral", {"num_experts_per_tok": 1})),
+    ],
+)
+def test_another_choice_or_weight_of_experts_is_noticed(monkeypatch: Any, family: str, change: dict) -> None:
+    def other(config: Any, *args: Any, **options: Any) -> Any:
+        config = copy.deepcopy(config)
+        config.update(change)
+        return meta_model(config, *args, **options)
+
+    monkeypatch.setattr(proof_checks, "meta_model", other)
+    assert "pipeline stages chained == the whole: behind layer 1 of" in refusal(tiny_config(family))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"mlp__shared_expert__down_proj": "colwise"}, "Error"),
+        ({"mlp__experts__down_proj": None}, "its plan asks for 'moe_tp_experts' on layers.*.mlp.experts, which is not"),
+        (
+            {"mlp__experts__down_proj": "colwise"},
+            "its plan asks for 'colwise' on layers.*.mlp.experts.down_proj",
+        ),
+        ({"mlp__experts": "ep_dispatch_experts"}, "its plan asks for 'packed_colwise' on layers.*.mlp.experts.gate_up"),
+        ({"mlp__gate_proj": None, "mlp__up_proj": None, "mlp__down_proj": None}, ""),
+    ],
+)
+def test_a_wrong_plan_of_experts_is_noticed(changes: dict, told: str) -> None:
+    found = prove(with_plan(tiny_config("qwen2_moe"), **changes)).tensor
+    assert told in found
+    assert bool(found) == bool(told)
+
+
+def test_a_router_that_nobody_counts_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = ModelShape.held
+    monkeypatch.setattr(ModelShape, "held", lambda self, layer: held(self, layer) - self.hidden_size)
+    assert "counted sizes: layer 1 has " in refusal(tiny_config("qwen2_moe"))
+
+
+def test_an_exit_that_reads_something_else_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, "mixtral", replace(FAMILIES["mixtral"], mlp_input_norm="input_layernorm"))
+    assert "copied exit == logit lens: kind=mlp at layer 1 of 2" in refusal(tiny_config("mixtral"))
+
+
 def test_layers_side_by_side_have_no_mlp_exit() -> None:
     message = "^exits.kind=mlp: 'cohere2' runs attention and MLP of a layer side by side"
     with pytest.raises(UserError, match=message):
@@ -251,6 +319,14 @@ def test_what_was_refused_is_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path:
         ("qwen3", ("tp 1, 2, 4;", "exits.kind=embedding|norm|mlp|layer", "decode with exits yes", "convert Megatron")),
         ("cohere2", ("exits.kind=embedding|norm|layer", "decode with exits yes", "supernet no", "convert no")),
         ("gemma3_text", ("exits.kind=embedding|norm|mlp|layer", "decode with exits yes")),
+        (
+            "qwen2_moe",
+            (
+                "experts 5 of 32 units in 4 of 5 layers, 3 of them for a token and one of 48 units for all",
+                "weights 264,064 held, 214,912 for a token",
+                "tp 1, 2, 4; pp 1 to 5; exits.kind=embedding|norm|mlp decode with exits yes supernet no",
+            ),
+        ),
     ],
 )
 def test_check_of_a_model(tmp_path: Any, capsys: pytest.CaptureFixture, family: str, told: tuple[str, ...]) -> None:

@@ -1,0 +1,53 @@
+"""The dense MLP that an exit has where a layer has a mixture of experts.
+
+An exit trains no router, so its MLP is dense, and costs what a token pays in the layer. It starts as the layer's shared
+expert where there is one (without the gate in front of it: that is a number per token, which no dense MLP has).
+Otherwise it starts as the first k experts side by side, where k go to a token: their units in one MLP, the output
+matrices divided by k. That is what the layer computes with a router that finds those k equally good and no other; units
+of experts are kept as they are because an average of experts that were trained apart is none of them ("knowledge
+gathering" by choosing, not averaging: arXiv 2201.10890).
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+
+class DenseMlp(nn.Module):
+    """down(act(gate(x)) * up(x)): [..., D] -> [..., D]."""
+
+    def __init__(self, weights: Mapping[str, torch.Tensor], act_fn: nn.Module):
+        """`weights`: as `dense_weights` gives them."""
+        super().__init__()
+        for name, weight in weights.items():
+            units, width = weight.shape
+            linear = nn.Linear(width, units, bias=False, device="meta")
+            linear.weight = nn.Parameter(weight)
+            self.add_module(name, linear)
+        self.act_fn = act_fn
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def dense_part(mlp: nn.Module) -> nn.Module:
+    """What an exit starts from, of the MLP of a layer: itself, or what is said above of a mixture of experts."""
+    experts = getattr(mlp, "experts", None)
+    if experts is None:
+        return mlp
+    if hasattr(mlp, "shared_expert"):
+        return mlp.shared_expert
+    k = experts.config.num_experts_per_tok
+    return DenseMlp(dense_weights(experts.gate_up_proj[:k].detach(), experts.down_proj[:k].detach()), experts.act_fn)
+
+
+def dense_weights(gate_up: torch.Tensor, down: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of the dense MLP of k experts with weights [k, 2 F, D] and [k, D, F]: gate and up [k F, D], down [D, k F]."""
+    gate, up = gate_up.chunk(2, 1)
+    output = (down.float() / len(down)).to(down.dtype)
+    return {
+        "gate_proj": gate.flatten(0, 1),
+        "up_proj": up.flatten(0, 1),
+        "down_proj": output.transpose(0, 1).flatten(1),
+    }
