@@ -28,6 +28,7 @@ class ConvertConfig:
     )
     tp: int = setting(1, "tensor ranks to write for", rule=at_least(1))
     pp: int = setting(1, "pipeline stages to write for", rule=at_least(1))
+    ep: int = setting(1, "megatron_legacy: expert ranks to write for (torch_dist serves any number)", rule=at_least(1))
     first_stage_layers: int | None = setting(
         None, "layers of the first stage, if not as many as of the others (--decoder-first-pipeline-num-layers)"
     )

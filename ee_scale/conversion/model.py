@@ -5,6 +5,7 @@ from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,7 +51,7 @@ class Model:
         _ = self.map  # first of all the architecture must be known
         check_config(self.config)
 
-    @property
+    @cached_property
     def map(self) -> ModelMap:
         """The spans of Megatron's tensors."""
         return ModelMap(self.config, self.padded_vocab)
@@ -109,6 +110,8 @@ def exit_info(model_map: ModelMap, spec: ExitSpec, k: int) -> dict[str, TensorIn
     prefix, shape = f"{PREFIX}{k}.", model_map.shape
     found: dict[str, TensorInfo] = {}
     if body := spec.exit_kind.body:
+        if model_map.num_experts:
+            raise UserError(f"exits of kind '{spec.kind}' on a model with experts cannot be converted")
         found |= model_map.rows_info(body_rows(body, model_map.layer_rows), prefix + body.exit_prefix)
     if spec.exit_kind.normed:
         found[f"{prefix}norm.weight"] = model_map.rows_info((FINAL_NORM,), "")[FINAL_NORM.hf[0]]

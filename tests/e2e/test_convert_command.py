@@ -194,7 +194,7 @@ def test_help_and_config(model_dir, tmp_path, capsys):
     text = capsys.readouterr().out
     words = {line.split(" ")[0] for line in text.splitlines()}
     settings = (
-        "src out to from tp pp dtype classes spec model iteration shard_gb vocab_divisor workers plan verify trust"
+        "src out to from tp pp ep dtype classes spec model iteration shard_gb vocab_divisor workers plan verify trust"
     )
     assert set(settings.split(" ")) <= words
     assert "source" not in words
