@@ -9,7 +9,6 @@ from transformers import PreTrainedConfig
 from ee_scale.backbone.loading import ADAPTER_CONFIG
 from ee_scale.backbone.model_folder import SIDECAR_CONFIG, ModelFolder
 from ee_scale.backbone.model_path import plain_folder
-from ee_scale.conversion.model import MERGE_ADAPTER
 from ee_scale.errors import UserError
 from ee_scale.families.experts import experts_of
 
@@ -26,7 +25,9 @@ def detect(folder: Path, iteration: int | None) -> str:
         return "sidecar"
     has_config, has_weights = (folder / "config.json").is_file(), any(folder.glob("*.safetensors"))
     if (folder / ADAPTER_CONFIG).is_file() and not has_config and not saved_by_deepspeed(folder):
-        raise UserError(f"src={folder}: an adapter of peft, without the model it belongs to; {MERGE_ADAPTER}")
+        raise UserError(
+            f"src={folder}: an adapter of peft, without the model it belongs to; give src=<base model> adapter={folder}"
+        )
     if saved_by_deepspeed(folder) and not (has_config and has_weights):
         return "deepspeed"  # transformers' Trainer puts a config beside it, and weights only if told to
     if has_config:

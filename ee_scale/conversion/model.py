@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 from ee_scale.conversion.args import check_config
 from ee_scale.conversion.names import ModelMap
-from ee_scale.conversion.tensors import Stored, TensorInfo
+from ee_scale.conversion.tensors import Stored, TensorInfo, Update
 from ee_scale.conversion.values import Values
 from ee_scale.errors import UserError
 from ee_scale.families.megatron import FINAL_NORM, Row
@@ -87,6 +87,7 @@ class Opened:
         small: Hugging Face folder whose tokenizer and other small files belong to the model, if any.
         exits_from: folder of the exits, whose calibration is of these very exits.
         notes: what a person should know about what was found; staging: a file that `stored` points to, to be made.
+        updates: merged into the tensors of these names.
     """
 
     format: str
@@ -98,6 +99,7 @@ class Opened:
     exits_from: Path | None = None
     notes: list[str] = field(default_factory=list)
     staging: Staging | None = None
+    updates: dict[str, Update] = field(default_factory=dict)
 
 
 def body_rows(body: Body, layer_rows: tuple[Row, ...]) -> tuple[Row, ...]:

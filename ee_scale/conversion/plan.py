@@ -10,6 +10,7 @@ import torch
 from ee_scale.backbone.model_path import plain_folder
 from ee_scale.config.checks import check_rules
 from ee_scale.config.convert import ConvertConfig
+from ee_scale.conversion.adapter import with_adapter
 from ee_scale.conversion.args import flags_to_pass, to_args
 from ee_scale.conversion.execute import Conversion, check_source, source_of, with_dtypes
 from ee_scale.conversion.folders import HF_PART, TRACKER, detect, iteration_folder, saved_by_deepspeed
@@ -75,6 +76,10 @@ def make_conversion(config: ConvertConfig) -> Conversion:
     if config.ep > 1 and config.to != "megatron_legacy":
         raise UserError(f"ep={config.ep}: to={config.to} is not written by expert rank; leave it out")
     opened = open_checkpoint(config)
+    if config.adapter_folder is not None:
+        if opened.model.config is None or config.to == "sidecar":
+            raise UserError(f"adapter={config.adapter}: is merged into a whole model of which the config is known")
+        opened = with_adapter(opened, config.adapter_folder)
     source = source_of(opened)
     dtype = DTYPES.get(config.dtype)
     if opened.model.config is None:

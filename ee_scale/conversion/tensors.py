@@ -45,17 +45,26 @@ class Extent:
 
 
 @dataclass(frozen=True)
+class Update:
+    """A low-rank update that is merged on the way: `tensor + (up @ down) * scale`, by the names of its halves."""
+
+    up: str
+    down: str
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
 class Span:
     """Rows (or columns) [start, stop) of a tensor of the model; without a name: zeros.
 
     Attributes:
-        update: names (up, down) of a low-rank update, `tensor + up @ down`, that is merged on the way.
+        update: merged into it.
     """
 
     name: str | None
     start: int
     stop: int
-    update: tuple[str, str] | None = None
+    update: Update | None = None
 
     def __len__(self) -> int:
         return self.stop - self.start

@@ -146,7 +146,8 @@ def finish_folder(folder: Path, opened: Opened, dtype: torch.dtype, files: list[
     exits = opened.model.exits
     own = {"early_exit": exits.to_dict(), "auto_map": auto_map(exits)} if exits else {}
     types = {stored.extent.dtype for stored in opened.stored} | {piece.dtype for file in files for piece in file.pieces}
-    calibrated = opened.exits_from if len(types) == 1 else None  # rounded exits decide otherwise
+    # Rounded exits, and those of a model that an adapter changes, decide otherwise.
+    calibrated = opened.exits_from if len(types) == 1 and not opened.updates else None
     same = calibrated is not None and calibrated == opened.small
     write_beside(folder, opened.small, config_values(opened, dtype), same_exits=same, **own)
     if calibrated not in (None, opened.small) and (calibration := ModelFolder(calibrated).calibration()) is not None:
