@@ -28,6 +28,7 @@ class ConvertConfig:
     )
     tp: int = setting(1, "tensor ranks to write for", rule=at_least(1))
     pp: int = setting(1, "pipeline stages to write for", rule=at_least(1))
+    ep: int = setting(1, "megatron_legacy: expert ranks to write for (torch_dist serves any number)", rule=at_least(1))
     first_stage_layers: int | None = setting(
         None, "layers of the first stage, if not as many as of the others (--decoder-first-pipeline-num-layers)"
     )
@@ -49,6 +50,7 @@ class ConvertConfig:
     model: str | None = setting(
         None, "Hugging Face folder of the same model: config and tokenizer that a checkpoint does not have itself"
     )
+    adapter: str | None = setting(None, "folder of peft with LoRA weights, which are merged on the way")
     iteration: int | None = setting(None, "iteration to read; null: the latest")
     shard_gb: float = setting(5.0, "hf: largest file, in GB", rule=above(0))
     vocab_divisor: int = setting(128, "Megatron's --make-vocab-size-divisible-by", rule=at_least(1))
@@ -68,6 +70,10 @@ class ConvertConfig:
     @property
     def model_folder(self) -> Path | None:
         return None if self.model is None else Path(self.model).expanduser()
+
+    @property
+    def adapter_folder(self) -> Path | None:
+        return None if self.adapter is None else Path(self.adapter).expanduser()
 
     @property
     def uneven(self) -> tuple[int | None, int | None]:

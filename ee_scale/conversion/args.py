@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
+from ee_scale.conversion import expert_args
 from ee_scale.errors import UserError, one_line
-from ee_scale.families.family import Family
-from ee_scale.families.registry import FAMILIES, megatron_family
+from ee_scale.families.megatron import MEGATRON
+from ee_scale.families.registry import megatron_family
 from ee_scale.families.sizes import check_sizes, shape_of
 
 # What Megatron's rotary embedding has for the type llama3, and no argument changes.
@@ -30,7 +31,6 @@ FIXED = {
     "qk_l2_norm": False,
     "softmax_type": "vanilla",
     "attention_output_gate": False,
-    "num_experts": None,
     "multi_latent_attention": False,
     "mtp_num_layers": None,
     "heterogeneous_layers_config_path": None,
@@ -65,7 +65,10 @@ def check_config(config: PreTrainedConfig) -> None:
         raise UserError(
             f"config.rope_parameters.rope_theta={rope['rope_theta']}: Megatron's --rotary-base is an integer"
         )
+    if getattr(config, "clip_qkv", None) is not None:
+        raise UserError(f"config.clip_qkv={config.clip_qkv}: Megatron's layers do not clip queries, keys and values")
     window_of(config)
+    expert_args.check_experts(config)
 
 
 def rope_of(config: PreTrainedConfig) -> dict[str, Any]:
@@ -95,6 +98,7 @@ def to_args(
     padded_vocab: int,
     divisor: int,
     uneven: tuple[int | None, int | None] = (None, None),
+    ep: int = 1,
 ) -> Namespace:
     """`args` of plain values only, so that a reader needs nothing but `argparse.Namespace` to open them.
 
@@ -132,6 +136,7 @@ def to_args(
         hidden_dropout=0.0,
         init_method_std=config.initializer_range,
         tensor_model_parallel_size=tp,
+        expert_model_parallel_size=ep,
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=None,
         decoder_first_pipeline_num_layers=uneven[0],
@@ -144,6 +149,7 @@ def to_args(
         consumed_train_samples=0,
         consumed_valid_samples=0,
         **FIXED,
+        **expert_args.expert_args(config),
     )
 
 
@@ -158,7 +164,7 @@ def to_config(args: Namespace, vocab_size: int | None) -> Any:
     if missing := [name for name in NEEDED if getattr(args, name, None) is None]:
         raise UserError(f"args: no {missing[0]} in the checkpoint; give model=<Hugging Face folder with config.json>")
     family = family_of_args(args)
-    names = family.megatron
+    names = MEGATRON[family]
     words = vocab_size or getattr(args, "vocab_size", None)
     if words is None:
         raise UserError(
@@ -166,7 +172,7 @@ def to_config(args: Namespace, vocab_size: int | None) -> Any:
             "give model=<Hugging Face folder with config and tokenizer>"
         )
     heads = args.num_attention_heads
-    values = {
+    values: dict[str, Any] = {
         "vocab_size": words,
         "hidden_size": args.hidden_size,
         "intermediate_size": args.ffn_hidden_size,
@@ -185,7 +191,7 @@ def to_config(args: Namespace, vocab_size: int | None) -> Any:
         values["head_dim"] = head_dim
     elif head_dim * heads != args.hidden_size:
         raise UserError(
-            f"args.kv_channels={head_dim}: {family.name.capitalize()} has hidden_size / num_attention_heads only"
+            f"args.kv_channels={head_dim}: {family.capitalize()} has hidden_size / num_attention_heads only"
         )
     if window := getattr(args, "window_size", None):
         values |= {"sliding_window": window[0] + 1}
@@ -193,9 +199,11 @@ def to_config(args: Namespace, vocab_size: int | None) -> Any:
             values |= {"use_sliding_window": True, "max_window_layers": 0}
     elif names.windowed:
         values["sliding_window"] = None
+    if names.experts:
+        values |= expert_args.expert_values(args, family, names.experts)
     check_sizes(values, "args")
     try:
-        config = AutoConfig.for_model(family.name, **values, bos_token_id=None, eos_token_id=None)
+        config = AutoConfig.for_model(family, **values, bos_token_id=None, eos_token_id=None)
     except Exception as error:  # each class of transformers fails in its own way over odd values
         raise UserError(f"args: {one_line(error)}; give model=<Hugging Face folder with config.json>") from error
     config.architectures = [f"{type(config).__name__.removesuffix('Config')}ForCausalLM"]
@@ -216,6 +224,7 @@ AGREEING = (
     "norm_epsilon",
     "window_size",
     "rotary_seq_len_interpolation_factor",
+    "num_experts",
 )
 
 
@@ -224,6 +233,9 @@ def check_agrees(args: Namespace, config: PreTrainedConfig, place: Path) -> None
     wanted = vars(to_args(config, torch.float32, 1, 1, 0, 1))
     names = [*AGREEING, *(["num_query_groups"] if getattr(args, "group_query_attention", False) else [])]
     names += ["rope_scaling_factor"] if wanted["use_rope_scaling"] else []
+    if wanted["num_experts"]:
+        names = [*(name for name in names if name != "ffn_hidden_size"), *expert_args.AGREEING]
+        args = expert_args.plain(args)
     for name in names:
         found = getattr(args, name, wanted[name])
         found = tuple(found) if isinstance(found, list) else found
@@ -234,15 +246,19 @@ def check_agrees(args: Namespace, config: PreTrainedConfig, place: Path) -> None
             )
 
 
-def family_of_args(args: Namespace) -> Family:
-    """The family that has the parts which `args` name, and windows as they say. Raises `UserError`."""
-    parts = bool(getattr(args, "add_qkv_bias", False)), bool(getattr(args, "qk_layernorm", False))
-    window = bool(getattr(args, "window_size", None))
-    mapped = [family for family in FAMILIES.values() if family.megatron]
-    fitting = [family for family in mapped if (family.megatron.qkv_bias, family.megatron.qk_norms) == parts]
+def family_of_args(args: Namespace) -> str:
+    """`model_type` of the family that has the parts which `args` name, and windows as they say. Raises `UserError`."""
+    names = ("add_qkv_bias", "qk_layernorm", "num_experts")
+    parts, window = tuple(bool(getattr(args, name, False)) for name in names), bool(getattr(args, "window_size", None))
+    fitting = [
+        (family, known.windowed)
+        for family, known in MEGATRON.items()
+        if (known.qkv_bias, known.qk_norms, known.experts is not None) == parts and not known.wide_norms
+    ]
     if not fitting:
-        raise UserError("args.add_qkv_bias and args.qk_layernorm: no family here has both")
-    return next((family for family in fitting if family.megatron.windowed == window), fitting[0])
+        told = ", ".join(f"args.{name}" for name, part in zip(names, parts, strict=True) if part)
+        raise UserError(f"{told}: no family here has all of these")
+    return next((family for family, windowed in fitting if windowed == window), fitting[0][0])
 
 
 def flags_to_pass(config: PreTrainedConfig, uneven: tuple[int | None, int | None] = (None, None)) -> list[str]:

@@ -6,18 +6,19 @@ Memory is a few blocks per worker, whatever the size of a tensor.
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 
-from ee_scale.conversion.tensors import Extent, Piece, Span, Stored
+from ee_scale.conversion.tensors import Extent, Piece, Span, Stored, Update
 from ee_scale.conversion.values import Values
 from ee_scale.errors import UserError
 
 BLOCK = 8 << 20  # bytes
+TOGETHER = 256  # rows of an update that are computed in one product
 Look = Callable[[torch.Tensor, torch.Tensor], None]  # a block before and after
 
 
@@ -35,9 +36,11 @@ class Slab:
 class Source:
     """Where every span of the model's tensors lies."""
 
-    def __init__(self, stored: Iterable[Stored], values: Values | None = None):
-        """`values`: what looks at everything that is read; None: one of its own."""
-        self.values = values or Values()
+    def __init__(
+        self, stored: Iterable[Stored], values: Values | None = None, updates: Mapping[str, Update] | None = None
+    ):
+        """`values`: what looks at everything that is read; None: one of its own. `updates`: merged, by tensor."""
+        self.values, self.updates = values or Values(), updates or {}
         self._slabs: dict[str, list[Slab]] = defaultdict(list)
         for item in stored:
             at = 0
@@ -67,12 +70,13 @@ class Source:
         return self._slabs[name][0].extent.dtype
 
     def read(self, name: str) -> torch.Tensor:
-        """A whole small tensor."""
+        """A whole tensor; one that an update is merged into, in fp32."""
         slabs = self._slabs[name]
         shape, dim = list(slabs[0].extent.shape), slabs[0].dim
         shape[dim] = slabs[-1].stop
         piece = Piece(name, dim, (Span(name, 0, shape[dim]),), tuple(shape))
-        blocks = [block for _, block in blocks_of(piece, self, self.dtype(name))]
+        dtype = torch.float32 if name in self.updates else self.dtype(name)
+        blocks = [block for _, block in blocks_of(piece, self, dtype)]
         return torch.cat(blocks).view(shape)
 
     def fill(self, span: Span, out: torch.Tensor, dim: int, rows: tuple[int, int]) -> None:
@@ -83,9 +87,18 @@ class Source:
         if span.name is None:
             out.zero_()
             return
-        if span.update is not None:
-            self._fill_updated(span, out)
+        updates = [update for update in (self.updates.get(span.name), span.update) if update is not None]
+        if not updates:
+            self._copy(span, out, dim, rows)
             return
+        whole = torch.empty(out.shape)
+        self._copy(span, whole, dim, rows)
+        for update in updates:
+            whole += self._product(update, *(((span.start, span.stop), None) if dim == 0 else (rows, span)))
+        out.copy_(whole)
+        self.values.look(span.name, whole, out)
+
+    def _copy(self, span: Span, out: torch.Tensor, dim: int, rows: tuple[int, int]) -> None:
         done = 0
         for slab in self._slabs[span.name]:
             start, stop = max(span.start, slab.start), min(span.stop, slab.stop)
@@ -104,17 +117,19 @@ class Source:
                 f"'{span.name}': the source holds {done} of the {len(span)} rows [{span.start}, {span.stop})"
             )
 
-    def _fill_updated(self, span: Span, out: torch.Tensor) -> None:
-        """out = tensor + (up @ down)[rows of the span], in fp32, rounded once."""
-        up_name, down_name = span.update
-        whole = torch.empty(out.shape)
-        self.fill(replace(span, update=None), whole, 0, (0, len(span)))
-        down = self.read(down_name).float()
-        up = torch.empty(len(span), down.shape[0], dtype=self.dtype(up_name))
-        self.fill(Span(up_name, span.start, span.stop), up, 0, (0, len(span)))
-        whole += up.float() @ down
-        out.copy_(whole)
-        self.values.look(span.name, whole, out)
+    def _product(self, update: Update, rows: tuple[int, int], columns: Span | None) -> torch.Tensor:
+        """(up @ down) * scale in fp32: `rows` of it, all columns or those of a span.
+
+        Always of the same rows at a time, so that a number does not depend on how the tensor is cut.
+        """
+        down = self.read(update.down).float()
+        first = rows[0] // TOGETHER * TOGETHER
+        last = min(-(-rows[1] // TOGETHER) * TOGETHER, self._slabs[update.up][-1].stop)
+        up = torch.empty(last - first, down.shape[0], dtype=self.dtype(update.up))
+        self._copy(Span(update.up, first, last), up, 0, (0, last - first))
+        product = torch.cat([part @ down for part in up.float().split(TOGETHER)]) * update.scale
+        product = product[rows[0] - first : rows[1] - first]
+        return product if columns is None else product[:, columns.start : columns.stop]
 
 
 def blocks_of(piece: Piece, source: Source, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:

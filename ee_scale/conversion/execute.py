@@ -57,7 +57,7 @@ class Conversion:
 
 def source_of(opened: Opened) -> Source:
     """The tensors of a checkpoint, with one look at the numbers of its staging and at those read from files."""
-    return Source(opened.stored, opened.staging.values if opened.staging else None)
+    return Source(opened.stored, opened.staging.values if opened.staging else None, opened.updates)
 
 
 def with_dtypes(files: Sequence[TargetFile], source: Source, dtype: torch.dtype | None, padding: torch.dtype) -> None:
@@ -202,6 +202,7 @@ def _identity(conversion: Conversion) -> str:
         digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
     if conversion.opened.model.config is not None:  # files of Megatron hold it too, as arguments
         digest.update(conversion.opened.model.config.to_json_string().encode())
+    digest.update(repr(sorted(conversion.opened.updates.items())).encode())
     for file in conversion.files:
         digest.update(json.dumps([file.name, [asdict(piece) for piece in file.pieces]], default=str).encode())
     return digest.hexdigest()

@@ -4,11 +4,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from ee_scale.backbone.loading import ADAPTER_CONFIG
 from ee_scale.backbone.model_folder import SIDECAR_CONFIG, ModelFolder
 from ee_scale.backbone.model_path import plain_folder
-from ee_scale.conversion.model import MERGE_ADAPTER
 from ee_scale.errors import UserError
+from ee_scale.families.experts import experts_of
 
 TRACKER = "latest_checkpointed_iteration.txt"
 DIST_MARKER = "metadata.json"  # written last by Megatron-Core: its presence says that the save was finished
@@ -23,7 +25,9 @@ def detect(folder: Path, iteration: int | None) -> str:
         return "sidecar"
     has_config, has_weights = (folder / "config.json").is_file(), any(folder.glob("*.safetensors"))
     if (folder / ADAPTER_CONFIG).is_file() and not has_config and not saved_by_deepspeed(folder):
-        raise UserError(f"src={folder}: an adapter of peft, without the model it belongs to; {MERGE_ADAPTER}")
+        raise UserError(
+            f"src={folder}: an adapter of peft, without the model it belongs to; give src=<base model> adapter={folder}"
+        )
     if saved_by_deepspeed(folder) and not (has_config and has_weights):
         return "deepspeed"  # transformers' Trainer puts a config beside it, and weights only if told to
     if has_config:
@@ -74,7 +78,12 @@ def hugging_face_part(folder: Path, model_folder: Path | None) -> tuple[Path | N
     part = plain_folder(model_folder) if model_folder else folder / HF_PART
     if (part / "config.json").is_file():
         # What transformers' Trainer leaves beside a save of DeepSpeed may be weights in part, or none at all.
-        return part, ModelFolder(part, alone=part == folder).decoder_config
+        return part, config_of(ModelFolder(part, alone=part == folder))
     if model_folder is not None:
         raise UserError(f"model={model_folder}: no config.json in it")
     return None, None
+
+
+def config_of(folder: ModelFolder) -> PreTrainedConfig:
+    """Its config; of an architecture that takes exits, except where it has experts and no exits. Raises `UserError`."""
+    return folder.config if experts_of(folder.config) and folder.exits is None else folder.decoder_config

@@ -5,6 +5,7 @@ from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ from transformers import PreTrainedConfig
 
 from ee_scale.conversion.args import check_config
 from ee_scale.conversion.names import ModelMap
-from ee_scale.conversion.tensors import Stored, TensorInfo
+from ee_scale.conversion.tensors import Stored, TensorInfo, Update
 from ee_scale.conversion.values import Values
 from ee_scale.errors import UserError
 from ee_scale.families.megatron import FINAL_NORM, Row
@@ -50,7 +51,7 @@ class Model:
         _ = self.map  # first of all the architecture must be known
         check_config(self.config)
 
-    @property
+    @cached_property
     def map(self) -> ModelMap:
         """The spans of Megatron's tensors."""
         return ModelMap(self.config, self.padded_vocab)
@@ -86,6 +87,7 @@ class Opened:
         small: Hugging Face folder whose tokenizer and other small files belong to the model, if any.
         exits_from: folder of the exits, whose calibration is of these very exits.
         notes: what a person should know about what was found; staging: a file that `stored` points to, to be made.
+        updates: merged into the tensors of these names.
     """
 
     format: str
@@ -97,6 +99,7 @@ class Opened:
     exits_from: Path | None = None
     notes: list[str] = field(default_factory=list)
     staging: Staging | None = None
+    updates: dict[str, Update] = field(default_factory=dict)
 
 
 def body_rows(body: Body, layer_rows: tuple[Row, ...]) -> tuple[Row, ...]:
@@ -109,6 +112,8 @@ def exit_info(model_map: ModelMap, spec: ExitSpec, k: int) -> dict[str, TensorIn
     prefix, shape = f"{PREFIX}{k}.", model_map.shape
     found: dict[str, TensorInfo] = {}
     if body := spec.exit_kind.body:
+        if model_map.num_experts:
+            raise UserError(f"exits of kind '{spec.kind}' on a model with experts cannot be converted")
         found |= model_map.rows_info(body_rows(body, model_map.layer_rows), prefix + body.exit_prefix)
     if spec.exit_kind.normed:
         found[f"{prefix}norm.weight"] = model_map.rows_info((FINAL_NORM,), "")[FINAL_NORM.hf[0]]

@@ -4,9 +4,13 @@ from transformers import PreTrainedConfig
 
 from ee_scale.conversion.tensors import Span, TensorInfo, cut
 from ee_scale.errors import UserError
-from ee_scale.families.megatron import EMBEDDING, FINAL_NORM, HEAD, Row, Rule
+from ee_scale.families.decoders import K_NORM, LLAMA, Q_NORM
+from ee_scale.families.family import FFN, HEAD_DIM, HEADS, HIDDEN, KV
+from ee_scale.families.megatron import EMBEDDING, FINAL_NORM, HEAD, MegatronNames, Row, Rule
 from ee_scale.families.registry import megatron_family
 from ee_scale.families.sizes import ModelShape, shape_of
+
+EXPERTS = "experts"  # an axis
 
 
 class ModelMap:
@@ -14,10 +18,13 @@ class ModelMap:
 
     def __init__(self, config: PreTrainedConfig, padded_vocab: int):
         """`config`: of transformers; `padded_vocab`: rows of Megatron's vocabulary matrices. Raises `UserError`."""
-        family = megatron_family(config)
+        names = megatron_family(config).megatron
         self.shape: ModelShape = shape_of(config)
-        self.layer_rows = family.megatron.rows
-        self.axes = {name.rpartition(".")[-1]: axes for name, axes in family.axes.items()}
+        self.num_experts = config.num_experts if names.experts else 0
+        self.inner_width = names.experts.width if names.experts else "intermediate_size"
+        self.lengths = self.shape.lengths | {EXPERTS: self.num_experts, FFN: getattr(config, self.inner_width)}
+        self.layer_rows = names.rows(self.num_experts)
+        self.axes = {name.rpartition(".")[-1]: axes for name, axes in _axes(names).items()}
         self.padded_vocab = padded_vocab
 
     def info(self) -> dict[str, TensorInfo]:
@@ -75,7 +82,7 @@ class ModelMap:
         """Raise `UserError` if `tp` ranks cannot cut the model."""
         for name, size in (
             ("num_attention_heads", self.shape.num_heads),
-            ("intermediate_size", self.shape.intermediate_size),
+            (self.inner_width, self.lengths[FFN]),
             ("the padded vocabulary", self.padded_vocab),
         ):
             if size % tp:
@@ -84,8 +91,23 @@ class ModelMap:
         if groups % tp and tp % groups:
             raise UserError(f"tp={tp}: neither divides num_key_value_heads={groups} nor is a multiple of it")
 
+    def check_expert_parallel(self, ep: int) -> None:
+        """Raise `UserError` if `ep` ranks cannot share the experts."""
+        if ep > 1 and (not self.num_experts or self.num_experts % ep):
+            raise UserError(f"ep={ep}: does not divide num_experts={self.num_experts}")
+
     def _tensor_shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor by the last words of its name."""
         module, kind = name.split(".")[-2:]
-        lengths = tuple(self.shape.lengths[axis] for axis in self.axes[module])
+        lengths = tuple(self.lengths[axis] for axis in self.axes[module])
         return lengths[:1] if kind == "bias" else lengths
+
+
+def _axes(names: MegatronNames) -> dict[str, tuple[str, ...]]:
+    """Module -> axes of its weight."""
+    norms = (HEADS, KV) if names.wide_norms else (HEAD_DIM, HEAD_DIM)
+    found = LLAMA | {Q_NORM: norms[:1], K_NORM: norms[1:]}
+    if names.experts:
+        gate, up, down = names.experts.matrices
+        found |= {gate: (FFN, HIDDEN), up: (FFN, HIDDEN), down: (HIDDEN, FFN), "gate": (EXPERTS, HIDDEN)}
+    return found

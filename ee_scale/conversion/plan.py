@@ -10,6 +10,7 @@ import torch
 from ee_scale.backbone.model_path import plain_folder
 from ee_scale.config.checks import check_rules
 from ee_scale.config.convert import ConvertConfig
+from ee_scale.conversion.adapter import with_adapter
 from ee_scale.conversion.args import flags_to_pass, to_args
 from ee_scale.conversion.execute import Conversion, check_source, source_of, with_dtypes
 from ee_scale.conversion.folders import HF_PART, TRACKER, detect, iteration_folder, saved_by_deepspeed
@@ -19,6 +20,7 @@ from ee_scale.conversion.model import Model, Opened, padded
 from ee_scale.conversion.stages import deal_layers
 from ee_scale.conversion.target_files import TargetFile
 from ee_scale.errors import UserError
+from ee_scale.families.megatron import MEGATRON
 from ee_scale.files import write_text
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -71,7 +73,13 @@ def make_conversion(config: ConvertConfig) -> Conversion:
     for name in ("first_stage_layers", "last_stage_layers"):
         if (count := getattr(config, name)) is not None and not config.to.startswith("megatron"):
             raise UserError(f"{name}={count}: to={config.to} has no pipeline stages")
+    if config.ep > 1 and config.to != "megatron_legacy":
+        raise UserError(f"ep={config.ep}: to={config.to} is not written by expert rank; leave it out")
     opened = open_checkpoint(config)
+    if config.adapter_folder is not None:
+        if opened.model.config is None or config.to == "sidecar":
+            raise UserError(f"adapter={config.adapter}: is merged into a whole model of which the config is known")
+        opened = with_adapter(opened, config.adapter_folder)
     source = source_of(opened)
     dtype = DTYPES.get(config.dtype)
     if opened.model.config is None:
@@ -101,6 +109,11 @@ def make_conversion(config: ConvertConfig) -> Conversion:
     if config.to.startswith("megatron"):
         flags = " ".join(flags_to_pass(model.config, config.uneven))
         conversion.notes.append(f"--use-checkpoint-args does not restore these, pass them to Megatron-LM: {flags}")
+        if MEGATRON[model.config.model_type].wide_norms:
+            conversion.notes.append(
+                f"{model.config.model_type}: its norms of q and k go over all heads; Megatron-Bridge has such layers, "
+                "Megatron-Core's own do not"
+            )
     return conversion
 
 
@@ -143,6 +156,7 @@ def _to_mp_rank(config: ConvertConfig, opened: Opened, model: Model) -> tuple[li
         config.tp,
         config.pp,
         counts,
+        ep=config.ep,
         classes=classes,
         spec=config.spec,
         exit_numbers=model.exits.layers if model.exits else (),
@@ -156,7 +170,7 @@ def _stages(config: ConvertConfig, model: Model) -> tuple[tuple[int, ...], Names
     """Layers of each stage, and what the checkpoint's `args` say."""
     counts = deal_layers(model.map.shape.num_layers, config.pp, *config.uneven)
     grid = (config.tp, config.pp, model.padded_vocab, config.vocab_divisor)
-    return counts, to_args(model.config, model.dtype, *grid, config.uneven)
+    return counts, to_args(model.config, model.dtype, *grid, config.uneven, config.ep)
 
 
 def _finish_megatron(folder: Path, opened: Opened, model: Model, name: str) -> None:

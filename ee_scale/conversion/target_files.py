@@ -140,10 +140,7 @@ class ArchivesFile:
             reserve(file.fileno(), file.tell())
         with path.open("rb") as file:
             extents = [archive_extent(path, file, *self.places[piece.key]) for piece in self.pieces]
-        return [
-            Stored(piece, extent.first() if piece.stacked else extent)
-            for piece, extent in zip(self.pieces, extents, strict=True)
-        ]
+        return [Stored(piece, extent.at(*[0] * piece.lead)) for piece, extent in zip(self.pieces, extents, strict=True)]
 
     def _append(self, file: IO[bytes], value: object) -> tuple[int, int]:
         start = file.tell()

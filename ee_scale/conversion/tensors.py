@@ -35,9 +35,22 @@ class Extent:
         row = math.prod(self.shape[1:]) * self.dtype.itemsize
         return Extent(self.path, self.offset + start * row, (stop - start, *self.shape[1:]), self.dtype)
 
-    def first(self) -> "Extent":
-        """[1, ...] without its leading dimension."""
-        return Extent(self.path, self.offset, self.shape[1:], self.dtype)
+    def at(self, *places: int) -> "Extent":
+        """What lies at these places of the leading dimensions, without those."""
+        found = self
+        for place in places:
+            part = found.part(place, place + 1)
+            found = Extent(part.path, part.offset, part.shape[1:], part.dtype)
+        return found
+
+
+@dataclass(frozen=True)
+class Update:
+    """A low-rank update that is merged on the way: `tensor + (up @ down) * scale`, by the names of its halves."""
+
+    up: str
+    down: str
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -45,13 +58,13 @@ class Span:
     """Rows (or columns) [start, stop) of a tensor of the model; without a name: zeros.
 
     Attributes:
-        update: names (up, down) of a low-rank update, `tensor + up @ down`, that is merged on the way.
+        update: merged into it.
     """
 
     name: str | None
     start: int
     stop: int
-    update: tuple[str, str] | None = None
+    update: Update | None = None
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -68,7 +81,7 @@ class Piece:
     Attributes:
         key: its name in the file; dim: where the spans are joined; shape: of the stored tensor.
         copy: the same values lie in an earlier piece too (norms on every tensor rank, a tied output matrix).
-        stacked: the file has one more axis in front, of length 1; dtype: number type to write.
+        lead: how many more axes the file has in front, of length 1; dtype: number type to write.
     """
 
     key: str
@@ -76,13 +89,13 @@ class Piece:
     spans: tuple[Span, ...]
     shape: tuple[int, ...]
     copy: bool = False
-    stacked: bool = False
+    lead: int = 0
     dtype: torch.dtype = torch.float32
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """Shape in the file."""
-        return (1, *self.shape) if self.stacked else self.shape
+        return (1,) * self.lead + self.shape
 
     @property
     def nbytes(self) -> int:

@@ -1,7 +1,6 @@
 """Decoders. A family is added here: one entry, where it differs from Llama. The tests run over all of them."""
 
 from ee_scale.families.family import FFN, HEAD_DIM, HEADS, HIDDEN, KV, VOCAB, Elastic, Family
-from ee_scale.families.megatron import MegatronNames
 
 MATRICES = {
     "model.embed_tokens": (VOCAB, HIDDEN),
@@ -25,17 +24,14 @@ def _norms(*names: str) -> dict[str, tuple[str, ...]]:
 LLAMA = MATRICES | _norms("input_layernorm", "post_attention_layernorm")
 
 DECODERS = (
-    Family(
-        "llama", LLAMA, gguf=True, gguf_pairs=True, elastic=Elastic(heads_divide_hidden=True), megatron=MegatronNames()
-    ),
-    Family("mistral", LLAMA, gguf=True, gguf_pairs=True, elastic=Elastic(), megatron=MegatronNames(windowed=True)),
-    Family("qwen2", LLAMA, gguf=True, elastic=Elastic(), megatron=MegatronNames(qkv_bias=True, head_dim=False)),
+    Family("llama", LLAMA, gguf=True, gguf_pairs=True, elastic=Elastic(heads_divide_hidden=True)),
+    Family("mistral", LLAMA, gguf=True, gguf_pairs=True, elastic=Elastic()),
+    Family("qwen2", LLAMA, gguf=True, elastic=Elastic()),
     Family(
         "qwen3",
         LLAMA | {Q_NORM: (HEAD_DIM,), K_NORM: (HEAD_DIM,)},
         gguf=True,
         elastic=Elastic(),
-        megatron=MegatronNames(qk_norms=True),
     ),
     Family(
         "gemma2",

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ee_scale.families.megatron import MegatronNames
+from ee_scale.families.megatron import MEGATRON, MegatronNames
 from ee_scale.modeling.heads import ExitSpec
 
 # Axes by name. HEADS, KV and FFN are dealt to tensor ranks; VOCAB is cut by them, but never elastic.
@@ -53,7 +53,7 @@ class Family:
         neutral_norm: weight of a norm that only normalises (Gemma multiplies by 1 + weight).
         gguf: whether GGUF files of it are read.
         gguf_pairs: GGUF files hold the two rows of a rotary pair side by side, transformers half a head apart.
-        elastic, megatron: None where it is no supernet, or has no map to Megatron.
+        elastic: None where it is no supernet.
     """
 
     name: str
@@ -76,7 +76,11 @@ class Family:
     gguf: bool = False
     gguf_pairs: bool = False
     elastic: Elastic | None = None
-    megatron: MegatronNames | None = None
+
+    @property
+    def megatron(self) -> MegatronNames | None:
+        """None where it has no map to Megatron."""
+        return MEGATRON.get(self.name)
 
     @property
     def is_decoder(self) -> bool:

@@ -7,6 +7,9 @@ before 0.18, which EE-LLM extends. Nothing here permutes rotary halves: both wor
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
+
+from ee_scale.families.experts import EXPERTS, Experts
 
 
 class Rule(Enum):
@@ -26,6 +29,7 @@ class Row:
     Attributes:
         hf: the model's tensors it holds, in this order; names are relative to a layer, or to the model.
         local: its name with Megatron's own layers where that differs; legacy: None where those classes have none.
+        alias: another name that `torch_dist` may have for it; expert: whose matrix it is, of the layer's experts.
     """
 
     hf: tuple[str, ...]
@@ -33,6 +37,18 @@ class Row:
     legacy: str | None
     rule: Rule
     local: str | None = None
+    alias: str | None = None
+    expert: int | None = None
+
+    @property
+    def numbered(self) -> str:
+        """Its name in `torch_dist` where experts are not stacked, each has a key of its own."""
+        return self.core if self.expert is None else self.core.replace(STACKED, f"{STACKED}{self.expert}.")
+
+    @property
+    def has_extra_state(self) -> bool:
+        """Whether it is the weight of a module that has an entry for Transformer Engine's state."""
+        return self.core.endswith(LINEAR)
 
     @property
     def dim(self) -> int:
@@ -40,8 +56,13 @@ class Row:
         return 1 if self.rule is Rule.COLUMNS else 0
 
 
+# Modules whose checkpoints carry an entry for Transformer Engine's extra state (None without it).
+LINEAR = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
+STACKED = "mlp.experts.experts."  # on disk; a rank's parameters are below LOCAL_EXPERTS
+LOCAL_EXPERTS = "mlp.experts.local_experts."
+
 QKV_SOURCES = tuple(f"self_attn.{name}_proj" for name in "qkv")
-LAYER = (
+ATTENTION = (
     Row(
         ("input_layernorm.weight",),
         "self_attention.linear_qkv.layer_norm_weight",
@@ -56,6 +77,8 @@ LAYER = (
         Rule.QKV,
     ),
     Row(("self_attn.o_proj.weight",), "self_attention.linear_proj.weight", "self_attention.dense.weight", Rule.COLUMNS),
+)
+MLP = (
     Row(
         ("post_attention_layernorm.weight",),
         "mlp.linear_fc1.layer_norm_weight",
@@ -70,6 +93,14 @@ LAYER = (
         Rule.GATE_UP,
     ),
     Row(("mlp.down_proj.weight",), "mlp.linear_fc2.weight", "mlp.dense_4h_to_h.weight", Rule.COLUMNS),
+)
+# In front of a router the norm is a module of its own, but on disk Megatron's own layers call it as if it were fused.
+ROUTER_NORM = Row(
+    ("post_attention_layernorm.weight",),
+    "pre_mlp_layernorm.weight",
+    None,
+    Rule.WHOLE,
+    alias="mlp.linear_fc1.layer_norm_weight",
 )
 QKV_BIAS = Row(
     tuple(f"{name}.bias" for name in QKV_SOURCES),
@@ -87,9 +118,6 @@ EMBEDDING = Row(
 FINAL_NORM = Row(("model.norm.weight",), "decoder.final_layernorm.weight", "encoder.final_norm.weight", Rule.WHOLE)
 HEAD = Row(("lm_head.weight",), "output_layer.weight", "output_layer.weight", Rule.VOCAB)
 
-# Modules whose checkpoints carry an entry for Transformer Engine's extra state (None without it).
-EXTRA_STATE = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
-
 
 @dataclass(frozen=True)
 class MegatronNames:
@@ -97,21 +125,48 @@ class MegatronNames:
 
     Attributes:
         qkv_bias, qk_norms: arguments `add_qkv_bias` and `qk_layernorm`.
+        wide_norms: its q and k norms go over all heads at once; Megatron-Bridge's layers for it do, Megatron-Core's
+            own have one norm for each head.
         head_dim: the config may say a width of heads that is not hidden_size / num_attention_heads.
         windowed: a window needs no other setting (`use_sliding_window`, `max_window_layers`).
+        experts: names of its experts, if it has any.
     """
 
     qkv_bias: bool = False
     qk_norms: bool = False
+    wide_norms: bool = False
     head_dim: bool = True
     windowed: bool = False
+    experts: Experts | None = None
 
-    @property
-    def rows(self) -> tuple[Row, ...]:
-        """The tensors of one layer."""
-        return (*LAYER, *[QKV_BIAS] * self.qkv_bias, *QK_NORMS * self.qk_norms)
+    def rows(self, experts: int = 0) -> tuple[Row, ...]:
+        """The tensors of one layer with that many experts."""
+        mlp = _expert_rows(self.experts, experts) if self.experts else MLP
+        return (*ATTENTION, *mlp, *[QKV_BIAS] * self.qkv_bias, *QK_NORMS * self.qk_norms)
 
     @property
     def in_ee_llm(self) -> bool:
         """Whether EE-LLM has its layers: Llama's."""
-        return self.rows == LAYER
+        return not (self.qkv_bias or self.qk_norms or self.experts)
+
+
+@lru_cache
+def _expert_rows(experts: Experts, count: int) -> tuple[Row, ...]:
+    """Norm, router and every expert's matrices."""
+    rows = [ROUTER_NORM, Row((experts.router,), "mlp.router.weight", None, Rule.WHOLE)]
+    for number in range(count):
+        gate, up, down = experts.names(number)
+        rows.append(Row((gate, up), f"{STACKED}linear_fc1.weight", None, Rule.GATE_UP, expert=number))
+        rows.append(Row((down,), f"{STACKED}linear_fc2.weight", None, Rule.COLUMNS, expert=number))
+    return tuple(rows)
+
+
+MEGATRON = {
+    "llama": MegatronNames(),
+    "mistral": MegatronNames(windowed=True),
+    "qwen2": MegatronNames(qkv_bias=True, head_dim=False),
+    "qwen3": MegatronNames(qk_norms=True),
+    "mixtral": MegatronNames(windowed=True, experts=EXPERTS["mixtral"]),
+    "qwen3_moe": MegatronNames(qk_norms=True, experts=EXPERTS["qwen3_moe"]),
+    "olmoe": MegatronNames(qk_norms=True, wide_norms=True, head_dim=False, experts=EXPERTS["olmoe"]),
+}

@@ -9,6 +9,7 @@ from ee_scale.errors import UserError
 from ee_scale.families.decoders import DECODERS
 from ee_scale.families.encoders import ENCODERS
 from ee_scale.families.family import Family
+from ee_scale.families.megatron import MEGATRON
 
 STAGES = {"embed_tokens", "layers", "norm"}
 FAMILIES = {family.name: family for family in (*DECODERS, *ENCODERS)}
@@ -66,11 +67,9 @@ def elastic_family(config: PreTrainedConfig, task: str | None = None) -> Family:
 
 def megatron_family(config: PreTrainedConfig) -> Family:
     """One that Megatron's GPT model computes. Raises `UserError` with the names of those."""
-    family = find_family(config)
-    if family is None or family.megatron is None:
-        names = _names(family for family in FAMILIES.values() if family.megatron)
-        raise UserError(f"config.model_type={config.model_type}: no map to Megatron; known: {names}")
-    return family
+    if config.model_type not in MEGATRON:
+        raise UserError(f"config.model_type={config.model_type}: no map to Megatron; known: {', '.join(MEGATRON)}")
+    return find_family(config) or Family(config.model_type)
 
 
 def _names(families: Iterable[Family]) -> str:

@@ -403,7 +403,7 @@ def test_names_of_wrappers(copy: Any, saves: Any, tmp_path: Path, rename: Callab
 def test_the_folder_of_an_adapter(tmp_path: Path):
     (tmp_path / "adapter_config.json").write_text("{}")
     save_file({"x": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
-    with refused("an adapter of peft, without the model it belongs to", "merge_and_unload()"):
+    with refused("an adapter of peft, without the model it belongs to; give src=<base model> adapter="):
         make_conversion(settings(tmp_path, tmp_path / "out", None, source="auto"))
 
 

@@ -193,9 +193,8 @@ def test_help_and_config(model_dir, tmp_path, capsys):
     assert main(["convert", "--help"]) == 0
     text = capsys.readouterr().out
     words = {line.split(" ")[0] for line in text.splitlines()}
-    settings = (
-        "src out to from tp pp dtype classes spec model iteration shard_gb vocab_divisor workers plan verify trust"
-    )
+    settings = "src out to from tp pp ep dtype classes spec model adapter iteration shard_gb vocab_divisor workers"
+    settings += " plan verify trust"
     assert set(settings.split(" ")) <= words
     assert "source" not in words
     assert "ee-scale convert src=" in text

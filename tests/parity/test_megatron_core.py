@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from helpers.convert import convert
-from helpers.megatron import VARIANTS, Grid, RankFiles, Sharded, take_rank_files, take_sharded
+from helpers.megatron import VARIANTS, Grid, RankFiles, Sharded, index_on_disk, take_rank_files, take_sharded
 from helpers.models import load_whole, tiny_config, write_model
 from helpers.spawn import spawn
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
@@ -323,15 +323,3 @@ def rotary_embedding(args: Namespace) -> RotaryEmbedding:
         args.rope_scaling_factor,
         use_cpu_initialization=True,
     )
-
-
-def index_on_disk(folder: Path) -> dict[str, tuple]:
-    """As `helpers.megatron.index_of` tells it."""
-    found: dict[str, tuple] = {}
-    for key, entry in dcp.FileSystemReader(folder).read_metadata().state_dict_metadata.items():
-        if not isinstance(entry, TensorStorageMetadata):
-            found[key] = ()
-            continue
-        for chunk in entry.chunks:
-            found[f"{key}@{list(chunk.offsets)}"] = (tuple(entry.size), tuple(chunk.sizes), entry.properties.dtype)
-    return found

@@ -7,6 +7,7 @@ from torch import nn
 
 from ee_scale.conversion.copying import Source
 from ee_scale.conversion.model import Model
+from ee_scale.families.experts import STACK, experts_of
 from ee_scale.modeling.heads import ExitTaps, build_exit_heads, run_single_layer
 from ee_scale.modeling.modeling_early_exit import PREFIX
 
@@ -68,5 +69,14 @@ class HuggingFaceRun:
     def _loaded(self, module: nn.Module, prefix: str) -> nn.Module:
         module.to_empty(device="cpu")
         for name, parameter in module.named_parameters():
-            parameter.copy_(self.source.read(f"{prefix}.{name}"))
+            self._fill(parameter, f"{prefix}.{name}")
         return module
+
+    def _fill(self, parameter: torch.Tensor, name: str) -> None:
+        experts = experts_of(self.model.config)
+        if experts is None or not (stack := STACK.fullmatch(name)):
+            parameter.copy_(self.source.read(name if experts is None else experts.renamed(name)))
+            return
+        for number, one in enumerate(parameter):
+            gate, up, down = (self.source.read(stack[1] + own) for own in experts.names(number))
+            one.copy_(torch.cat((gate, up)) if stack[2] == "gate_up_proj" else down)

@@ -8,7 +8,7 @@ import math
 from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional
@@ -17,6 +17,7 @@ from ee_scale.conversion.check.hugging_face_run import Step
 from ee_scale.conversion.copying import read_extent
 from ee_scale.conversion.model import Opened
 from ee_scale.conversion.tensors import Stored
+from ee_scale.families.megatron import STACKED
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,16 @@ class MegatronRun:
         self.words = opened.model.map.shape.vocab_size
         self.stored: dict[str, list[Stored]] = defaultdict(list)
         for item in opened.stored:
-            self.stored[item.name].append(item)
+            if not item.piece.copy:
+                self.stored[item.name].append(item)
         self.legacy = any(name.startswith("language_model.") for name in self.stored)
         # A rank of mp_rank holds gates and ups of its own; the whole tensor of torch_dist has all gates first.
         self.by_rank = opened.format == "megatron_legacy"
-        local = "layers.0.pre_mlp_layernorm.weight" in self.stored
+        local = "layers.0.input_layernorm.weight" in self.stored
         self.names = LEGACY if self.legacy else LOCAL if local else CORE
+        self.experts = getattr(self.args, "num_experts", None) or 0
+        if self.experts:
+            self.names = replace(self.names, mlp_norm=LOCAL.mlp_norm)
         self.numbers = list(getattr(self.args, "exit_layer_nums", None) or [])
         self.pre = bool(getattr(self.args, "pre_exit", False))
 
@@ -82,7 +87,10 @@ class MegatronRun:
             attended = x + self._attention(x, f"layers.{layer}.")
             normed = self._norm(attended, f"layers.{layer}.{self.names.mlp_norm}")
             branches = f"layers.{layer}.mlp.trunk.dense_h_to_4h.weight" in self.stored
-            x = attended + self._mlp(normed, f"layers.{layer}.", "mlp.trunk." if branches else "mlp.")
+            if self.experts:
+                x = attended + self._mixture(normed, f"layers.{layer}.")
+            else:
+                x = attended + self._mlp(normed, f"layers.{layer}.", "mlp.trunk." if branches else "mlp.")
             yield f"layer {layer + 1}", x[None]
             for number in self.numbers:
                 if number - self.pre == layer + 1:
@@ -119,10 +127,11 @@ class MegatronRun:
         length = x.shape[0]
         parts = joined.view(length, groups, per_group + 2, size)
         query = parts[:, :, :per_group].reshape(length, heads, size)
-        key, value = (parts[:, :, i].repeat_interleave(per_group, 1) for i in (per_group, per_group + 1))
+        key, value = parts[:, :, per_group], parts[:, :, per_group + 1]
         if getattr(args, "qk_layernorm", False):
-            query = self._norm(query, f"{prefix}self_attention.q_layernorm.weight")
-            key = self._norm(key, f"{prefix}self_attention.k_layernorm.weight")
+            query = self._head_norm(query, f"{prefix}self_attention.q_layernorm.weight")
+            key = self._head_norm(key, f"{prefix}self_attention.k_layernorm.weight")
+        key, value = key.repeat_interleave(per_group, 1), value.repeat_interleave(per_group, 1)
         cos, sin = self._rotation(length, size)
         query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
         scores = torch.einsum("qhd,khd->hqk", query, key) / math.sqrt(size)
@@ -139,6 +148,20 @@ class MegatronRun:
             gate, up = (torch.cat([half[i] for half in halves]) for i in (0, 1))
         return (functional.silu(x @ gate.T) * (x @ up.T)) @ self._joined(second, dim=1).T
 
+    def _mixture(self, x: torch.Tensor, prefix: str) -> torch.Tensor:
+        """Router and experts: weights are a softmax over the chosen, or (pre-softmax) the chosen of one over all."""
+        logits = x @ self._joined(f"{prefix}mlp.router.weight").T
+        before = getattr(self.args, "moe_router_pre_softmax", False)
+        scores, chosen = (logits.softmax(-1) if before else logits).topk(self.args.moe_router_topk)
+        weights = scores if before else scores.softmax(-1)
+        mixed = torch.zeros_like(x)
+        for expert in range(self.experts):
+            rows, places = torch.where(chosen == expert)
+            if len(rows):
+                out = self._mlp(x[rows], prefix, f"{STACKED}{expert}.")
+                mixed[rows] += weights[rows, places, None] * out
+        return mixed
+
     def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
         bias = self._joined(f"{name}.bias") if f"{name}.bias" in self.stored else None
         return functional.linear(x, self._joined(f"{name}.weight"), bias)
@@ -146,6 +169,11 @@ class MegatronRun:
     def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
         epsilon = getattr(self.args, "norm_epsilon", None) or self.args.layernorm_epsilon
         return functional.rms_norm(x, x.shape[-1:], self._parts(name)[0], epsilon)
+
+    def _head_norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """Of [S, H, size]: each head by itself, or with a weight for all of them all heads at once."""
+        whole = self._parts(name)[0].numel() != x.shape[-1]
+        return self._norm(x.flatten(1), name).view_as(x) if whole else self._norm(x, name)
 
     def _rotation(self, length: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """cos, sin [S, 1, size] of Megatron's rotary embedding, its llama3 scaling included."""

@@ -30,7 +30,13 @@ from ee_scale.backbone.exit_layers import exits_of
 from ee_scale.conversion.execute import SLACK, Conversion, check_source, source_of, with_dtypes
 from ee_scale.conversion.folders import hugging_face_part
 from ee_scale.conversion.formats.deepspeed_files import harmless, scan, tag_folder
-from ee_scale.conversion.formats.huggingface import DROPPED, check_tensors, target_files, whole_piece
+from ee_scale.conversion.formats.huggingface import (
+    DROPPED,
+    check_tensors,
+    expert_by_expert,
+    target_files,
+    whole_piece,
+)
 from ee_scale.conversion.model import ADAPTER, Model, Opened
 from ee_scale.conversion.target_files import reserve
 from ee_scale.conversion.tensors import Extent, Piece, Stored, TensorInfo
@@ -160,6 +166,8 @@ def open_folder(
     parts = {name: extents[name] for name in save.parts}
     extents |= {name: extents[first] for name, first in save.same.items() if first in extents}
     extents = _renamed(tag, extents)
+    if config is not None:
+        extents = expert_by_expert(tag, config, extents)
     model = _model(tag, config, extents)
     info = model.info()
     stored = [Stored(whole_piece(name, info[name]), extents[name]) for name in info]

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from ee_scale.conversion.args import rope_of, window_of
 from ee_scale.conversion.model import Model, body_rows
-from ee_scale.conversion.tensors import Span
+from ee_scale.conversion.tensors import Span, Update
 from ee_scale.errors import UserError
 from ee_scale.exits.placement import exit_spec
 from ee_scale.families.megatron import EMBEDDING, HEAD, Row, Rule
@@ -123,7 +123,7 @@ def head_spans(model: Model, k: int) -> tuple[Span, ...]:
     if model.exits.head == "full":
         span = Span(f"{prefix}.weight", 0, words)
     else:
-        update = (f"{prefix}.up.weight", f"{prefix}.down.weight") if model.exits.head == "low_rank" else None
+        update = Update(f"{prefix}.up.weight", f"{prefix}.down.weight") if model.exits.head == "low_rank" else None
         span = Span(base, 0, words, update)
     padding = model.padded_vocab - words
     return (span, Span(None, 0, padding)) if padding else (span,)

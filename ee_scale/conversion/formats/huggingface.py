@@ -25,11 +25,13 @@ from ee_scale.backbone.small_files import has_vocabulary
 from ee_scale.backbone.stored_names import parameter_names
 from ee_scale.conversion.args import rope_of
 from ee_scale.conversion.copying import Source
+from ee_scale.conversion.folders import config_of
 from ee_scale.conversion.model import Model, Opened, check_whole
 from ee_scale.conversion.target_files import SafetensorsFile, safetensors_extents
 from ee_scale.conversion.tensors import Extent, Piece, Span, Stored, TensorInfo
 from ee_scale.errors import UserError
 from ee_scale.families.build import meta_model
+from ee_scale.families.experts import STACK, experts_of
 from ee_scale.modeling.modeling_early_exit import PREFIX, auto_map, copy_code
 from ee_scale.reading import read_object
 
@@ -43,7 +45,7 @@ def find_folder(path: Path) -> Opened:
 
 def open_folder(folder: ModelFolder) -> Opened:
     """With exits where there are any. Raises `UserError`."""
-    base, config = folder.base, folder.decoder_config
+    base, config = folder.base, config_of(folder)
     extents = _by_parameter(base, config, folder.weight_files)
     first = extents.get(EMBEDDING)
     model = Model(config, folder.exits, first.dtype if first else torch.float32, config.vocab_size)
@@ -56,11 +58,15 @@ def open_folder(folder: ModelFolder) -> Opened:
 def _by_parameter(folder: Path, config: PreTrainedConfig, files: list[Path]) -> dict[str, Extent]:
     """Where each parameter lies, by transformers' own names; tied matrices once. Raises `UserError`."""
     stored = {name: extent for path in files for name, extent in safetensors_extents(path).items()}
+    experts = experts_of(config)
+    single = {name for name in stored if experts is not None and experts.is_one(name)}  # none is one parameter
     try:
-        names = parameter_names(meta_model(config, torch.float32), stored)
+        names = parameter_names(meta_model(config, torch.float32), stored.keys() - single)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
+    names |= {name: name for name in single}
     extents = {names[name]: extent for name, extent in stored.items() if not name.endswith(DROPPED)}
+    extents = expert_by_expert(folder, config, extents)
     for name, extent in extents.items():
         if not extent.dtype.is_floating_point:
             raise UserError(
@@ -70,6 +76,33 @@ def _by_parameter(folder: Path, config: PreTrainedConfig, files: list[Path]) -> 
         head = extents.pop(HEAD)
         extents.setdefault(EMBEDDING, head)
     return extents
+
+
+def expert_by_expert(folder: Path, config: PreTrainedConfig, extents: dict[str, Extent]) -> dict[str, Extent]:
+    """Stacks of experts, as transformers' modules have them, taken apart; a router by its name on the hub.
+
+    Raises `UserError` if a stack has not the shape that the config asks for, or an expert is there twice.
+    """
+    experts, found = experts_of(config), {}
+    for name, extent in extents.items():
+        parts = {name if experts is None else experts.renamed(name): extent}
+        if experts is not None and (match := STACK.fullmatch(name)):
+            count, width, hidden = config.num_experts, getattr(config, experts.width), config.hidden_size
+            joined = match[2] == "gate_up_proj"
+            shape = (count, 2 * width, hidden) if joined else (count, hidden, width)
+            if extent.shape != shape:
+                raise UserError(
+                    f"{folder}: '{name}' has shape {list(extent.shape)}, but the config asks for {list(shape)}"
+                )
+            parts = {}
+            for number in range(count):
+                gate, up, down = (match[1] + own for own in experts.names(number))
+                one = extent.at(number)
+                parts |= {gate: one.part(0, width), up: one.part(width, 2 * width)} if joined else {down: one}
+        if twice := found.keys() & parts.keys():
+            raise UserError(f"{folder}: '{min(twice)}' is there twice, alone and in '{name}'")
+        found |= parts
+    return found
 
 
 def check_tensors(folder: Path, extents: dict[str, Extent], info: dict[str, TensorInfo]) -> None:
@@ -113,7 +146,8 @@ def finish_folder(folder: Path, opened: Opened, dtype: torch.dtype, files: list[
     exits = opened.model.exits
     own = {"early_exit": exits.to_dict(), "auto_map": auto_map(exits)} if exits else {}
     types = {stored.extent.dtype for stored in opened.stored} | {piece.dtype for file in files for piece in file.pieces}
-    calibrated = opened.exits_from if len(types) == 1 else None  # rounded exits decide otherwise
+    # Rounded exits, and those of a model that an adapter changes, decide otherwise.
+    calibrated = opened.exits_from if len(types) == 1 and not opened.updates else None
     same = calibrated is not None and calibrated == opened.small
     write_beside(folder, opened.small, config_values(opened, dtype), same_exits=same, **own)
     if calibrated not in (None, opened.small) and (calibration := ModelFolder(calibrated).calibration()) is not None:

@@ -1,4 +1,7 @@
-"""Megatron's `mp_rank_TT_PPP/model_optim_rng.pt`, one file of torch.save per tensor and pipeline rank.
+"""Megatron's `mp_rank_TT_PPP_EEE/model_optim_rng.pt`, one file of torch.save per tensor, pipeline and expert rank.
+
+`PPP` and `EEE` are left out where there is one of them only. What is no expert lies in the files of all expert ranks.
+Experts are written as SequentialMLP has them (`local_experts.0.linear_fc1.weight`), counted within their rank.
 
 `classes`: whose state dict lies in it. `core`: GPTModel, a flat dict. `legacy`: the language_model classes of
 Megatron-LM before 0.18, nested; EE-LLM's exits exist there only. The names are in `families/megatron.py` and
@@ -9,6 +12,7 @@ from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -18,14 +22,15 @@ from ee_scale.conversion.model import Model
 from ee_scale.conversion.target_files import PickleFile
 from ee_scale.conversion.tensors import Piece
 from ee_scale.errors import UserError
-from ee_scale.families.megatron import EMBEDDING, EXTRA_STATE, FINAL_NORM, HEAD, Row, Rule
+from ee_scale.families.megatron import EMBEDDING, FINAL_NORM, HEAD, LINEAR, LOCAL_EXPERTS, STACKED, Row, Rule
 
 FILE = "model_optim_rng.pt"
+Place = tuple[int, int, int]  # tensor rank, stage, expert rank
 
 
 @dataclass(frozen=True)
 class MegatronLayout:
-    """How a checkpoint is spread: `tp` x `pp` files, `chunks` virtual stages in each; whose classes, whose norms.
+    """How a checkpoint is spread: `tp` x `pp` x `ep` files, `chunks` virtual stages in each; whose classes and norms.
 
     Attributes:
         counts: layers of each chunk in the order of the layers, chunk by chunk and in each stage by stage.
@@ -35,6 +40,7 @@ class MegatronLayout:
     tp: int
     pp: int
     counts: tuple[int, ...]
+    ep: int = 1
     chunks: int = 1
     classes: str = "core"
     spec: str = "te"
@@ -48,23 +54,29 @@ class MegatronLayout:
 
 
 def target_files(model: Model, layout: MegatronLayout, args: Namespace, iteration: str) -> list[PickleFile]:
-    """A file per tensor and pipeline rank."""
+    """A file per tensor, pipeline and expert rank."""
     check_layout(model, layout)
     if model.exits:
         vars(args).update(exit_args(model))
     files = []
-    for rank in range(layout.tp):
-        for stage in range(layout.pp):
-            place = f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if layout.pp > 1 else "")
-            pieces = list(rank_pieces(model, layout, rank, stage))
-            builder = _Builder(args, layout.classes)
-            files.append(PickleFile(f"{iteration}/{place}/{FILE}", pieces, builder))
+    for place in product(range(layout.tp), range(layout.pp), range(layout.ep)):
+        pieces = list(rank_pieces(model, layout, place))
+        builder = _Builder(args, layout.classes)
+        files.append(PickleFile(f"{iteration}/{folder_name(layout, place)}/{FILE}", pieces, builder))
     return files
+
+
+def folder_name(layout: MegatronLayout, place: Place) -> str:
+    """That of a rank's file."""
+    rank, stage, expert_rank = place
+    stages, experts = f"_{stage:03d}" * (layout.pp > 1), f"_{expert_rank:03d}" * (layout.ep > 1)
+    return f"mp_rank_{rank:02d}{stages}{experts}"
 
 
 def check_layout(model: Model, layout: MegatronLayout) -> None:
     """Raise `UserError` if the model cannot be spread like this."""
     model.map.check_tensor_parallel(layout.tp)
+    model.map.check_expert_parallel(layout.ep)
     if layout.classes == "legacy":
         nameless = [row.core for row in model.map.layer_rows if row.legacy is None]
         if nameless:
@@ -87,22 +99,25 @@ def check_layout(model: Model, layout: MegatronLayout) -> None:
         raise UserError("classes=core: Megatron-Core has no exits; use classes=legacy (EE-LLM), or drop the exits")
 
 
-def rank_pieces(model: Model, layout: MegatronLayout, rank: int, stage: int, chunk: int = 0) -> Iterator[Piece]:
+def rank_pieces(model: Model, layout: MegatronLayout, place: Place, chunk: int = 0) -> Iterator[Piece]:
     """The tensors of one rank (of one virtual chunk) by their flat names."""
-    names = _Names(layout)
+    rank, stage, expert_rank = place
+    names, experts = _Names(layout), rank_experts(model, layout, expert_rank)
     first, count = layout.layers(stage, chunk)
     hosted = hosted_exits(model, layout, first, count)
     at_start, at_end = (stage, chunk) == (0, 0), (stage, chunk) == (layout.pp - 1, layout.chunks - 1)
 
     def piece(row: Row, key: str, prefix: str = "") -> Piece:
-        return _piece(model, row, key, prefix, rank, layout.tp)
+        return _piece(model, row, key, prefix, rank, layout.tp, copy=expert_rank > 0 and row.expert is None)
 
     if at_start:
         yield piece(EMBEDDING, names.top(EMBEDDING))
     for local in range(count):
         here = [k for k, place, _ in hosted if place == local]
         for row in model.map.layer_rows:
-            key = names.layer(row)
+            if row.expert is not None and row.expert not in experts:
+                continue
+            key = names.layer(row, experts.start)
             if here:
                 key = model.exits.exit_kind.ee_llm_layer_key(key)
             yield piece(row, f"{names.layers}{local}.{key}", f"model.layers.{first + local}.")
@@ -111,16 +126,22 @@ def rank_pieces(model: Model, layout: MegatronLayout, rank: int, stage: int, chu
                 yield piece(row, f"{names.layers}{local}.{key}", prefix)
     if at_end:
         yield piece(FINAL_NORM, names.top(FINAL_NORM))
-    yield from _heads(model, layout, names, rank, hosted, at_start, at_end)
+        if not model.config.tie_word_embeddings:
+            yield piece(HEAD, names.top(HEAD))
+    yield from _copied_heads(model, layout, names, rank, hosted, at_start, at_end)
 
 
-def _heads(
+def rank_experts(model: Model, layout: MegatronLayout, expert_rank: int) -> range:
+    """Numbers of the experts that an expert rank has."""
+    each = model.map.num_experts // layout.ep
+    return range(expert_rank * each, (expert_rank + 1) * each)
+
+
+def _copied_heads(
     model: Model, layout: MegatronLayout, names: "_Names", rank: int, hosted: list, at_start: bool, at_end: bool
 ) -> Iterator[Piece]:
-    """Output matrices: the model's own, copies of a tied embedding, the exits' own."""
+    """Output matrices: copies of a tied embedding, the exits' own."""
     tied = model.config.tie_word_embeddings
-    if at_end and not tied:
-        yield _piece(model, HEAD, names.top(HEAD), "", rank, layout.tp)
     if tied and not at_start and (at_end or hosted):
         yield _piece(model, EMBEDDING, names.tied_head, "", rank, layout.tp, copy=True)
     if hosted and own_heads(model):
@@ -145,10 +166,12 @@ class _Names:
         self.layers = "language_model.encoder.layers." if self.legacy else "decoder.layers."
         self.tied_head = "word_embeddings_for_head.weight" if self.legacy else HEAD.core
 
-    def layer(self, row: Row) -> str:
-        """Name inside a layer."""
+    def layer(self, row: Row, first_expert: int) -> str:
+        """Name inside a layer, on a rank whose experts start with `first_expert`."""
         if self.legacy:
             return row.legacy
+        if row.expert is not None:
+            return row.core.replace(STACKED, f"{LOCAL_EXPERTS}{row.expert - first_expert}.")
         return row.local if self.local and row.local else row.core
 
     def top(self, row: Row) -> str:
@@ -179,9 +202,8 @@ def _with_extra_state(tensors: Mapping[str, torch.Tensor]) -> OrderedDict:
     found: OrderedDict[str, Any] = OrderedDict()
     for key, tensor in tensors.items():
         found[key] = tensor
-        module, _, kind = key.rpartition(".")
-        if kind == "weight" and module.endswith(EXTRA_STATE):
-            found[f"{module}._extra_state"] = None
+        if key.endswith(LINEAR):
+            found[f"{key.removesuffix('weight')}_extra_state"] = None
     if FINAL_NORM.core in found:  # the last stage: a tied model may have no matrix there, the module it has
         found["output_layer._extra_state"] = None
     return found

@@ -3,6 +3,7 @@
 import re
 from argparse import Namespace
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,29 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ee_scale.conversion.args import check_agrees, to_config
 from ee_scale.conversion.folders import hugging_face_part
 from ee_scale.conversion.formats.ee_llm import numbers_in_file, spec_of_args
-from ee_scale.conversion.formats.mp_rank import FILE, MegatronLayout, check_layout, hosted_exits, rank_pieces
+from ee_scale.conversion.formats.mp_rank import (
+    FILE,
+    MegatronLayout,
+    Place,
+    check_layout,
+    folder_name,
+    hosted_exits,
+    rank_experts,
+    rank_pieces,
+)
 from ee_scale.conversion.model import Model, Opened, check_whole, check_words
 from ee_scale.conversion.target_files import tensor_extent
 from ee_scale.conversion.tensors import Stored
 from ee_scale.conversion.unpickle import load_safely, reads_strangers
 from ee_scale.errors import UserError
-from ee_scale.families.megatron import EMBEDDING
+from ee_scale.families.megatron import EMBEDDING, LOCAL_EXPERTS, STACKED
 
 LAYER = re.compile(r"(?:decoder|language_model\.encoder)\.layers\.(\d+)\.(.*)")
+EXPERT = re.compile(rf"{re.escape(LOCAL_EXPERTS)}(\d+)\.")
 WORDS = re.compile(r"(word_embeddings|output_layer|word_embeddings_for_head|exit_output_layer\.\d+)\.weight$")
-FOLDER = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?(_\d\d\d)?")
+FOLDER = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?(?:_(\d\d\d))?")
+GROUPED = re.compile(r"mlp\.experts\.(linear_fc[12])\.weight(\d+)$")  # as TEGroupedMLP has an expert
+FUSED = re.compile(r"mlp\.experts\.weight[12]$")  # as GroupedMLP has all experts of a rank
 OLD_NAMES = (  # before September 2023, and before 2021
     ("language_model.transformer.", "language_model.encoder."),
     (".attention.", ".self_attention."),
@@ -30,35 +43,28 @@ OLD_NAMES = (  # before September 2023, and before 2021
     (".post_attention_layernorm.", ".post_attention_norm."),
     (".final_layernorm.", ".final_norm."),
 )
+FIRST: Place = (0, 0, 0)
 IGNORED = ("_extra_state", "inv_freq")
 
 
 @reads_strangers
 def open_folder(folder: Path, iteration: Path, model_folder: Path | None, trust: bool) -> Opened:
     """Every rank's file of an iteration. `model_folder`: Hugging Face folder of the same model. Raises `UserError`."""
-    files = _rank_files(iteration)
-    tp, pp = (max(place[axis] for place in files) + 1 for axis in (0, 1))
-    contents = {}
-    for place in ((t, p) for t in range(tp) for p in range(pp)):
-        if place not in files:
-            raise UserError(f"{iteration}: mp_rank_{place[0]:02d}_{place[1]:03d} is missing of tp={tp} x pp={pp}")
-        with FakeTensorMode():
-            contents[place] = load_safely(files[place], files[place], trust=trust)
-        if not isinstance(contents[place], dict) or "args" not in contents[place]:
-            raise UserError(f"{files[place]}: no dict with 'args' in it; not a checkpoint of Megatron-LM")
-    args = contents[0, 0]["args"]
-    _check_args(args, contents[0, 0], iteration, tp, pp)
+    files, contents = _contents(iteration, trust)
+    args = contents[FIRST]["args"]
+    tp, pp, ep = (max(place[axis] for place in files) + 1 for axis in range(3))
+    _check_args(args, contents[FIRST], iteration, tp, pp, ep)
     tensors = {place: _chunks(content, files[place]) for place, content in contents.items()}
     small, config = hugging_face_part(folder, model_folder)
     if config is None:
         config = to_config(args, None)
     else:
         check_agrees(args, config, small)
-    first, notes = tensors[0, 0][0], []
+    first, notes = tensors[FIRST][0], []
     legacy = any(key.startswith("language_model.") for key in first)
     embedding = first.get("language_model.embedding.word_embeddings.weight" if legacy else EMBEDDING.core)
     if embedding is None:
-        raise UserError(f"{files[0, 0]}: no word embeddings in it; keys start with {next(iter(first), 'nothing')!r}")
+        raise UserError(f"{files[FIRST]}: no word embeddings in it; keys start with {next(iter(first), 'nothing')!r}")
     check_words(iteration, config, args, _word_rows(tensors))
     spec = spec_of_args(args, config)
     model = Model(config, spec, embedding.dtype, embedding.shape[0] * tp)
@@ -66,7 +72,8 @@ def open_folder(folder: Path, iteration: Path, model_folder: Path | None, trust:
         tp,
         pp,
         _counts(iteration, tensors, args, model.map.shape.num_layers),
-        chunks=len(tensors[0, 0]),
+        ep=ep,
+        chunks=len(tensors[FIRST]),
         classes="legacy" if legacy else "core",
         spec="local" if any(map(_is_local, tensors.values())) else "te",
         exit_numbers=tuple(numbers_in_file(args)),
@@ -74,30 +81,63 @@ def open_folder(folder: Path, iteration: Path, model_folder: Path | None, trust:
     )
     check_layout(model, layout)
     stored = []
-    for (rank, stage), chunks in tensors.items():
+    for place, chunks in tensors.items():
         for chunk, found in enumerate(chunks):
-            stored += _match(model, layout, (rank, stage, chunk), files[rank, stage], found)
+            stored += _match(model, layout, place, chunk, files[place], found)
     if legacy and getattr(args, "rotary_base", 10000) != 10000:
         notes.append(f"args.rotary_base={args.rotary_base}: the old classes ignore it and compute with 10000")
     return Opened("megatron_legacy", folder, model, stored, args=args, small=small, notes=notes)
 
 
-def _rank_files(iteration: Path) -> dict[tuple[int, int], Path]:
+def _contents(iteration: Path, trust: bool) -> tuple[dict[Place, Path], dict[Place, dict[str, Any]]]:
+    """Files and what they hold, without the bytes of tensors, of all ranks that there must be. Raises `UserError`."""
+    found = _rank_files(iteration)
+    loaded = {}
+    for numbers, path in found.items():
+        with FakeTensorMode():
+            loaded[numbers] = load_safely(path, path, trust=trust)
+        if not isinstance(loaded[numbers], dict) or "args" not in loaded[numbers]:
+            raise UserError(f"{path}: no dict with 'args' in it; not a checkpoint of Megatron-LM")
+    # mp_rank_00_001 may be a second stage or a second expert rank: nothing but args tells.
+    args = next(iter(loaded.values()))["args"]
+    stages, experts = (getattr(args, f"{name}_model_parallel_size", 1) for name in ("pipeline", "expert"))
+    unstaged = stages == 1 and experts > 1
+    places = {
+        numbers: (numbers[0], 0, numbers[1]) if unstaged and len(numbers) == 2 else (*numbers, 0, 0)[:3]
+        for numbers in found
+    }
+    files = {places[numbers]: path for numbers, path in found.items()}
+    tp, pp, ep = (max(place[axis] for place in files) + 1 for axis in range(3))
+    layout = MegatronLayout(tp, pp, (), ep=ep)
+    for place in product(range(tp), range(pp), range(ep)):
+        if place not in files:
+            grid = f"tp={tp} x pp={pp}" + f" x ep={ep}" * (ep > 1)
+            raise UserError(f"{iteration}: {folder_name(layout, place)} is missing of {grid}")
+    return files, {places[numbers]: content for numbers, content in loaded.items()}
+
+
+def _rank_files(iteration: Path) -> dict[tuple[int, ...], Path]:
+    """By the numbers in the names of their folders. Raises `UserError`."""
     found = {}
     for path in sorted(iteration.iterdir()):
         if match := FOLDER.fullmatch(path.name):
-            if match[3]:
-                raise UserError(f"{path}: a third index (experts); models with experts cannot be converted")
             if not (path / FILE).is_file():
                 raise UserError(f"{path / FILE}: missing")
-            found[int(match[1]), int(match[2] or 0)] = path / FILE
+            found[tuple(int(number) for number in match.groups() if number is not None)] = path / FILE
     if not found:
         raise UserError(f"{iteration}: no folder called mp_rank_00 or mp_rank_00_000 in it")
+    if lengths := {len(numbers) for numbers in found} - {len(next(iter(found)))}:
+        raise UserError(f"{iteration}: folders of ranks with {min(lengths)} numbers beside those with others")
     return found
 
 
-def _check_args(args: Namespace, content: dict[str, Any], iteration: Path, tp: int, pp: int) -> None:
-    for name, size in (("tensor", tp), ("pipeline", pp)):
+def _check_args(args: Namespace, content: dict[str, Any], iteration: Path, tp: int, pp: int, ep: int) -> None:
+    if ep > 1 and (told := getattr(args, "expert_tensor_parallel_size", None) or tp) != tp:
+        raise UserError(
+            f"{iteration}: args say expert_tensor_parallel_size={told} beside tensor_model_parallel_size={tp}; such "
+            "experts are read from torch_dist only"
+        )
+    for name, size in (("tensor", tp), ("pipeline", pp), ("expert", ep)):
         told = getattr(args, f"{name}_model_parallel_size", size)
         if told != size:
             raise UserError(f"{iteration}: args say {name}_model_parallel_size={told}, but files for {size} are there")
@@ -132,13 +172,15 @@ def _modern(key: str) -> str:
     if key.startswith("language_model."):
         for old, new in OLD_NAMES:
             key = key.replace(old, new)
-    return key
+    return GROUPED.sub(rf"{LOCAL_EXPERTS}\2.\1.weight", key)
 
 
-def _word_rows(tensors: Mapping[tuple[int, int], list[dict[str, torch.Tensor]]]) -> list[tuple[str, list[int]]]:
+def _word_rows(tensors: Mapping[Place, list[dict[str, torch.Tensor]]]) -> list[tuple[str, list[int]]]:
     """(key, rows on each tensor rank) of every vocabulary matrix of every stage, the embedding's first."""
     found: dict[tuple[int, int, str], list[int]] = {}
-    for (_, stage), chunks in sorted(tensors.items(), key=lambda item: item[0][::-1]):
+    for (_, stage, expert_rank), chunks in sorted(tensors.items(), key=lambda item: item[0][::-1]):
+        if expert_rank:
+            continue  # copies
         for number, chunk in enumerate(chunks):
             for key, tensor in chunk.items():
                 if WORDS.search(key):
@@ -147,12 +189,12 @@ def _word_rows(tensors: Mapping[tuple[int, int], list[dict[str, torch.Tensor]]])
 
 
 def _is_local(chunks: list[dict[str, torch.Tensor]]) -> bool:
-    return any(key.endswith("pre_mlp_layernorm.weight") for found in chunks for key in found)
+    return any(key.endswith(".input_layernorm.weight") for found in chunks for key in found)
 
 
 def _counts(iteration: Path, tensors: Mapping[Any, list], args: Namespace, num_layers: int) -> tuple[int, ...]:
     """Layers of each chunk as the files of the first tensor rank have them, in the order of `MegatronLayout.counts`."""
-    stages = [chunks for (rank, _), chunks in sorted(tensors.items(), key=lambda item: item[0]) if rank == 0]
+    stages = [chunks for (rank, _, expert_rank), chunks in sorted(tensors.items()) if rank == expert_rank == 0]
     if len({len(chunks) for chunks in stages}) > 1:
         raise UserError(f"{iteration}: stages with {sorted({len(chunks) for chunks in stages})} virtual stages in one")
     counts = []
@@ -175,11 +217,14 @@ def _counts(iteration: Path, tensors: Mapping[Any, list], args: Namespace, num_l
 
 
 def _match(
-    model: Model, layout: MegatronLayout, place: tuple[int, int, int], path: Path, found: dict[str, torch.Tensor]
+    model: Model, layout: MegatronLayout, place: Place, chunk: int, path: Path, found: dict[str, torch.Tensor]
 ) -> list[Stored]:
     """Pair what a file holds with what the model needs of it."""
-    rank, stage, chunk = place
-    pieces = {piece.key: piece for piece in rank_pieces(model, layout, rank, stage, chunk)}
+    pieces = {piece.key: piece for piece in rank_pieces(model, layout, place, chunk)}
+    if fused := next(filter(FUSED.search, found), None):
+        raise UserError(
+            f"{path}: '{fused}' holds all experts of its rank in one matrix (the old GroupedMLP); save it as torch_dist"
+        )
     check_whole(path, found, pieces)
     stored = []
     for key, piece in pieces.items():
@@ -188,17 +233,18 @@ def _match(
                 f"{path}: '{key}' has shape {list(found[key].shape)}, but the model asks for {list(piece.shape)} at "
                 f"tp={layout.tp}"
             )
-        stored.append(
-            Stored(piece, tensor_extent(path, found[key]), _whole_name(model, layout, stage, chunk, key), rank)
-        )
+        name = _whole_name(model, layout, place, chunk, key)
+        stored.append(Stored(piece, tensor_extent(path, found[key]), name, place[0]))
     return stored
 
 
-def _whole_name(model: Model, layout: MegatronLayout, stage: int, chunk: int, key: str) -> str:
-    """A key with layers, and output matrices of exits, numbered over the whole model."""
-    first, count = layout.layers(stage, chunk)
+def _whole_name(model: Model, layout: MegatronLayout, place: Place, chunk: int, key: str) -> str:
+    """A key with layers, experts and output matrices of exits numbered over the whole model."""
+    first, count = layout.layers(place[1], chunk)
     if match := LAYER.fullmatch(key):
-        return f"layers.{first + int(match[1])}.{match[2]}"
+        start = rank_experts(model, layout, place[2]).start
+        name = EXPERT.sub(lambda found: f"{STACKED}{start + int(found[1])}.", match[2])
+        return f"layers.{first + int(match[1])}.{name}"
     if match := re.fullmatch(r"language_model\.exit_output_layer\.(\d+)\.weight", key):
         return f"exit_output_layer.{hosted_exits(model, layout, first, count)[int(match[1])][0]}"
     return key

@@ -1,6 +1,7 @@
 """Megatron-Core's `torch_dist` checkpoints, by torch's distributed checkpoint alone: no process group, no Megatron.
 
-Layers of one shape are stacked: `decoder.layers.mlp.linear_fc2.weight` [L, D, F], one chunk per layer and tensor rank.
+Layers of one shape are stacked: `decoder.layers.mlp.linear_fc2.weight` [L, D, F], one chunk per layer and tensor rank;
+and so are experts: `decoder.layers.mlp.experts.experts.linear_fc2.weight` [L, E, D, F], whatever ranks share them.
 The gates and ups of `linear_fc1` are apart in the whole tensor (all gates, then all ups), unlike in a rank's parameter.
 """
 
@@ -26,7 +27,7 @@ from ee_scale.conversion.model import Model
 from ee_scale.conversion.target_files import ArchivesFile
 from ee_scale.conversion.tensors import Piece, cut
 from ee_scale.errors import UserError
-from ee_scale.families.megatron import EMBEDDING, EXTRA_STATE, FINAL_NORM, HEAD, Row, Rule
+from ee_scale.families.megatron import EMBEDDING, FINAL_NORM, HEAD, Row, Rule
 from ee_scale.files import write_text
 
 LAYERS = "decoder.layers."
@@ -131,23 +132,25 @@ def _chunks(model: Model, row: Row, key: str, prefix: str, layer: int | None, ra
     else:
         step = size // tp
         starts = [rank * step]
-    lead = () if layer is None else (layer,)
+    lead = tuple(place for place in (layer, row.expert) if place is not None)
+    counts = (model.map.shape.num_layers, model.map.num_experts)[: len(lead)]
     for start in starts:
         shape = (*whole[: row.dim], step, *whole[row.dim + 1 :])
         offsets = tuple(start if axis == row.dim else 0 for axis in range(len(whole)))
         name = f"{key}/{'.'.join(map(str, (*lead, *offsets)))}"
-        piece = Piece(name, row.dim, cut(joined, start, start + step), shape, stacked=bool(lead))
-        total = (model.map.shape.num_layers, *whole) if lead else whole
-        yield _Chunk(piece, key, total, (*lead, *offsets))
+        piece = Piece(name, row.dim, cut(joined, start, start + step), shape, lead=len(lead))
+        yield _Chunk(piece, key, (*counts, *whole), (*lead, *offsets))
 
 
 def _extra_state(model: Model, counts: Sequence[int], stage: int) -> dict[str, list[None]]:
-    layers = model.map.shape.num_layers
-    return {
-        f"{LAYERS}{module}._extra_state/shard_{layer}_{layers}": [None]
-        for layer in _layers(counts, stage)
-        for module in EXTRA_STATE
-    }
+    layers, experts = model.map.shape.num_layers, model.map.num_experts
+    found: dict[str, list[None]] = {}
+    for layer in _layers(counts, stage):
+        for row in model.map.layer_rows:
+            if row.has_extra_state:
+                place = f"{layer}_{layers}" if row.expert is None else f"{layer}.{row.expert}_{layers}.{experts}"
+                found[f"{LAYERS}{row.core.removesuffix('weight')}_extra_state/shard_{place}"] = [None]
+    return found
 
 
 def _result(index: MetadataIndex, name: str, place: Sequence[int]) -> WriteResult:

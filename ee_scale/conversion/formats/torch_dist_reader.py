@@ -1,12 +1,14 @@
 """Read Megatron-Core's `torch_dist` checkpoints, from any grid and of any of its layouts (see `torch_dist`).
 
-Layers are stacked, or have a key each; gates (`_w`) and ups (`_v`) of `linear_fc1` may have keys of their own.
+Layers are stacked, or have a key each, and so have experts; gates (`_w`) and ups (`_v`) of `linear_fc1` may have keys
+of their own.
 """
 
 import re
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product, starmap
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,6 +32,7 @@ from ee_scale.families.megatron import EMBEDDING, FINAL_NORM, HEAD, Row, Rule
 from ee_scale.files import named_file
 
 PREFIXES = ("module.", "model.")  # NeMo 2 and 1
+HALVES = ("_w", "_v")  # of the gates, of the ups
 NOT_WEIGHTS = ("optimizer.", "rng_state", "common_state", "opt_param_scheduler", "rerun_state_machine", "iteration")
 
 
@@ -96,45 +99,62 @@ def _weights(index: Metadata) -> dict[str, str]:
 
 
 def _stored(iteration: Path, index: Metadata, entries: dict[str, str], model: Model) -> Iterator[Stored]:
-    expected = _expected(model)
-    known, layers = {}, model.map.shape.num_layers
-    for plain, key in entries.items():
-        known[plain] = _meaning(plain, index.state_dict_metadata[key].size, expected, layers)
-    needed = {(row, layer) for row, layer in _wanted(model)}
-    found = {(row, layer) for meaning in known.values() if meaning for row, layer in meaning.parts}
+    rows = _expected(model)
+    known = {plain: _meaning(plain, index.state_dict_metadata[key].size, rows) for plain, key in entries.items()}
+    for plain, meaning in known.items():
+        if meaning is not None:
+            _check_size(iteration, plain, index.state_dict_metadata[entries[plain]].size, meaning, model)
+    found = {part for meaning in known.values() if meaning for part in meaning.parts()}
     unknown = [plain for plain, meaning in known.items() if meaning is None]
-    check_whole(iteration, [*map(_told, found), *unknown], map(_told, needed))
+    check_whole(iteration, [*starmap(_told, found), *unknown], starmap(_told, _wanted(model)))
     with _Files(iteration) as files:
         for plain, key in entries.items():
-            entry, meaning = index.state_dict_metadata[key], known[plain]
-            _check_size(iteration, plain, entry.size, meaning, model)
-            for chunk in entry.chunks:
+            for chunk in index.state_dict_metadata[key].chunks:
                 extent = files.extent(_place(iteration, index, MetadataIndex(key, chunk.offsets)))
                 if extent.shape != tuple(chunk.sizes):
                     raise UserError(
                         f"{extent.path}: '{plain}' at {list(chunk.offsets)} has shape {list(extent.shape)}, "
                         f"its index says {list(chunk.sizes)}"
                     )
-                yield from _pieces(iteration, plain, meaning, chunk, extent, model)
+                yield from _pieces(iteration, plain, known[plain], chunk, extent, model)
 
 
 @dataclass(frozen=True)
 class _Meaning:
-    """What a key holds: (row, layer) for each index of its leading axis; half: gates or ups alone."""
+    """What a key holds.
 
-    parts: tuple[tuple[Row, int | None], ...]
-    stacked: bool
+    Attributes:
+        rows: one, or as many as there are experts, which then are the last of its leading axes (`by_expert`).
+        layers: one (None: it belongs to no layer), or all, which then are the first of its leading axes (`by_layer`).
+        half: gates or ups alone.
+    """
+
+    rows: tuple[Row, ...]
+    layers: Sequence[int | None]
+    by_layer: bool = False
+    by_expert: bool = False
     half: int | None = None
 
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Lengths of its leading axes."""
+        return (*[len(self.layers)] * self.by_layer, *[len(self.rows)] * self.by_expert)
 
-def _expected(model: Model) -> dict[str, Row]:
-    rows = {row.core: row for row in model.map.layer_rows} | {
-        row.local: row for row in model.map.layer_rows if row.local
-    }
+    def parts(self) -> Iterator[tuple[Row, int | None]]:
+        """(row, layer) in the order of its leading axes."""
+        return ((row, layer) for layer in self.layers for row in self.rows)
+
+
+def _expected(model: Model) -> dict[str, tuple[Row, ...]]:
+    """Name inside a layer -> what it holds: a row, or those of all experts."""
+    found: dict[str, tuple[Row, ...]] = {}
     for row in model.map.layer_rows:
-        if row.rule is Rule.GATE_UP:
-            rows |= {f"{row.core}_w": row, f"{row.core}_v": row}
-    return rows
+        for name in filter(None, (row.core, row.local, row.alias)):
+            found[name] = (*found.get(name, ()), row)
+        if row.expert is not None:
+            found[row.numbered] = (row,)
+    gated = {name: rows for name, rows in found.items() if rows[0].rule is Rule.GATE_UP}
+    return found | {f"{name}{half}": rows for name, rows in gated.items() for half in HALVES}
 
 
 def _wanted(model: Model) -> Iterator[tuple[Row, int | None]]:
@@ -143,51 +163,52 @@ def _wanted(model: Model) -> Iterator[tuple[Row, int | None]]:
     yield from ((row, layer) for layer in range(model.map.shape.num_layers) for row in model.map.layer_rows)
 
 
-def _meaning(plain: str, size: Sequence[int], rows: dict[str, Row], layers: int) -> _Meaning | None:
+def _meaning(plain: str, size: Sequence[int], known: dict[str, tuple[Row, ...]]) -> _Meaning | None:
     for row in (EMBEDDING, FINAL_NORM, HEAD):
         if plain == row.core:
-            return _Meaning(((row, None),), stacked=False)
+            return _Meaning((row,), (None,))
     if not plain.startswith(LAYERS):
         return None
-    name = plain.removeprefix(LAYERS)
+    name, layers = plain.removeprefix(LAYERS), range(size[0])
     if match := re.match(r"(\d+)\.", name):
-        name, numbers, stacked = name[match.end() :], [int(match[1])], False
-    else:
-        numbers, stacked = range(size[0]), True
-    row = rows.get(name)
-    if row is None or (stacked and size[0] != layers):
+        name, layers = name[match.end() :], range(int(match[1]), int(match[1]) + 1)
+    if name not in known:
         return None
-    half = {"_w": 0, "_v": 1}.get(name[-2:]) if row.rule is Rule.GATE_UP else None
-    return _Meaning(tuple((row, number) for number in numbers), stacked, half)
+    rows = known[name]
+    half = HALVES.index(name[-2:]) if name.endswith(HALVES) else None
+    by_expert = rows[0].expert is not None and name.startswith(rows[0].core)
+    return _Meaning(rows, layers, match is None, by_expert, half)
 
 
-def _told(part: tuple[Row, int | None] | str) -> str:
-    if isinstance(part, str):
-        return part
-    row, layer = part
-    return row.core if layer is None else f"{LAYERS}{layer}.{row.core}"
+def _told(row: Row, layer: int | None) -> str:
+    return row.core if layer is None else f"{LAYERS}{layer}.{row.numbered}"
 
 
 def _check_size(iteration: Path, plain: str, size: Sequence[int], meaning: _Meaning, model: Model) -> None:
-    row = meaning.parts[0][0]
-    shape = list(model.map.stored_shape(row))
+    shape = list(model.map.stored_shape(meaning.rows[0]))
     if meaning.half is not None:
         shape[0] //= 2
-    found = list(size[1:] if meaning.stacked else size)
-    if found != shape:
-        raise UserError(f"{iteration}: '{plain}' has shape {found} (of a layer), but the config asks for {shape}")
+    lead = list(meaning.lead)
+    if meaning.by_layer:
+        lead[0] = model.map.shape.num_layers
+    if list(size) != lead + shape:
+        axes = ["layers"] * meaning.by_layer + ["experts"] * meaning.by_expert
+        raise UserError(
+            f"{iteration}: '{plain}' has shape {list(size)}, but the config asks for {lead + shape}"
+            + (f" ({', '.join(axes)} in front)" if axes else "")
+        )
 
 
 def _pieces(
     iteration: Path, plain: str, meaning: _Meaning, chunk: ChunkStorageMetadata, extent: Extent, model: Model
 ) -> Iterator[Stored]:
-    """The spans of one chunk, layer by layer."""
-    offsets, sizes = list(chunk.offsets), list(chunk.sizes)
-    first, count = 0, 1
-    if meaning.stacked:
-        first, count = offsets.pop(0), sizes.pop(0)
-    for number in range(count):
-        row, layer = meaning.parts[first + number]
+    """The spans of one chunk, layer by layer and expert by expert."""
+    lead = len(meaning.lead)
+    first, offsets, sizes = chunk.offsets[:lead], list(chunk.offsets[lead:]), list(chunk.sizes[lead:])
+    for place in product(*map(range, chunk.sizes[:lead])):
+        numbers = [start + step for start, step in zip(first, place, strict=True)]
+        layer = meaning.layers[numbers[0] if meaning.by_layer else 0]
+        row = meaning.rows[numbers[-1] if meaning.by_expert else 0]
         joined = model.map.joined(row, "" if layer is None else f"model.layers.{layer}.")
         if meaning.half is not None:
             joined = joined[meaning.half : meaning.half + 1]
@@ -195,11 +216,10 @@ def _pieces(
         if any(offsets[axis] or sizes[axis] != shape[axis] for axis in range(len(shape)) if axis != row.dim):
             raise UserError(f"{iteration}: '{plain}' is cut at {offsets} along another axis than tensor ranks cut it")
         start = offsets[row.dim]
-        part = extent.part(number, number + 1).first() if meaning.stacked else extent
         spans = cut(joined, start, start + sizes[row.dim])
-        place = start + (meaning.half or 0) * shape[0] // 2
-        name = row.core if layer is None else f"layers.{layer}.{row.core}"
-        yield Stored(Piece(plain, row.dim, spans, tuple(sizes)), part, name, place)
+        order = start + (meaning.half or 0) * shape[0] // 2
+        name = row.core if layer is None else f"layers.{layer}.{row.numbered}"
+        yield Stored(Piece(plain, row.dim, spans, tuple(sizes)), extent.at(*place), name, order)
 
 
 class _Files:

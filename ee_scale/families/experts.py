@@ -1,0 +1,58 @@
+"""Experts: how many a layer has, how wide they are, and what they are called in folders on the hub.
+
+There each expert has three matrices of its own; modules of transformers hold those of a layer in two stacks
+(`mlp.experts.gate_up_proj`, `mlp.experts.down_proj`), and older spellings of the router are renamed.
+"""
+
+import re
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig
+
+STACK = re.compile(r"(model\.layers\.\d+\.)mlp\.experts\.(gate_up_proj|down_proj)")
+ROUTER = re.compile(r"^(model\.layers\.\d+\.)mlp\.gate\.weight$")
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a family, by their names in folders on the hub.
+
+    Attributes:
+        block: module of a layer that holds router and experts; matrices: gate, up and down of one expert.
+        width: config attribute of their inner width.
+    """
+
+    block: str = "mlp"
+    matrices: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    width: str = "intermediate_size"
+
+    @property
+    def router(self) -> str:
+        """Name of the router's matrix [experts, hidden] inside a layer."""
+        return f"{self.block}.gate.weight"
+
+    def names(self, number: int) -> tuple[str, str, str]:
+        """Names of gate, up and down of an expert inside a layer."""
+        gate, up, down = (f"{self.block}.experts.{number}.{name}.weight" for name in self.matrices)
+        return gate, up, down
+
+    def is_one(self, name: str) -> bool:
+        """Whether a name is that of a matrix of one expert, in any layer."""
+        matrices = "|".join(self.matrices)
+        return re.fullmatch(rf"model\.layers\.\d+\.{self.block}\.experts\.\d+\.({matrices})\.weight", name) is not None
+
+    def renamed(self, name: str) -> str:
+        """The hub's name of a tensor, but for stacks, by transformers' own."""
+        return ROUTER.sub(rf"\1{self.router}", name)
+
+
+EXPERTS = {
+    "mixtral": Experts("block_sparse_moe", ("w1", "w3", "w2")),
+    "qwen3_moe": Experts(width="moe_intermediate_size"),
+    "olmoe": Experts(),
+}
+
+
+def experts_of(config: PreTrainedConfig) -> Experts | None:
+    """Of a model by its config; None: it has none, or they are not described here."""
+    return EXPERTS.get(config.model_type)
