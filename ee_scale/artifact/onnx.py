@@ -25,6 +25,7 @@ from ee_scale.backbone.model_tensors import ModelTensors
 from ee_scale.errors import UserError, one_line
 from ee_scale.families.build import AUTO_CLASS, meta_model
 from ee_scale.families.registry import find_family
+from ee_scale.families.sizes import max_length
 from ee_scale.files import new_folder
 from ee_scale.modeling.versions import CACHE
 
@@ -248,7 +249,7 @@ def _compare(path: Path, model: PreTrainedModel, task: str) -> OnnxReport:
         references.append(model(ids).logits.flatten(0, -2).numpy())
         answers.append(_answer(running, ids.numpy(), task).reshape(references[-1].shape))
     ours, theirs = np.concatenate(answers), np.concatenate(references)
-    tokens = min(TIMED_TOKENS, model.config.max_position_embeddings)
+    tokens = min(TIMED_TOKENS, max_length(model.config))
     ids = torch.randint(vocabulary, (1, tokens), generator=random)
     torch_ms, onnx_ms = in_turns(lambda: model(ids), lambda: running(ids.numpy()))
     return OnnxReport(

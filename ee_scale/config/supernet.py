@@ -62,7 +62,8 @@ class PhaseConfig:
 @dataclass
 class FactorsConfig:
     targets: list[str] = setting(
-        ["attention", "mlp", "head"], "matrices that get factors: attention, mlp, embeddings, head (lm_head, pooler)"
+        ["attention", "mlp", "head"],
+        "matrices that get factors: attention, mlp, embeddings, head (lm_head; behind an encoder)",
     )
     vectors: bool = setting(True, "train norms and biases as well")
 
@@ -156,7 +157,7 @@ class SupernetConfig:
 
     out: str = setting("runs/supernet", "output folder of the run")
     task: str | None = setting(
-        None, "null: by architecture, BERT: classify, the others: causal_lm", rule=one_of("causal_lm", "classify")
+        None, "null: by architecture, encoders: classify, the others: causal_lm", rule=one_of("causal_lm", "classify")
     )
     model: ModelConfig = field(default_factory=ModelConfig)
     space: SpaceConfig = field(default_factory=SpaceConfig)

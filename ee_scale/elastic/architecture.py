@@ -56,14 +56,16 @@ class ElasticMap:
     def __init__(self, config: PreTrainedConfig, task: str):
         """Raises `UserError` where the architecture is not elastic or has a tensor that is not known."""
         self.config, self.family, self.shape = config, elastic_family(config, task), elastic_shape(config)
-        self._parameters = {
-            name: tuple(parameter.shape)
-            for name, parameter in meta_model(config, torch.float32, task=task).named_parameters()
-        }
+        self._parameters: dict[str, tuple[int, ...]] = {}
+        for name, parameter in meta_model(config, torch.float32, task=task).named_parameters():
+            module, leaf = name.rsplit(".", 1)
+            parts = self.family.parts_of(module)
+            self._parameters |= {f"{part}.{leaf}": tuple(parameter.chunk(len(parts))[0].shape) for part in parts}
 
     @cached_property
     def tensors(self) -> dict[str, TensorAxes]:
-        """By full name ('model.layers.3.mlp.up_proj.weight'); tied matrices appear once, as transformers lists them."""
+        """By full name ('model.layers.3.mlp.up_proj.weight'); tied matrices appear once, as transformers lists them,
+        and the parts of a fused one follow one another."""
         return {name: self.describe(name, shape) for name, shape in self._parameters.items()}
 
     def describe(self, name: str, shape: tuple[int, ...]) -> TensorAxes:

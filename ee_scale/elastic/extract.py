@@ -1,6 +1,8 @@
 """A subnet as a stock model: merged, cut, renumbered."""
 
+import re
 from collections.abc import Iterator, Mapping
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -9,8 +11,9 @@ from ee_scale.backbone.loading import TensorFolder
 from ee_scale.backbone.narrowing import narrowed
 from ee_scale.elastic.architecture import ElasticMap, TensorAxes
 from ee_scale.elastic.order import UnitOrder
-from ee_scale.elastic.stage import read_tensor
+from ee_scale.elastic.stage import before_training, read_tensor
 from ee_scale.elastic.subnet import SubnetSpec
+from ee_scale.errors import UserError
 from ee_scale.families.sizes import with_layers
 
 LM_HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
@@ -19,8 +22,10 @@ Trained = Mapping[str, torch.Tensor]  # '<phase>.<module>.<leaf>' -> whole, sort
 
 
 def subnet_config(elastic_map: ElasticMap, spec: SubnetSpec, *, tied: bool) -> Any:
-    """The stock transformers config of a subnet."""
+    """The stock transformers config of a subnet. Raises `UserError` where no config describes it."""
     config, shape = with_layers(elastic_map.config, spec.layers), elastic_map.shape
+    if shape.first_layer_stays and 0 not in spec.layers:
+        raise UserError(f"{spec.name}: without layer 0 no '{config.model_type}' computes what the subnet does")
     config.hidden_size, config.intermediate_size = spec.hidden, spec.ffn
     config.num_attention_heads = spec.groups * shape.queries_per_group
     if not shape.head_dim_is_derived:
@@ -43,24 +48,38 @@ def subnet_tensors(
     elastic_map: ElasticMap, base: TensorFolder, order: UnitOrder, trained: Trained, spec: SubnetSpec
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(stock name, tensor) one at a time: base tensors with all updates added in fp32, cut, in the base's type."""
-    described = dict(elastic_map.matrices)
-    if is_tied(elastic_map, trained):
-        del described[f"{LM_HEAD}.weight"]
+    without = f"{LM_HEAD}.weight" if is_tied(elastic_map, trained) else None
     updates = _by_tensor(trained)
-    for name, tensor in described.items():
-        if tensor.layer is not None and tensor.layer not in spec.layers:
-            continue
-        whole = read_tensor(base, name, elastic_map.family)
-        value = torch.zeros(tensor.shape) if whole is None else whole.float()
-        for dim, axis in enumerate(tensor.axes):
-            rows = order.rows(axis, tensor.layer, elastic_map.shape)
-            if rows is not None:
-                value = value.index_select(dim, rows)
-        value = _cut(value, tensor.axes, elastic_map, spec)
-        for update in updates.get(name, []):
-            value = value + _update(update, tensor, elastic_map, spec)
-        dtype = elastic_map.config.dtype or torch.float32 if whole is None else whole.dtype
-        yield _renumbered(name, tensor, spec), narrowed(value, dtype, name).contiguous()
+    kept = [
+        name
+        for name, tensor in elastic_map.matrices.items()
+        if name != without and (tensor.layer is None or tensor.layer in spec.layers)
+    ]
+    for whole, names in groupby(kept, elastic_map.family.whole_of):
+        parts = [_subnet_tensor(elastic_map, base, order, updates.get(name, []), spec, name) for name in names]
+        yield _renumbered(whole, spec), parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _subnet_tensor(
+    elastic_map: ElasticMap,
+    base: TensorFolder,
+    order: UnitOrder,
+    updates: list[dict[str, torch.Tensor]],
+    spec: SubnetSpec,
+    name: str,
+) -> torch.Tensor:
+    tensor = elastic_map.matrices[name]
+    whole = read_tensor(base, name, elastic_map.family)
+    value = before_training(name, tensor.shape) if whole is None else whole.float()
+    for dim, axis in enumerate(tensor.axes):
+        rows = order.rows(axis, tensor.layer, elastic_map.shape)
+        if rows is not None:
+            value = value.index_select(dim, rows)
+    value = _cut(value, tensor.axes, elastic_map, spec)
+    for update in updates:
+        value = value + _update(update, tensor, elastic_map, spec)
+    dtype = elastic_map.config.dtype or torch.float32 if whole is None else whole.dtype
+    return narrowed(value, dtype, name).contiguous()
 
 
 def _by_tensor(trained: Trained) -> dict[str, list[dict[str, torch.Tensor]]]:
@@ -89,7 +108,5 @@ def _cut(value: torch.Tensor, axes: tuple[str, ...], elastic_map: ElasticMap, sp
     return value[tuple(slice(sizes.get(axis)) for axis in axes)]
 
 
-def _renumbered(name: str, tensor: TensorAxes, spec: SubnetSpec) -> str:
-    if tensor.layer is None:
-        return name
-    return name.replace(f".{tensor.layer}.", f".{spec.layers.index(tensor.layer)}.", 1)
+def _renumbered(name: str, spec: SubnetSpec) -> str:
+    return re.sub(r"\.(\d+)\.", lambda match: f".{spec.layers.index(int(match[1]))}.", name, count=1)

@@ -26,7 +26,7 @@ class FactorPlan:
         self.tensors: dict[tuple[str, str], TensorAxes] = {}
         for name, tensor in elastic_map.matrices.items():
             module, leaf = name.rsplit(".", 1)
-            if module == "classifier" or module in new:
+            if module == elastic_map.family.classifier or module in new:
                 self.tensors[module, leaf] = tensor
             elif len(tensor.shape) == 1:
                 if factors.vectors:

@@ -128,7 +128,7 @@ def _sorted(stage: ElasticStage, sums: dict[tuple[str, int | None], torch.Tensor
         hidden=_best_first(sums["hidden", None]),
         groups=torch.stack([_best_first(sums["heads", i]) for i in layers]),
         ffn=torch.stack([_best_first(sums["ffn", i]) for i in layers]),
-        drop=torch.tensor(drop_order(influence, parts)),
+        drop=torch.tensor(drop_order(influence, parts, first_stays=stage.map.shape.first_layer_stays)),
     )
 
 

@@ -4,7 +4,7 @@ Real slicing: the first rows and columns of matrices whose units are sorted by i
 Gradients of every factor are whole on every tensor rank that holds a copy (see `ElasticLinear.forward`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -128,6 +128,17 @@ class ElasticLinear(ElasticModule):
         for up, down in self._pairs():
             y = y + low_rank_update(x, down, up, self.style, self.group)
         return y + bias if row and bias is not None else y
+
+
+class FusedLinear(nn.Module):
+    """[..., in'] -> the outputs of several projections, side by side: a module that the model has in one piece."""
+
+    def __init__(self, parts: Iterable[ElasticLinear]):
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part(x) for part in self.parts], -1)
 
 
 class ElasticEmbedding(ElasticModule):

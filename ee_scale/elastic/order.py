@@ -73,6 +73,8 @@ class UnitOrder:
             same = (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype)
             if not same or not torch.equal(mine.sort(-1).values, theirs.sort(-1).values):
                 raise UserError(f"{path}: '{name}' is no order of this model's units {list(theirs.shape)}")
+        if shape.first_layer_stays and order.drop[-1] != 0:
+            raise UserError(f"{path}: 'drop' ends with layer {int(order.drop[-1])}; this model cannot lose layer 0")
         return order
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise, product
+from math import inf
 from random import Random
 from typing import Any
 
@@ -52,6 +53,7 @@ class ElasticShape:
     Attributes:
         head_dim_is_derived: hidden = heads x head_dim in every subnet.
         heads_divide_hidden: hidden must be a multiple of the query heads in every subnet.
+        first_layer_stays: every subnet has layer 0.
     """
 
     hidden: int
@@ -62,6 +64,7 @@ class ElasticShape:
     queries_per_group: int
     head_dim_is_derived: bool
     heads_divide_hidden: bool = False
+    first_layer_stays: bool = False
 
     @property
     def full(self) -> SubnetSpec:
@@ -191,9 +194,11 @@ def _shipped(
     return tuple(smallest)
 
 
-def drop_order(importance: Sequence[float], parts: int) -> list[int]:
-    """Layers in the order in which they are dropped: the least important first, in turn from `parts` equal runs."""
-    return drop_in_turn(len(importance), parts, lambda _, __: dict(enumerate(importance)))
+def drop_order(importance: Sequence[float], parts: int, *, first_stays: bool = False) -> list[int]:
+    """Layers in the order in which they are dropped: the least important first, in turn from `parts` equal runs; with
+    `first_stays` layer 0 is the last of all."""
+    worth = dict(enumerate(importance)) | ({0: inf} if first_stays else {})
+    return drop_in_turn(len(importance), parts, lambda _, __: worth)
 
 
 def drop_in_turn(

@@ -24,10 +24,12 @@ class Elastic:
     Attributes:
         head_dim_is_derived: the config has no head_dim of its own, so hidden = heads x head_dim in every subnet.
         heads_divide_hidden: the config refuses a width that is not a multiple of its heads, though it has a head_dim.
+        first_layer_stays: the first layer is made otherwise than the rest, so that no other can be the first.
     """
 
     head_dim_is_derived: bool = False
     heads_divide_hidden: bool = False
+    first_layer_stays: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,12 @@ class Family:
         task: 'causal_lm' takes exits; 'classify' reads a whole text.
         axes: module name ('*' for a layer's number) -> axes of its weight; a bias lies along the first. Supernets and
             GGUF files need them.
+        fused: module (its last name) -> names of the matrices of one size that lie in it one below the other; `axes`
+            names those, each as a module inside of it.
         layers: place of the layers in the base model.
+        final_norm: place of the norm behind them, or None.
         heads: matrices behind the last layer, the output matrix last.
+        head_norms: norms between the heads of a text.
         attention, mlp: how names of their modules begin inside a layer.
         mlp_input_norm: norm whose input is the residual stream and whose output feeds the MLP;
             None when the MLP reads the residual stream itself.
@@ -51,6 +57,7 @@ class Family:
         gated: whether an MLP has three matrices (gate, up, down), not two.
         parallel: attention and MLP read the same state, side by side, and both are added: an MLP beside it is no exit.
         neutral_norm: weight of a norm that only normalises (Gemma multiplies by 1 + weight).
+        counts_from_padding: the table of positions starts with those up to the padding token's id, which no text has.
         gguf: whether GGUF files of it are read.
         gguf_pairs: GGUF files hold the two rows of a rotary pair side by side, transformers half a head apart.
         elastic: None where it is no supernet.
@@ -59,8 +66,11 @@ class Family:
     name: str
     axes: Mapping[str, tuple[str, ...]] = field(repr=False, default_factory=dict)
     task: str = "causal_lm"
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     layers: str = "layers"
+    final_norm: str | None = "norm"
     heads: tuple[str, ...] = ("lm_head",)
+    head_norms: tuple[str, ...] = ()
     attention: tuple[str, ...] = ("self_attn.",)
     mlp: tuple[str, ...] = ("mlp.",)
     mlp_input_norm: str | None = "post_attention_layernorm"
@@ -73,6 +83,7 @@ class Family:
     embedding_scale: str | None = None
     parallel: bool = False
     neutral_norm: float = 1.0
+    counts_from_padding: bool = False
     gguf: bool = False
     gguf_pairs: bool = False
     elastic: Elastic | None = None
@@ -89,12 +100,28 @@ class Family:
 
     @property
     def text_heads(self) -> tuple[str, ...]:
-        """Heads that read one vector of a text, not one of each token. A base model may lack them."""
-        return () if self.is_decoder else self.heads
+        """What reads one vector of a text, not one of each token. A base model may lack it."""
+        return () if self.is_decoder else (*self.heads, *self.head_norms)
 
     def axes_of(self, module: str) -> tuple[str, ...] | None:
         """Of the weight of a module by its full name ('model.layers.3.mlp.up_proj'); None: it is not known."""
         return self.axes.get(re.sub(r"\.\d+\.", ".*.", module))
+
+    @property
+    def classifier(self) -> str | None:
+        """What gives the logits of classes; None of a decoder."""
+        return None if self.is_decoder else self.heads[-1]
+
+    def parts_of(self, module: str) -> tuple[str, ...]:
+        """Modules that `axes` names in the place of a module of the model: those inside a fused one, or itself."""
+        inside = self.fused.get(module.rpartition(".")[2], ())
+        return tuple(f"{module}.{part}" for part in inside) or (module,)
+
+    def whole_of(self, name: str) -> str:
+        """The tensor of the model ('model.layers.3.attn.Wqkv.weight') that one of a part of a module lies in."""
+        module, leaf = name.rsplit(".", 1)
+        whole = module.rpartition(".")[0]
+        return f"{whole}.{leaf}" if module in self.parts_of(whole) else name
 
     def prefixes(self, targets: Sequence[str]) -> tuple[str, ...]:
         """How names inside a layer begin that belong to 'attention' or 'mlp', where targets have those."""

@@ -179,7 +179,7 @@ def shape_of(config: PreTrainedConfig) -> ModelShape:
         num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         vocab_size=config.vocab_size,
-        max_positions=config.max_position_embeddings,
+        max_positions=max_length(config),
         tied_embeddings=bool(config.tie_word_embeddings),
         gated=family.gated if (family := find_family(config)) else True,
         experts=_experts_of(config),
@@ -203,6 +203,18 @@ def _have_experts(config: PreTrainedConfig) -> tuple[bool, ...]:
     """Which layers have experts, if any has (Qwen's settings; the others have no such)."""
     dense, step = getattr(config, DENSE_LAYERS, None) or (), getattr(config, SPARSE_STEP, 1)
     return tuple(i not in dense and (i + 1) % step == 0 for i in range(config.num_hidden_layers))
+
+
+def max_length(config: PreTrainedConfig) -> int:
+    """Tokens of the longest text that the model reads."""
+    family, positions = find_family(config), config.max_position_embeddings
+    return positions - (config.pad_token_id + 1) if family and family.counts_from_padding else positions
+
+
+def max_length_text(config: PreTrainedConfig) -> str:
+    """Where that is said."""
+    most, said = max_length(config), f"max_position_embeddings={config.max_position_embeddings}"
+    return said if said.endswith(f"={most}") else f"{said}, of which a text has {most}"
 
 
 # What a config says of each layer, in lists.

@@ -28,7 +28,7 @@ from transformers.utils import ModelOutput
 from ee_scale.backbone.loading import weight_bytes
 from ee_scale.errors import UserError
 from ee_scale.families.build import AUTO_CLASS
-from ee_scale.families.sizes import with_layers
+from ee_scale.families.sizes import max_length, with_layers
 from ee_scale.modeling.attention import without_cudnn
 from ee_scale.modeling.versions import CACHE
 from ee_scale.palettes.energy import EnergyMeter, find_meter
@@ -177,7 +177,7 @@ def _measure(
 
 
 def _check_length(config: PreTrainedConfig, length: int) -> None:
-    most = getattr(config, "max_position_embeddings", None)
+    most = max_length(config) if hasattr(config, "max_position_embeddings") else None
     if most is not None and length > most:
         raise UserError(f"tokens: {length} with the decoded ones, but the model reads at most {most}")
 

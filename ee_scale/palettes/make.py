@@ -18,6 +18,7 @@ from ee_scale.elastic.order import UnitOrder
 from ee_scale.elastic.stage import base_tensors
 from ee_scale.elastic.subnet import SearchSpace, SubnetSpec
 from ee_scale.errors import UserError
+from ee_scale.families.sizes import max_length, max_length_text
 from ee_scale.files import new_folder, remove_folder
 from ee_scale.grid import Layout, join_grid, pick_device
 from ee_scale.palettes.audit import Audit
@@ -75,13 +76,14 @@ def _advice(config: PaletteConfig, plan: SupernetPlan) -> str:
 
 def check_length(config: PaletteConfig, plan: SupernetPlan) -> None:
     """Refuse to measure texts that the model cannot read. Raises `UserError`."""
-    most, decoded = plan.map.config.max_position_embeddings, config.new_tokens if plan.task == "causal_lm" else 0
+    model_config, decoded = plan.map.config, config.new_tokens if plan.task == "causal_lm" else 0
+    most, said = max_length(model_config), max_length_text(model_config)
     if config.tokens + decoded > most:
         texts = f"tokens={config.tokens}" + (f" and new_tokens={decoded}" if decoded else "")
-        raise UserError(f"{texts}: the model reads at most max_position_embeddings={most} tokens")
+        raise UserError(f"{texts}: the model reads at most {said} tokens")
     if config.drafts and config.tokens + sum(VERIFIED) > most:
         texts = f"tokens={config.tokens} and {sum(VERIFIED)} that are verified behind them (drafts=true)"
-        raise UserError(f"{texts}: the model reads at most max_position_embeddings={most} tokens")
+        raise UserError(f"{texts}: the model reads at most {said} tokens")
 
 
 def limits_of(config: PaletteConfig) -> dict[str, float]:

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
+from transformers import PreTrainedConfig
 
 from ee_scale.backbone.stages import StagePlan
 from ee_scale.config.schema import TrainingConfig
 from ee_scale.errors import UserError
+from ee_scale.families.sizes import max_length, max_length_text
 from ee_scale.grid import Layout
 
 ConfigType = TypeVar("ConfigType", bound=TrainingConfig)
@@ -249,14 +251,14 @@ def rank_traffic(plan: Plan, crossing: float, calls: int, state: float, trained:
     return StageTraffic(count * crossing, calls * all_reduce(state, tp), calls, reduce, ring(size * trained, dp))
 
 
-def check_lengths(config: TrainingConfig, max_positions: int, num_layers: int) -> None:
+def check_lengths(config: TrainingConfig, model_config: PreTrainedConfig) -> None:
     """Refuse sequences and grids that are too long for the model. Raises `UserError`."""
-    if config.data.seq_length > max_positions:
+    if config.data.seq_length > max_length(model_config):
         raise UserError(
-            f"data.seq_length={config.data.seq_length} is above the model's max_position_embeddings={max_positions}"
+            f"data.seq_length={config.data.seq_length} is above the model's {max_length_text(model_config)}"
         )
-    if config.parallel.pp > num_layers:
-        raise UserError(f"parallel.pp={config.parallel.pp}: more stages than the model's {num_layers} layers")
+    if config.parallel.pp > (layers := model_config.num_hidden_layers):
+        raise UserError(f"parallel.pp={config.parallel.pp}: more stages than the model's {layers} layers")
 
 
 def uses_bf16(precision: str, device: torch.device) -> bool:

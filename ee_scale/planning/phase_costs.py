@@ -178,7 +178,7 @@ def _heads(plan: SupernetSetup, seq_length: int) -> list[tuple[str, int]]:
 def _space(plan: SupernetSetup) -> SearchSpace:
     """The space as it is before the importance of layers is measured: same sizes, other layers."""
     space, shape = plan.space(UnitOrder.identity(plan.map.shape)), plan.map.shape
-    drops = drop_order([0.0] * shape.num_layers, plan.parts)
+    drops = drop_order([0.0] * shape.num_layers, plan.parts, first_stays=shape.first_layer_stays)
     return replace(space, kept={n: tuple(sorted(drops[shape.num_layers - n :])) for n in space.depth})
 
 

@@ -106,7 +106,7 @@ def plan_supernet(
         model_config.problem_type = "single_label_classification"
     elastic_map = ElasticMap(model_config, task)
     shape = elastic_map.shape
-    check_lengths(config, model_config.max_position_embeddings, shape.num_layers)
+    check_lengths(config, model_config)
     heads = "num_key_value_heads" if hasattr(model_config, "num_key_value_heads") else "num_attention_heads"
     for name, size in ((heads, shape.groups), ("intermediate_size", shape.ffn)):
         if size % parallel.tp:

@@ -315,7 +315,7 @@ def plan_tune(config: TuneConfig, model_dir: Path, model_config: PreTrainedConfi
     check_tune(config)
     check_loss_kernel(config)
     shape, parallel, exits, backbone = shape_of(model_config), config.parallel, config.exits, config.backbone
-    check_lengths(config, shape.max_positions, shape.num_layers)
+    check_lengths(config, model_config)
     tensor_plan(model_config, parallel.tp)
     check_tensor_proof(model_config, parallel.tp)
     layers = resolve_exit_layers(exits.layers, shape.num_layers, parallel.pp, parallel.stages)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch import nn
 from torch.func import functional_call
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig
 
 from ee_scale.backbone.digest import named_generator
 from ee_scale.backbone.loading import read_config
@@ -34,6 +34,8 @@ from helpers.models import VOCAB, write_model
 
 ROWS, LENGTH, MICRO_BATCHES, LABELS, LAYERS = 2, 10, 2, 5, 4
 SAMPLES = 6  # tokens that are kept of a teacher
+PADDING = 1  # id of a token
+FUSED = {"Wqkv": ("query", "key", "value"), "Wi": ("input", "gate")}  # ModernBERT's, one below the other
 
 
 @dataclass(frozen=True)
@@ -58,17 +60,35 @@ class SupernetJob:
 
     @property
     def task(self) -> str:
-        return "classify" if self.family == "bert" else "causal_lm"
+        return "causal_lm" if self.family not in OF_ENCODERS else "classify"
 
 
-def write_base(folder: Path, job: SupernetJob) -> Path:
+# Of ModernBERT a window that is shorter than the padding, and of the four layers the first and the last see everything.
+OF_ENCODERS: dict[str, dict[str, Any]] = {
+    "bert": {},
+    "roberta": {"pad_token_id": PADDING},
+    "xlm-roberta": {"pad_token_id": PADDING},
+    "modernbert": {"pad_token_id": PADDING, "local_attention": 4},
+}
+
+
+def inputs_of(family: str) -> tuple[str, ...]:
+    """What a model reads beside tokens, of what a batch has."""
+    return ("attention_mask",) if family == "modernbert" else ("attention_mask", "token_type_ids")
+
+
+def encoder_config(family: str, **changes: Any) -> PreTrainedConfig:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+    sizes |= {"vocab_size": VOCAB, "max_position_embeddings": 64, "num_labels": LABELS}
+    return CONFIG_MAPPING[family](**{**sizes, **OF_ENCODERS[family], **changes})
+
+
+def write_base(folder: Path, job: SupernetJob, **changes: Any) -> Path:
     """A random base model; vectors are random too."""
     if job.task == "causal_lm":
         return write_model(folder, job.family, num_hidden_layers=LAYERS, tie_word_embeddings=job.tied)
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
-    config = BertConfig(vocab_size=VOCAB, max_position_embeddings=64, num_labels=LABELS, **sizes)
-    model = AutoModelForSequenceClassification.from_config(config)
+    model = AutoModelForSequenceClassification.from_config(encoder_config(job.family, **changes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
@@ -83,7 +103,7 @@ def scrambled_order(shape: ElasticShape) -> UnitOrder:
     """An order that is nobody's own."""
     generator = torch.Generator().manual_seed(5)
     rows = lambda size: torch.stack([torch.randperm(size, generator=generator) for _ in range(shape.num_layers)])  # noqa: E731
-    drops = drop_order([3.0, 1.0, 2.0, 4.0], 2)
+    drops = drop_order([3.0, 1.0, 2.0, 4.0], 2, first_stays=shape.first_layer_stays)
     return UnitOrder(
         torch.randperm(shape.hidden, generator=generator), rows(shape.groups), rows(shape.ffn), torch.tensor(drops)
     )
@@ -115,6 +135,7 @@ def random_batch(step: int, index: int, task: str) -> dict[str, torch.Tensor]:
         return {"tokens": tokens, "labels": labels, "loss_mask": mask}
     mask = torch.ones(ROWS, LENGTH, dtype=torch.long)
     mask[1, 6 + index % 3 :] = 0
+    tokens = tokens.masked_fill(mask == 0, PADDING)
     labels = torch.randint(0, LABELS, (ROWS,), generator=generator)
     return {"tokens": tokens, "labels": labels, "attention_mask": mask, "token_type_ids": (tokens % 2) * mask}
 
@@ -240,27 +261,31 @@ class Reference:
 
     def weights(self, spec: SubnetSpec, stages: int) -> dict[str, torch.Tensor]:
         """The state dict of a subnet, by hand: sorted rows, first rows, plus products of factors."""
-        state, shape = {}, self.map.shape
-        sizes = shape.sizes(spec)
-        for name, tensor in self.base.items():
+        state = {}
+        for name, whole in self.base.items():
             module, leaf = name.rsplit(".", 1)
-            described = self.map.describe(name, tuple(tensor.shape))
-            if described.layer is not None and described.layer not in spec.layers:
+            layer = next((int(part) for part in name.split(".") if part.isdigit()), None)
+            if layer is not None and layer not in spec.layers:
                 continue
-            for dim, axis in enumerate(described.axes):
-                rows = self.order.rows(axis, described.layer, shape)
-                tensor = tensor if rows is None else tensor.index_select(dim, rows)
-            for stage in range(stages):
-                mine = {key: self.factors.get(f"{stage}.{module}.{key}") for key in ("A", "B", leaf)}
-                if mine["A"] is not None and leaf == "weight":
-                    tensor = tensor + mine["A"] @ mine["B"]
-                if mine[leaf] is not None:
-                    tensor = tensor + mine[leaf]
-            tensor = tensor[tuple(slice(sizes.get(axis)) for axis in described.axes)]
-            if described.layer is not None:
-                name = name.replace(f".{described.layer}.", f".{spec.layers.index(described.layer)}.")
-            state[name] = tensor
+            moved = name if layer is None else name.replace(f".{layer}.", f".{spec.layers.index(layer)}.")
+            inside = FUSED.get(module.rsplit(".", 1)[-1])
+            parts = [f"{module}.{part}" for part in inside] if inside else [module]
+            tensors = zip(parts, whole.chunk(len(parts)), strict=True)
+            state[moved] = torch.cat([self._weight(part, leaf, tensor, spec, stages) for part, tensor in tensors])
         return state
+
+    def _weight(self, module: str, leaf: str, tensor: torch.Tensor, spec: SubnetSpec, stages: int) -> torch.Tensor:
+        shape, described = self.map.shape, self.map.describe(f"{module}.{leaf}", tuple(tensor.shape))
+        for dim, axis in enumerate(described.axes):
+            rows = self.order.rows(axis, described.layer, shape)
+            tensor = tensor if rows is None else tensor.index_select(dim, rows)
+        for stage in range(stages):
+            mine = {key: self.factors.get(f"{stage}.{module}.{key}") for key in ("A", "B", leaf)}
+            if mine["A"] is not None and leaf == "weight":
+                tensor = tensor + mine["A"] @ mine["B"]
+            if mine[leaf] is not None:
+                tensor = tensor + mine[leaf]
+        return tensor[tuple(slice(shape.sizes(spec).get(axis)) for axis in described.axes)]
 
     def forward(
         self, spec: SubnetSpec, stages: int, data: dict[str, torch.Tensor]
@@ -273,7 +298,7 @@ class Reference:
             for i, layer in zip(spec.layers, layers, strict=True)
         ]
         inputs = {"input_ids": data["tokens"]}
-        inputs |= {key: data[key] for key in ("attention_mask", "token_type_ids") if key in data}
+        inputs |= {key: data[key] for key in inputs_of(self.job.family) if key in data}
         logits = functional_call(model, self.weights(spec, stages), (), inputs).logits
         for hook in hooks:
             hook.remove()

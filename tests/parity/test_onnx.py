@@ -13,9 +13,11 @@ import pytest
 import torch
 from helpers.clutter import check_copy, clutter
 from helpers.models import VOCAB, load_whole, write_model
-from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+from helpers.supernet import encoder_config
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from ee_scale.errors import UserError
+from ee_scale.families.registry import FAMILIES
 
 MISSING = "not installed: pip install 'ee-scale[edge]'"
 onnx = pytest.importorskip("onnx", reason=MISSING)
@@ -185,23 +187,33 @@ def test_a_row_of_a_table_comes_back_within_half_a_step():
     assert np.all(np.abs(rows[::-1] - table) <= step / 2 + 1e-6)
 
 
-def test_a_classifier(tmp_path):
-    sizes = {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+# RoBERTa counts positions from behind its padding's; of ModernBERT two layers, one with a window.
+@pytest.mark.parametrize(
+    ("family", "changes", "reads"),
+    [
+        ("bert", {"num_hidden_layers": 1}, 40),
+        ("roberta", {"num_hidden_layers": 1}, 38),
+        ("modernbert", {"num_hidden_layers": 2, "initializer_range": 0.1}, 40),
+    ],
+)
+def test_a_classifier(family, changes, reads, tmp_path):
+    config = encoder_config(family, **changes, max_position_embeddings=40)
     torch.manual_seed(0)
-    model = BertForSequenceClassification(BertConfig(**sizes, intermediate_size=128, max_position_embeddings=40))
+    model = AutoModelForSequenceClassification.from_config(config)
     with torch.no_grad():
-        model.classifier.weight.mul_(20)
-    model.save_pretrained(tmp_path / "bert")
-    report = export_onnx(tmp_path / "bert", tmp_path / "out", "classify", int8=True)
-    assert (report.agreement, report.tokens) == (1, 40)
+        model.get_submodule(FAMILIES[family].classifier).weight.mul_(20)
+    model.save_pretrained(tmp_path / "whole")
+    report = export_onnx(tmp_path / "whole", tmp_path / "out", "classify", int8=True)
+    assert (report.agreement, report.tokens) == (1, reads)
     graph = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph
     assert shapes(graph.input) == {"input_ids": [BATCH, LENGTH], "attention_mask": [BATCH, LENGTH]}
-    assert shapes(graph.output) == {"logits": [BATCH, 2]}
-    mask = np.ones((3, 17), np.int64)
+    assert shapes(graph.output) == {"logits": [BATCH, 5]}
+    mask = torch.ones(3, 17, dtype=torch.long)
     mask[1, 9:] = 0
-    (logits,) = session(tmp_path / "out").run(["logits"], {"input_ids": ids(3, 17).numpy(), "attention_mask": mask})
-    whole = AutoModelForSequenceClassification.from_pretrained(tmp_path / "bert").eval()
-    expected = whole(ids(3, 17), attention_mask=torch.from_numpy(mask)).logits.detach().numpy()
+    given = {"input_ids": ids(3, 17).masked_fill(mask == 0, config.pad_token_id), "attention_mask": mask}
+    (logits,) = session(tmp_path / "out").run(["logits"], {name: tensor.numpy() for name, tensor in given.items()})
+    whole = AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole").eval()
+    expected = whole(**given).logits.detach().numpy()
     assert np.abs(logits - expected).max() < 0.05 * np.abs(expected).max()
 
 

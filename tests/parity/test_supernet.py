@@ -22,14 +22,22 @@ JOBS = {
     "bert": SupernetJob("bert"),
     "bert, kept teacher, palette": SupernetJob("bert", cache=3, full_every=2, palette_share=0.8, steps=(1, 3)),
     "bert, live teacher": SupernetJob("bert", teacher="live", gamma=1.0),
+    "roberta": SupernetJob("roberta"),
+    "modernbert": SupernetJob("modernbert", exits=(2,)),
 }
 # One process and two run everything; four share the cases out.
 FOUR = {
     Layout(4, 1, 1): ["llama"],
-    Layout(2, 2, 1): ["llama, live teacher, tied, exits", "qwen3", "bert", "llama, kept teacher, palette"],
+    Layout(2, 2, 1): [
+        "llama, live teacher, tied, exits",
+        "qwen3",
+        "bert",
+        "llama, kept teacher, palette",
+        "modernbert",
+    ],
     Layout(1, 2, 2): ["llama", "bert, live teacher", "bert, kept teacher, palette"],
-    Layout(2, 1, 2): ["llama, whole updates", "bert"],
-    Layout(1, 4, 1): ["qwen2", "bert"],
+    Layout(2, 1, 2): ["llama, whole updates", "bert", "modernbert"],
+    Layout(1, 4, 1): ["qwen2", "bert", "roberta", "modernbert"],
 }
 CASES = [(1, Layout(1, 1, 1), name) for name in JOBS]
 CASES += [(2, layout, name) for layout in (Layout(2, 1, 1), Layout(1, 2, 1)) for name in JOBS]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from deepspeed.runtime.pipe.schedule import TrainSchedule
 from helpers.models import SHORTLIST, VOCAB, some_tokens, tiny_config
+from helpers.supernet import encoder_config
 from megatron.core.tensor_parallel import layers as megatron_layers
 from megatron.core.tensor_parallel import mappings
 from replay import Op, operations, replay
@@ -50,7 +51,7 @@ def supernet_plan(model_config: Any, *overrides: str) -> SupernetPlan:
     space = "space={hidden: [64, 32], ffn: [128, 64], depth: [4, 2]}"
     stages = "stages=[{name: a, axes: [], steps: 1, rank: 4}, {name: b, axes: [hidden, ffn, depth], steps: 3, rank: 2}]"
     config = compose_config("supernet", [*arguments, space, stages, "train.global_batch_size=8", *overrides])
-    return plan_supernet(config, Path("nowhere"), model_config, ["a", "b"] if model_config.model_type == "bert" else [])
+    return plan_supernet(config, Path("nowhere"), model_config, ["a", "b"] if "bert" in model_config.model_type else [])
 
 
 class Group:
@@ -154,7 +155,14 @@ def elastic_stage(plan: SupernetPlan, stage: int, device: str = "meta") -> tuple
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize("make", [lambda: tiny_config("llama", num_hidden_layers=4, tie_word_embeddings=True), bert])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: tiny_config("llama", num_hidden_layers=4, tie_word_embeddings=True),
+        bert,
+        lambda: encoder_config("modernbert", classifier_bias=True),
+    ],
+)
 @pytest.mark.parametrize("rank", [2, 0])
 def test_supernet_parameters_are_those_of_the_real_stages(make: Any, tp: int, rank: int) -> None:
     stages = f"stages=[{{name: a, axes: [], steps: 1, rank: {rank}}}, {{name: b, axes: [hidden], steps: 3, rank: 3}}]"

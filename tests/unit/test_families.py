@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.models import tiny_config
-from transformers import BertConfig
+from helpers.supernet import OF_ENCODERS, encoder_config
 
 import ee_scale
 from ee_scale.families.build import meta_model
@@ -19,8 +19,8 @@ ROOT = Path(ee_scale.__file__).parents[1]
 
 
 def config_of(name: str):
-    if name == "bert":
-        return BertConfig(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=96)
+    if name in OF_ENCODERS:
+        return encoder_config(name, intermediate_size=96)
     return tiny_config(name, num_hidden_layers=4)
 
 
@@ -30,10 +30,13 @@ def test_every_parameter_lies_along_the_axes_that_the_family_names(name: str) ->
     lengths, seen = shape_of(config).lengths, set()
     for full_name, parameter in meta_model(config, torch.float32, task=family.task).named_parameters():
         module, leaf = full_name.rsplit(".", 1)
-        axes = family.axes_of(module)[:1] if leaf == "bias" else family.axes_of(module)
-        expected = [lengths.get(axis, size) for axis, size in zip(axes, parameter.shape, strict=True)]
-        assert list(parameter.shape) == expected, full_name
-        seen.add(re.sub(r"\.\d+\.", ".*.", module))
+        parts = family.parts_of(module)
+        for part, tensor in zip(parts, parameter.chunk(len(parts)), strict=True):
+            assert family.whole_of(f"{part}.{leaf}") == full_name
+            axes = family.axes_of(part)[:1] if leaf == "bias" else family.axes_of(part)
+            expected = [lengths.get(axis, size) for axis, size in zip(axes, tensor.shape, strict=True)]
+            assert list(tensor.shape) == expected, full_name
+            seen.add(re.sub(r"\.\d+\.", ".*.", part))
     assert seen == set(family.axes)
     assert set(family.heads) <= seen
 

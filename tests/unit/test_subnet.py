@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.models import VOCAB, tiny_config
+from helpers.supernet import OF_ENCODERS, encoder_config
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, Gemma2Config
 
@@ -242,14 +243,14 @@ def test_a_spec_survives_json() -> None:
 
 
 def model_config(name: str) -> tuple[Any, str]:
-    if name == "bert":
-        return BertConfig(num_hidden_layers=4, max_position_embeddings=64, **BERT), "classify"
+    if name in OF_ENCODERS:
+        return encoder_config(name), "classify"
     family, _, extra = name.partition(" ")
     changes = {"tied": {"tie_word_embeddings": True}, "biases": {"attention_bias": True, "mlp_bias": True}, "": {}}
     return tiny_config(family, num_hidden_layers=4, **changes[extra]), "causal_lm"
 
 
-MODELS = ("llama", "llama tied", "llama biases", "mistral", "qwen2", "qwen3", "bert")
+MODELS = ("llama", "llama tied", "llama biases", "mistral", "qwen2", "qwen3", "bert", "roberta", "modernbert")
 SPECS = (
     SubnetSpec(64, 4, 128, (0, 1, 2, 3)),
     SubnetSpec(48, 3, 128, (0, 1, 2, 3)),
@@ -259,9 +260,9 @@ SPECS = (
 
 
 def four_layers(elastic_map: ElasticMap) -> list[SubnetSpec]:
-    """The specs; a decoder may cut its heads alone."""
+    """The specs; a decoder may cut its heads alone, ModernBERT has no subnet without its first layer."""
     alone = [] if elastic_map.shape.head_dim_is_derived else [SubnetSpec(64, 1, 128, (0, 1, 2, 3))]
-    return [*SPECS, *alone]
+    return [*(SPECS[:-1] if elastic_map.shape.first_layer_stays else SPECS), *alone]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -274,7 +275,12 @@ def test_parameters_are_those_of_the_stock_model(name: str) -> None:
         assert elastic_map.parameters(spec) == sum(p.numel() for p in model.parameters()), spec
         layers = model.base_model.get_submodule(elastic_map.family.layers)
         assert elastic_map.parameters(spec, layers_only=True) == sum(p.numel() for p in layers.parameters()), spec
-        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        fused = {name: len(elastic_map.family.parts_of(name.rsplit(".", 1)[0])) for name, _ in model.named_parameters()}
+        shapes = {
+            (name, i): tuple(part.shape)
+            for name, p in model.named_parameters()
+            for i, part in enumerate(p.chunk(fused[name]))
+        }
         cut = {name: elastic_map.cut_shape(name, spec) for name in elastic_map.tensors}
         assert sorted(shapes.values()) == sorted(shape for shape in cut.values() if shape is not None)
 

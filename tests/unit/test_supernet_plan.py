@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 from helpers.models import tiny_config
-from transformers import BertConfig
+from helpers.supernet import encoder_config
+from transformers import BertConfig, DistilBertConfig
 
 from ee_scale.config.checks import check_supernet
 from ee_scale.config.compose import compose_config
@@ -153,8 +154,18 @@ def test_architectures_are_refused_by_name():
         plan("task=causal_lm", model=bert())
     with pytest.raises(UserError, match=r"space\.heads=\[1\.0\].* leave space\.heads=null"):
         plan("space.heads=[1.0]", model=bert(), labels=LABELS)
+    with pytest.raises(UserError, match=r"architecture 'distilbert' is not elastic; known: .*, roberta, .*modernbert$"):
+        plan(model=DistilBertConfig(), labels=LABELS)
     assert task_of(compose(), bert()) == "classify"
     assert task_of(compose(), tiny_config("qwen3")) == "causal_lm"
+
+
+def test_roberta_reads_less_than_its_positions():
+    given = {"model": encoder_config("roberta"), "labels": LABELS}  # 64 positions, ids to 1 are padding's
+    assert plan("space=bert_small", "data.seq_length=62", **given)
+    message = "data.seq_length=63 is above the model's max_position_embeddings=64, of which a text has 62"
+    with pytest.raises(UserError, match=f"{message}$"):
+        plan("space=bert_small", "data.seq_length=63", **given)
 
 
 def test_a_teacher_that_trains_is_neither_kept_nor_left_out():
