@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from ee_scale.families.llama_cpp import LlamaCpp
 from ee_scale.families.megatron import MegatronNames
 from ee_scale.modeling.heads import ExitSpec
 
@@ -52,7 +53,7 @@ class Family:
         parallel: attention and MLP read the same state, side by side, and both are added: an MLP beside it is no exit.
         neutral_norm: weight of a norm that only normalises (Gemma multiplies by 1 + weight).
         gguf: whether GGUF files of it are read.
-        gguf_pairs: GGUF files hold the two rows of a rotary pair side by side, transformers half a head apart.
+        llama_cpp: how llama.cpp runs it; None: no GGUF file of it is written.
         elastic, megatron: None where it is no supernet, or has no map to Megatron.
     """
 
@@ -74,7 +75,7 @@ class Family:
     parallel: bool = False
     neutral_norm: float = 1.0
     gguf: bool = False
-    gguf_pairs: bool = False
+    llama_cpp: LlamaCpp | None = None
     elastic: Elastic | None = None
     megatron: MegatronNames | None = None
 
