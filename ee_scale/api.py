@@ -32,6 +32,7 @@ from ee_scale.errors import REQUEUE, Requeue, RunError
 from ee_scale.libraries import kept_environment, prepare_libraries
 
 if TYPE_CHECKING:  # rooms are imported when they are used: after `prepare_libraries`, and only those that are needed
+    from ee_scale.artifact.gguf_export import GGUFReport
     from ee_scale.artifact.onnx import OnnxReport
     from ee_scale.conversion.convert import Converted
     from ee_scale.evaluation.calibrate import Calibration
@@ -52,10 +53,11 @@ class TrainedRun:
 
 @dataclass(frozen=True)
 class Exported:
-    """A folder that was written; `onnx`: its size, speed and distance to torch, of an ONNX file."""
+    """A folder or file that was written, and of an ONNX or a GGUF file what it is worth."""
 
     folder: Path
     onnx: "OnnxReport | None" = None
+    gguf: "GGUFReport | None" = None
 
 
 @dataclass(frozen=True)
@@ -120,15 +122,21 @@ def palette(config: PaletteConfig) -> "Manifest":
 
 
 def export(config: ExportConfig) -> Exported:
-    """Turn a tuned run into a model with exits, its exits alone or one exit as a stock model; or a model into ONNX.
+    """Turn a tuned run into a model with exits, its exits alone or one of them as a stock model; a model into a file.
 
     Args:
-        config: `src` (a tune run; with format `onnx` a stock model folder), `out` (a new folder), kind.
+        config: `src` (a tune run; with another format than `hf` a stock model folder), `out` (new), kind, format.
     """
     config = _ready(config)
-    from ee_scale.artifact.exports import run_export
+    from ee_scale.artifact.exports import run_export, run_gguf, run_onnx
 
-    return Exported(Path(config.out).expanduser(), run_export(config))
+    out = Path(config.out).expanduser()
+    if config.format == "onnx":
+        return Exported(out, onnx=run_onnx(config))
+    if config.format == "gguf":
+        return Exported(out, gguf=run_gguf(config))
+    run_export(config)
+    return Exported(out)
 
 
 def convert(config: ConvertConfig, tell: Callable[[str], None] = lambda line: None) -> "Converted":

@@ -82,8 +82,24 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise UserError(f"out={folder}: cannot write there ({error.strerror or error})") from error
 
 
+@contextmanager
+def new_file(file: Path) -> Iterator[Path]:
+    """`new_folder` for a file: a path to write to, which becomes `file` when the block succeeds."""
+    if file.exists():
+        raise UserError(f"out={file}: exists already; choose another name")
+    temporary = file.with_name(f".{file.name}.{uuid4().hex}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        publish(temporary, file)
+    except OSError as error:
+        raise UserError(f"out={file}: cannot write there ({error.strerror or error})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def publish(temporary: Path, folder: Path) -> None:
-    """Give a folder, whose files are synced, its name. Raises OSError."""
+    """Give a file, or a folder whose files are synced, its name. Raises OSError."""
     sync(temporary)
     temporary.rename(folder)
     sync(folder.parent)

@@ -211,7 +211,7 @@ class GGUFFile:
         values = self._values(stored)
         if not values.isfinite().all():
             raise UserError(f"{self.path}: '{stored}' has numbers that are not finite; it is damaged")
-        if family.gguf_pairs and name.endswith(("q_proj.weight", "k_proj.weight")):
+        if family.llama_cpp and family.llama_cpp.pairs and name.endswith(("q_proj.weight", "k_proj.weight")):
             heads = config.num_attention_heads if name.endswith("q_proj.weight") else config.num_key_value_heads
             return values.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(values.shape)
         if name.endswith("norm.weight"):  # what a norm multiplies by is stored

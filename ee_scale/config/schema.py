@@ -31,22 +31,29 @@ SHARE = Rule("must be between 0 and 1", lambda value: 0 < value < 1)
 
 @dataclass
 class ExportConfig:
-    """Turn a finished run, or one of its exits, into files that transformers or ONNX opens."""
+    """Turn a finished run, one of its exits, or a model into files that transformers, ONNX or llama.cpp opens."""
 
-    src: str = setting(MISSING, "output folder of a tune run; with format=onnx a stock model")
-    out: str = setting(MISSING, "folder to write; must not exist")
+    src: str = setting(MISSING, "output folder of a tune run; with format=onnx or gguf a stock model")
+    out: str = setting(MISSING, "folder (of format=gguf: file) to write; must not exist")
     kind: str = setting(
         "early_exit",
         "of a run: one folder with base model and exits, the exits alone (sidecar), or one exit as a stock model of "
-        "its layers (submodel)",
-        rule=one_of("early_exit", "sidecar", "submodel"),
+        "its layers (submodel); drafter: such a model, or a palette's size, checked against the model it drafts for",
+        rule=one_of("early_exit", "sidecar", "submodel", "drafter"),
     )
     step: int | None = setting(None, "checkpoint to export; null: the best on train.held_out, or the last one")
     format: str = setting(
-        "hf", "hf: files that transformers opens; onnx: a stock model folder as an ONNX file", rule=one_of("hf", "onnx")
+        "hf",
+        "hf: files that transformers opens; of a stock model folder onnx: an ONNX file, gguf: a file of llama.cpp",
+        rule=one_of("hf", "onnx", "gguf"),
     )
     int8: bool = setting(False, "onnx: weights in int8")
-    layer: int | None = setting(None, "submodel: the layer of the exit to export", written="exit")
+    type: str | None = setting(
+        None,
+        "gguf: how matrices are stored; null: in the model's own number type",
+        rule=one_of("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
+    )
+    layer: int | None = setting(None, "submodel, drafter: the layer of the exit to export", written="exit")
 
 
 @dataclass

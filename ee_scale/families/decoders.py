@@ -1,6 +1,7 @@
 """Decoders. A family is added here: one entry, where it differs from Llama. The tests run over all of them."""
 
 from ee_scale.families.family import FFN, HEAD_DIM, HEADS, HIDDEN, KV, VOCAB, Elastic, Family
+from ee_scale.families.llama_cpp import CAPS, LLAMA_CPP, MULTIPLIERS, LlamaCpp
 
 MATRICES = {
     "model.embed_tokens": (VOCAB, HIDDEN),
@@ -24,13 +25,14 @@ def _norms(*names: str) -> dict[str, tuple[str, ...]]:
 LLAMA = MATRICES | _norms("input_layernorm", "post_attention_layernorm")
 
 DECODERS = (
-    Family("llama", LLAMA, gguf=True, gguf_pairs=True, elastic=Elastic(heads_divide_hidden=True)),
-    Family("mistral", LLAMA, gguf=True, gguf_pairs=True, elastic=Elastic()),
-    Family("qwen2", LLAMA, gguf=True, elastic=Elastic()),
+    Family("llama", LLAMA, gguf=True, llama_cpp=LLAMA_CPP, elastic=Elastic(heads_divide_hidden=True)),
+    Family("mistral", LLAMA, gguf=True, llama_cpp=LLAMA_CPP, elastic=Elastic()),
+    Family("qwen2", LLAMA, gguf=True, llama_cpp=LlamaCpp("qwen2", wide=True), elastic=Elastic()),
     Family(
         "qwen3",
         LLAMA | {Q_NORM: (HEAD_DIM,), K_NORM: (HEAD_DIM,)},
         gguf=True,
+        llama_cpp=LlamaCpp("qwen3"),
         elastic=Elastic(),
     ),
     Family(
@@ -42,14 +44,21 @@ DECODERS = (
         embedding_scale="scalar_embed_scale",
         neutral_norm=0.0,
         gguf=True,
+        llama_cpp=LlamaCpp("gemma2", settings=CAPS, window_every=2, head_scale=46, own_head=False),
     ),
     Family(
         "olmo2",
         MATRICES | {Q_NORM: (HEADS,), K_NORM: (KV,)} | _norms("post_attention_layernorm", "post_feedforward_layernorm"),
         mlp_input_norm=None,
         mlp_output_norm="post_feedforward_layernorm",
+        llama_cpp=LlamaCpp("olmo2", wide=True),
     ),
-    Family("gemma", embedding_scale="scalar_embed_scale", neutral_norm=0.0),
+    Family(
+        "gemma",
+        embedding_scale="scalar_embed_scale",
+        neutral_norm=0.0,
+        llama_cpp=LlamaCpp("gemma", own_head=False),
+    ),
     Family(
         "gemma3_text",
         mlp_input_norm="pre_feedforward_layernorm",
@@ -57,6 +66,7 @@ DECODERS = (
         logit_softcap="final_logit_softcapping",
         embedding_scale="scalar_embed_scale",
         neutral_norm=0.0,
+        llama_cpp=LlamaCpp("gemma3", window_every=6, head_scale=62, local_theta=10_000.0),
     ),
     Family(
         "vaultgemma",
@@ -68,7 +78,12 @@ DECODERS = (
     Family("olmo3", mlp_input_norm=None, mlp_output_norm="post_feedforward_layernorm"),
     Family("exaone4", mlp_input_norm=None, mlp_output_norm="post_feedforward_layernorm"),
     Family("glm4", mlp_output_norm="post_mlp_layernorm"),
-    Family("granite", logit_divisor="logits_scaling", residual_multiplier="residual_multiplier"),
+    Family(
+        "granite",
+        logit_divisor="logits_scaling",
+        residual_multiplier="residual_multiplier",
+        llama_cpp=LlamaCpp("granite", pairs=True, settings=MULTIPLIERS),
+    ),
     Family("cohere", logit_scale="logit_scale", parallel=True),
     Family("cohere2", logit_scale="logit_scale", parallel=True),
     Family("arcee", gated=False),
@@ -77,7 +92,7 @@ DECODERS = (
     # Experts in the place of the MLP.
     *map(Family, ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")),
     # Like Llama in all that is said here; so is every family that has no entry, until a proof finds otherwise.
-    *map(
-        Family, ("ministral", "ministral3", "smollm3", "seed_oss", "ernie4_5", "helium", "cwm", "olmo", "phi3", "glm")
-    ),
+    *map(Family, ("ministral", "ministral3")),
+    Family("smollm3", llama_cpp=LlamaCpp("smollm3", pairs=True, no_rope_every=4, wide=True)),
+    *map(Family, ("seed_oss", "ernie4_5", "helium", "cwm", "olmo", "phi3", "glm")),
 )

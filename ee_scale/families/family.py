@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from ee_scale.families.llama_cpp import LlamaCpp
 from ee_scale.families.megatron import MEGATRON, MegatronNames
 from ee_scale.modeling.heads import ExitSpec
 
@@ -59,7 +60,7 @@ class Family:
         neutral_norm: weight of a norm that only normalises (Gemma multiplies by 1 + weight).
         counts_from_padding: the table of positions starts with those up to the padding token's id, which no text has.
         gguf: whether GGUF files of it are read.
-        gguf_pairs: GGUF files hold the two rows of a rotary pair side by side, transformers half a head apart.
+        llama_cpp: how llama.cpp runs it; None: no GGUF file of it is written.
         elastic: None where it is no supernet.
     """
 
@@ -85,7 +86,7 @@ class Family:
     neutral_norm: float = 1.0
     counts_from_padding: bool = False
     gguf: bool = False
-    gguf_pairs: bool = False
+    llama_cpp: LlamaCpp | None = None
     elastic: Elastic | None = None
 
     @property

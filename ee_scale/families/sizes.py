@@ -28,10 +28,6 @@ SIZES = {
     "num_attention_heads": 1 << 14,
     "num_key_value_heads": 1 << 14,
     "head_dim": 1 << 14,
-    "num_experts": 1 << 14,
-    "num_local_experts": 1 << 14,
-    "num_experts_per_tok": 1 << 14,
-    "moe_intermediate_size": 1 << 24,
     "vocab_size": 1 << 26,
     "max_position_embeddings": 1 << 31,
 }

@@ -13,15 +13,18 @@ from transformers import PreTrainedTokenizerFast
 from ee_scale.data.builtin import train_tokenizer
 from helpers.models import load_whole, write_model
 
+PAIRED, SHIFTED = ("llama", "mistral", "smollm3", "granite"), ("gemma", "gemma2", "gemma3_text")
 VOCAB = 301  # odd; a byte-level tokenizer takes 257 of them
 CHAT = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 CHAT += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 TEXT = "one token reads the hidden state of a layer and an exit says what comes next. " * 4
 
 
-def chat_model(folder: Path, family: str, **changes: Any) -> Path:
+def chat_model(folder: Path, family: str, vocab_size: int = VOCAB, **changes: Any) -> Path:
     """A random model with a tokenizer for chats: marks of turns, and a word of its own that is no mark."""
-    write_model(folder, family, vocab_size=VOCAB, bos_token_id=0, eos_token_id=VOCAB - 2, pad_token_id=0, **changes)
+    write_model(
+        folder, family, vocab_size=vocab_size, bos_token_id=0, eos_token_id=VOCAB - 2, pad_token_id=0, **changes
+    )
     tokenizer = train_tokenizer([TEXT], VOCAB - 3)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.add_tokens(["<think>"])
@@ -66,7 +69,7 @@ def write_gguf(
     for parameter, value in model.state_dict().items():
         if parameter in tied:
             continue
-        stored, array = names.get_name(parameter, (".weight", ".bias")), _stored(parameter, value, config)
+        stored, array = names.get_name(parameter, (".weight", ".bias")), stored_value(parameter, value, config)
         kind = Kind.F32 if array.ndim == 1 else _kind(stored, kinds)
         writer.add_tensor(stored, _quantized(array, kind), raw_dtype=kind)
     for stored, array in (extra or {}).items():
@@ -100,14 +103,24 @@ def _settings(config: Any) -> dict[str, Any]:
     return values
 
 
-def _stored(parameter: str, value: torch.Tensor, config: Any) -> np.ndarray:
+def stored_value(parameter: str, value: torch.Tensor, config: Any) -> np.ndarray:
     """As convert_hf_to_gguf.py turns a parameter: Llama's rotary pairs side by side, Gemma's norms with their 1."""
     array = value.float().numpy()
-    if config.model_type in ("llama", "mistral") and parameter.endswith(("q_proj.weight", "k_proj.weight")):
-        heads = config.num_attention_heads if "q_proj" in parameter else config.num_key_value_heads
+    if config.model_type in PAIRED and (part := parameter.split(".")[-2]) in ("q_proj", "k_proj"):
+        heads = config.num_attention_heads if part == "q_proj" else config.num_key_value_heads
         halves = array.reshape(heads, 2, array.shape[0] // heads // 2, *array.shape[1:])
         return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(array.shape))
-    return array + 1 if config.model_type == "gemma2" and parameter.endswith("norm.weight") else array
+    return array + 1 if config.model_type in SHIFTED and parameter.endswith("norm.weight") else array
+
+
+def parameter_value(parameter: str, array: np.ndarray, config: Any) -> torch.Tensor:
+    """The way back."""
+    if config.model_type in PAIRED and (part := parameter.split(".")[-2]) in ("q_proj", "k_proj"):
+        heads = config.num_attention_heads if part == "q_proj" else config.num_key_value_heads
+        pairs = array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:])
+        array = np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(array.shape))
+    shifted = config.model_type in SHIFTED and parameter.endswith("norm.weight")
+    return torch.tensor(array - 1 if shifted else array)
 
 
 def _quantized(array: np.ndarray, kind: Kind) -> np.ndarray:
