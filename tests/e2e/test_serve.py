@@ -11,6 +11,7 @@ import httpx
 import openai
 import pytest
 import torch
+from fuzz_serve import fuzz
 from helpers.server import CONTEXT, EXITS, LAYERS, hold_steps, serving, write_served_model
 from transformers import AutoTokenizer
 
@@ -422,6 +423,13 @@ def test_bad_requests_get_one_line_and_change_nothing(server, client):
     assert sorted(server.folder.rglob("*")) == before
     assert server.output == output
     assert complete(client, "the").usage.completion_tokens == NEW
+
+
+def test_random_bodies(server):
+    """scripts/fuzz_serve.py does it for as long as one likes."""
+    with server.raw() as raw:
+        fuzz(raw, "tiny", 80)
+    assert "Traceback" not in server.output
 
 
 def test_what_a_refusal_says(server):
