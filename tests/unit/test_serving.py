@@ -1,6 +1,7 @@
 """The parts of the server without HTTP: who has a row when, what stop texts keep back, what ends a request."""
 
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -138,7 +139,8 @@ def test_more_policies_than_caches_take_turns(served, engine):
     """Nobody waits for ever, and no later request goes before an earlier one."""
     kinds = [{"exit_policy": "fixed", "exit_layer": 1}, {"exit_policy": "fixed", "exit_layer": 3}, {}]
     kinds += [{"exit_policy": "patience", "exit_patience": count} for count in (2, 3, 4)]
-    calls, begun = [ask(served, **kind, max_tokens=3) for kind in kinds], []
+    engine.config = replace(engine.config, rows=7)
+    calls, begun = [ask(served, **kind, max_tokens=9) for kind in (*kinds, kinds[0])], []
     for call in calls:
         engine.submit(call)
     while engine._calls or engine._inbox:
@@ -146,7 +148,7 @@ def test_more_policies_than_caches_take_turns(served, engine):
         assert len(engine._queues) <= MOST_QUEUES
         begun += [call for call, *_ in engine._running.values() if call not in begun]
     assert [calls.index(call) for call in begun] == sorted(calls.index(call) for call in begun)
-    assert all(call.rows[0].count == 3 for call in calls)
+    assert all(call.rows[0].count == 9 for call in calls)
     assert len(engine.metrics._seen) == len(engine._queues)
 
 
