@@ -54,6 +54,10 @@ EXAMPLES = {
         "ee-scale generate model=my-model policy=threshold prompts=prompts.jsonl out=answers.jsonl batch_size=8",
         "ee-scale generate model=my-model policy=threshold parallel.pp=2 prompt=- < prompt.txt",
     ),
+    "serve": (
+        "ee-scale serve model=my-model policy=lossless",
+        "EE_SCALE_API_KEY=... ee-scale serve model=my-model policy=threshold policies=[threshold] host=0.0.0.0",
+    ),
     "demo": ("ee-scale demo",),
 }
 
@@ -85,7 +89,7 @@ Try first:
 
 By use:
   train exits                tune, then export
-  decode with exits          generate; limits of a known quality: calibrate
+  decode with exits          generate, serve; limits of known quality: calibrate
   measure exits              probe, evaluate; logs from production: report
   cut smaller models         supernet, then palette
   other formats              convert; ONNX: export format=onnx

@@ -20,6 +20,7 @@ from ee_scale.config.groups import (
     one_of,
     setting,
 )
+from ee_scale.config.serve import ServeConfig
 from ee_scale.config.supernet import PaletteConfig, SupernetConfig
 from ee_scale.config.tune import TuneConfig
 from ee_scale.modeling.kinds import KINDS
@@ -294,6 +295,7 @@ VERBS = {
     "probe": ProbeConfig,
     "report": ReportConfig,
     "generate": GenerateConfig,
+    "serve": ServeConfig,
     "demo": DemoConfig,
 }
 # Settings of earlier versions that had one legal value, with the reason. Who still gives that value is understood.
@@ -326,5 +328,6 @@ Config = (
     | ProbeConfig
     | ReportConfig
     | GenerateConfig
+    | ServeConfig
     | DemoConfig
 )

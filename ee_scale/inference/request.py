@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.backbone.proof import check_decoding_proof
 from ee_scale.config.schema import GenerateConfig
+from ee_scale.config.serve import ServeConfig
 from ee_scale.data.inputs import load_tokenizer
 from ee_scale.errors import UserError, one_line
 from ee_scale.inference.pipeline import check_pipeline
@@ -169,7 +170,7 @@ def read_policy(
         )
 
 
-def policy_options(config: GenerateConfig) -> dict[str, Any]:
+def policy_options(config: GenerateConfig | ServeConfig) -> dict[str, Any]:
     """The policy's settings that were given."""
     given = {name: getattr(config, name) for name in OPTIONS}
     return {name: value for name, value in given.items() if value is not None}

@@ -24,7 +24,7 @@ from .decode import check_request, choose_policy, make_loop, take_options, take_
 from .heads import ModelWithExits
 from .loop import DecodeLoop
 from .policies import NEVER, ExitPolicy, Threshold
-from .row_texts import RowTexts
+from .row_texts import Ranking, RowTexts
 from .sequences import Sequences
 from .trail import Trail
 
@@ -43,7 +43,9 @@ class QueuedRow:
         threshold: limits of this row alone, as `exit_threshold`; None: those of the queue, or of the tag.
         seed: of its own random numbers; None: torch's. (In `lossless` mode always torch's.)
         streamer: transformers', for this row.
+        best: rank each new token, with so many of the most likely ones; None: no `rankings`.
         tokens, layers, confidences: what is new, with the end mark; the layer of each; see `EarlyExitGenerateOutput`.
+        rankings: see `Ranking`, with `best`; they grow from step to step.
         ended: whether the text is done, and not just taken out.
     """
 
@@ -54,9 +56,11 @@ class QueuedRow:
     threshold: Threshold | None = None
     seed: int | None = None
     streamer: BaseStreamer | None = None
+    best: int | None = None
     tokens: list[int] = field(default_factory=list)
     layers: list[int] = field(default_factory=list)
     confidences: list[float] = field(default_factory=list)
+    rankings: list[Ranking] = field(default_factory=list)
     ended: bool = False
 
 
@@ -181,7 +185,7 @@ class RowQueue:
         ids, columns = made.ids, self.texts.ids[place : place + 1]
         part = Sequences(ids, made.processors, made.criteria, made.config, row.streamer, ids=columns)
         generator = None if row.seed is None else torch.Generator(ids.device).manual_seed(row.seed)
-        self.texts.begin(place, part, generator)
+        self.texts.begin(place, part, generator, row.best, row.rankings)
         self.trail.begin(place, ids, row.request, row.tag)
         if limits is not None:
             self.loop.limit(place, limits)

@@ -5,6 +5,7 @@ request: what it says does not depend on its neighbours. B places for rows, T co
 """
 
 from collections import defaultdict
+from dataclasses import dataclass
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
@@ -13,10 +14,18 @@ from .sequences import Sequences
 from .transfers import send
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """A new token's log-probability, before temperature and other processors, at the layer that it came from; and the
+    most likely tokens there, as (token, log-probability), best first.
+    """
+
+    logprob: float
+    best: tuple[tuple[int, float], ...]
+
+
 class RowTexts:
     """What the loops ask of `Sequences`, for rows that need not be equally long and differ in what they want."""
-
-    keeps_scores = False
 
     def __init__(self, places: int, columns: int, device: torch.device):
         """columns: of the longest text, with tokens on trial."""
@@ -27,10 +36,19 @@ class RowTexts:
         self.lengths, self.done = [0] * places, [False] * places
         self.layers: list[list[int]] = [[] for _ in range(places)]
         self.confidences: list[list[float]] = [[] for _ in range(places)]
+        self.rankings: dict[int, tuple[int, list[Ranking]]] = {}  # of rows that are ranked: how many best ones; found
+        self.scored: dict[tuple[int, int], torch.Tensor] = {}  # (row, column) -> log-probabilities [V]
 
-    def begin(self, row: int, part: Sequences, generator: torch.Generator | None) -> None:
-        """A text takes a place; its ids are those of the place. generator: what it is sampled with (None: torch's)."""
+    def begin(
+        self, row: int, part: Sequences, generator: torch.Generator | None, best: int | None, rankings: list[Ranking]
+    ) -> None:
+        """A text takes a place; its ids are those of the place. generator: what it is sampled with (None: torch's).
+
+        best: rank each new token, with so many of the most likely ones, into `rankings`; None: do not.
+        """
         self.parts[row], self.generators[row] = part, generator
+        if best is not None:
+            self.rankings[row] = best, rankings
         self.layers[row], self.confidences[row] = part.layers[0], part.confidences[0]
         self._follow([row])
 
@@ -38,6 +56,8 @@ class RowTexts:
         """A text gives its place up; its new tokens."""
         part = self.parts.pop(row)
         del self.generators[row]
+        self.rankings.pop(row, None)
+        self.scored = {place: logprobs for place, logprobs in self.scored.items() if place[0] != row}
         return part.ids[0, part.prompt_length : part.lengths[0]].tolist()
 
     def prompt(self, row: int, pad: int) -> torch.Tensor:
@@ -101,6 +121,25 @@ class RowTexts:
                 tokens[index] = torch.multinomial(chances, 1, generator=self.generators[row])[0]
         return tokens
 
+    @property
+    def keeps_scores(self) -> bool:
+        """Whether some row is ranked."""
+        return bool(self.rankings)
+
+    def keep_scores(self, row: int, column: int, scores: torch.Tensor, logits: torch.Tensor) -> None:
+        """Logits [V] that the token in a column is chosen from, of a row that is ranked; `scores` are not needed."""
+        if row in self.rankings:
+            self.scored[row, column] = logits.float().log_softmax(-1)
+
+    def _rank(self, row: int) -> None:
+        """Tokens that stand since the last time."""
+        part, (best, rankings) = self.parts[row], self.rankings[row]
+        for column in range(part.prompt_length + len(rankings), part.lengths[0]):
+            logprobs = self.scored.pop((row, column))
+            top = logprobs.topk(best)
+            own = float(logprobs[part.ids[0, column]])
+            rankings.append(Ranking(own, tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))))
+
     def try_tokens(self, index: torch.Tensor, rows: list[int], drafted: int, tokens: torch.Tensor) -> None:
         """Put tokens [N] on trial behind rows and `drafted` drafts."""
         self.ids[index, send([self.lengths[row] + drafted for row in rows], self.ids.device)] = tokens
@@ -146,3 +185,5 @@ class RowTexts:
     def _follow(self, rows: list[int]) -> None:
         for row in rows:
             self.lengths[row], self.done[row] = self.parts[row].lengths[0], self.parts[row].done[0]
+            if row in self.rankings:
+                self._rank(row)

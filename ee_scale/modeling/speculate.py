@@ -6,6 +6,7 @@ prefix and one token of the full model are kept. Rejected columns are simply ove
 model. Sampling: its distribution, by the rule of arXiv 2211.17192. R rows, g drafts, V vocabulary.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from math import nan
 from typing import Any
@@ -60,7 +61,8 @@ class Speculation(DecodeLoop):
         self.sources = {source.name: source for source in sources}
         self.drafting.meet(self.sources.values())
         self.fates = {name: Fate() for name in self.sources}
-        self.slot_cycles = 0
+        self.slot_cycles = self.row_drafts = 0
+        self.accepted_at: Counter[int] = Counter()  # place in a draft, from 0 -> accepted ones
 
     def step(self) -> None:
         """Draft, verify, accept."""
@@ -153,9 +155,11 @@ class Speculation(DecodeLoop):
 
     def _count(self, source: Source, accepted: list[int], draft: Draft) -> None:
         """Accepted drafts of each row."""
-        fate = self.fates[source.name]
-        fate.drafted += sum(draft.of_rows(len(accepted)))
+        fate, counts = self.fates[source.name], draft.of_rows(len(accepted))
+        fate.drafted += sum(counts)
         fate.accepted += sum(accepted)
+        self.row_drafts += sum(count > 0 for count in counts)
+        self.accepted_at.update(place for count in accepted for place in range(count))
         self.slot_cycles += len(accepted)
 
     def _commit_in_step(self, source: Source, logits: torch.Tensor, draft: Draft) -> int:

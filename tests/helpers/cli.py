@@ -78,6 +78,23 @@ def run_cli(
 
 
 @contextmanager
+def running_cli(
+    arguments: list[str], folder: Path, inject: Callable[[int], None] | None = None
+) -> Iterator[multiprocessing.Process]:
+    """A command that goes on until it is told to end, or the block is over; its output is in `folder/.output_0`."""
+    process = multiprocessing.get_context("forkserver").Process(
+        target=_rank, args=(0, 1, 0, arguments, folder, 0, False, False, inject, "cpu"), daemon=True
+    )
+    with _forks_for("cpu"):
+        process.start()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
+
+
+@contextmanager
 def _forks_for(device: str) -> Iterator[None]:
     """Processes are forks of one that has imported everything, DeepSpeed for this device; it is made when first used.
 

@@ -236,6 +236,34 @@ def test_settings_are_each_row_s_own(precise, tmp_path):
     assert rows[3].tokens == rows[5].tokens != rows[0].tokens
 
 
+@pytest.mark.parametrize("policy", ["off", "threshold", "lossless"])
+def test_rankings_are_those_of_the_logits_that_a_token_was_chosen_from(precise, policy):
+    """Before processors; of some rows only, whose neighbours say what they say alone."""
+    options, rows = options_for(precise, policy), rows_of()
+    for number, row in enumerate(rows):
+        row.best = (None, 0, 3)[number % 3]
+        row.settings["repetition_penalty"] = 1.2
+    decode(precise, rows, policy, **options)
+    for row in rows:
+        tokens, _ = text(precise, row.prompt, row.settings["max_new_tokens"], policy, repetition_penalty=1.2, **options)
+        assert row.tokens == tokens
+        if row.best is None:
+            assert row.rankings == []
+            continue
+        ids = torch.tensor([[*row.prompt, *tokens[:-1]]])
+        with torch.no_grad():
+            found = precise.model(ids)
+        by_layer = {**found.exit_logits, LAYERS: found.logits}
+        assert len(row.rankings) == len(tokens)
+        for at, (ranking, token) in enumerate(zip(row.rankings, tokens, strict=True)):
+            layer = row.layers[at] if policy == "threshold" else LAYERS
+            logprobs = by_layer[layer][0, len(row.prompt) - 1 + at].float().log_softmax(-1)
+            assert ranking.logprob == pytest.approx(float(logprobs[token]), abs=1e-4)
+            top = logprobs.topk(row.best)
+            assert [token for token, _ in ranking.best] == top.indices.tolist()
+            assert [value for _, value in ranking.best] == pytest.approx(top.values.tolist(), abs=1e-4)
+
+
 class Counting(LogitsProcessor):
     """Remembers."""
 

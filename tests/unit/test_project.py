@@ -48,6 +48,7 @@ ORDER = [
     "inference",
     "evaluation",
     "launching",
+    "serving",
     "api",
     "cli",
     "__main__",

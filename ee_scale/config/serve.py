@@ -1,0 +1,77 @@
+"""Settings of `ee-scale serve`: what it answers with, and the bounds that its operator sets to requests."""
+
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+from omegaconf import MISSING
+
+from ee_scale.config.groups import Choices, Rule, above, at_least, one_of, setting
+from ee_scale.modeling.policy_names import DRAFT_WEIGHTS, POLICIES
+
+POLICY_NAMES = Rule(
+    f"a list of {', '.join(POLICIES)}", lambda names: isinstance(names, list | tuple) and set(names) <= set(POLICIES)
+)
+PORT = Rule("must be 0 to 65535", lambda port: 0 <= port <= 65535)
+
+
+@dataclass
+class ServeConfig:
+    """Answer OpenAI's API on one machine, exits per request; for more machines give vLLM or SGLang a drafter."""
+
+    model: str = setting(MISSING, "folder written by export, of either kind, or a model without exits")
+    name: str | None = setting(None, "what requests call the model; null: the folder's name")
+    host: str = setting("127.0.0.1", "address to listen on; other machines reach 0.0.0.0")
+    port: int = setting(
+        8000, "port to listen on; 0: any that is free", rule=Rule("0 to 65535", lambda p: 0 <= p < 65536)
+    )
+    api_key: str | None = setting(
+        None, "what requests must carry as bearer token; null: that of the variable EE_SCALE_API_KEY, or none"
+    )
+    rows: int = setting(8, "answers that are written at the same time", rule=at_least(1))
+    max_waiting: int = setting(64, "answers that may wait for a row; beyond that requests get 429", rule=at_least(0))
+    max_new_tokens: int = setting(
+        1024, "most tokens of an answer, and of those whose request names no number", rule=at_least(1)
+    )
+    max_prompt_tokens: int | None = setting(
+        None, "most tokens of a prompt; null: what the model's context holds", rule=at_least(1)
+    )
+    max_body_bytes: int = setting(2_000_000, "most bytes of a request", rule=at_least(1))
+    max_seconds: float = setting(600.0, "most seconds from a request to the end of its answer", rule=above(0))
+    policy: str = setting("off", "exit policy of requests that name none, as of generate", rule=Choices(POLICIES))
+    policies: Any = setting(
+        None,
+        "policies that requests may name; null: this one, off and lossless, which change no token",
+        rule=POLICY_NAMES,
+    )
+    threshold: Any = setting(None, "limit of the policy's score: a number, or one per exit; null: as calibrated")
+    loosest: float | None = setting(
+        None,
+        "no request may give a looser limit: a lower one of threshold and margin, a higher one of entropy",
+        rule=Rule("must be 0 or above", lambda value: 0 <= value < inf),
+    )
+    layer: int | None = setting(None, "the exit of fixed; the drafting exit of lossless (null: by measured cost)")
+    min_layer: int | None = setting(None, "no token of any request leaves before this layer")
+    patience: int | None = setting(None, "exits in a row that must agree; null: 2. Requests may ask for more")
+    max_pending: int | None = setting(None, "tokens whose deeper layers may wait to be computed; null: 8")
+    draft_length: int | None = setting(None, "lossless: tokens per draft; null: by measured cost")
+    shortlist: Any = setting(None, "lossless: draft among the N most frequent tokens (as calibrated), or token ids")
+    draft_weights: str | None = setting(
+        None, "lossless: what the early layers are that draft; null: model", rule=Choices(DRAFT_WEIGHTS)
+    )
+    draft_sources: Any = setting(
+        None, "lossless: what drafts: exits, prompt (the text itself), or a list; null: both that the model has"
+    )
+    log: str | None = setting(None, "decision log to append to (.jsonl), for `ee-scale report`")
+    audit: float = setting(
+        0.0,
+        "share of early tokens that are compared with the full model, for the log and for exit_agreement in /metrics",
+        rule=Rule("give a share between 0 and 1", lambda share: 0 <= share <= 1),
+    )
+    device: str = setting("auto", "where to run", rule=one_of("auto", "cpu", "cuda"))
+    dtype: str = setting(
+        "auto",
+        "number type; auto: as stored, or fp32 where a CPU is measured to be faster in it",
+        rule=one_of("auto", "fp32", "bf16", "fp16"),
+    )
+    pack_weights: bool = setting(True, "on a CPU: pack linear layers for oneDNN, where a few rows then cost like one")

@@ -1,0 +1,255 @@
+"""The parts of the server without HTTP: who has a row when, what stop texts keep back, what ends a request."""
+
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.chats import chat_tokenizer
+from helpers.server import write_served_model
+
+from ee_scale.config.compose import compose_config
+from ee_scale.modeling.row_queue import RowQueue
+from ee_scale.serving.bodies import ChatBody, CompletionBody
+from ee_scale.serving.call import Call, Piece, Row
+from ee_scale.serving.engine import MOST_QUEUES, Engine
+from ee_scale.serving.errors import ApiError
+from ee_scale.serving.metrics import Metrics
+from ee_scale.serving.served import Served
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory) -> Served:
+    model = write_served_model(tmp_path_factory.mktemp("served"))
+    settings = ["name=m", "rows=2", "max_waiting=4", "policies=[threshold,fixed,patience]", "max_new_tokens=60"]
+    return Served.find(compose_config("serve", [f"model={model}", "device=cpu", "dtype=fp32", *settings]))
+
+
+@pytest.fixture(scope="module")
+def model(served):
+    return served.open(torch.device("cpu"))
+
+
+@pytest.fixture
+def engine(served, model) -> Engine:
+    """One that takes turns when it is told to, on no thread."""
+    found = Engine(served.config, lambda: model, 200, served.settings, {}, Metrics("m"))
+    found.model, found.ready = model, True
+    return found
+
+
+def ask(served: Served, **fields: object) -> Call:
+    """A request, which keeps what it is told in `told`."""
+    body = {"model": "m", "prompt": "the layer", "max_tokens": 20, "temperature": 0.0, **fields}
+    call = served.call(CompletionBody(**body))
+    call.told = []
+    call.tell = call.told.append
+    return call
+
+
+def turn(engine: Engine, times: int = 1) -> None:
+    for _ in range(times):
+        engine._wait()
+        engine._turn()
+
+
+def finish(engine: Engine) -> None:
+    while engine._inbox or engine._calls:
+        turn(engine)
+
+
+def texts(call: Call) -> list[str]:
+    pieces = [piece for news in call.told for piece in news]
+    return ["".join(piece.text for piece in pieces if piece.row == row.index) for row in call.rows]
+
+
+def alone(served: Served, engine: Engine, **fields: object) -> list[str]:
+    engine.submit(call := ask(served, **fields))
+    finish(engine)
+    return texts(call)
+
+
+def test_who_leaves_frees_the_row_within_one_step(served, engine):
+    expected = alone(served, engine, prompt="reads")
+    calls = [ask(served, max_tokens=60), ask(served, max_tokens=60), ask(served, prompt="reads")]
+    for call in calls:
+        engine.submit(call)
+    turn(engine, 3)
+    assert {call for call, *_ in engine._running.values()} == set(calls[:2])
+    written = engine.metrics.generated.labels("m")._value.get()
+    engine.leave(calls[0])
+    turn(engine)
+    assert {call for call, *_ in engine._running.values()} == {calls[1], calls[2]}
+    assert not engine._waiting
+    # The other one got its token meanwhile, the new one its first two, and the one that left none.
+    assert engine.metrics.generated.labels("m")._value.get() == written + 1 + 2
+    finish(engine)
+    assert texts(calls[2]) == expected
+    assert calls[1].rows[0].count == 60
+    assert engine._held == 0
+
+
+def test_a_full_line_and_rows_that_come_back(served, engine):
+    engine.submit(ask(served, n=6))
+    with pytest.raises(ApiError, match="6 answers are under way or wait") as error:
+        engine.submit(ask(served))
+    assert error.value.status == 429
+    finish(engine)
+    engine.submit(ask(served, n=6))
+    finish(engine)
+    assert (engine._held, len(engine._running), len(engine._waiting)) == (0, 0, 0)
+    with pytest.raises(ApiError, match="n=7: 1 x 7 answers are more than fit into the queue"):
+        ask(served, n=7)
+
+
+def test_time_over(served, engine):
+    engine.submit(late := ask(served))
+    engine.submit(other := ask(served))
+    turn(engine, 2)
+    late.deadline = time.monotonic() - 1
+    turn(engine)
+    assert isinstance(late.told[-1], ApiError)
+    assert (late.told[-1].status, late.told[-1].code) == (503, "timeout")
+    finish(engine)
+    assert other.rows[0].count == 20
+
+
+def test_a_step_that_fails_ends_its_own_requests_alone(served, engine, monkeypatch):
+    expected = alone(served, engine)
+    step = RowQueue.step
+
+    def fails(queue: RowQueue) -> list:
+        if queue.policy.name == "fixed":
+            raise RuntimeError("no memory\nat all")
+        return step(queue)
+
+    engine.submit(good := ask(served))
+    engine.submit(bad := ask(served, exit_policy="fixed", exit_layer=1))
+    monkeypatch.setattr(RowQueue, "step", fails)
+    finish(engine)
+    assert texts(good) == expected
+    assert (bad.told[-1].status, str(bad.told[-1])) == (500, "decoding failed (no memory)")
+    monkeypatch.undo()
+    assert alone(served, engine, exit_policy="fixed", exit_layer=1)
+    assert engine._held == 0
+
+
+def test_more_policies_than_caches_take_turns(served, engine):
+    """Nobody waits for ever, and no later request goes before an earlier one."""
+    kinds = [{"exit_policy": "fixed", "exit_layer": 1}, {"exit_policy": "fixed", "exit_layer": 3}, {}]
+    kinds += [{"exit_policy": "patience", "exit_patience": count} for count in (2, 3, 4)]
+    engine.config = replace(engine.config, rows=7)
+    calls, begun = [ask(served, **kind, max_tokens=9) for kind in (*kinds, kinds[0])], []
+    for call in calls:
+        engine.submit(call)
+    while engine._calls or engine._inbox:
+        turn(engine)
+        assert len(engine._queues) <= MOST_QUEUES
+        begun += [call for call, *_ in engine._running.values() if call not in begun]
+    assert [calls.index(call) for call in begun] == sorted(calls.index(call) for call in begun)
+    assert all(call.rows[0].count == 9 for call in calls)
+    assert len(engine.metrics._seen) == len(engine._queues)
+
+
+def test_equal_policies_share_a_batch(served, engine):
+    for number in range(2):
+        engine.submit(ask(served, exit_policy="threshold", exit_threshold=0.5 + number / 10))
+    turn(engine)
+    (queue,) = engine._queues.values()
+    assert len(queue.places) == 2
+    finish(engine)
+
+
+# -- the text of a row -------------------------------------------------------------------------------------------------
+
+
+def said(stops: list[str], *words: str, ended: bool = True) -> tuple[list[Piece], Row]:
+    """The pieces of an answer that says these words, each in one token."""
+    row = Row(0, [1], {"max_new_tokens": 99}, chat_tokenizer(), stops, frozenset())
+    row._decode = lambda ids: "".join(words[token] for token in ids)
+    row.put(torch.tensor([[1]]))
+    for token in range(len(words)):
+        row.put_exits([token], [token + 1])
+        row.put(torch.tensor([token]))
+    if ended:
+        row.end()
+    return row.take("stop"), row
+
+
+@pytest.mark.parametrize(
+    ("stops", "words", "text"),
+    [
+        ([], ("a", "b"), "ab"),
+        (["c"], ("a", "b"), "ab"),
+        (["b"], ("a", "b", "c"), "a"),
+        (["bc"], ("a", "xb", "cd", "e"), "ax"),
+        (["bcd"], ("ab", "c", "e"), "abce"),
+        (["bcd"], ("ab", "c"), "abc"),
+        (["aab"], ("a", "a", "a", "b"), "a"),
+        (["abc", "b"], ("a", "b", "c"), "a"),
+        (["bc", "abcd"], ("a", "b", "c"), "a"),
+        (["a"], ("a",), ""),
+        (["\n\n"], ("x\n", "\n", "y"), "x"),
+    ],
+)
+def test_stop_texts(stops, words, text):
+    pieces, row = said(stops, *words)
+    assert "".join(piece.text for piece in pieces) == text
+    assert [piece.finish for piece in pieces] == [*[None] * (len(pieces) - 1), "stop"]
+    tokens = [token for piece in pieces for token in piece.tokens]
+    assert tokens == list(range(row.count))
+    assert [layer for piece in pieces for layer in piece.layers] == [token + 1 for token in tokens]
+    assert row.stopped == (text != "".join(words))
+
+
+def test_text_is_kept_back_no_longer_than_needed():
+    pieces, _ = said(["bcd"], "a", "b", "x", "y")
+    assert [piece.text for piece in pieces] == ["a", "bx", "y", ""]
+
+
+# -- bodies ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_null_or_asks_for_nothing_is_not_there():
+    turn = {"role": "assistant", "content": "x", "tool_calls": None, "refusal": None, "annotations": None}
+    body = ChatBody(model="m", messages=[turn], stop=None, tools=[], response_format={"type": "text"}, n=1)
+    assert body.turns == [{"role": "assistant", "content": "x"}]
+    assert body.stops == []
+    assert body.ranked is None
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    body = ChatBody(model="m", messages=[{"role": "developer", "content": parts, "name": "me"}], logprobs=True)
+    assert body.turns == [{"role": "system", "content": "a\nb", "name": "me"}]
+    assert body.ranked == 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]])],
+)
+def test_prompts(prompt, prompts):
+    assert CompletionBody(model="m", prompt=prompt).prompts == prompts
+
+
+def test_drafts_and_layers_of_an_operator(served):
+    """Options of one policy do not hold for requests that name another; bounds always do."""
+    given = ["policy=lossless", "draft_length=2", "min_layer=2", "policies=[threshold]", "loosest=0.3"]
+    settings = [f"model={served.config.model}", "name=m", *given]
+    other = Served.find(compose_config("serve", settings))
+    assert other.policies == ("lossless", "threshold")
+    options, limits = other.exit_options(SimpleNamespace(**dict.fromkeys(FIELDS)))
+    assert options == {"exit_policy": "lossless", "exit_draft_length": 2, "exit_min_layer": 2}
+    assert limits is None
+    asked = dict.fromkeys(FIELDS) | {"exit_policy": "threshold", "exit_threshold": 0.4}
+    options, limits = other.exit_options(SimpleNamespace(**asked))
+    assert limits == {3: 0.4}
+    for fields, line in (
+        ({"exit_threshold": 0.2}, "exit_threshold=0.2: looser than this server's 0.3"),
+        ({"exit_min_layer": 1}, "exit_min_layer=1: this server's least is 2"),
+        ({"exit_policy": "off"}, "exit_policy=off: this server allows lossless, threshold"),
+    ):
+        with pytest.raises(ApiError, match=line):
+            other.exit_options(SimpleNamespace(**asked | fields))
+
+
+FIELDS = [name for name in CompletionBody.model_fields if name.startswith("exit_")]
