@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from ee_scale.config.convert import ConvertConfig
+from ee_scale.config.defer import DeferConfig
 from ee_scale.config.groups import (
     ERRORS,
     TEXT_KEY,
@@ -284,6 +285,7 @@ VERBS = {
     "convert": ConvertConfig,
     "evaluate": EvaluateConfig,
     "calibrate": CalibrateConfig,
+    "defer": DeferConfig,
     "probe": ProbeConfig,
     "report": ReportConfig,
     "generate": GenerateConfig,
@@ -316,6 +318,7 @@ Config = (
     | ConvertConfig
     | EvaluateConfig
     | CalibrateConfig
+    | DeferConfig
     | ProbeConfig
     | ReportConfig
     | GenerateConfig
