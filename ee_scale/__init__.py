@@ -9,7 +9,7 @@ import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-_FUNCTIONS = ("calibrate", "convert", "evaluate", "export", "generate", "palette", "supernet", "tune")
+_FUNCTIONS = ("calibrate", "convert", "defer", "evaluate", "export", "generate", "palette", "supernet", "tune")
 _HOMES = {"EarlyExitForCausalLM": "ee_scale.inference.model", "UserError": "ee_scale.errors"}
 _HOMES |= dict.fromkeys(_FUNCTIONS, "ee_scale.api")
 __all__ = [*_HOMES]

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ee_scale.config.compose import checked, to_yaml
 from ee_scale.config.convert import ConvertConfig
+from ee_scale.config.defer import DeferConfig
 from ee_scale.config.schema import (
     CalibrateConfig,
     EvaluateConfig,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:  # rooms are imported when they are used: after `prepare_libra
     from ee_scale.artifact.onnx import OnnxReport
     from ee_scale.conversion.convert import Converted
     from ee_scale.evaluation.calibrate import Calibration
+    from ee_scale.evaluation.deferral import Deferral
     from ee_scale.evaluation.evaluate import Evaluation
     from ee_scale.palettes.manifest import Manifest
 
@@ -180,6 +182,20 @@ def calibrate(config: CalibrateConfig) -> "Calibration":
 
     with told_when_full(lambda: reading_advice(config)):
         return run_calibration(config)
+
+
+def defer(config: DeferConfig) -> "Deferral":
+    """Find when a small model's answer may stand, so that little is lost against always asking a larger one.
+
+    The rule and a plot are written to `out`; the bound holds with a known confidence (Learn then Test).
+
+    Args:
+        config: `small`, `large` (folders), `data` (prompts with references), the `loss` allowed, the `link`'s time.
+    """
+    config = _ready(config)
+    from ee_scale.evaluation.defer import run_deferral
+
+    return run_deferral(config)
 
 
 def generate(config: GenerateConfig) -> list[Generated]:

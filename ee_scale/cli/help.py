@@ -43,6 +43,10 @@ EXAMPLES = {
         "ee-scale evaluate model=my-model data=heldout.jsonl tag_key=task sweep=true out=report",
     ),
     "calibrate": ("ee-scale calibrate model=my-model data=heldout.txt agreement=0.98 confidence=0.95",),
+    "defer": (
+        "ee-scale defer small=my-model large=big-model data=questions.jsonl loss=0.02 out=deferral",
+        "ee-scale defer task=classify small=palette/s large=palette/l data=test.jsonl link.ms=80 out=deferral",
+    ),
     "probe": ("ee-scale probe model=<HF dir>", "ee-scale probe model=my-model data=heldout.txt out=probe"),
     "report": (
         "ee-scale report log=decisions.jsonl every=day",
@@ -89,7 +93,8 @@ Try first:
 
 By use:
   train exits                tune, then export
-  decode with exits          generate, serve; limits of known quality: calibrate
+  decode with exits          generate, serve; limits of a known quality: calibrate
+  ask a larger model         defer: only where a small one is unsure
   measure exits              probe, evaluate; logs from production: report
   cut smaller models         supernet, then palette
   other formats              convert; ONNX: export format=onnx

@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from ee_scale.config.convert import ConvertConfig
+from ee_scale.config.defer import DeferConfig
 from ee_scale.config.groups import (
     ERRORS,
     TEXT_KEY,
@@ -292,6 +293,7 @@ VERBS = {
     "convert": ConvertConfig,
     "evaluate": EvaluateConfig,
     "calibrate": CalibrateConfig,
+    "defer": DeferConfig,
     "probe": ProbeConfig,
     "report": ReportConfig,
     "generate": GenerateConfig,
@@ -325,6 +327,7 @@ Config = (
     | ConvertConfig
     | EvaluateConfig
     | CalibrateConfig
+    | DeferConfig
     | ProbeConfig
     | ReportConfig
     | GenerateConfig

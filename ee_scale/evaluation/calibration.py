@@ -8,8 +8,10 @@ text that the test never sees. The p-values are 1 / (the largest wealth of a bet
 most 1. The tokens of a unit may depend on one another in any way; units are taken as drawn independently.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import ceil, log, log1p
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -102,8 +104,7 @@ class Goal:
         return weights * risks + (1 - weights) * self.bound
 
     def _units_needed(self) -> int:
-        gain = log1p(MAX_BET * self.bound / (1 - self.bound))
-        return ceil((ceil(-log(1 - self.confidence) / gain) + 1) / (1 - LEARN_SHARE))
+        return ceil(units_needed(self.bound, self.confidence) / (1 - LEARN_SHARE))
 
 
 @dataclass(frozen=True)
@@ -148,18 +149,44 @@ def calibrate(records: Records, goal: Goal, seed: int = 0) -> Calibrated:
     cut = max(1, round(LEARN_SHARE * len(order)))
     learn, test = records.take(order[:cut]), records.take(order[cut:])
     best: Limits = (None,) * len(records.layers)
-    best_depth, shown, failed = float(records.num_layers), (0.0, 0.0), None
-    for limits in threshold_path(learn, goal):
-        risks = [_risks(part, goal, limits) for part in (learn, test)]
-        p_value = betting_p_value(risks[1], goal.bound, prior=risks[0])
-        if p_value > 1 - goal.confidence:
-            failed = (float(risks[1].mean()), p_value)
-            break
-        if (depth := float(_leave(test, goal, limits).layers.double().mean())) < best_depth:
-            best, best_depth, shown = limits, depth, (float(risks[1].mean()), p_value)
-    if best_depth == records.num_layers and failed:
-        shown = failed
-    return _described(records, test, goal, best, *shown)
+    best_depth, shown = float(records.num_layers), Verdict(0.0, 0.0, holds=True)
+    path = threshold_path(learn, goal)
+    risks = ((_risks(learn, goal, limits), _risks(test, goal, limits)) for limits in path)
+    for limits, tested in zip(path, fixed_sequence(risks, goal.bound, goal.confidence), strict=False):
+        if not tested.holds:
+            shown = tested if best_depth == records.num_layers else shown
+        elif (depth := float(_leave(test, goal, limits).layers.double().mean())) < best_depth:
+            best, best_depth, shown = limits, depth, tested
+    return _described(records, test, goal, best, shown.risk, shown.p_value)
+
+
+class Verdict(NamedTuple):
+    """What the testing units say of a candidate: their mean risk, the p-value, and whether it is shown to hold."""
+
+    risk: float
+    p_value: float
+    holds: bool
+
+
+def fixed_sequence(
+    risks: Iterable[tuple[np.ndarray, np.ndarray]], bound: float, confidence: float
+) -> Iterator[Verdict]:
+    """Test candidates from the safest on; the first that cannot be shown to hold the bound comes last.
+
+    risks: of each candidate, those of units that chose it [p] and those of the units that test it [n]. All that hold
+    do so together with the confidence.
+    """
+    for prior, own in risks:
+        p_value = betting_p_value(own, bound, prior)
+        yield Verdict(float(own.mean()), p_value, p_value <= 1 - confidence)
+        if p_value > 1 - confidence:
+            return
+
+
+def units_needed(bound: float, confidence: float) -> int:
+    """Testing units without which nothing can be shown, even if every risk is 0."""
+    gain = log1p(MAX_BET * bound / (1 - bound))
+    return ceil(-log(1 - confidence) / gain) + 1
 
 
 def threshold_path(records: Records, goal: Goal, points: int = PATH_POINTS) -> list[Limits]:

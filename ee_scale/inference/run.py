@@ -68,12 +68,26 @@ def answer_lines(rows: Sequence[dict[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def decode_here(request: Request, device: torch.device, streamer: BaseStreamer | None = None) -> Answers:
-    """All prompts in this process: where there are more than a batch, a batch that stays full."""
+def open_decoder(request: Request, device: torch.device) -> PreTrainedModel:
+    """The model of a request, in its number type. Raises `UserError`."""
     config = request.config
     dtype = DTYPES.get(config.dtype) or fastest_dtype(request.folder.config, device, config.pack_weights)
     model = open_model(request.folder.path, dtype=dtype).to(device).eval()
     model.pack_weights = config.pack_weights  # models with exits look at it
+    return model
+
+
+def decode_here(
+    request: Request,
+    device: torch.device,
+    streamer: BaseStreamer | None = None,
+    model: PreTrainedModel | None = None,
+) -> Answers:
+    """All prompts in this process: where there are more than a batch, a batch that stays full.
+
+    model: what `open_decoder` opened, for whoever goes on with it.
+    """
+    config, model = request.config, model or open_decoder(request, device)
     ends = end_marks(model.generation_config)
     settings = {
         **request.sampling(),
