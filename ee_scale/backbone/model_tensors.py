@@ -51,8 +51,8 @@ class ModelTensors(TensorFolder):
         claims = [(stored, shapes[name]) for name, stored in self._stored.items()]
         claims += [(stored, self._stacks[part.parameter].part_shape) for stored, part in parts.items()]
         for stored, shape in claims:
-            if (found := self.shape(stored)) != shape:
-                raise UserError(f"{folder}: '{stored}' has shape {list(found)}, but the config asks for {list(shape)}")
+            if (here := self.shape(stored)) != shape:
+                raise UserError(f"{folder}: '{stored}' has shape {list(here)}, but the config asks for {list(shape)}")
         launched = launch_info()
         if others and (launched is None or launched.rank == 0):
             kind = type(model).__name__

@@ -13,6 +13,7 @@ from ee_scale.backbone.proof import DECODING, NEEDED, TENSOR, Proof, prove
 from ee_scale.backbone.shard import takes_tensor_parallel, tensor_plan
 from ee_scale.cli.console import console
 from ee_scale.errors import UserError
+from ee_scale.exits.placement import has_router
 from ee_scale.families.family import Family
 from ee_scale.families.registry import FAMILIES, known_family
 from ee_scale.families.sizes import ModelShape, shape_of
@@ -78,7 +79,7 @@ def check(name: str) -> None:
     console().print(table)
     kinds = [kind.name for kind in KINDS.values() if not (family.parallel and kind.tapped)]
     if shape.experts is not None:
-        kinds = [name for name in kinds if not KINDS[name].attends]
+        kinds = [name for name in kinds if not has_router(KINDS[name])]
     tensor = ", ".join(map(str, _tensor_ranks(config, proof)))
     cells = _expert_cells(shape) | {
         "tune": f"tp {tensor}; pp 1 to {shape.num_layers}; exits.kind={'|'.join(kinds)}",

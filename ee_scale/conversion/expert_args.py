@@ -83,13 +83,13 @@ def expert_values(args: Namespace, family: str, experts: Experts) -> dict[str, A
         if (found := getattr(args, name, value)) != value and (found or value):
             raise UserError(f"args.{name}={found}: only {value} can be told to Hugging Face's families")
     pre_softmax = bool(getattr(args, "moe_router_pre_softmax", False))
-    if pre_softmax and family == "mixtral":
-        raise UserError("args.moe_router_pre_softmax=True: the weights of Mixtral's experts sum to 1")
+    if pre_softmax and experts.sums_to_one:
+        raise UserError(f"args.moe_router_pre_softmax=True: the weights of {family.capitalize()}'s experts sum to 1")
     coefficient = getattr(args, "moe_aux_loss_coeff", 0.0)
     return {
         "num_experts": args.num_experts,
         experts.width: args.moe_ffn_hidden_size,
         "num_experts_per_tok": getattr(args, "moe_router_topk", 2),
         "router_aux_loss_coef": coefficient if isinstance(coefficient, float) else 0.0,
-        **({} if family == "mixtral" else {"norm_topk_prob": not pre_softmax}),
+        **({} if experts.sums_to_one else {"norm_topk_prob": not pre_softmax}),
     }

@@ -9,7 +9,7 @@ from ee_scale.errors import UserError
 from ee_scale.families.registry import decoder_family
 from ee_scale.families.sizes import ModelShape, shape_of
 from ee_scale.modeling.heads import SHORTLIST, ExitSpec
-from ee_scale.modeling.kinds import KINDS
+from ee_scale.modeling.kinds import KINDS, ExitKind
 
 
 def resolve_loss_weights(weights: float | Sequence[float], exit_layers: Sequence[int]) -> dict[int, float]:
@@ -22,10 +22,15 @@ def resolve_loss_weights(weights: float | Sequence[float], exit_layers: Sequence
     return dict(zip(exit_layers, values, strict=True))
 
 
+def has_router(kind: ExitKind) -> bool:
+    """Whether exits of a kind would train one in a model with experts."""
+    return kind.body is not None and not kind.body.inside
+
+
 def check_experts(model_config: PreTrainedConfig, kind: str, mode: str) -> None:
     """Refuse (`UserError`) to train a router: `kind` of exits, `mode` of the backbone."""
     experts = shape_of(model_config).experts
-    wrong = f"backbone.mode={mode}" if mode != "frozen" else f"exits.kind={kind}" if KINDS[kind].attends else ""
+    wrong = f"backbone.mode={mode}" if mode != "frozen" else f"exits.kind={kind}" if has_router(KINDS[kind]) else ""
     if experts and wrong:
         raise UserError(
             f"{wrong}: '{model_config.model_type}' chooses among {experts.count} experts, and the losses that keep its "

@@ -20,11 +20,13 @@ class Experts:
     Attributes:
         block: module of a layer that holds router and experts; matrices: gate, up and down of one expert.
         width: config attribute of their inner width.
+        sums_to_one: the weights of a token's experts do in every model; else `norm_topk_prob` of the config says it.
     """
 
     block: str = "mlp"
     matrices: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     width: str = "intermediate_size"
+    sums_to_one: bool = False
 
     @property
     def router(self) -> str:
@@ -47,7 +49,7 @@ class Experts:
 
 
 EXPERTS = {
-    "mixtral": Experts("block_sparse_moe", ("w1", "w3", "w2")),
+    "mixtral": Experts("block_sparse_moe", ("w1", "w3", "w2"), sums_to_one=True),
     "qwen3_moe": Experts(width="moe_intermediate_size"),
     "olmoe": Experts(),
 }

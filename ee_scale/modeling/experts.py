@@ -3,9 +3,9 @@
 An exit trains no router, so its MLP is dense, and costs what a token pays in the layer. It starts as the layer's shared
 expert where there is one (without the gate in front of it: that is a number per token, which no dense MLP has).
 Otherwise it starts as the first k experts side by side, where k go to a token: their units in one MLP, the output
-matrices divided by k. That is what the layer computes with a router that finds those k equally good and no other; units
-of experts are kept as they are because an average of experts that were trained apart is none of them ("knowledge
-gathering" by choosing, not averaging: arXiv 2201.10890).
+matrices divided by k. That is what the layer computes with a router that finds those k equally good and no other. Ways
+to gather experts in a dense MLP of one expert's size (sums, averages, choices of their units) are compared in arXiv
+2201.10890; at the size of k experts the units of k can stay as they are.
 """
 
 from collections.abc import Mapping

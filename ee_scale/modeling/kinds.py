@@ -131,8 +131,10 @@ class ExitKind:
         return self.normed or self.body is not None
 
     def body_in(self, layer: nn.Module) -> nn.Module | None:
-        """The module of a decoder layer that the body is a copy of."""
-        return None if self.body is None else layer.get_submodule(self.body.inside)
+        """The module of a decoder layer that the body is a copy of (of a mixture of experts: see `experts`)."""
+        from .experts import dense_part  # needs torch
+
+        return None if self.body is None else dense_part(layer.get_submodule(self.body.inside))
 
     def body_source(self, layers: Sequence[nn.Module], k: int) -> nn.Module | None:
         """The module that the body of the exit at k starts as, of all layers of a backbone."""
@@ -222,11 +224,6 @@ class Mlp(ExitKind):
 
     name, body, tapped, states_read = "mlp", Body("mlp"), True, 2
     ee_llm = ("use_exit_mlp", "use_exit_norm")
-
-    def body_in(self, layer: nn.Module) -> nn.Module | None:
-        from .experts import dense_part
-
-        return dense_part(layer.mlp)
 
     def watch(self, layer: nn.Module, mlp_input_norm: str | None, keep: Callable[[Tap], None]) -> RemovableHandle:
         if mlp_input_norm is None:

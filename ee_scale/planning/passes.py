@@ -89,8 +89,8 @@ def _grouped(experts: nn.Module, x: torch.Tensor, chosen: torch.Tensor, weights:
     """Of frozen experts: each token once for every expert that it goes through."""
     k = chosen.shape[-1]
     rows = x.repeat_interleave(k, 0)
-    inner = experts._apply_gate(rows.new_empty(len(rows), experts.gate_up_proj.shape[1]))
-    out = inner.new_empty(len(rows), x.shape[-1]) * weights.reshape(-1, 1)
+    gate, up = rows.new_empty(len(rows), experts.get_parameter("gate_up_proj").shape[1]).chunk(2, -1)
+    out = (F.silu(gate) * up).new_empty(len(rows), x.shape[-1]) * weights.reshape(-1, 1)
     return out.view(-1, k, x.shape[-1]).sum(1).to(x.dtype)
 
 

@@ -9,9 +9,13 @@ from helpers.folders import Tensors, packed, rewritten, without
 from helpers.models import MIXTURES, load_whole, spec_of, tiny_config, write_model
 from helpers.reference import dense_mlp
 from rich.console import Console
+from safetensors.torch import load_file
 from torch import nn
 from transformers import DeepseekV2Config
 
+from ee_scale.artifact.export import _copy_base
+from ee_scale.artifact.submodel import _check_experts
+from ee_scale.artifact.trained_base import TrainedBase
 from ee_scale.backbone.experts import own_units
 from ee_scale.backbone.loading import read_config
 from ee_scale.backbone.model_tensors import ModelTensors
@@ -104,6 +108,21 @@ def test_experts_are_counted(folders: dict[str, Path], tmp_path: Path, change: A
         opened(folder)
     assert told in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_an_export_leaves_exits_behind_and_no_expert(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Where base and exits lie in one file, it is written anew."""
+    source = load_file(folders["mixtral"] / "model.safetensors")
+    folder = rewritten(
+        folders["mixtral"], tmp_path / "base", lambda tensors: tensors | {"exit_heads.1.x": torch.ones(1)}
+    )
+    (tmp_path / "out").mkdir()
+    names = _copy_base(TrainedBase(folder, folder, []), tmp_path / "out", lambda nbytes: None)
+    assert names.keys() == source.keys()
+    written = load_file(
+        tmp_path / "out" / names[UP.format(0).replace("mlp", "block_sparse_moe").replace("up_proj", "w3")]
+    )
+    assert all(torch.equal(written[name], tensor) for name, tensor in source.items())
 
 
 # -- the MLP of an exit ------------------------------------------------------------------------------------------------
@@ -237,6 +256,17 @@ def test_routers_are_not_trained(setting: str) -> None:
         UserError, match=f"^{setting}: 'qwen2_moe' chooses among 5 experts, and the losses that keep its"
     ):
         plan(**{name: value})
+
+
+def test_a_dense_mlp_in_the_place_of_experts_has_no_stock_model(folders: dict[str, Path]) -> None:
+    folder = folders["qwen2_moe"]
+    config = read_config(folder)
+    with pytest.raises(
+        UserError, match=r"^exit=1: its mlp is dense, and a stock 'qwen2_moe' has experts in its place; "
+    ):
+        _check_experts(folder, spec_of(config, (1, 2), "mlp", "full"), 1)
+    _check_experts(folder, spec_of(config, (1, 2), "mlp", "full"), 2)  # a layer without
+    _check_experts(folder, spec_of(config, (1, 2), "norm", "full"), 1)
 
 
 def test_no_supernet() -> None:
