@@ -170,3 +170,13 @@ MEGATRON = {
     "qwen3_moe": MegatronNames(qk_norms=True, experts=EXPERTS["qwen3_moe"]),
     "olmoe": MegatronNames(qk_norms=True, wide_norms=True, head_dim=False, experts=EXPERTS["olmoe"]),
 }
+
+# What the layers of other families have, and those of Megatron-Core's GPT model (to release 0.16) lack.
+BEHIND = "norms behind attention and MLP"
+LACKING = {
+    "gemma": "a factor of the embedding",
+    "gemma2": f"{BEHIND}, caps of scores and logits, a factor of the embedding",
+    "gemma3_text": f"{BEHIND}, another rotary base in layers with a window, a factor of the embedding",
+    "olmo2": f"{BEHIND} and none in front of them",
+    "olmo3": f"{BEHIND} and none in front of them",
+}
