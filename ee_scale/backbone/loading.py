@@ -101,6 +101,8 @@ def check_claims(folder: Path, config: PreTrainedConfig) -> None:
     width = "embedding_size" if "embedding_size" in size else "hidden_size"  # ALBERT, ELECTRA
     claims = [("vocab_size", width), ("intermediate_size", "hidden_size"), ("rank", "hidden_size")]
     claims += [(f"num_{heads}_heads", "head_dim", "hidden_size") for heads in ("attention", "key_value")]
+    inner = "moe_intermediate_size" if "moe_intermediate_size" in size else "intermediate_size"
+    claims += [(experts, inner, "hidden_size") for experts in ("num_experts", "num_local_experts")]
     for names in claims:
         count = prod(size[name] for name in names) if set(names) <= set(size) else 0
         if count > 8 * nbytes:  # a weight has at least one bit

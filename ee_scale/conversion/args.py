@@ -148,8 +148,7 @@ def to_args(
         iteration=1,
         consumed_train_samples=0,
         consumed_valid_samples=0,
-        **FIXED,
-        **expert_args.expert_args(config),
+        **(FIXED | expert_args.expert_args(config)),
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ee_scale.errors import UserError
-from ee_scale.families.experts import Experts, experts_of
+from ee_scale.families.experts import ExpertNames, experts_of
 
 # args that must have this value (or be absent), because no family here has another router.
 ROUTER = {
@@ -76,7 +76,7 @@ def plain(args: Namespace) -> Namespace:
     return Namespace(**values)
 
 
-def expert_values(args: Namespace, family: str, experts: Experts) -> dict[str, Any]:
+def expert_values(args: Namespace, family: str, experts: ExpertNames) -> dict[str, Any]:
     """For the config of a family. Raises `UserError`."""
     args = plain(args)
     for name, value in ROUTER.items():

@@ -14,7 +14,7 @@ ROUTER = re.compile(r"^(model\.layers\.\d+\.)mlp\.gate\.weight$")
 
 
 @dataclass(frozen=True)
-class Experts:
+class ExpertNames:
     """The experts of a family, by their names in folders on the hub.
 
     Attributes:
@@ -49,12 +49,12 @@ class Experts:
 
 
 EXPERTS = {
-    "mixtral": Experts("block_sparse_moe", ("w1", "w3", "w2"), sums_to_one=True),
-    "qwen3_moe": Experts(width="moe_intermediate_size"),
-    "olmoe": Experts(),
+    "mixtral": ExpertNames("block_sparse_moe", ("w1", "w3", "w2"), sums_to_one=True),
+    "qwen3_moe": ExpertNames(width="moe_intermediate_size"),
+    "olmoe": ExpertNames(),
 }
 
 
-def experts_of(config: PreTrainedConfig) -> Experts | None:
+def experts_of(config: PreTrainedConfig) -> ExpertNames | None:
     """Of a model by its config; None: it has none, or they are not described here."""
     return EXPERTS.get(config.model_type)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
 
-from ee_scale.families.experts import EXPERTS, Experts
+from ee_scale.families.experts import EXPERTS, ExpertNames
 
 
 class Rule(Enum):
@@ -137,7 +137,7 @@ class MegatronNames:
     wide_norms: bool = False
     head_dim: bool = True
     windowed: bool = False
-    experts: Experts | None = None
+    experts: ExpertNames | None = None
 
     def rows(self, experts: int = 0) -> tuple[Row, ...]:
         """The tensors of one layer with that many experts."""
@@ -151,7 +151,7 @@ class MegatronNames:
 
 
 @lru_cache
-def _expert_rows(experts: Experts, count: int) -> tuple[Row, ...]:
+def _expert_rows(experts: ExpertNames, count: int) -> tuple[Row, ...]:
     """Norm, router and every expert's matrices."""
     rows = [ROUTER_NORM, Row((experts.router,), "mlp.router.weight", None, Rule.WHOLE)]
     for number in range(count):
@@ -169,4 +169,14 @@ MEGATRON = {
     "mixtral": MegatronNames(windowed=True, experts=EXPERTS["mixtral"]),
     "qwen3_moe": MegatronNames(qk_norms=True, experts=EXPERTS["qwen3_moe"]),
     "olmoe": MegatronNames(qk_norms=True, wide_norms=True, head_dim=False, experts=EXPERTS["olmoe"]),
+}
+
+# What the layers of other families have, and those of Megatron-Core's GPT model (to release 0.16) lack.
+BEHIND = "norms behind attention and MLP"
+LACKING = {
+    "gemma": "a factor of the embedding",
+    "gemma2": f"{BEHIND}, caps of scores and logits, a factor of the embedding",
+    "gemma3_text": f"{BEHIND}, another rotary base in layers with a window, a factor of the embedding",
+    "olmo2": f"{BEHIND} and none in front of them",
+    "olmo3": f"{BEHIND} and none in front of them",
 }

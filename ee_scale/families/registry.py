@@ -9,7 +9,7 @@ from ee_scale.errors import UserError
 from ee_scale.families.decoders import DECODERS
 from ee_scale.families.encoders import ENCODERS
 from ee_scale.families.family import Family
-from ee_scale.families.megatron import MEGATRON
+from ee_scale.families.megatron import LACKING, MEGATRON
 
 STAGES = {"embed_tokens", "layers", "norm"}
 FAMILIES = {family.name: family for family in (*DECODERS, *ENCODERS)}
@@ -67,9 +67,11 @@ def elastic_family(config: PreTrainedConfig, task: str | None = None) -> Family:
 
 def megatron_family(config: PreTrainedConfig) -> Family:
     """One that Megatron's GPT model computes. Raises `UserError` with the names of those."""
-    if config.model_type not in MEGATRON:
-        raise UserError(f"config.model_type={config.model_type}: no map to Megatron; known: {', '.join(MEGATRON)}")
-    return find_family(config) or Family(config.model_type)
+    name = config.model_type
+    if name not in MEGATRON:
+        reason = f"Megatron-Core's GPT model lacks {LACKING[name]}" if name in LACKING else "no map to Megatron"
+        raise UserError(f"config.model_type={name}: {reason}; known: {', '.join(MEGATRON)}")
+    return find_family(config) or Family(name)
 
 
 def _names(families: Iterable[Family]) -> str:

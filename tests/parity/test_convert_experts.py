@@ -1,5 +1,6 @@
 """Models with experts: HF -> Megatron -> HF, bit for bit, at every grid; experts are counted; logits agree."""
 
+import json
 import re
 import shutil
 from itertools import product
@@ -90,6 +91,32 @@ def test_experts_are_counted(models: dict[str, Path], tmp_path: Path, family: st
         (folder / "config.json").write_bytes((models[family] / "config.json").read_bytes())
         save_file(wrong, folder / "model.safetensors", metadata={"format": "pt"})
         refused(folder, "megatron_core", f"1 tensor {message}")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_more_experts_in_the_config_than_in_the_files(models: dict[str, Path], tmp_path: Path, family: str):
+    folder = tmp_path / "model"
+    shutil.copytree(models[family], folder)
+    values = json.loads((folder / "config.json").read_text())
+    field = "num_local_experts" if "num_local_experts" in values else "num_experts"
+    first = GATE[family].replace("layers.1", "layers.0").partition("2.")[0] + "8."
+    for count, message in (
+        (9, f": 12 tensors missing: {first}"),
+        (16000, f"{field}=16000 x "),
+        (0, f"{field}=0: give a"),
+    ):
+        (folder / "config.json").write_text(json.dumps(values | {field: count}))
+        refused(folder, "megatron_core", message)
+
+
+def test_from_deepspeed(models: dict[str, Path], tmp_path: Path):
+    """A live model has stacks of experts, and so has its save."""
+    tag = tmp_path / "saved" / "global_step1"
+    tag.mkdir(parents=True)
+    (tag.parent / "latest").write_text(tag.name)
+    content = {"module": load_whole(models["mixtral"]).state_dict(), "param_shapes": None, "ds_version": "0.19.8"}
+    torch.save(content | {"dp_world_size": 1, "mp_world_size": 1}, tag / "mp_rank_00_model_states.pt")
+    same(convert(tag.parent, tmp_path / "hf", "hf", model=models["mixtral"]), models["mixtral"])
 
 
 def test_experts_are_counted_in_megatron(models: dict[str, Path], tmp_path: Path):
