@@ -10,6 +10,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ee_scale.errors import UserError
+from ee_scale.modeling.wrapped import language_name
 
 
 def parameter_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
@@ -22,13 +23,14 @@ def parameter_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, 
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     found: dict[str, str] = {}
-    for name in stored:
+    for stored_name in stored:
+        name = language_name(model.config, stored_name)
         renamed, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
         if renamed not in known and name in known:  # as `from_pretrained` has it
             renamed, converted = rename_source_key(name, [], [], model.base_model_prefix, known)
         if converted is not None and renamed in known:
             raise UserError(f"'{name}': transformers computes '{renamed}' from it and others; only names may differ")
-        found[name] = renamed
+        found[stored_name] = renamed
     owners: dict[str, str] = {}
     for name, renamed in found.items():
         if renamed in known and owners.setdefault(renamed, name) != name:
