@@ -23,6 +23,7 @@ from ee_scale.files import new_folder, write_text
 from ee_scale.log import log
 from ee_scale.modeling.heads import ExitSpec
 from ee_scale.modeling.modeling_early_exit import PREFIX, auto_map, copy_code
+from ee_scale.modeling.wrapped import is_wrapped
 from ee_scale.training.recipe import BEST
 
 EXITS_SHARD = "model-exit-heads.safetensors"
@@ -102,7 +103,8 @@ def export_early_exit(run: Path, out: Path, step: int | None, copied: Callable[[
         own = {"early_exit": trained.facts["early_exit"], "auto_map": auto_map(spec)}
         write_beside(folder, base.folder, **own)
         copy_code(spec, folder)
-        write_text(folder / "README.md", _model_card(out, trained))
+        opener = "AutoModelForImageTextToText" if is_wrapped(base.config) else "AutoModelForCausalLM"
+        write_text(folder / "README.md", _model_card(out, trained, opener))
 
 
 def export_bytes(run: Path) -> int:
@@ -140,7 +142,8 @@ def _copy_file(path: Path, target: Path, copied: Callable[[int], None]) -> None:
             copied(len(block))
 
 
-def _model_card(out: Path, trained: Trained) -> str:
+def _model_card(out: Path, trained: Trained, opener: str) -> str:
+    imported = ", ".join(sorted({opener, "AutoModelForCausalLM"}))
     spec = trained.facts["early_exit"]
     layers = ", ".join(map(str, spec["layers"]))
     how = "together with the model" if trained.files else "on the frozen model"
@@ -155,9 +158,9 @@ tags: [early-exit, ee_scale]
 head `{spec["head"]}`), trained for {trained.facts["step"]} steps {how} with ee_scale {version("ee-scale")}.
 
 ```python
-from transformers import AutoModelForCausalLM
+from transformers import {imported}
 
-stock = AutoModelForCausalLM.from_pretrained("{out.name}")                                # {stock}
+stock = {opener}.from_pretrained("{out.name}")                                # {stock}
 model = AutoModelForCausalLM.from_pretrained("{out.name}", trust_remote_code=True)        # with exits
 model(input_ids).exit_logits                                                              # {{layer: logits}}
 ```

@@ -14,9 +14,11 @@ from ee_scale.backbone.small_files import GENERATION_CONFIG, small_files
 from ee_scale.errors import UserError
 from ee_scale.files import file_digest, own_file, write_text
 from ee_scale.modeling.calibration import CALIBRATION_KEY
+from ee_scale.modeling.wrapped import MARK
 from ee_scale.reading import parse_json, read_object, write_json
 
-OF_THE_SOURCE = ("early_exit", "auto_map", "_name_or_path")  # keys of config.json that speak of files not copied
+# Keys of config.json that speak of files not copied.
+OF_THE_SOURCE = ("early_exit", "auto_map", "_name_or_path", MARK)
 
 T = TypeVar("T")
 

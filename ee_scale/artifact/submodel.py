@@ -21,6 +21,7 @@ from ee_scale.families.build import meta_model
 from ee_scale.families.sizes import layer_settings, shape_of
 from ee_scale.files import new_folder, write_text
 from ee_scale.modeling.heads import ExitSpec
+from ee_scale.modeling.wrapped import is_wrapped
 from ee_scale.reading import read_object
 
 SHARD_BYTES = 4 << 30  # tensors that are in memory at the same time, and the size of a weight file
@@ -116,8 +117,8 @@ def _check_experts(base: Path, spec: ExitSpec, exit_layer: int) -> None:
 
 def _cut_config(base: Path, submodel: Submodel) -> dict[str, Any]:
     """The base model's config.json with the layers of the submodel."""
-    values = read_object(base / "config.json")
     config = ModelFolder(base).decoder_config
+    values = config.to_dict() if is_wrapped(config) else read_object(base / "config.json")
     own = [config.num_hidden_layers - 1] * submodel.spec.exit_kind.attends  # the exit's own layer: a copy of the last
     # Types are written out even where the file has none: some families derive them from the number of layers.
     values |= layer_settings(config, [*range(submodel.num_layers - len(own)), *own])

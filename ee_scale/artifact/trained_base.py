@@ -19,7 +19,7 @@ class TrainedBase(ModelTensors):
 
     def __init__(self, base: Path, checkpoint: Path, files: list[str]):
         """`files`: of the checkpoint, with what was trained of the backbone; none: the base model as it is."""
-        config = ModelFolder(base).decoder_config
+        self.config = config = ModelFolder(base).decoder_config
         super().__init__(base, meta_model(config, torch.float32))
         self._trained = TensorFolder(checkpoint, [checkpoint / name for name in files])
         self._tied = config.tie_word_embeddings

@@ -14,9 +14,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from ee_scale.backbone.narrowing import fill
 from ee_scale.backbone.stored_names import stored_pair
 from ee_scale.errors import UserError, one_line
-from ee_scale.families.registry import find_family
+from ee_scale.families.family import Family
+from ee_scale.families.registry import find_family, without_wrapper
 from ee_scale.families.sizes import check_sizes
 from ee_scale.files import is_file, named_file, own_file
+from ee_scale.modeling.wrapped import is_wrapped, language_name
 from ee_scale.reading import check_fields, read_object, shown
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
@@ -32,28 +34,42 @@ USUAL_LAYERS = 200
 
 
 def read_config(folder: Path, *, alone: bool = False) -> PreTrainedConfig:
-    """The transformers config of a folder, of whatever architecture; its `tie_word_embeddings` says what is true of
-    the weights beside it (`is_tied`), unless it counts `alone`: for weights that lie elsewhere.
+    """The transformers config of a folder, of whatever architecture (of a wrapper that of its language model); its
+    `tie_word_embeddings` says what is true of the weights beside it (`is_tied`), unless it counts `alone`: for weights
+    that lie elsewhere.
 
     Raises `UserError`, also for weights that are encoded.
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"model.path={folder}: no config.json in it")
-    check_sizes(read_object(folder / "config.json"), f"model.path={folder}: config.json")
+    values, here = read_object(folder / "config.json"), f"model.path={folder}: config.json"
+    check_sizes(values, here)
+    if isinstance(inside := values.get("text_config"), dict):
+        check_sizes(inside, f"{here}: text_config")
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers checks types and values in many ways
         raise UserError(f"model.path={folder}: config.json: {one_line(error)}") from error
+    config = without_wrapper(whole)
     weights = not alone and any((folder / name).is_file() for name in (SINGLE_NAME, INDEX_NAME))
     if weights:
         check_claims(folder, config)
-    _check_encoding(folder, config)
+    _check_encoding(folder, whole)
     if not alone:
         _check_adapter(folder)
     family = find_family(config)
+    if is_wrapped(config) and family:
+        _check_wrapped(here, whole.model_type, family, config)
     if weights and family and family.is_decoder and config.tie_word_embeddings:
         config.tie_word_embeddings = is_tied(folder, config)
     return config
+
+
+def _check_wrapped(here: str, wrapper: str, family: Family, config: PreTrainedConfig) -> None:
+    """Its own code ends with the output matrix; that of the language model alone goes on."""
+    for name in filter(None, (family.logit_softcap, family.logit_scale, family.logit_divisor)):
+        if (value := getattr(config, name)) not in (None, 1):
+            raise UserError(f"{here}: text_config: {name}={value}: '{wrapper}' does not apply it to its logits")
 
 
 def _check_encoding(folder: Path, config: PreTrainedConfig) -> None:
@@ -85,8 +101,9 @@ def is_tied(folder: Path, config: PreTrainedConfig) -> bool:
     As in transformers 5: it is, unless the folder has both matrices and they differ; then both count.
     """
     tensors = TensorFolder(folder)
-    pair = stored_pair(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], tensors.files)
-    return pair is None or tensors.equal(*pair)
+    stored = {language_name(config, name): name for name in tensors.files}
+    pair = stored_pair(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], stored)
+    return pair is None or tensors.equal(*(stored[name] for name in pair))
 
 
 def check_claims(folder: Path, config: PreTrainedConfig) -> None:

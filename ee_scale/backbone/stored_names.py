@@ -11,6 +11,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ee_scale.errors import UserError
+from ee_scale.modeling.wrapped import language_name
 
 # What converters do that make one parameter of the matrices of all experts: [E, P x out, in].
 STACKED = (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
@@ -48,19 +49,20 @@ def find_parameters(model: PreTrainedModel, stored: Iterable[str]) -> tuple[dict
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     found: dict[str, str] = {}
     parts: dict[str, ExpertPart] = {}
-    for name in stored:
+    for stored_name in stored:
+        name = language_name(model.config, stored_name)
         renamed, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
         if renamed not in known and name in known:  # as `from_pretrained` has it
             renamed, converted = rename_source_key(name, [], [], model.base_model_prefix, known)
         if converted is None or renamed not in known:
-            found[name] = renamed
+            found[stored_name] = renamed
             continue
         converter = next(each for each in converters if converted in each.source_patterns)
         number = re.search(re.escape(converted).replace(r"\*", r"(\d+)"), rename_source_key(name, renamings, [])[0])
         if [type(operation).__name__ for operation in converter.operations] not in STACKED or number is None:
             raise UserError(f"'{name}': transformers computes '{renamed}' from it and others; only names may differ")
         patterns = tuple(converter.source_patterns)
-        parts[name] = ExpertPart(renamed, int(number[1]), patterns.index(converted), patterns)
+        parts[stored_name] = ExpertPart(renamed, int(number[1]), patterns.index(converted), patterns)
     owners: dict[str, str] = {part.parameter: name for name, part in parts.items()}
     for name, renamed in found.items():
         if renamed in known and owners.setdefault(renamed, name) != name:

@@ -10,8 +10,11 @@ from ee_scale.families.decoders import DECODERS
 from ee_scale.families.encoders import ENCODERS
 from ee_scale.families.family import Family
 from ee_scale.families.megatron import LACKING, MEGATRON
+from ee_scale.modeling.wrapped import language_config
 
 STAGES = {"embed_tokens", "layers", "norm"}
+# Models that read images too whose language model alone, on text, computes what they do.
+WRAPPERS = ("gemma3", "internvl", "llava", "mistral3")
 FAMILIES = {family.name: family for family in (*DECODERS, *ENCODERS)}
 
 
@@ -24,6 +27,11 @@ def find_family(config: PreTrainedConfig) -> Family | None:
         stages = config.base_model_pp_plan or {}
         return Family(config.model_type) if stages.keys() >= STAGES and config.base_model_tp_plan else None
     return family
+
+
+def without_wrapper(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the language model in a wrapper that is known here; any other config is returned as it is."""
+    return language_config(config) if config.model_type in WRAPPERS else config
 
 
 def decoder_family(config: PreTrainedConfig) -> Family:

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, logging
+from transformers import PreTrainedConfig, PreTrainedModel, logging
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ee_scale.backbone.model_folder import GONE, SIDECAR_CONFIG, ModelFolder
 from ee_scale.backbone.narrowing import narrowed
@@ -14,6 +15,7 @@ from ee_scale.errors import UserError, one_line
 from ee_scale.modeling import modeling_early_exit as modeling
 from ee_scale.modeling.calibration import CALIBRATION_KEY
 from ee_scale.modeling.heads import ExitSpec, LowRankHead
+from ee_scale.modeling.wrapped import opening
 
 
 class EarlyExitForCausalLM(modeling.EarlyExitForCausalLM):
@@ -81,7 +83,8 @@ def open_model(path: Path, **kwargs: Any) -> Any:
     _ = folder.decoder_config
     if folder.exits is None:
         folder.tensors()  # transformers fills what is missing with random numbers
-        opener = AutoModelForCausalLM
+        opener = MODEL_FOR_CAUSAL_LM_MAPPING[type(folder.config)]
+        kwargs = opening(folder.config) | kwargs
     try:
         model = opener.from_pretrained(path, trust_remote_code=False, **kwargs)
     except UserError:
@@ -109,6 +112,6 @@ def _with_new_heads(folder: ModelFolder, spec: ExitSpec, **kwargs: Any) -> Any:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the report of missing exit heads: they are filled next
     try:
-        return modeling.early_exit_class(config).from_pretrained(folder.base, config=config, **kwargs).eval()
+        return modeling.early_exit_class(config).from_pretrained(folder.base, **opening(config), **kwargs).eval()
     finally:
         logging.set_verbosity(verbosity)

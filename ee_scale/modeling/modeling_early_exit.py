@@ -28,6 +28,7 @@ from .decode import LOG_OPTIONS, ExitDecoding, settle_cache, take_options, take_
 from .heads import ExitSpec, ExitTaps, build_exit_heads, run_single_layer
 from .kinds import ExitKind, Tap
 from .packing import packed_linears
+from .wrapped import MARK, is_wrapped, language_config, opening
 
 PREFIX = "exit_heads."
 AUTO_MAP = {"AutoModelForCausalLM": "modeling_early_exit.EarlyExitForCausalLM"}
@@ -121,6 +122,9 @@ class EarlyExitMixin:
         for key in LOG_OPTIONS:
             if hasattr(self.generation_config, key):
                 delattr(self.generation_config, key)
+        if is_wrapped(self.config):  # from now on a language model, by the names of one
+            self._weight_conversions: list[object] = []
+            delattr(self.config, MARK)
         self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **auto_map(self.exit_spec)}
         super().save_pretrained(save_directory, *args, **kwargs)
         copy_code(self.exit_spec, Path(save_directory))
@@ -242,10 +246,11 @@ class EarlyExitForCausalLM:
         kwargs.pop("adapter_kwargs", None)
         wants_info = kwargs.pop("output_loading_info", False)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False) if config is None else config
+        config = language_config(config)
         if getattr(config, "early_exit", None) is None:
             raise ValueError(f"{path}: its config.json has no 'early_exit'; it is not a model with exits")
         model_class = early_exit_class(config)
-        model, info = model_class.from_pretrained(path, *args, config=config, output_loading_info=True, **kwargs)
+        model, info = model_class.from_pretrained(path, *args, **opening(config), output_loading_info=True, **kwargs)
         check_exit_keys(path, info)
         model.pack_weights = pack_weights
         return (model, info) if wants_info else model

@@ -18,7 +18,8 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, Indexe
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, logging
+from transformers import GenerationConfig, logging
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ee_scale.backbone.digest import named_generator, named_seed
 from ee_scale.backbone.fingerprint import fingerprint
@@ -30,6 +31,7 @@ from ee_scale.errors import UserError, one_line
 from ee_scale.files import published, remove_folder, sync
 from ee_scale.grid import launch_info, pick_device
 from ee_scale.log import log
+from ee_scale.modeling.wrapped import opening
 from ee_scale.planning.estimates import uses_bf16
 from ee_scale.planning.tune import TunePlan
 from ee_scale.progress import shares
@@ -159,7 +161,8 @@ def _opened(plan: TunePlan, end: int) -> Continue:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its report of tensors that are left out: the run has said so
     try:
-        opened = AutoModelForCausalLM.from_pretrained(plan.model_dir, dtype=dtype, trust_remote_code=False)
+        opener = MODEL_FOR_CAUSAL_LM_MAPPING[type(plan.model_config)]
+        opened = opener.from_pretrained(plan.model_dir, **opening(plan.model_config), dtype=dtype)
     except Exception as error:  # a folder that is damaged or was made up fails in many ways
         raise UserError(f"{plan.model_dir}: {one_line(error)}") from error
     finally:
