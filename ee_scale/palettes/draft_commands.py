@@ -79,7 +79,7 @@ def engine_sections(pair: Drafted) -> list[str]:
     return [
         "**transformers**: the suite runs it with 5.24; greedy text is the target's alone.",
         f"```python\n{transformers_code(pair)}\n```",
-        "**llama.cpp**: the suite runs build 11549 (wheel xllamacpp) with these settings; greedy tokens are the target's.",
+        "**llama.cpp**: the suite runs build 11549 (wheel xllamacpp) so; greedy tokens are the target's alone.",
         f"```bash\n{llama_cpp_command(pair)}\n```",
         f"**vLLM**: {GPU} 0.26's documentation.",
         f"```bash\n{vllm_command(pair)}\n```",
