@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # rooms are imported when they are used: after `prepare_libra
     from ee_scale.evaluation.calibrate import Calibration
     from ee_scale.evaluation.deferral import Deferral
     from ee_scale.evaluation.evaluate import Evaluation
+    from ee_scale.palettes.drafts import DraftPair
     from ee_scale.palettes.manifest import Manifest
 
 C = TypeVar("C")
@@ -55,11 +56,12 @@ class TrainedRun:
 
 @dataclass(frozen=True)
 class Exported:
-    """A folder or file that was written, and of an ONNX or a GGUF file what it is worth."""
+    """A folder or file that was written, and what an ONNX file, a GGUF file or a measured drafter is worth."""
 
     folder: Path
     onnx: "OnnxReport | None" = None
     gguf: "GGUFReport | None" = None
+    drafter: "DraftPair | None" = None
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,10 @@ def export(config: ExportConfig) -> Exported:
         return Exported(out, onnx=run_onnx(config))
     if config.format == "gguf":
         return Exported(out, gguf=run_gguf(config))
+    if config.kind == "drafter":
+        from ee_scale.palettes.drafter import run_drafter
+
+        return Exported(out, drafter=run_drafter(config))
     run_export(config)
     return Exported(out)
 

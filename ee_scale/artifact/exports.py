@@ -21,7 +21,7 @@ TASKS = {"ForCausalLM": "causal_lm", "ForSequenceClassification": "classify"}
 
 def run_export(config: ExportConfig) -> None:
     """Write the folder `out`, of a run. Raises `UserError`."""
-    _check_numbers(config)
+    check_given(config)
     source, out = Path(config.src).expanduser(), Path(config.out).expanduser()
     if config.layer is not None and config.kind != "submodel":
         raise UserError(f"exit={config.layer}: goes with kind=submodel; kind={config.kind} holds every exit of the run")
@@ -58,7 +58,7 @@ def run_gguf(config: ExportConfig) -> "GGUFReport":
 
 def _stock(config: ExportConfig) -> tuple[Path, str]:
     """The stock model folder that `src` names, and what it is for."""
-    _check_numbers(config)
+    check_given(config)
     kind = config.kind if config.kind != "early_exit" else None
     for name, given in (("kind", kind), ("exit", config.layer), ("step", config.step)):
         if given:
@@ -67,13 +67,17 @@ def _stock(config: ExportConfig) -> tuple[Path, str]:
     return source, _task(source, config.format)
 
 
-def _check_numbers(config: ExportConfig) -> None:
+def check_given(config: ExportConfig) -> None:
+    """Raises `UserError` for a setting of another format or kind than the one that is written."""
     for name, given, goes in (("int8", config.int8, "onnx"), ("type", config.type, "gguf")):
         if given and config.format != goes:
             given = str(given).lower()
             raise UserError(
                 f"{name}={given}: goes with format={goes}; transformers' own files keep the number type of the model"
             )
+    for name, value in (("base", config.base), ("data", config.data)):
+        if value is not None and config.kind != "drafter":
+            raise UserError(f"{name}={value}: goes with kind=drafter")
 
 
 def _task(source: Path, wanted: str) -> str:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from ee_scale.artifact.export import open_trained
+from ee_scale.artifact.export import Trained, open_trained
 from ee_scale.artifact.hf_folder import shard_names, shards, write_beside, write_index
 from ee_scale.backbone.loading import TensorFolder
 from ee_scale.backbone.model_folder import ModelFolder
@@ -62,12 +62,19 @@ class Submodel:
         """A parameter of the stock model. A low-rank head is merged in fp32: W + up @ down, rounded once."""
         source = self.source(name)
         if source.startswith("exit."):
-            return narrowed(self.tensors[source.removeprefix("exit.")], dtype, name)
+            value = narrowed(self.tensors[source.removeprefix("exit.")], dtype, name)
+            return self._over_vocabulary(value) if source == "exit.head.weight" and self.spec.shortlist else value
         tensor = self.base.read(source)
         if name == "lm_head.weight" and self.spec.head == "low_rank":
             update = self.tensors["head.up.weight"] @ self.tensors["head.down.weight"]
             tensor = update.add_(tensor)
         return narrowed(tensor, dtype, name)
+
+    def _over_vocabulary(self, rows: torch.Tensor) -> torch.Tensor:
+        """[N, D] -> [V, D]: a shortlist head that gives 0 for the tokens that it does not score."""
+        whole = rows.new_zeros(self.base.shape("model.embed_tokens.weight")[0], rows.shape[1])
+        whole[list(self.spec.shortlist_ids)] = rows
+        return whole
 
 
 def export_submodel(run: Path, out: Path, exit_layer: int, step: int | None = None) -> None:
@@ -76,21 +83,32 @@ def export_submodel(run: Path, out: Path, exit_layer: int, step: int | None = No
     Its logits are the exit's own. Raises `UserError` if the run has no such exit, if a stock model cannot express it,
     or if the base model is gone or changed.
     """
+    with new_folder(out) as folder:
+        write_submodel(folder, run, out.name, exit_layer, step)
+
+
+def write_submodel(
+    folder: Path, run: Path, name: str, exit_layer: int, step: int | None, *, drafts: bool = False
+) -> Trained:
+    """The same into a folder that is there, which is to be called `name`; returns the checkpoint it is of.
+
+    drafts: it only drafts, so a shortlist head will do: tokens that it does not score have the logit 0.
+    """
     trained = open_trained(run, step)
     spec = ExitSpec.from_dict(trained.facts["early_exit"])
-    _check(run, spec, exit_layer)
+    _check(run, spec, exit_layer, drafts=drafts)
     base = trained.base()
     _check_experts(base.folder, spec, exit_layer)
     prefix = f"exit_heads.{exit_layer}."
     own = {name.removeprefix(prefix): value for name, value in trained.exits.items() if name.startswith(prefix)}
     submodel = Submodel(exit_layer, spec, own, base)
-    with new_folder(out) as folder:
-        write_beside(folder, base.folder, _cut_config(base.folder, submodel))
-        _write_weights(folder, submodel)
-        write_text(folder / "README.md", _model_card(base.folder, out, submodel, trained.facts["step"]))
+    write_beside(folder, base.folder, _cut_config(base.folder, submodel))
+    _write_weights(folder, submodel)
+    write_text(folder / "README.md", _model_card(base.folder, name, submodel, trained.facts["step"]))
+    return trained
 
 
-def _check(run: Path, spec: ExitSpec, exit_layer: int) -> None:
+def _check(run: Path, spec: ExitSpec, exit_layer: int, *, drafts: bool) -> None:
     if exit_layer not in spec.layers:
         raise UserError(f"exit={exit_layer}: {run} has exits at layers {', '.join(map(str, spec.layers))}")
     if spec.exit_kind.no_stock:
@@ -98,10 +116,10 @@ def _check(run: Path, spec: ExitSpec, exit_layer: int) -> None:
             f"exit={exit_layer}: {run} has exits of kind '{spec.kind}', {spec.exit_kind.no_stock}; "
             "use kind=early_exit or kind=sidecar"
         )
-    if spec.shortlist:
+    if spec.shortlist and not drafts:
         raise UserError(
             f"exit={exit_layer}: {run} has heads of kind 'shortlist', which score {spec.shortlist} tokens; a stock "
-            "model scores all of them, so it cannot say the same; use kind=early_exit or kind=sidecar"
+            "model scores all of them, so it cannot say the same; use kind=early_exit, kind=sidecar or kind=drafter"
         )
 
 
@@ -140,13 +158,13 @@ def _write_weights(folder: Path, submodel: Submodel) -> None:
     write_index(folder, weight_map)
 
 
-def _model_card(base: Path, out: Path, submodel: Submodel, step: int) -> str:
+def _model_card(base: Path, name: str, submodel: Submodel, step: int) -> str:
     spec = submodel.spec
     return f"""---
 library_name: transformers
 tags: [early-exit, ee_scale]
 ---
-# {out.name}
+# {name}
 
 The early exit of `{base.name}` after layer {submodel.k} (kind `{spec.kind}`, head `{spec.head}`), trained for {step}
 steps, as a model of {submodel.num_layers} layers of the same architecture. Written by ee_scale {version("ee-scale")}.
@@ -154,6 +172,6 @@ steps, as a model of {submodel.num_layers} layers of the same architecture. Writ
 ```python
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("{out.name}")
+model = AutoModelForCausalLM.from_pretrained("{name}")
 ```
 """

@@ -1,8 +1,8 @@
 """A GGUF file (llama.cpp's format) as transformers has it: config, tokenizer, and weights as plain numbers.
 
-The one file that touches the package gguf; importing it raises `UserError` without it. transformers builds config and
-tokenizer. Weights are decoded by gguf one at a time, where transformers holds the whole model, fills what is missing
-at random and leaves out what it does not know without a word.
+The package gguf comes in here alone, for those who write such files too; importing this raises `UserError` without it.
+transformers builds config and tokenizer. Weights are decoded by gguf one at a time, where transformers holds the whole
+model, fills what is missing at random and leaves out what it does not know without a word.
 """
 
 import tempfile

@@ -25,6 +25,10 @@ def run(config: ExportConfig, overrides: Sequence[str]) -> int:
         console().print(_onnx_line(exported.onnx, config.int8), highlight=False)
     if exported.gguf is not None:
         console().print(_gguf_line(exported.gguf), highlight=False)
+    if exported.drafter is not None:
+        from ee_scale.palettes.draft_report import pair_words
+
+        console().print(pair_words(exported.drafter), highlight=False)
     err.print(f"wrote {Path(config.out).expanduser()}", highlight=False)
     return 0
 

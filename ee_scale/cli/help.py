@@ -32,6 +32,8 @@ EXAMPLES = {
         "ee-scale export src=runs/a kind=early_exit out=my-model",
         "ee-scale export src=runs/a kind=submodel exit=6 out=my-6-layers",
         "ee-scale export src=my-6-layers format=onnx int8=true out=my-6-layers-onnx",
+        "ee-scale export src=my-6-layers format=gguf type=q8_0 out=my-6-layers.gguf",
+        "ee-scale export src=runs/a kind=drafter exit=6 out=my-drafter data=held-out.txt",
     ),
     "convert": (
         "ee-scale convert src=path/to/llama to=megatron_core tp=2 pp=4 out=llama-megatron",

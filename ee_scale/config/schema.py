@@ -56,6 +56,14 @@ class ExportConfig:
         rule=one_of("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
     )
     layer: int | None = setting(None, "submodel, drafter: the layer of the exit to export", written="exit")
+    base: str | None = setting(None, "drafter: the model that it drafts for; null: the base model of the run")
+    data: Any = setting(
+        None, "drafter: held-out text, to measure acceptance and speed on; null: not measured", texts=True
+    )
+    samples: int = setting(32, "drafter: texts that the base model writes for that", rule=at_least(1))
+    seconds: float = setting(3.0, "drafter: time to spend on timing each of both models", rule=FINITE)
+    cache_dir: str | None = setting(None, "drafter: tokenised data; null: ~/.cache/ee_scale/data")
+    device: str = setting("auto", "drafter: where to measure", rule=one_of("auto", "cpu", "cuda"))
 
 
 @dataclass

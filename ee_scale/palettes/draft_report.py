@@ -1,12 +1,12 @@
 """Which size may draft for which, for people: a table, the best pair in a sentence, and how to run it."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from rich.table import Table
 
 from ee_scale.files import write_text
+from ee_scale.palettes.draft_commands import Drafted, engine_sections, transformers_code
 from ee_scale.palettes.drafts import Drafting, DraftPair, Drafts
 from ee_scale.palettes.intervals import Interval
 from ee_scale.palettes.manifest import Manifest, Member
@@ -65,35 +65,18 @@ def draft_markdown(manifest: Manifest) -> list[str]:
         "drafts per cycle, the measured times t of the drafter for a token and T(n) of the target for n rows "
         f"({SOURCE}), and N(g) the tokens of a cycle, counted on the texts. Intervals (95%) are of the texts; times "
         "have an error of their own.",
-        "With stock transformers, which reads the number of drafts from the drafter's settings:",
-        f"```python\n{draft_command(best, way)}\n```",
-        "With vLLM (0.13 has no draft models yet), where other numbers of drafts may be better:",
-        f"```bash\n{vllm_command(best, way)}\n```",
+        "Commands, in the palette's folder; other engines may want other numbers of drafts:",
+        *engine_sections(_drafted(best, way)),
     ]
 
 
 def draft_command(pair: DraftPair, way: str) -> str:
-    """Python that runs a pair on stock transformers, which takes one text at a time."""
-    drafts = _drafting(pair, way).drafts
-    chosen = "do_sample=True, top_k=0" if way == SAMPLING else "do_sample=False"
-    return f"""\
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{pair.target}")
-model = AutoModelForCausalLM.from_pretrained("{pair.target}", dtype="auto")
-drafter = AutoModelForCausalLM.from_pretrained("{pair.drafter}", dtype="auto")
-drafter.generation_config.update(num_assistant_tokens={drafts}, num_assistant_tokens_schedule="constant")
-drafter.generation_config.update(assistant_confidence_threshold=0)  # or it stops where it is not sure
-prompt = tokenizer("Once upon a time", return_tensors="pt")
-output = model.generate(**prompt, assistant_model=drafter, {chosen}, max_new_tokens=64)
-print(tokenizer.decode(output[0]))"""
+    """Python that runs a pair on stock transformers."""
+    return transformers_code(_drafted(pair, way))
 
 
-def vllm_command(pair: DraftPair, way: str) -> str:
-    """The same for vLLM's server."""
-    drafts = _drafting(pair, way).drafts
-    config = {"method": "draft_model", "model": f"./{pair.drafter}", "num_speculative_tokens": drafts}
-    return f"vllm serve ./{pair.target} --speculative-config '{json.dumps(config)}'"
+def _drafted(pair: DraftPair, way: str) -> Drafted:
+    return Drafted(pair.target, pair.drafter, _drafting(pair, way).drafts, sampled=way == SAMPLING)
 
 
 def add_to_cards(folder: Path, manifest: Manifest) -> None:
@@ -113,7 +96,7 @@ def _card(manifest: Manifest, member: Member) -> Iterator[str]:
     yield ""
     for pair in pairs:
         name, worth = _named(drafts, pair.target), any(_drafting(pair, way).pays for way in (GREEDY, SAMPLING))
-        yield f"- for {name}: {_words(pair)}" if worth else f"- not for {name}: {_words(pair)}"
+        yield f"- for {name}: {pair_words(pair)}" if worth else f"- not for {name}: {pair_words(pair)}"
     best, way = _best(pairs)
     if _drafting(best, way).pays:
         yield from ("", "```python", draft_command(best, way), "```")
@@ -133,17 +116,18 @@ def _drafting(pair: DraftPair, way: str) -> Drafting:
 def _praise(manifest: Manifest, pair: DraftPair) -> str:
     drafter = _member(manifest, pair.drafter)
     name = pair.target if manifest.drafts is None else _named(manifest.drafts, pair.target)
-    return f"`{pair.drafter}` for {name}: {_words(pair)}; {drafter.memory_mb:,.0f} MB more."
+    return f"`{pair.drafter}` for {name}: {pair_words(pair)}; {drafter.memory_mb:,.0f} MB more."
 
 
 def _why_not(drafts: Drafts, pair: DraftPair) -> str:
     return (
-        f"`{pair.drafter}` for {_named(drafts, pair.target)} comes nearest: {_words(pair)}; each draft takes "
+        f"`{pair.drafter}` for {_named(drafts, pair.target)} comes nearest: {pair_words(pair)}; each draft takes "
         f"{pair.cost:.0%} of the target's time for a token."
     )
 
 
-def _words(pair: DraftPair) -> str:
+def pair_words(pair: DraftPair) -> str:
+    """Speed, acceptance and drafts per cycle, greedy and sampled."""
     parts = []
     for way in (GREEDY, SAMPLING):
         found = _drafting(pair, way)

@@ -19,6 +19,15 @@ ROWS = 4  # texts whose logits exist at the same time
 
 
 @dataclass(frozen=True)
+class Timed:
+    """A model folder: what it is called, and the times of a token and of forwards over more, in ms."""
+
+    name: str
+    folder: Path
+    costs: Costs
+
+
+@dataclass(frozen=True)
 class Written:
     """Token ids [T] behind a prompt, an end token included; `ended`: there is one."""
 
@@ -41,28 +50,30 @@ class DraftTrials:
     def drafts(self, folder: Path, members: Sequence[Member], full: str) -> Drafts:
         """All pairs of members (folders in `folder`) of which one is smaller. full: folder of the full model."""
         pairs: list[DraftPair] = []
+        timed = [Timed(member.folder, folder / member.folder, _costs(member)) for member in members]
         with shares("trying drafters") as progress:
             for done, target in enumerate(members):
-                pairs += self._of_target(folder, target, [m for m in members if m.params < target.params])
+                smaller = [one for one, member in zip(timed, members, strict=True) if member.params < target.params]
+                pairs += self.pairs(timed[done], smaller)
                 progress((done + 1) / len(members))
         pairs.sort(key=lambda pair: -pair.greedy.speedup)
         return Drafts(len(self.prompts), self.new, full, pairs)
 
-    def _of_target(self, folder: Path, target: Member, smaller: Sequence[Member]) -> Iterator[DraftPair]:
+    def pairs(self, target: Timed, smaller: Sequence[Timed]) -> Iterator[DraftPair]:
+        """Each of the smaller ones with a target, as a model of its own: with its own layers and cache."""
         if not smaller:
             return
-        model = self._open(folder / target.folder)
+        model = self._open(target.folder)
         end, texts = model.generation_config.eos_token_id, {}
         for sampled in (False, True):
             texts[sampled] = self.written(model, end, sampled=sampled)
-        costs = _costs(target)
-        for member in smaller:
-            drafter, token_ms = self._open(folder / member.folder), _costs(member).step
+        for one in smaller:
+            drafter, token_ms = self._open(one.folder), one.costs.step
             greedy, sampled = (
-                foretold(self.drafted(model, drafter, texts[sampled], sampled=sampled), costs, token_ms)
+                foretold(self.drafted(model, drafter, texts[sampled], sampled=sampled), target.costs, token_ms)
                 for sampled in (False, True)
             )
-            yield DraftPair(target.folder, member.folder, token_ms / costs.step, greedy, sampled)
+            yield DraftPair(target.name, one.name, token_ms / target.costs.step, greedy, sampled)
 
     def written(self, model: PreTrainedModel, end: End, *, sampled: bool) -> list[Written]:
         """What a model writes behind each prompt."""

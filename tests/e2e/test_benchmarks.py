@@ -8,15 +8,18 @@ import _bench_models
 import ablate_drafter
 import bench_decode
 import bench_gpu
+import bench_llama_cpp
 import bench_pipeline_decode
 import bench_tune
 import pytest
 import torch
 from _profile import busy_time, profile
+from helpers.llama_cpp import needs_llama_cpp
 from helpers.spawn import spawn
 from transformers import AutoModelForCausalLM
 
 from ee_scale import EarlyExitForCausalLM
+from ee_scale.cli.main import main
 from ee_scale.config.checks import check_tune
 from ee_scale.config.compose import compose_config
 
@@ -219,3 +222,18 @@ def test_every_run_of_the_ablation_has_settings_that_tune_takes():
         config = compose_config("tune", ["model=m", "data.path=[a,b]", "train.steps=9", "exits=drafter", *settings])
         check_tune(config)
         assert config.exits.layers[0] < 0.2
+
+
+@needs_llama_cpp
+def test_llama_cpp(model_dir: Path, tmp_path: Path):
+    """Here the model drafts for itself, so that all its drafts are accepted."""
+    file, text, found = tmp_path / "m.gguf", tmp_path / "text.txt", tmp_path / "found.json"
+    assert main(["export", "format=gguf", f"src={model_dir}", f"out={file}"]) == 0
+    text.write_text("<|endoftext|>".join(["one token reads what comes next " * 4] * 2))
+    words = ["--model", file, "--drafter", file, "--data", text, "--json", found, "--drafts", 2, "--rounds", 1]
+    words += ["--prompt-tokens", 12, "--new-tokens", 8]
+    bench_llama_cpp.main([str(word) for word in words])
+    rows = {row["name"]: row for row in json.loads(found.read_text())["rows"]}
+    assert list(rows) == ["alone", "drafter, 2", "n-grams, 2", "n-grams, then drafter, 2"]
+    assert rows["alone"]["ratio"] == 1
+    assert rows["drafter, 2"]["accepted"] > 0.8

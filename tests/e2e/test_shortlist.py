@@ -42,6 +42,19 @@ def exported(run, tmp_path_factory) -> Path:
     return folder
 
 
+def test_a_drafter_has_a_whole_head(run, exported, tmp_path: Path):
+    """It scores the list as the exit does, and gives 0 for all other tokens."""
+    assert main(["export", f"src={run}", "kind=drafter", "exit=3", f"out={tmp_path / 'out'}"]) == 0
+    ids = torch.arange(3, 19)[None]
+    logits = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits
+    expected = ee_scale.EarlyExitForCausalLM.from_pretrained(exported / "model")(ids).exit_logits[3]
+    tokens = chosen(run)
+    torch.testing.assert_close(logits[..., tokens], expected[..., tokens], atol=1e-5, rtol=0)
+    others = [token for token in range(logits.shape[-1]) if token not in tokens]
+    assert not logits[..., others].any()
+    assert f"scores {SIZE} tokens; the others have the logit 0" in (tmp_path / "out" / "drafter.md").read_text()
+
+
 def chosen(run: Path) -> list[int]:
     return json.loads((run / "run.json").read_text())["early_exit"]["shortlist_ids"]
 

@@ -268,7 +268,7 @@ def test_llama_cpp_reads_texts_as_the_tokenizer_does(rule: str, plain, tmp_path:
     tokenizer, engine = AutoTokenizer.from_pretrained(source), LlamaCpp(tmp_path / "m.gguf")
     for text in NASTY:
         if rule == "metaspace" and (text.startswith(" ") or "<" in text):
-            continue  # which is told, see `test_what_differs_is_told`
+            continue  # which is told, see below
         for special in (True, False):
             expected = tokenizer(text, add_special_tokens=special).input_ids
             assert engine.tokenize(text, special=special) == expected, text
@@ -276,10 +276,13 @@ def test_llama_cpp_reads_texts_as_the_tokenizer_does(rule: str, plain, tmp_path:
     assert engine.chat(turns) == tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
 
-def test_what_differs_is_told(plain, tmp_path: Path, caplog):
+def test_pieces_have_their_kinds_and_what_differs_is_told(plain, tmp_path: Path, caplog):
     source = with_tokenizer(pieces_tokenizer("metaspace"), plain, tmp_path / "model")
     export_gguf(source, tmp_path / "m.gguf", "f16")
     assert "llama.cpp puts a space in front of a text that begins with one too" in caplog.text
+    kinds = gguf.GGUFReader(tmp_path / "m.gguf").get_field("tokenizer.ggml.token_type").contents()
+    assert [kinds.count(kind) for kind in (gguf.TokenType.UNKNOWN, gguf.TokenType.BYTE)] == [1, 256]
+    assert kinds.count(gguf.TokenType.CONTROL) == 3
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from test_palette_report import cells, member, palette
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ee_scale.modeling.costs import MAX_DRAFT, expected_tokens
-from ee_scale.palettes.draft_report import add_to_cards, draft_command, draft_sentences, draft_table, vllm_command
+from ee_scale.palettes.draft_commands import Drafted, engine_sections, sglang_command, vllm_command
+from ee_scale.palettes.draft_report import add_to_cards, draft_command, draft_sentences, draft_table
 from ee_scale.palettes.draft_trials import DraftTrials
 from ee_scale.palettes.drafts import DraftedText, Drafting, DraftPair, Drafts, cycles, foretold, whole_costs
 from ee_scale.palettes.manifest import Manifest, read_manifest, write_manifest
@@ -234,9 +235,18 @@ def test_commands() -> None:
     assert "num_assistant_tokens=4" in code
     assert "do_sample=False" in code
     assert "num_assistant_tokens=3" in draft_command(PAYS.drafts.pairs[0], "sampling")
-    words = shlex.split(vllm_command(PAYS.drafts.pairs[0], "greedy"))
-    assert words[:4] == ["vllm", "serve", "./m", "--speculative-config"]
-    assert json.loads(words[4]) == {"method": "draft_model", "model": "./s", "num_speculative_tokens": 4}
+    odd = Drafted("a model/it's", "my drafter", 4)
+    words = shlex.split(vllm_command(odd))
+    assert words[:4] == ["vllm", "serve", "a model/it's", "--speculative-config"]
+    assert json.loads(words[4]) == {"method": "draft_model", "model": "my drafter", "num_speculative_tokens": 4}
+    words = shlex.split(sglang_command(odd))
+    assert words[words.index("--speculative-draft-model-path") + 1] == "my drafter"
+    assert words[-1] == "5"  # the target's own token among them
+    for section in engine_sections(odd):
+        if section.startswith("```python"):
+            ast.parse(section.removeprefix("```python").removesuffix("```"))
+        elif section.startswith("```bash"):
+            assert shlex.split(section)
 
 
 def test_model_cards_say_whose_drafter_a_size_may_be(tmp_path: Path) -> None:
