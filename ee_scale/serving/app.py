@@ -1,14 +1,17 @@
 """The HTTP side: routes, who may ask, how large a request may be, and answers that end when their client leaves."""
 
 import asyncio
+import base64
+import hashlib
 import hmac
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import aclosing, suppress
+from pathlib import Path
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -35,6 +38,12 @@ def make_app(served: Served, engine: Engine, metrics: Metrics, api_key: str | No
     app.add_exception_handler(RequestValidationError, _not_valid)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _failed)
+
+    page, policy = read_page()
+
+    @app.get("/")
+    async def page_text() -> HTMLResponse:
+        return HTMLResponse(page, headers={"Content-Security-Policy": policy})
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -64,6 +73,15 @@ def make_app(served: Served, engine: Engine, metrics: Metrics, api_key: str | No
         return await _answer(served, engine, body, request)
 
     return app
+
+
+def read_page() -> tuple[str, str]:
+    """The page at `/`, and what a browser may do for it: run its own script, and ask this server."""
+    text = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    script = text.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    allowed = f"script-src 'sha256-{digest}'; style-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'"
+    return text, f"default-src 'none'; {allowed}"
 
 
 async def _answer(served: Served, engine: Engine, body: CompletionBody | ChatBody, request: Request) -> Response:
