@@ -80,8 +80,8 @@ def read_page() -> tuple[str, str]:
     text = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     script = text.partition("<script>")[2].partition("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    allowed = f"script-src 'sha256-{digest}'; style-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'"
-    return text, f"default-src 'none'; {allowed}"
+    allowed = f"script-src 'sha256-{digest}'; style-src 'unsafe-inline'; connect-src 'self'"
+    return text, f"default-src 'none'; {allowed}; frame-ancestors 'none'; form-action 'none'; base-uri 'none'"
 
 
 async def _answer(served: Served, engine: Engine, body: CompletionBody | ChatBody, request: Request) -> Response:
