@@ -1,15 +1,18 @@
 """The HTTP side: routes, who may ask, how large a request may be, and answers that end when their client leaves."""
 
 import asyncio
+import base64
+import hashlib
 import hmac
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import aclosing, suppress
+from pathlib import Path
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ee_scale.serving.bodies import ChatBody, CompletionBody, error_of
@@ -22,19 +25,25 @@ from ee_scale.serving.served import Served
 
 OPEN_PATHS = ("/", "/health")  # without a key
 LOCAL = ("127.0.0.1", "::1", "localhost")
+LOCAL_NAME = re.compile(rb"(127\.0\.0\.1|localhost|\[::1\])(:[0-9]+)?")
 BODY_SECONDS = 30.0  # in which all of a body has to come
 
 
 def make_app(served: Served, engine: Engine, metrics: Metrics, api_key: str | None) -> FastAPI:
     """The application that uvicorn runs."""
     app = FastAPI(title="ee-scale serve", docs_url=None, redoc_url=None)
-    app.add_middleware(Guard, api_key=api_key, most_bytes=served.config.max_body_bytes)
-    if served.config.host in LOCAL and api_key is None:  # a page elsewhere must not reach it by a name of its own
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL, "[::1]"])
+    alone = served.config.host in LOCAL and api_key is None
+    app.add_middleware(Guard, api_key=api_key, most_bytes=served.config.max_body_bytes, local=alone)
     app.add_exception_handler(ApiError, _request_error)
     app.add_exception_handler(RequestValidationError, _not_valid)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _failed)
+
+    page, policy = read_page()
+
+    @app.get("/")
+    async def page_text() -> HTMLResponse:
+        return HTMLResponse(page, headers={"Content-Security-Policy": policy})
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -64,6 +73,15 @@ def make_app(served: Served, engine: Engine, metrics: Metrics, api_key: str | No
         return await _answer(served, engine, body, request)
 
     return app
+
+
+def read_page() -> tuple[str, str]:
+    """The page at `/`, and what a browser may do for it: run its own script, and ask this server."""
+    text = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    script = text.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    allowed = f"script-src 'sha256-{digest}'; style-src 'unsafe-inline'; connect-src 'self'"
+    return text, f"default-src 'none'; {allowed}; frame-ancestors 'none'; form-action 'none'; base-uri 'none'"
 
 
 async def _answer(served: Served, engine: Engine, body: CompletionBody | ChatBody, request: Request) -> Response:
@@ -115,30 +133,33 @@ async def _pieces(engine: Engine, call: Call, request: Request) -> AsyncGenerato
 
 
 class Guard:
-    """Before anything of a body is read: the key; while it is read: its size, and how long that takes."""
+    """Before anything of a body is read: the key; while it is read: its size, and how long that takes.
 
-    def __init__(self, app: ASGIApp, api_key: str | None, most_bytes: int):
-        self.app, self.api_key, self.most_bytes = app, api_key, most_bytes
+    local: requests must name this machine as their host, so that no page elsewhere reaches it by a name of its own.
+    """
+
+    def __init__(self, app: ASGIApp, api_key: str | None, most_bytes: int, *, local: bool = False):
+        self.app, self.api_key, self.most_bytes, self.local = app, api_key, most_bytes, local
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         headers = {name.lower(): value for name, value in scope["headers"]}
-        if scope["path"] not in OPEN_PATHS and not self._may(headers.get(b"authorization", b"")):
-            error = ApiError(401, "give the server's key: Authorization: Bearer <key>", code="invalid_api_key")
+        if (error := self._error(scope["path"], headers)) is not None:
             await _json(error)(scope, receive, send)
-            return
-        size = headers.get(b"content-length", b"0")
-        if size.isdigit() and int(size[:20]) > self.most_bytes:
-            await _json(self._too_large())(scope, receive, send)
             return
         await self.app(scope, self._limited(receive), send)
 
-    def _may(self, given: bytes) -> bool:
-        if self.api_key is None:
-            return True
-        return hmac.compare_digest(given, b"Bearer " + self.api_key.encode())
+    def _error(self, path: str, headers: dict[bytes, bytes]) -> ApiError | None:
+        if self.local and not LOCAL_NAME.fullmatch(headers.get(b"host", b"")):
+            return ApiError(403, "this server answers requests to 127.0.0.1 and localhost; set host or api_key")
+        if self.api_key is not None and path not in OPEN_PATHS:
+            given, wanted = headers.get(b"authorization", b""), b"Bearer " + self.api_key.encode()
+            if not hmac.compare_digest(given, wanted):
+                return ApiError(401, "give the server's key: Authorization: Bearer <key>", code="invalid_api_key")
+        size = headers.get(b"content-length", b"0")
+        return self._too_large() if size.isdigit() and int(size[:20]) > self.most_bytes else None
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body has more than {self.most_bytes} bytes", code="body_too_large")

@@ -144,4 +144,4 @@ def _joined(pieces: Sequence[Piece]) -> Piece:
 
 
 def _number(logprob: float) -> float:
-    return max(logprob, LEAST)
+    return max(LEAST, logprob)  # of no number too

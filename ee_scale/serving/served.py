@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from math import isfinite
 from random import SystemRandom
 
 import torch
@@ -113,7 +114,16 @@ class Served:
             "exit_layers": list(self.spec.layers),
             "exit_policy": self.config.policy,
             "exit_policies": list(self.policies),
+            "calibration": self._evidence(),
         }
+
+    def _evidence(self) -> dict[str, object] | None:
+        """Calibrated limits, and what was promised of them."""
+        if self.calibration is None:
+            return None
+        promised = {name: self.calibration.get(name) for name in ("agreement", "confidence")}
+        numbers = {name: value for name, value in promised.items() if isinstance(value, float) and isfinite(value)}
+        return {"policy": self.calibration["policy"], "thresholds": self.calibration["thresholds"], **numbers}
 
     # -- requests --------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """uvicorn around the application: the address, the two threads, and an end that leaves no request half answered."""
 
+import logging
 import os
 import socket
 from functools import partial
@@ -39,6 +40,7 @@ def serve(config: ServeConfig, device: torch.device) -> None:
     app = make_app(served, engine, metrics, api_key)
     server = Server(uvicorn.Config(app, log_config=None, access_log=False, ws="none", lifespan="off"), engine)
     engine.on_ready = partial(log.info, f"serving {served.name} on {address} (Ctrl+C ends it)")
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of every client that has left
     log.info(f"loading {served.name}; {address}/health says when it is there")
     engine.start()
     try:

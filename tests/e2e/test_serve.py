@@ -38,7 +38,7 @@ def loaded(model):
 @pytest.fixture(scope="module")
 def server(model, tmp_path_factory):
     settings = ["name=tiny", "rows=4", "max_waiting=12", "policy=off", f"policies=[{','.join(POLICIES)}]", "audit=1"]
-    settings += ["max_new_tokens=200", "max_body_bytes=20000", "loosest=0.01", "log=decisions.jsonl"]
+    settings += ["max_new_tokens=200", "max_body_bytes=20000", "loosest=0.01"]
     with serving(model, tmp_path_factory.mktemp("server"), *settings) as found:
         yield found
 
@@ -252,8 +252,17 @@ def test_what_it_tells_of_itself(server, client):
         assert server.metric(f"{name}_count") > 0
     for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
         assert server.metric(name) == 0
-    log = (server.folder / "decisions.jsonl").read_text()
-    assert '"policy": "fixed"' in log
+
+
+def test_the_page_needs_nothing_from_elsewhere(server):
+    with server.raw() as raw:
+        answer = raw.get("/")
+    assert answer.headers["content-type"].startswith("text/html")
+    policy = answer.headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert "http://" not in answer.text
+    assert "https://" not in answer.text
+    assert "innerHTML" not in answer.text
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
@@ -418,7 +427,8 @@ def test_bad_requests_get_one_line_and_change_nothing(server, client):
         ):
             check_refusal(raw.request(method, path))
         check_refusal(raw.post("/v1/completions", content=json.dumps(GOOD), headers={"content-type": "text/plain"}))
-        assert raw.get("/health", headers={"host": "evil.example"}).status_code == 400
+        for host in ("evil.example", "127.0.0.1.evil.example:80", "[x", ""):
+            assert raw.get("/health", headers={"host": host}).status_code in (400, 403)
     assert len(BAD) + len(BAD_CHATS) + len(RAW) > 100
     assert sorted(server.folder.rglob("*")) == before
     assert server.output == output
@@ -480,7 +490,7 @@ def test_loading_full_draining(model, tmp_path):
     """One server: while the model loads, with its line full, and told to stop with a request under way."""
     (tmp_path / "hold_loading").touch()
     (tmp_path / "hold").touch()
-    settings = ["rows=1", "max_waiting=1", "api_key=secret"]
+    settings = ["rows=1", "max_waiting=1", "api_key=secret", "policy=fixed", "layer=1", "log=decisions.jsonl"]
     with serving(model, tmp_path, *settings, inject=hold_steps, waits=False) as server, server.raw() as raw:
         headers, body = {"authorization": "Bearer secret"}, {**GOOD, "model": "model"}
         for path, given in (("/v1/models", {}), ("/metrics", {}), ("/v1/models", {"authorization": "Bearer secre"})):
@@ -518,6 +528,9 @@ def test_loading_full_draining(model, tmp_path):
         server.process.join()
         assert server.process.exitcode == 0
         assert "Traceback" not in server.output
+    header, *lines = map(json.loads, (tmp_path / "decisions.jsonl").read_text().splitlines())
+    assert header["policy"] == "fixed"
+    assert len(lines) == 2 * 9
 
 
 def test_what_cannot_be_served(server, model, capsys):

@@ -159,7 +159,7 @@ def build(root: Path, target: str, folder: Path) -> None:
 
 
 def test_the_wheel_holds_every_file(wheel: Path):
-    wanted = {path.relative_to(ROOT) for path in SOURCES}
+    wanted = {path.relative_to(ROOT) for path in (*SOURCES, *(ROOT / "ee_scale").rglob("*.html"))}
     wanted |= {
         Path("ee_scale", path.relative_to(ROOT))
         for folder in ("configs", "launch")

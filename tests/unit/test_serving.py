@@ -1,16 +1,24 @@
 """The parts of the server without HTTP: who has a row when, what stop texts keep back, what ends a request."""
 
+import asyncio
+import json
 import time
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
+import httpx
 import pytest
 import torch
 from helpers.chats import chat_tokenizer
 from helpers.server import write_served_model
+from starlette.exceptions import HTTPException
 
+from ee_scale.cli.main import main
 from ee_scale.config.compose import compose_config
+from ee_scale.errors import UserError
 from ee_scale.modeling.row_queue import RowQueue
+from ee_scale.serving.app import Guard, make_app
 from ee_scale.serving.bodies import ChatBody, CompletionBody
 from ee_scale.serving.call import Call, Piece, Row
 from ee_scale.serving.engine import MOST_QUEUES, Engine
@@ -253,3 +261,98 @@ def test_drafts_and_layers_of_an_operator(served):
 
 
 FIELDS = [name for name in CompletionBody.model_fields if name.startswith("exit_")]
+
+
+# -- HTTP, with an engine that says what it is told to -----------------------------------------------------------------
+
+
+def post(served: Served, news: list, **fields: object) -> httpx.Response:
+    """The answer to a request of which the engine tells these pieces and errors."""
+    engine = SimpleNamespace(check_open=lambda: None, leave=lambda call: engine.gone.append(call), gone=[])
+    engine.submit = lambda call: [call.tell(item) for item in news]
+    app = make_app(served, engine, Metrics("m"), None)
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return await client.post("/v1/completions", json={"model": "m", "prompt": "the", **fields})
+
+    answer = asyncio.run(ask())
+    assert len(engine.gone) == 1
+    return answer
+
+
+def test_an_error_in_the_middle_of_a_stream(served):
+    pieces, error = [Piece(0, "a", [5], [4])], ApiError(503, "not done", code="timeout")
+    told = {"message": "not done", "type": "server_error", "param": None, "code": "timeout"}
+    for news in ([error], [pieces, error]):
+        whole = post(served, news)
+        assert (whole.status_code, whole.json()) == (503, {"error": told})
+    before = post(served, [error], stream=True)  # what is wrong before the first token has a status
+    assert (before.status_code, before.json()) == (503, {"error": told})
+    streamed = post(served, [pieces, error], stream=True)
+    first, last, end = streamed.text.split("\n\n")
+    assert json.loads(first.removeprefix("data: "))["choices"][0]["text"] == "a"
+    assert json.loads(last.removeprefix("data: ")) == {"error": told}
+    assert end == ""
+
+
+def guarded(receive: list, headers: dict[str, str], monkeypatch: pytest.MonkeyPatch, **options: object) -> int:
+    """The status of a request whose body comes like this; of an application that reads it to its end."""
+    monkeypatch.setattr("ee_scale.serving.app.BODY_SECONDS", 0)
+    seen = []
+
+    async def app(scope: dict, receive: Any, send: Any) -> None:
+        try:
+            while (await receive())["more_body"]:
+                pass
+            seen.append(200)
+        except HTTPException as error:
+            seen.append(error.status_code)
+
+    async def give() -> dict:
+        if not receive:
+            await asyncio.Event().wait()
+        return {"type": "http.request", "body": receive.pop(0), "more_body": True}
+
+    async def send(message: dict) -> None:
+        if message["type"] == "http.response.start":
+            seen.append(message["status"])
+
+    pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": "http", "path": "/v1/completions", "headers": pairs}
+    asyncio.run(Guard(app, **{"api_key": None, "most_bytes": 10, **options})(scope, give, send))
+    return seen[0]
+
+
+def test_bodies_that_do_not_come_or_do_not_end(monkeypatch):
+    assert guarded([], {}, monkeypatch) == 408
+    assert guarded([b"12345"], {}, monkeypatch) == 408
+    assert guarded([b"123456"] * 2, {}, monkeypatch) == 413
+    assert guarded([], {"content-length": "11"}, monkeypatch) == 413
+    assert guarded([], {"content-length": "9" * 5000}, monkeypatch) == 413
+
+
+def test_hosts_and_keys(monkeypatch):
+    for host, status in (
+        ("localhost:80", 408),
+        ("127.0.0.1", 408),
+        ("[::1]:8000", 408),
+        ("evil.example", 403),
+        ("127.0.0.1.evil.example", 403),
+        ("", 403),
+    ):
+        assert guarded([], {"host": host}, monkeypatch, local=True) == status
+    for given, status in (("Bearer kéy", 408), ("Bearer ké", 401), ("kéy", 401), ("", 401)):
+        assert guarded([], {"authorization": given}, monkeypatch, api_key="kéy") == status
+
+
+def test_a_model_that_does_not_open(served, monkeypatch, capsys):
+    """After the server has begun to listen: one line, and the code of bad input."""
+
+    def opens(found: Served, device: torch.device) -> None:
+        raise UserError("model: a number in it is none")
+
+    monkeypatch.setattr(Served, "open", opens)
+    assert main(["serve", f"model={served.config.model}", "device=cpu", "port=0"]) == 2
+    assert capsys.readouterr().err.endswith("error: model: a number in it is none\n")
