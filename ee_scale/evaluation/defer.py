@@ -1,5 +1,6 @@
 """Ask a small and a large model the same things, and find when the small one's answer may stand."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -10,7 +11,7 @@ from ee_scale.backbone.fingerprint import fingerprint
 from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.config.defer import AGREEMENT, DeferConfig
 from ee_scale.errors import UserError
-from ee_scale.evaluation.answering import Answered, answer, qualities, read_cases
+from ee_scale.evaluation.answering import Answered, Case, answer, qualities, read_cases
 from ee_scale.evaluation.deferral import Deferral, Group, Pairs, Point, check_size, find_groups, limit_path
 from ee_scale.evaluation.deferral_report import plot_deferral
 from ee_scale.evaluation.reliability import ErrorMap
@@ -25,14 +26,22 @@ def run_deferral(config: DeferConfig) -> Deferral:
     small = _checked(config)
     cases = read_cases(config)
     check_size(len(cases), config.loss, config.confidence)
+    with new_folder(Path(config.out).expanduser()) as folder:
+        deferral = _asked(config, small, cases)
+        deferral.rule.write(folder / RULE_FILE)
+        plot_deferral(folder / PLOT_FILE, deferral)
+    return deferral
+
+
+def _asked(config: DeferConfig, small: ModelFolder, cases: Sequence[Case]) -> Deferral:
+    """What both models answer, and what follows from it."""
     first = answer(config, "small", cases, scored=True)
     large = Answered([case.large for case in cases]) if config.large is None else answer(config, "large", cases)
     own, other = (qualities(config.quality, cases, found.texts, large.texts) for found in (first, large))
     pairs = Pairs(np.array(first.scores), own, other, [case.tag for case in cases])
     error_map, found, by_tag, checked = find_groups(pairs, config.loss, config.confidence, config.seed)
-    rule = _rule(config, small, error_map, found, by_tag)
-    deferral = Deferral(
-        rule,
+    return Deferral(
+        _rule(config, small, error_map, found, by_tag),
         error_map,
         len(cases),
         found,
@@ -44,10 +53,6 @@ def run_deferral(config: DeferConfig) -> Deferral:
         config.link.ms,
         config.link.cost,
     )
-    with new_folder(Path(config.out).expanduser()) as folder:
-        rule.write(folder / RULE_FILE)
-        plot_deferral(folder / PLOT_FILE, deferral)
-    return deferral
 
 
 def _checked(config: DeferConfig) -> ModelFolder:

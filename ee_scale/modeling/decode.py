@@ -39,7 +39,8 @@ OPTIONS = {
     "exit_draft_sources": "draft_sources",
 }
 GRAPHS = "exit_graphs"
-LOG_OPTIONS = ("exit_log", "exit_tags", "exit_requests", "exit_audit")  # they name what is written: arguments only
+# They name what is written, or hold what outlives a call: arguments only.
+LOG_OPTIONS = ("exit_log", "exit_tags", "exit_requests", "exit_audit", "exit_follow")
 logger = logging.get_logger(__name__)
 
 

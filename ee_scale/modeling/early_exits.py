@@ -105,6 +105,11 @@ class EarlyExits(DecodeLoop):
         # waiting[j]: positions before the newest whose keys the layers between bounds j and j + 1 lack, in every row.
         self.waiting = [0] * (len(self.bounds) - 1)
         self.decisions = Decisions(self.policy, len(self.pads), self.runner.device)
+        rows = self.policy.limits
+        self.given = [list(limits) for limits in (rows * len(self.pads) if len(rows) == 1 else rows)]
+        if self.trail.follow is not None:
+            self.decisions.limits = torch.tensor(self.given, device=self.runner.device)
+        self.followed = -1  # changes of the levels that the limits know of
         self.waits = Waits(self.policy.layers, self.runner.num_layers, waits_are_free(self.runner.device))
         self.audited: tuple[list[tuple[int, int]], torch.Tensor] | None = None
 
@@ -117,6 +122,18 @@ class EarlyExits(DecodeLoop):
     def limit(self, row: int, limits: list[float]) -> None:
         """Limits of a row that joins, one for each exit of the policy."""
         self.decisions.limits[row] = torch.tensor(limits)
+        self.given[row], self.followed = limits, -1
+
+    def _follow(self) -> bool:
+        """Limits as strict as what was audited wants them. Whether some row may leave early."""
+        follow, tags = self.trail.follow, self.trail.tags
+        if follow is None:
+            return True
+        if follow.changes != self.followed:
+            self.followed = follow.changes
+            rows = [follow.limits(self.policy.name, given, tag) for given, tag in zip(self.given, tags, strict=True)]
+            self.decisions.limits.copy_(torch.tensor(rows))
+        return not all(follow.off(tags[row]) for row in self.rows)
 
     def step(self) -> None:
         """Shallow layers, then deeper ones as long as a row wants them."""
@@ -126,6 +143,7 @@ class EarlyExits(DecodeLoop):
         # A full queue goes on to the last layer though every next token is known.
         full = self.waiting[last] >= self.policy.max_pending
         self.decisions.start()
+        asks = self._follow()
         hidden, block = runner.embed(self.tokens[:, None]), runner.block(self.next, 1)
         for part, depth in enumerate(self.bounds[1:]):
             hidden, block = self._bring(part, hidden, block)
@@ -133,7 +151,7 @@ class EarlyExits(DecodeLoop):
             self.waiting[part] = 0
             if part == last:
                 self._finish(hidden, block, answers, known=told is not None)
-            elif told is None:
+            elif told is None and asks:
                 self._ask(depth, hidden, block, answers)
                 told = self._wait(depth, answers, full)
                 if told is not None and not full:
@@ -192,7 +210,9 @@ class EarlyExits(DecodeLoop):
                     "leave it out"
                 )
         for slot, row in enumerate(self.rows):
-            if not undecided[slot]:
+            if undecided[slot]:
+                self.trail.went_deep(row)
+            else:
                 self.trail.left_early(row, self.next[slot], len(self.sequences.layers[row]), best[slot])
         self._compared(audited)
         self.waits.saw(self.runner.num_layers if any(undecided) else max(layers))

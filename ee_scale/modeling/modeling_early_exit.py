@@ -149,6 +149,7 @@ class EarlyExitMixin:
             run as they are, which gains nothing).
         exit_log: path or `DecisionLog`; exit_requests, exit_tags: a name and a tag per row, for the log;
             exit_audit: share of early tokens that are compared with the full model when its layers catch up.
+        exit_follow: a `FollowedLimits` (see `following`), which raises limits where audited tokens no longer agree.
 
         On a CPU the linear layers are packed first (see `packing`), unless the model's `pack_weights` is false.
         With `return_dict_in_generate=True` the output is an `EarlyExitGenerateOutput`. With 'lossless' and sampling,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .decision_log import DecisionLog
+from .following import FollowedLimits, check_following
 from .heads import ModelWithExits
 from .policies import ExitPolicy
 from .row_texts import RowTexts
@@ -65,6 +66,9 @@ class Trail:
         self.share = options.get("exit_audit", 0.0)
         if isinstance(self.share, bool) or not isinstance(self.share, int | float) or not 0 <= self.share <= 1:
             raise ValueError(f"exit_audit={self.share!r}: give a share between 0 and 1")
+        self.follow: FollowedLimits | None = options.get("exit_follow")
+        if self.follow is not None:
+            check_following(self.follow, policy.name, self.share)
         self.requests: list[Any] | None = options.get("exit_requests")
         self.random = DRAWS.streams(prompts, self.requests) if 0 < self.share < 1 else None
         if self.requests is None:
@@ -89,6 +93,13 @@ class Trail:
         index, early = self.waiting.pop((row, position))
         self.agrees[row, index] = token == early
         self.audited, self.agreed = self.audited + 1, self.agreed + (token == early)
+        if self.follow is not None:
+            self.follow.saw(self.tags[row], token == early)
+
+    def went_deep(self, row: int) -> None:
+        """A row's new token came from the final layer."""
+        if self.follow is not None:
+            self.follow.saw_full(self.tags[row], self.share)
 
     def begin(self, row: int, prompt: torch.Tensor, request: str | int | None, tag: str | None) -> None:
         """Another request takes the place of a row: its prompt [1, S], and its names; of None one is made."""
