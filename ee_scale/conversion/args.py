@@ -199,7 +199,7 @@ def to_config(args: Namespace, vocab_size: int | None) -> Any:
     elif names.windowed:
         values["sliding_window"] = None
     if names.experts:
-        values |= expert_args.expert_values(args, family, names.experts)
+        values |= expert_args.expert_values(args, names.experts)
     check_sizes(values, "args")
     try:
         config = AutoConfig.for_model(family, **values, bos_token_id=None, eos_token_id=None)

@@ -27,7 +27,8 @@ AGREEING = (*ROUTER, "moe_ffn_hidden_size", "moe_router_topk", "moe_router_pre_s
 
 def check_experts(config: PreTrainedConfig) -> None:
     """Raise `UserError` for experts that Megatron's GPT model cannot compute."""
-    if experts_of(config) is None:
+    experts = experts_of(config)
+    if experts is None:
         return
     step, dense = getattr(config, "decoder_sparse_step", 1), getattr(config, "mlp_only_layers", None)
     if step != 1 or dense:
@@ -38,15 +39,14 @@ def check_experts(config: PreTrainedConfig) -> None:
     chosen, count = config.num_experts_per_tok, config.num_experts
     if not 1 <= chosen <= count:
         raise UserError(f"config.num_experts_per_tok={chosen}: give a number from 1 to num_experts={count}")
-    if chosen == 1 and normalised(config):
+    if chosen == 1 and _normalised(config, experts):
         raise UserError(
             "config.num_experts_per_tok=1 with weights that sum to 1: Megatron weighs the one expert by its probability"
         )
 
 
-def normalised(config: PreTrainedConfig) -> bool:
-    """Whether the weights of a token's experts sum to 1; else they are those of a softmax over all experts."""
-    return getattr(config, "norm_topk_prob", True)  # Mixtral has no such setting
+def _normalised(config: PreTrainedConfig, experts: ExpertNames) -> bool:
+    return experts.normalised is None or getattr(config, experts.normalised)
 
 
 def expert_args(config: PreTrainedConfig) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def expert_args(config: PreTrainedConfig) -> dict[str, Any]:
         "num_experts": config.num_experts,
         "moe_ffn_hidden_size": getattr(config, experts.width),
         "moe_router_topk": config.num_experts_per_tok,
-        "moe_router_pre_softmax": not normalised(config),
+        "moe_router_pre_softmax": not _normalised(config, experts),
         "moe_aux_loss_coeff": config.router_aux_loss_coef,
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": False,
@@ -76,20 +76,20 @@ def plain(args: Namespace) -> Namespace:
     return Namespace(**values)
 
 
-def expert_values(args: Namespace, family: str, experts: ExpertNames) -> dict[str, Any]:
+def expert_values(args: Namespace, experts: ExpertNames) -> dict[str, Any]:
     """For the config of a family. Raises `UserError`."""
     args = plain(args)
     for name, value in ROUTER.items():
         if (found := getattr(args, name, value)) != value and (found or value):
             raise UserError(f"args.{name}={found}: only {value} can be told to Hugging Face's families")
     pre_softmax = bool(getattr(args, "moe_router_pre_softmax", False))
-    if pre_softmax and experts.sums_to_one:
-        raise UserError(f"args.moe_router_pre_softmax=True: the weights of {family.capitalize()}'s experts sum to 1")
+    if pre_softmax and experts.normalised is None:
+        raise UserError("args.moe_router_pre_softmax=True: the weights of a token's experts sum to 1 in this family")
     coefficient = getattr(args, "moe_aux_loss_coeff", 0.0)
     return {
         "num_experts": args.num_experts,
         experts.width: args.moe_ffn_hidden_size,
         "num_experts_per_tok": getattr(args, "moe_router_topk", 2),
         "router_aux_loss_coef": coefficient if isinstance(coefficient, float) else 0.0,
-        **({} if experts.sums_to_one else {"norm_topk_prob": not pre_softmax}),
+        **({experts.normalised: not pre_softmax} if experts.normalised else {}),
     }

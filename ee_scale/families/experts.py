@@ -1,4 +1,4 @@
-"""Experts: how many a layer has, how wide they are, and what they are called in folders on the hub.
+"""Experts: what they, and settings of theirs, are called in folders on the hub.
 
 There each expert has three matrices of its own; modules of transformers hold those of a layer in two stacks
 (`mlp.experts.gate_up_proj`, `mlp.experts.down_proj`), and older spellings of the router are renamed.
@@ -19,14 +19,14 @@ class ExpertNames:
 
     Attributes:
         block: module of a layer that holds router and experts; matrices: gate, up and down of one expert.
-        width: config attribute of their inner width.
-        sums_to_one: the weights of a token's experts do in every model; else `norm_topk_prob` of the config says it.
+        width: config attribute of their inner width; normalised: of whether the weights of a token's experts sum to 1
+            (None: they always do), or else are those of a softmax over all experts.
     """
 
     block: str = "mlp"
     matrices: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     width: str = "intermediate_size"
-    sums_to_one: bool = False
+    normalised: str | None = "norm_topk_prob"
 
     @property
     def router(self) -> str:
@@ -49,7 +49,7 @@ class ExpertNames:
 
 
 EXPERTS = {
-    "mixtral": ExpertNames("block_sparse_moe", ("w1", "w3", "w2"), sums_to_one=True),
+    "mixtral": ExpertNames("block_sparse_moe", ("w1", "w3", "w2"), normalised=None),
     "qwen3_moe": ExpertNames(width="moe_intermediate_size"),
     "olmoe": ExpertNames(),
 }

@@ -228,6 +228,7 @@ def test_refused_grids(models: dict[str, Path], tmp_path: Path):
         ("moe_layer_freq", [1, 0, 1, 1]),
         ("moe_shared_expert_intermediate_size", 32),
         ("moe_router_topk_scaling_factor", 2.5),
+        ("moe_router_pre_softmax", True),
     ],
 )
 def test_routers_that_no_family_has(name: str, value: Any):
