@@ -53,6 +53,7 @@ class Engine(threading.Thread):
         self._waiting: deque[tuple[Call, Row]] = deque()
         self._running: dict[QueuedRow, tuple[Call, Row, RowQueue]] = {}
         self._queues: dict[str, RowQueue] = {}  # the longest unused one first
+        metrics.watch(lambda: len(self._running), lambda: self._held - len(self._running), self._cache_share)
 
     # -- from other threads ----------------------------------------------------------------------------------------
 
@@ -92,6 +93,11 @@ class Engine(threading.Thread):
         with self._changed:
             self.closed = True
             self._changed.notify()
+
+    def _cache_share(self) -> float:
+        """Of all rows' positions, those that are in use."""
+        tokens = sum(len(queued.prompt) + row.count for queued, (_, row, _) in list(self._running.items()))
+        return tokens / (self.config.rows * self.longest)
 
     # -- the thread ------------------------------------------------------------------------------------------------
 
@@ -134,8 +140,6 @@ class Engine(threading.Thread):
         for queue in list(self._queues.values()):
             if queue.busy:
                 self._step(queue)
-        tokens = sum(len(queued.prompt) + row.count for queued, (_, row, _) in self._running.items())
-        self.metrics.load(len(self._running), len(self._waiting), tokens / (self.config.rows * self.longest))
 
     def _admit(self) -> None:
         """First come, first served: who cannot join yet holds up who came later, so that nobody waits for ever."""

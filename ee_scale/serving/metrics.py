@@ -3,7 +3,7 @@
 import time
 from collections import Counter as Counts
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
@@ -17,7 +17,7 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 1
 
 
 class Metrics:
-    """Counters of one server; the decoding thread alone writes them."""
+    """Of one server; the decoding thread alone counts."""
 
     def __init__(self, model: str):
         """model: the name that all of them have as a label."""
@@ -50,11 +50,11 @@ class Metrics:
         """All of it, as Prometheus reads it."""
         return generate_latest(self.registry)
 
-    def load(self, running: int, waiting: int, cache: float) -> None:
-        """What is under way now."""
-        self.running.labels(self.model).set(running)
-        self.waiting.labels(self.model).set(waiting)
-        self.cache.labels(self.model).set(cache)
+    def watch(self, running: Callable[[], float], waiting: Callable[[], float], cache: Callable[[], float]) -> None:
+        """What to ask for what is under way, whenever somebody looks."""
+        self.running.labels(self.model).set_function(running)
+        self.waiting.labels(self.model).set_function(waiting)
+        self.cache.labels(self.model).set_function(cache)
 
     def wrote(self, call: Call, row: Row, pieces: Sequence[Piece]) -> None:
         """Tokens of an answer."""

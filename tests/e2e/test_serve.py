@@ -510,11 +510,11 @@ def test_loading_full_draining(model, tmp_path):
         threads = [threading.Thread(target=ask) for _ in range(2)]
         for thread in threads:
             thread.start()
-        while True:  # until both are in: one has the row, one waits
-            answer = raw.post("/v1/completions", json=body | {"n": 2, "stream": True}, headers=headers)
-            assert answer.status_code == 429
-            if "2 answers are under way" in answer.text:
-                break
+        one_each = {f'ee_scale:num_requests_{name}{{model_name="model"}} 1.0' for name in ("running", "waiting")}
+        while not one_each <= {*raw.get("/metrics", headers=headers).text.splitlines()}:
+            pass
+        answer = raw.post("/v1/completions", json=body, headers=headers)
+        assert (answer.status_code, check_refusal(answer)[:27]) == (429, "2 answers are under way or ")
         assert answer.headers["retry-after"]
         os.kill(server.process.pid, signal.SIGTERM)
         while "stopping" not in server.output:
