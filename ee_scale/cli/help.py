@@ -95,7 +95,7 @@ Try first:
 
 By use:
   train exits                tune, then export
-  decode with exits          generate, serve; limits of known quality: calibrate
+  decode with exits          generate, serve; bounds on quality: calibrate
   ask a larger model         defer: only where a small one is unsure
   measure exits              probe, evaluate; logs from production: report
   cut smaller models         supernet, then palette
