@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 import numpy as np
@@ -18,7 +18,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, Indexe
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import GenerationConfig, logging
+from transformers import GenerationConfig, PreTrainedModel, logging
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ee_scale.backbone.digest import named_generator, named_seed
@@ -161,7 +161,7 @@ def _opened(plan: TunePlan, end: int) -> Continue:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its report of tensors that are left out: the run has said so
     try:
-        opener = MODEL_FOR_CAUSAL_LM_MAPPING[type(plan.model_config)]
+        opener = cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(plan.model_config)])
         opened = opener.from_pretrained(plan.model_dir, **opening(plan.model_config), dtype=dtype)
     except Exception as error:  # a folder that is damaged or was made up fails in many ways
         raise UserError(f"{plan.model_dir}: {one_line(error)}") from error
