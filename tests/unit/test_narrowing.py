@@ -17,7 +17,7 @@ from ee_scale.cli.main import main
 from ee_scale.conversion.copying import Source, blocks_of
 from ee_scale.conversion.formats.huggingface import whole_piece
 from ee_scale.conversion.target_files import safetensors_extents
-from ee_scale.conversion.tensors import Piece, Span, Stored, TensorInfo
+from ee_scale.conversion.tensors import Piece, Span, Stored, TensorInfo, Update
 from ee_scale.inference.model import open_model
 
 HUGE = {  # what it holds -> where it is to go
@@ -95,7 +95,7 @@ def test_a_merged_head_is_rounded_once(tmp_path: Path):
     save_file(tensors, tmp_path / "x.safetensors")
     extents = safetensors_extents(tmp_path / "x.safetensors")
     source = Source(Stored(whole_piece(name, TensorInfo(extent.shape)), extent) for name, extent in extents.items())
-    piece = Piece("w", 0, (Span("w", 0, 2, ("up", "down")),), (2, 1))
+    piece = Piece("w", 0, (Span("w", 0, 2, Update("up", "down")),), (2, 1))
     ((_, block),) = blocks_of(piece, source, torch.float16)
     assert torch.equal(block, torch.tensor([[6e4], [5e4]]).half())
     with pytest.raises(NarrowingError, match="'w' holds 70000"):
