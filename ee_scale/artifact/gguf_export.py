@@ -135,7 +135,8 @@ def _write(writer: gguf.GGUFWriter, stored: list[_Stored], advance: Callable[[fl
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for done, tensor in enumerate(stored):
-        writer.write_tensor_data(gguf.quantize(tensor.values(), tensor.kind))
+        with np.errstate(over="ignore"):  # what the type cannot hold is told when it is read back
+            writer.write_tensor_data(gguf.quantize(tensor.values(), tensor.kind))
         advance(done / len(stored) / 2)
 
 

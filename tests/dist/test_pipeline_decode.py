@@ -33,7 +33,13 @@ MODELS = {  # family -> kind, head
     "gemma2": ("mlp", "full"),
     "qwen2": ("norm", "shortlist"),
     "qwen2_moe": ("mlp", "full"),
+    # Gathered projections, a rotary table per type of layer, layers without one, attention and MLP side by side.
+    "olmo2": ("mlp", "full"),
+    "gemma3_text": ("mlp", "full"),
+    "smollm3": ("mlp", "full"),
+    "cohere2": ("norm", "full"),
 }
+OTHERS = ("olmo2", "gemma3_text", "smollm3", "cohere2")
 GRIDS = {2: (Layout(pp=2), Layout(tp=2)), 4: (Layout(pp=4), Layout(tp=2, pp=2))}
 SAMPLING = {"do_sample": True, "temperature": 0.9, "top_k": 20}
 SEED = 7
@@ -68,6 +74,8 @@ CASES = {
     "gemma2-off": Case("gemma2", "off"),
     "qwen2": Case("qwen2", "entropy", {"threshold": 1.2}),
     "qwen2_moe": Case("qwen2_moe", "threshold", {"threshold": 0.7}),
+    **{family: Case(family, "patience", {"patience": 2}) for family in OTHERS},
+    **{f"{family}-off": Case(family, "off") for family in OTHERS},
 }
 
 
@@ -232,14 +240,14 @@ def test_the_cases_leave_at_every_exit_and_end_early(expected: dict) -> None:
     for case in ("threshold", "threshold-by-row", "entropy", "margin", "patience", "processors"):
         layers = {k for row in expected[case].exit_layers for k in row[1:]}
         assert len(layers) >= 3, (case, layers)
-    for case in ("qwen3", "mistral", "gemma2", "qwen2"):
+    for case in ("qwen3", "mistral", "gemma2", "qwen2", "qwen2_moe", *OTHERS):
         assert len({k for row in expected[case].exit_layers for k in row[1:]}) >= 2, case
     assert [len(row) < NEW for row in expected["eos"].tokens].count(True) >= 1
     assert expected["processors"].tokens != expected["threshold"].tokens
     assert len({tuple(row) for row in expected["threshold"].tokens}) == 3  # rows mixed up would show
 
 
-@pytest.mark.parametrize("case", ["off", "mistral-off", "gemma2-off", "sampling"])
+@pytest.mark.parametrize("case", [case for case in CASES if case.endswith("off")] + ["sampling"])
 def test_off_is_transformers_generate(case: str, folder: Path, found: dict) -> None:
     model = load_whole(folder / "base" / CASES[case].family)
     for row, prompt in enumerate(prompts()):
