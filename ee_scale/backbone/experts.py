@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ee_scale.backbone.stored_names import ExpertPart
 from ee_scale.errors import UserError
-from ee_scale.modeling.experts import dense_weights
+from ee_scale.modeling.experts import dense_inputs, dense_output
 
 # The dimension that ranks cut, and how many matrices lie side by side in it, each of them cut.
 CUTS = {"gate_up_proj": (1, 2), "down_proj": (2, 1)}
@@ -69,15 +69,8 @@ class ExpertStack:
         if dim == 2:
             return torch.cat([read(name, 1, start, stop) for name in names])
         first, last, _ = slice(start, stop).indices(self.shape[1]) if dim == 1 else (0, self.shape[1], 1)
-        parts = [
-            (name, max(0, first - at), min(rows, last - at)) for name, at in zip(names, _places(rows), strict=False)
-        ]
+        parts = [(name, max(0, first - i * rows), min(rows, last - i * rows)) for i, name in enumerate(names)]
         return torch.cat([read(name, 0, begin, end) for name, begin, end in parts if begin < end])
-
-
-def _places(rows: int) -> range:
-    """Where matrices of so many rows begin that lie one below another."""
-    return range(0, 1 << 62, rows)
 
 
 def find_stacks(parts: Mapping[str, ExpertPart], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, ExpertStack]:
@@ -125,8 +118,9 @@ class DenseStart:
         """[out, in]; `read` gives the first so many experts of a parameter, None: all of it."""
         if not self.k:
             return read(f"{self.mlp}.shared_expert.{self.part}.weight", None)
-        gate_up, down = (read(f"{self.mlp}.experts.{name}", self.k) for name in CUTS)
-        return dense_weights(gate_up, down)[self.part]
+        if self.part == "down_proj":
+            return dense_output(read(f"{self.mlp}.experts.down_proj", self.k))
+        return dense_inputs(read(f"{self.mlp}.experts.gate_up_proj", self.k))[self.part]
 
 
 def dense_starts(model: PreTrainedModel) -> dict[str, DenseStart]:

@@ -1,23 +1,20 @@
 """Settings of `ee-scale defer`."""
 
 from dataclasses import dataclass, field
-from math import inf
 
 from omegaconf import MISSING
 
-from ee_scale.config.groups import ERRORS, Choices, Rule, at_least, one_of, setting
+from ee_scale.config.groups import AMOUNT, ERRORS, SHARE, Choices, at_least, number_type, one_of, setting
 
 AGREEMENT = "agreement"  # of a model's exits with its final layer
 SEQUENCE_SCORES = ("margin", "min_margin", "probability", "min_probability", AGREEMENT)
 QUALITIES = ("exact", "contains", "agreement")
-_SHARE = Rule("must be between 0 and 1", lambda value: 0 < value < 1)
-_AMOUNT = Rule("must be 0 or above", lambda value: 0 <= value < inf)
 
 
 @dataclass
 class LinkConfig:
-    ms: float = setting(50.0, "time that a call of the large model spends on the way, ms", rule=_AMOUNT)
-    cost: float = setting(0.0, "price of a call of the large model, in any currency", rule=_AMOUNT)
+    ms: float = setting(50.0, "time that a call of the large model spends on the way, ms", rule=AMOUNT)
+    cost: float = setting(0.0, "price of a call of the large model, in any currency", rule=AMOUNT)
 
 
 @dataclass
@@ -39,8 +36,8 @@ class DeferConfig:
         "white space do not count",
         rule=Choices(QUALITIES),
     )
-    loss: float = setting(0.02, "how much quality may be lost against always asking the large model", rule=_SHARE)
-    confidence: float = setting(0.95, "chance, over the choice of the records, that the bound holds", rule=_SHARE)
+    loss: float = setting(0.02, "how much quality may be lost against always asking the large model", rule=SHARE)
+    confidence: float = setting(0.95, "chance, over the choice of the records, that the bound holds", rule=SHARE)
     score: str = setting(
         "margin",
         "what tells how sure the small model is: mean or smallest distance between the two highest probabilities, mean "
@@ -58,16 +55,12 @@ class DeferConfig:
     seq_length: int = setting(128, "classify: tokens that are read of a text", rule=at_least(1))
     batch_size: int = setting(8, "records that are answered together", rule=at_least(1))
     link: LinkConfig = field(default_factory=LinkConfig)
-    small_ms: float | None = setting(None, "time of a small model's answer, ms; null: as measured here", rule=_AMOUNT)
+    small_ms: float | None = setting(None, "time of a small model's answer, ms; null: as measured here", rule=AMOUNT)
     large_ms: float | None = setting(
-        None, "time of a large model's answer without the link, ms; null: as measured here", rule=_AMOUNT
+        None, "time of a large model's answer without the link, ms; null: as measured here", rule=AMOUNT
     )
     out: str = setting(MISSING, "folder for deferral.json and deferral.png; must not exist")
     seed: int = setting(0, "which records fit the map, which test the limit and which check it")
     errors: str = setting("strict", ERRORS, rule=one_of("strict", "replace"))
     device: str = setting("auto", "where to run", rule=one_of("auto", "cpu", "cuda"))
-    dtype: str = setting(
-        "auto",
-        "number type; auto: as stored, or fp32 where a CPU is measured to be faster in it",
-        rule=one_of("auto", "fp32", "bf16", "fp16"),
-    )
+    dtype: str = number_type()

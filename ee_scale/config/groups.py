@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection
 from copy import copy
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from omegaconf import MISSING
@@ -42,6 +43,11 @@ def above(bound: float) -> Rule:
     return Rule(f"must be above {bound}", lambda value: value > bound)
 
 
+SHARE = Rule("must be between 0 and 1", lambda value: 0 < value < 1)
+PART = Rule("give a share between 0 and 1", lambda value: 0 <= value <= 1)
+AMOUNT = Rule("must be 0 or above", lambda value: 0 <= value < inf)
+
+
 @dataclass(frozen=True)
 class Choices:
     """One of these words; what is added to them later counts too."""
@@ -71,6 +77,15 @@ def setting(default: T, text: str, **metadata: object) -> T:
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: copy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def number_type() -> str:
+    """The setting `dtype` of what decodes."""
+    return setting(
+        "auto",
+        "number type; auto: as stored, or fp32 where a CPU is measured to be faster in it",
+        rule=one_of("auto", "fp32", "bf16", "fp16"),
+    )
 
 
 @dataclass

@@ -14,10 +14,13 @@ from ee_scale.config.convert import ConvertConfig
 from ee_scale.config.defer import DeferConfig
 from ee_scale.config.groups import (
     ERRORS,
+    PART,
+    SHARE,
     TEXT_KEY,
     Choices,
     Rule,
     at_least,
+    number_type,
     one_of,
     setting,
 )
@@ -28,7 +31,6 @@ from ee_scale.modeling.kinds import KINDS
 from ee_scale.modeling.policy_names import DRAFT_WEIGHTS, POLICIES, SCORED
 
 FINITE = Rule("must be above 0", lambda value: 0 < value < inf)
-SHARE = Rule("must be between 0 and 1", lambda value: 0 < value < 1)
 
 
 @dataclass
@@ -263,15 +265,11 @@ class GenerateConfig:
     audit: float | None = setting(
         None,
         "share of early tokens that are compared with the full model, in the log",
-        rule=Rule("give a share between 0 and 1", lambda share: 0 <= share <= 1),
+        rule=PART,
     )
     parallel: DecodeParallelConfig = field(default_factory=DecodeParallelConfig)
     device: str = setting("auto", "where to run", rule=one_of("auto", "cpu", "cuda"))
-    dtype: str = setting(
-        "auto",
-        "number type; auto: as stored, or fp32 where a CPU is measured to be faster in it",
-        rule=one_of("auto", "fp32", "bf16", "fp16"),
-    )
+    dtype: str = number_type()
     pack_weights: bool = setting(True, "on a CPU: pack linear layers for oneDNN, where a few rows then cost like one")
 
 

@@ -1,12 +1,11 @@
 """Settings of `ee-scale serve`: what it answers with, and the bounds that its operator sets to requests."""
 
 from dataclasses import dataclass
-from math import inf
 from typing import Any
 
 from omegaconf import MISSING
 
-from ee_scale.config.groups import Choices, Rule, above, at_least, one_of, setting
+from ee_scale.config.groups import AMOUNT, PART, Choices, Rule, above, at_least, number_type, one_of, setting
 from ee_scale.modeling.policy_names import DRAFT_WEIGHTS, POLICIES
 
 POLICY_NAMES = Rule(
@@ -22,9 +21,7 @@ class ServeConfig:
     model: str = setting(MISSING, "folder written by export, of either kind, or a model without exits")
     name: str | None = setting(None, "what requests call the model; null: the folder's name")
     host: str = setting("127.0.0.1", "address to listen on; other machines reach 0.0.0.0")
-    port: int = setting(
-        8000, "port to listen on; 0: any that is free", rule=Rule("0 to 65535", lambda p: 0 <= p < 65536)
-    )
+    port: int = setting(8000, "port to listen on; 0: any that is free", rule=PORT)
     api_key: str | None = setting(
         None, "what requests must carry as bearer token; null: that of the variable EE_SCALE_API_KEY, or none"
     )
@@ -48,7 +45,7 @@ class ServeConfig:
     loosest: float | None = setting(
         None,
         "no request may give a looser limit: a lower one of threshold and margin, a higher one of entropy",
-        rule=Rule("must be 0 or above", lambda value: 0 <= value < inf),
+        rule=AMOUNT,
     )
     layer: int | None = setting(None, "the exit of fixed; the drafting exit of lossless (null: by measured cost)")
     min_layer: int | None = setting(None, "no token of any request leaves before this layer")
@@ -66,12 +63,8 @@ class ServeConfig:
     audit: float = setting(
         0.0,
         "share of early tokens that are compared with the full model, for the log and for exit_agreement in /metrics",
-        rule=Rule("give a share between 0 and 1", lambda share: 0 <= share <= 1),
+        rule=PART,
     )
     device: str = setting("auto", "where to run", rule=one_of("auto", "cpu", "cuda"))
-    dtype: str = setting(
-        "auto",
-        "number type; auto: as stored, or fp32 where a CPU is measured to be faster in it",
-        rule=one_of("auto", "fp32", "bf16", "fp16"),
-    )
+    dtype: str = number_type()
     pack_weights: bool = setting(True, "on a CPU: pack linear layers for oneDNN, where a few rows then cost like one")

@@ -4,13 +4,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
-
 from ee_scale.backbone.loading import ADAPTER_CONFIG
 from ee_scale.backbone.model_folder import SIDECAR_CONFIG, ModelFolder
 from ee_scale.backbone.model_path import plain_folder
 from ee_scale.errors import UserError
-from ee_scale.families.experts import experts_of
 
 TRACKER = "latest_checkpointed_iteration.txt"
 DIST_MARKER = "metadata.json"  # written last by Megatron-Core: its presence says that the save was finished
@@ -78,12 +75,7 @@ def hugging_face_part(folder: Path, model_folder: Path | None) -> tuple[Path | N
     part = plain_folder(model_folder) if model_folder else folder / HF_PART
     if (part / "config.json").is_file():
         # What transformers' Trainer leaves beside a save of DeepSpeed may be weights in part, or none at all.
-        return part, config_of(ModelFolder(part, alone=part == folder))
+        return part, ModelFolder(part, alone=part == folder).decoder_config
     if model_folder is not None:
         raise UserError(f"model={model_folder}: no config.json in it")
     return None, None
-
-
-def config_of(folder: ModelFolder) -> PreTrainedConfig:
-    """Its config; of an architecture that takes exits, except where it has experts and no exits. Raises `UserError`."""
-    return folder.config if experts_of(folder.config) and folder.exits is None else folder.decoder_config

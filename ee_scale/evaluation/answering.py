@@ -19,6 +19,7 @@ from ee_scale.data.labelled import Example, encode, evaluation_batches
 from ee_scale.data.readers import RECORDS, file_kind, read_records, text_of
 from ee_scale.errors import UserError, one_line
 from ee_scale.families.build import AUTO_CLASS
+from ee_scale.families.sizes import max_length
 from ee_scale.files import is_file
 from ee_scale.grid import pick_device
 from ee_scale.inference.deferral import answer_score, score_of
@@ -136,7 +137,7 @@ def _classify(config: DeferConfig, setting: str, cases: Sequence[Case], scored: 
     if unknown:
         raise UserError(f"{setting}={name}: no class '{unknown[0]}' (its classes: {', '.join(labels[:12])})")
     examples = [Example(case.prompt, case.pair, labels[0]) for case in cases]
-    length = min(config.seq_length, getattr(model.config, "max_position_embeddings", config.seq_length))
+    length = min(config.seq_length, max_length(model.config))
     data = encode(examples, tokenizer, labels, length, model.config.vocab_size, "")
     texts, scores = [""] * len(cases), [0.0] * len(cases)
     started = time.perf_counter()

@@ -79,7 +79,7 @@ def megatron_family(config: PreTrainedConfig) -> Family:
     if name not in MEGATRON:
         reason = f"Megatron-Core's GPT model lacks {LACKING[name]}" if name in LACKING else "no map to Megatron"
         raise UserError(f"config.model_type={name}: {reason}; known: {', '.join(MEGATRON)}")
-    return find_family(config) or Family(name)
+    return FAMILIES[name]
 
 
 def _names(families: Iterable[Family]) -> str:

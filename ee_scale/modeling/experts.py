@@ -18,7 +18,7 @@ class DenseMlp(nn.Module):
     """down(act(gate(x)) * up(x)): [..., D] -> [..., D]."""
 
     def __init__(self, weights: Mapping[str, torch.Tensor], act_fn: nn.Module):
-        """`weights`: as `dense_weights` gives them."""
+        """`weights`: `gate_proj` and `up_proj` [F, D], `down_proj` [D, F]."""
         super().__init__()
         for name, weight in weights.items():
             units, width = weight.shape
@@ -39,15 +39,16 @@ def dense_part(mlp: nn.Module) -> nn.Module:
     if hasattr(mlp, "shared_expert"):
         return mlp.shared_expert
     k = experts.config.num_experts_per_tok
-    return DenseMlp(dense_weights(experts.gate_up_proj[:k].detach(), experts.down_proj[:k].detach()), experts.act_fn)
+    inputs, output = dense_inputs(experts.gate_up_proj[:k].detach()), dense_output(experts.down_proj[:k].detach())
+    return DenseMlp(inputs | {"down_proj": output}, experts.act_fn)
 
 
-def dense_weights(gate_up: torch.Tensor, down: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Of the dense MLP of k experts with weights [k, 2 F, D] and [k, D, F]: gate and up [k F, D], down [D, k F]."""
+def dense_inputs(gate_up: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of the dense MLP of k experts with weights [k, 2 F, D]: gate and up [k F, D]."""
     gate, up = gate_up.chunk(2, 1)
-    output = (down.float() / len(down)).to(down.dtype)
-    return {
-        "gate_proj": gate.flatten(0, 1),
-        "up_proj": up.flatten(0, 1),
-        "down_proj": output.transpose(0, 1).flatten(1),
-    }
+    return {"gate_proj": gate.flatten(0, 1), "up_proj": up.flatten(0, 1)}
+
+
+def dense_output(down: torch.Tensor) -> torch.Tensor:
+    """The same for its output matrix: [k, D, F] -> [D, k F]."""
+    return (down.float() / len(down)).to(down.dtype).transpose(0, 1).flatten(1)

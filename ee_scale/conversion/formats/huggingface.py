@@ -25,7 +25,6 @@ from ee_scale.backbone.small_files import has_vocabulary
 from ee_scale.backbone.stored_names import parameter_names
 from ee_scale.conversion.args import rope_of
 from ee_scale.conversion.copying import Source
-from ee_scale.conversion.folders import config_of
 from ee_scale.conversion.model import Model, Opened, check_whole
 from ee_scale.conversion.target_files import SafetensorsFile, safetensors_extents
 from ee_scale.conversion.tensors import Extent, Piece, Span, Stored, TensorInfo
@@ -45,7 +44,7 @@ def find_folder(path: Path) -> Opened:
 
 def open_folder(folder: ModelFolder) -> Opened:
     """With exits where there are any. Raises `UserError`."""
-    base, config = folder.base, config_of(folder)
+    base, config = folder.base, folder.decoder_config
     extents = _by_parameter(base, config, folder.weight_files)
     first = extents.get(EMBEDDING)
     model = Model(config, folder.exits, first.dtype if first else torch.float32, config.vocab_size)
