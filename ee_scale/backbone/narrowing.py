@@ -28,7 +28,7 @@ def check_narrowed(before: torch.Tensor, after: torch.Tensor, name: str) -> None
 
     What is no finite number before may be none after.
     """
-    if not is_narrower(after.dtype, before.dtype) or after.isfinite().all():
+    if not is_narrower(after.dtype, before.dtype) or all_finite(after):
         return
     beyond = before[(~after.isfinite()).to(before.device) & before.isfinite()]
     if beyond.numel():
@@ -38,6 +38,11 @@ def check_narrowed(before: torch.Tensor, after: torch.Tensor, name: str) -> None
             f"'{name}' holds {worst:g}, and the largest number of {told(after.dtype)} is {largest:g}; "
             f"choose a type with a wider range ({'fp32' if largest > 1e38 else 'bf16 or fp32'})"
         )
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether no number is an infinity or NaN. If one is, so is the smallest or the largest."""
+    return not tensor.numel() or all(end.isfinite().item() for end in tensor.aminmax())
 
 
 def is_narrower(dtype: torch.dtype, other: torch.dtype) -> bool:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 
 from ee_scale.conversion.tensors import Extent, Piece, Span, Stored, Update
@@ -132,38 +131,65 @@ class Source:
         return product if columns is None else product[:, columns.start : columns.stop]
 
 
+def block_rows(piece: Piece) -> int:
+    """How many rows of a piece are filled at once."""
+    return max(1, BLOCK // (4 * math.prod(piece.shape[1:])))
+
+
+def fill_rows(piece: Piece, source: Source, first: int, block: torch.Tensor) -> None:
+    """`block` [rows, width] = the rows of a piece from `first` on. A vector is a matrix of width 1."""
+    last, at = first + len(block), 0
+    for span in piece.spans:
+        if piece.dim == 0:
+            start, stop = max(first, at), min(last, at + len(span))
+            if start < stop:
+                part = block[start - first : stop - first]
+                source.fill(span.part(start - at, stop - at), part, 0, (0, stop - start))
+        else:
+            source.fill(span, block[:, at : at + len(span)], 1, (first, last))
+        at += len(span)
+
+
 def blocks_of(piece: Piece, source: Source, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
-    """The rows of a piece, in order: (first row, block [rows, width] in `dtype`). A vector is a matrix of width 1."""
-    height = piece.shape[0]
-    width = math.prod(piece.shape[1:])
-    step = max(1, BLOCK // (width * 4))
-    for first in range(0, height, step):
-        last = min(first + step, height)
-        block = torch.empty(last - first, width, dtype=dtype)
-        at = 0
-        for span in piece.spans:
-            if piece.dim == 0:
-                start, stop = max(first, at), min(last, at + len(span))
-                if start < stop:
-                    part = block[start - first : stop - first]
-                    source.fill(span.part(start - at, stop - at), part, 0, (0, stop - start))
-            else:
-                source.fill(span, block[:, at : at + len(span)], 1, (first, last))
-            at += len(span)
+    """The rows of a piece, in order: (first row, block [rows, width] in `dtype`)."""
+    for first in range(0, piece.shape[0], step := block_rows(piece)):
+        block = torch.empty(min(step, piece.shape[0] - first), math.prod(piece.shape[1:]), dtype=dtype)
+        fill_rows(piece, source, first, block)
         yield first, block
 
 
-def write_piece(target: Stored, source: Source, file: int, moved: Callable[[int], None]) -> None:
-    """Fill a target's bytes in an open file (a descriptor). `moved` is told the bytes as they go."""
-    extent = target.extent
-    row = math.prod(extent.shape[1:]) * extent.dtype.itemsize
-    for first, block in blocks_of(target.piece, source, extent.dtype):
-        data = memoryview(block.view(torch.uint8).numpy()).cast("B")
-        at = extent.offset + first * row
-        while data:
-            written = os.pwrite(file, data, at)
-            data, at = data[written:], at + written
-        moved(block.nbytes)
+@dataclass(frozen=True)
+class Part:
+    """`rows` of a target from `first` on: what is read, written and hashed at once."""
+
+    target: Stored
+    first: int
+    rows: int
+
+    @property
+    def extent(self) -> Extent:
+        """Where it lies in the file."""
+        return self.target.extent.part(self.first, self.first + self.rows)
+
+
+def parts_of(targets: Iterable[Stored]) -> Iterator[Part]:
+    """All parts of some targets, in their order."""
+    for target in targets:
+        height = target.piece.shape[0]
+        for first in range(0, height, step := block_rows(target.piece)):
+            yield Part(target, first, min(step, height - first))
+
+
+def write_part(part: Part, source: Source, file: int, buffer: torch.Tensor) -> memoryview:
+    """Fill a part's bytes in an open file (a descriptor). Returns them; they lie in `buffer` [bytes], uint8."""
+    extent = part.extent
+    data = buffer[: extent.nbytes]
+    fill_rows(part.target.piece, source, part.first, data.view(extent.dtype).view(part.rows, -1))
+    left, at = memoryview(data.numpy()), extent.offset
+    while left:
+        written = os.pwrite(file, left, at)
+        left, at = left[written:], at + written
+    return memoryview(data.numpy())
 
 
 def differing_copies(stored: Iterable[Stored], source: Source) -> list[Stored]:
@@ -199,15 +225,26 @@ def _read(
     """`out` [rows, columns] = part of a stored matrix (or vector), in the type of `out`; `look` sees both."""
     first, last = rows
     width = math.prod(extent.shape[1:])
-    size = extent.dtype.itemsize
-    step = max(1, BLOCK // max(1, width * size))
-    for start in range(first, last, step):
-        stop = min(start + step, last)
-        # Mapped and let go block by block: only the pages that are read count, and only while they are.
-        mapped = np.memmap(
-            extent.path, np.uint8, "c", extent.offset + start * width * size, ((stop - start), width * size)
-        )
-        part = mapped if columns is None else mapped[:, columns[0] * size : columns[1] * size]
-        values = torch.from_numpy(part).view(extent.dtype)
-        target = out[start - first : stop - first]
-        look(values, target.copy_(values))
+    step = max(1, BLOCK // max(1, width * extent.dtype.itemsize))
+    whole = columns is None or columns == (0, width)
+    straight = whole and out.dtype == extent.dtype and out.is_contiguous()
+    with extent.path.open("rb", buffering=0) as file:
+        for start in range(first, last, step):
+            part = extent.part(start, min(start + step, last))
+            target = out[start - first : start - first + part.shape[0]]
+            values = target if straight else torch.empty(part.shape[0], width, dtype=extent.dtype)
+            _read_bytes(file.fileno(), part, values)
+            if not straight:
+                values = values if columns is None else values[:, slice(*columns)]
+                target.copy_(values)
+            look(values, target)
+
+
+def _read_bytes(file: int, extent: Extent, out: torch.Tensor) -> None:
+    """All of an extent, into a contiguous tensor of its type. Raises `UserError` where the file ends before."""
+    left, at = memoryview(out.view(torch.uint8).numpy()).cast("B"), extent.offset
+    while left:
+        count = os.preadv(file, [left], at)
+        if not count:
+            raise UserError(f"{extent.path}: cut off: it ends at byte {at:,}, where a tensor should go on")
+        left, at = left[count:], at + count

@@ -4,7 +4,7 @@ import threading
 
 import torch
 
-from ee_scale.backbone.narrowing import check_narrowed, told
+from ee_scale.backbone.narrowing import all_finite, check_narrowed, told
 
 
 class Values:
@@ -20,7 +20,7 @@ class Values:
         """A block of tensor `name`, as it is and as it will be. Raises `NarrowingError` for a number that is lost."""
         if not before.dtype.is_floating_point:
             return
-        if not before.isfinite().all():
+        if not all_finite(before):
             with self._lock:
                 self._odd.add(name)
         if before.dtype == after.dtype:
