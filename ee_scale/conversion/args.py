@@ -9,8 +9,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ee_scale.conversion import expert_args
 from ee_scale.errors import UserError, one_line
-from ee_scale.families.megatron import MEGATRON
-from ee_scale.families.registry import megatron_family
+from ee_scale.families.decoders import DECODERS
+from ee_scale.families.registry import FAMILIES, megatron_family
 from ee_scale.families.sizes import check_sizes, shape_of
 
 # What Megatron's rotary embedding has for the type llama3, and no argument changes.
@@ -163,7 +163,7 @@ def to_config(args: Namespace, vocab_size: int | None) -> Any:
     if missing := [name for name in NEEDED if getattr(args, name, None) is None]:
         raise UserError(f"args: no {missing[0]} in the checkpoint; give model=<Hugging Face folder with config.json>")
     family = family_of_args(args)
-    names = MEGATRON[family]
+    names = FAMILIES[family].megatron
     words = vocab_size or getattr(args, "vocab_size", None)
     if words is None:
         raise UserError(
@@ -250,9 +250,11 @@ def family_of_args(args: Namespace) -> str:
     names = ("add_qkv_bias", "qk_layernorm", "num_experts")
     parts, window = tuple(bool(getattr(args, name, False)) for name in names), bool(getattr(args, "window_size", None))
     fitting = [
-        (family, known.windowed)
-        for family, known in MEGATRON.items()
-        if (known.qkv_bias, known.qk_norms, known.experts is not None) == parts and not known.wide_norms
+        (family.name, known.windowed)
+        for family in DECODERS
+        if (known := family.megatron)
+        and (known.qkv_bias, known.qk_norms, known.experts is not None) == parts
+        and not known.wide_norms
     ]
     if not fitting:
         told = ", ".join(f"args.{name}" for name, part in zip(names, parts, strict=True) if part)

@@ -6,7 +6,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ee_scale.errors import UserError
-from ee_scale.families.experts import ExpertNames, experts_of
+from ee_scale.families.experts import ExpertNames
+from ee_scale.families.registry import experts_of
 
 # args that must have this value (or be absent), because no family here has another router.
 ROUTER = {

@@ -20,7 +20,7 @@ from ee_scale.conversion.model import Model, Opened, padded
 from ee_scale.conversion.stages import deal_layers
 from ee_scale.conversion.target_files import TargetFile
 from ee_scale.errors import UserError
-from ee_scale.families.megatron import MEGATRON
+from ee_scale.families.registry import megatron_family
 from ee_scale.files import write_text
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -109,7 +109,7 @@ def make_conversion(config: ConvertConfig) -> Conversion:
     if config.to.startswith("megatron"):
         flags = " ".join(flags_to_pass(model.config, config.uneven))
         conversion.notes.append(f"--use-checkpoint-args does not restore these, pass them to Megatron-LM: {flags}")
-        if MEGATRON[model.config.model_type].wide_norms:
+        if megatron_family(model.config).megatron.wide_norms:
             conversion.notes.append(
                 f"{model.config.model_type}: its norms of q and k go over all heads; Megatron-Bridge has such layers, "
                 "Megatron-Core's own do not"

@@ -7,8 +7,6 @@ There each expert has three matrices of its own; modules of transformers hold th
 import re
 from dataclasses import dataclass
 
-from transformers import PreTrainedConfig
-
 STACK = re.compile(r"(model\.layers\.\d+\.)mlp\.experts\.(gate_up_proj|down_proj)")
 ROUTER = re.compile(r"^(model\.layers\.\d+\.)mlp\.gate\.weight$")
 
@@ -46,15 +44,3 @@ class ExpertNames:
     def renamed(self, name: str) -> str:
         """The hub's name of a tensor, but for stacks, by transformers' own."""
         return ROUTER.sub(rf"\1{self.router}", name)
-
-
-EXPERTS = {
-    "mixtral": ExpertNames("block_sparse_moe", ("w1", "w3", "w2"), normalised=None),
-    "qwen3_moe": ExpertNames(width="moe_intermediate_size"),
-    "olmoe": ExpertNames(),
-}
-
-
-def experts_of(config: PreTrainedConfig) -> ExpertNames | None:
-    """Of a model by its config; None: it has none, or they are not described here."""
-    return EXPERTS.get(config.model_type)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ee_scale.families.llama_cpp import LlamaCpp
-from ee_scale.families.megatron import MEGATRON, MegatronNames
+from ee_scale.families.megatron import MegatronNames
 from ee_scale.modeling.heads import ExitSpec
 
 # Axes by name. HEADS, KV and FFN are dealt to tensor ranks; VOCAB is cut by them, but never elastic.
@@ -61,6 +61,8 @@ class Family:
         counts_from_padding: the table of positions starts with those up to the padding token's id, which no text has.
         gguf: whether GGUF files of it are read.
         llama_cpp: how llama.cpp runs it; None: no GGUF file of it is written.
+        megatron: what Megatron's GPT model needs to be it; None: no map to Megatron.
+        beyond_megatron: what it has and that model lacks.
         elastic: None where it is no supernet.
     """
 
@@ -87,12 +89,9 @@ class Family:
     counts_from_padding: bool = False
     gguf: bool = False
     llama_cpp: LlamaCpp | None = None
+    megatron: MegatronNames | None = None
+    beyond_megatron: str = ""
     elastic: Elastic | None = None
-
-    @property
-    def megatron(self) -> MegatronNames | None:
-        """None where it has no map to Megatron."""
-        return MEGATRON.get(self.name)
 
     @property
     def is_decoder(self) -> bool:

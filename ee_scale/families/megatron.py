@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
 
-from ee_scale.families.experts import EXPERTS, ExpertNames
+from ee_scale.families.experts import ExpertNames
 
 
 class Rule(Enum):
@@ -161,22 +161,5 @@ def _expert_rows(experts: ExpertNames, count: int) -> tuple[Row, ...]:
     return tuple(rows)
 
 
-MEGATRON = {
-    "llama": MegatronNames(),
-    "mistral": MegatronNames(windowed=True),
-    "qwen2": MegatronNames(qkv_bias=True, head_dim=False),
-    "qwen3": MegatronNames(qk_norms=True),
-    "mixtral": MegatronNames(windowed=True, experts=EXPERTS["mixtral"]),
-    "qwen3_moe": MegatronNames(qk_norms=True, experts=EXPERTS["qwen3_moe"]),
-    "olmoe": MegatronNames(qk_norms=True, wide_norms=True, head_dim=False, experts=EXPERTS["olmoe"]),
-}
-
 # What the layers of other families have, and those of Megatron-Core's GPT model (to release 0.16) lack.
 BEHIND = "norms behind attention and MLP"
-LACKING = {
-    "gemma": "a factor of the embedding",
-    "gemma2": f"{BEHIND}, caps of scores and logits, a factor of the embedding",
-    "gemma3_text": f"{BEHIND}, another rotary base in layers with a window, a factor of the embedding",
-    "olmo2": f"{BEHIND} and none in front of them",
-    "olmo3": f"{BEHIND} and none in front of them",
-}

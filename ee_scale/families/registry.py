@@ -8,8 +8,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from ee_scale.errors import UserError
 from ee_scale.families.decoders import DECODERS
 from ee_scale.families.encoders import ENCODERS
+from ee_scale.families.experts import ExpertNames
 from ee_scale.families.family import Family
-from ee_scale.families.megatron import LACKING, MEGATRON
 from ee_scale.modeling.wrapped import language_config
 
 STAGES = {"embed_tokens", "layers", "norm"}
@@ -52,6 +52,12 @@ def known_family(config: PreTrainedConfig) -> Family:
     return family
 
 
+def experts_of(config: PreTrainedConfig) -> ExpertNames | None:
+    """Of a model by its config; None: it has none, or they are not described here."""
+    family = find_family(config)
+    return family.megatron.experts if family and family.megatron else None
+
+
 def gguf_family(name: str) -> Family:
     """One whose GGUF files are read, by the name that they have for it. Raises `UserError` with the names of those."""
     if name not in FAMILIES or not FAMILIES[name].gguf:
@@ -75,11 +81,13 @@ def elastic_family(config: PreTrainedConfig, task: str | None = None) -> Family:
 
 def megatron_family(config: PreTrainedConfig) -> Family:
     """One that Megatron's GPT model computes. Raises `UserError` with the names of those."""
-    name = config.model_type
-    if name not in MEGATRON:
-        reason = f"Megatron-Core's GPT model lacks {LACKING[name]}" if name in LACKING else "no map to Megatron"
-        raise UserError(f"config.model_type={name}: {reason}; known: {', '.join(MEGATRON)}")
-    return FAMILIES[name]
+    family = find_family(config)
+    if family is None or family.megatron is None:
+        lacking = family.beyond_megatron if family else ""
+        reason = f"Megatron-Core's GPT model lacks {lacking}" if lacking else "no map to Megatron"
+        names = _names(family for family in DECODERS if family.megatron)
+        raise UserError(f"config.model_type={config.model_type}: {reason}; known: {names}")
+    return family
 
 
 def _names(families: Iterable[Family]) -> str:

@@ -13,7 +13,6 @@ from ee_scale.errors import UserError
 from ee_scale.families.build import meta_model
 from ee_scale.families.decoders import DECODERS
 from ee_scale.families.family import Family
-from ee_scale.families.megatron import LACKING, MEGATRON
 from ee_scale.families.registry import FAMILIES, megatron_family
 from ee_scale.families.sizes import shape_of, with_layers
 
@@ -65,8 +64,8 @@ def test_families_with_a_map_to_megatron_have_no_norm_behind_their_mlp() -> None
     assert all(family.mlp_output_norm is None for family in FAMILIES.values() if family.megatron)
 
 
-@pytest.mark.parametrize("name", LACKING)
+@pytest.mark.parametrize("name", [family.name for family in DECODERS if family.beyond_megatron])
 def test_what_megatron_lacks_is_named(name: str) -> None:
     with pytest.raises(UserError, match=f"config.model_type={name}: Megatron-Core's GPT model lacks .*; known: llama"):
         megatron_family(tiny_config(name))
-    assert not LACKING.keys() & MEGATRON.keys()
+    assert FAMILIES[name].megatron is None

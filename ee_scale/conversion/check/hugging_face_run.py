@@ -7,7 +7,8 @@ from torch import nn
 
 from ee_scale.conversion.copying import Source
 from ee_scale.conversion.model import Model
-from ee_scale.families.experts import STACK, experts_of
+from ee_scale.families.experts import STACK
+from ee_scale.families.registry import experts_of
 from ee_scale.modeling.heads import ExitTaps, build_exit_heads, run_single_layer
 from ee_scale.modeling.modeling_early_exit import PREFIX
 

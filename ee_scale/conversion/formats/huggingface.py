@@ -30,7 +30,8 @@ from ee_scale.conversion.target_files import SafetensorsFile, safetensors_extent
 from ee_scale.conversion.tensors import Extent, Piece, Span, Stored, TensorInfo
 from ee_scale.errors import UserError
 from ee_scale.families.build import meta_model
-from ee_scale.families.experts import STACK, experts_of
+from ee_scale.families.experts import STACK
+from ee_scale.families.registry import experts_of
 from ee_scale.modeling.modeling_early_exit import PREFIX, auto_map, copy_code
 from ee_scale.reading import read_object
 
