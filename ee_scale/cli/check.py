@@ -81,7 +81,7 @@ def print_stages(terminal: Console, plan: Plan) -> None:
 
 def print_traffic(terminal: Console, plan: Plan) -> None:
     """What one rank of each stage sends in a step."""
-    columns = ("to stages", "tensor all-reduce", "calls", "gradients to replicas", "parameters to replicas")
+    columns = ("to stages", "in tensor groups", "calls", "gradients to replicas", "parameters to replicas")
     table = titled_table("what one rank sends per step", ("stage", *columns))
     for stage, traffic in enumerate(plan.traffic(bf16=is_bf16(plan.config))):
         sent = [bytes_text(value) for value in (traffic.stages, traffic.tensor, traffic.reduce, traffic.gather)]

@@ -112,7 +112,8 @@ class StageTraffic:
 
     Attributes:
         stages: hidden states and gradients to the neighbouring stages, and gradients of a matrix with copies there.
-        tensor: all-reduces of hidden states over the tensor group; `tensor_calls` of them.
+        tensor: all-reduces of hidden states over the tensor group, and parts of states that are joined there;
+            `tensor_calls` of both.
         reduce: gradients over the replicas. gather: updated parameters over the replicas.
     """
 
@@ -241,14 +242,24 @@ def all_reduce(bytes_: float, ranks: int) -> float:
     return 2 * ring(bytes_, ranks)
 
 
-def rank_traffic(plan: Plan, crossing: float, calls: int, state: float, trained: int, size: int) -> StageTraffic:
+def rank_traffic(
+    plan: Plan,
+    crossing: float,
+    calls: int,
+    state: float,
+    trained: int,
+    size: int,
+    joined: tuple[int, float] = (0, 0.0),
+) -> StageTraffic:
     """What a rank sends that crosses stages with `crossing` bytes and `calls` all-reduces of `state` bytes per
-    micro-batch, and trains `trained` numbers of `size` bytes."""
+    micro-batch, and trains `trained` numbers of `size` bytes. `joined`: calls and bytes of tensors that ranks gather.
+    """
     tp, dp, count = plan.layout.tp, plan.layout.dp, plan.num_micro_batches
-    calls = count * calls if tp > 1 else 0
+    tensor = count * (calls * all_reduce(state, tp) + ring(joined[1], tp))
+    calls = count * (calls + joined[0]) if tp > 1 else 0
     # bf16 gradients are summed whole in fp32; ZeRO-1 in fp32 reduces each to the replica that owns it.
     reduce = (all_reduce if size == BF16 else ring)(FP32 * trained, dp)
-    return StageTraffic(count * crossing, calls * all_reduce(state, tp), calls, reduce, ring(size * trained, dp))
+    return StageTraffic(count * crossing, tensor, calls, reduce, ring(size * trained, dp))
 
 
 def check_lengths(config: TrainingConfig, model_config: PreTrainedConfig) -> None:

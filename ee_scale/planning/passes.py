@@ -15,10 +15,12 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from ee_scale.backbone.shard import tensor_plan
 from ee_scale.families.build import meta_model
 from ee_scale.families.registry import known_family
 from ee_scale.families.sizes import ModelShape, shape_of, with_layers
 from ee_scale.modeling.heads import rotary_by_type
+from ee_scale.planning.cuts import Gathered, Split, cut_gathered, gathers
 
 LayerCall = Callable[[torch.Tensor], torch.Tensor]
 # Attention that keeps what fused kernels keep, and experts as one matrix product for all: they compute nothing.
@@ -128,31 +130,25 @@ def local_model(
     """The model with one decoder layer (None: the widest) at one tensor rank's sizes, on the meta device (vocabulary
     matrices whole)."""
     config = with_layers(config, [shape_of(config).widest_layer if layer is None else layer])
-    if tp > 1:
+    family, plan = known_family(config), tensor_plan(config, 1)
+    if tp > 1 and not gathers(plan, family.attention):
         heads = config.num_attention_heads
         if hasattr(config, "num_key_value_heads"):
             config.num_key_value_heads = (config.num_key_value_heads or heads) // tp
         config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         config.num_attention_heads = heads // tp
+    if tp > 1 and not gathers(plan, family.mlp):
         for name in UNITS:
             if getattr(config, name, None):
                 setattr(config, name, getattr(config, name) // tp)
-    model = meta_model(config, dtype, attn_implementation, task=known_family(config).task)
-    _shorten_norms(model)
+    model = meta_model(config, dtype, attn_implementation, task=family.task)
+    if tp > 1:
+        cut_gathered(first_layer(model), plan, tp)
     if model.config._attn_implementation != "eager":
         model.set_attn_implementation(FUSED)
     if model._can_set_experts_implementation():
         model.set_experts_implementation(FUSED)
     return model
-
-
-def _shorten_norms(model: PreTrainedModel) -> None:
-    """Some norms of queries and keys are as long as the model is wide, whatever the number of heads."""
-    attention = getattr(first_layer(model), "self_attn", None)
-    for name in "qk":
-        norm, projection = (getattr(attention, f"{name}_{part}", None) for part in ("norm", "proj"))
-        if norm is not None and projection is not None and len(norm.weight) > projection.out_features:
-            norm.weight = nn.Parameter(norm.weight[: projection.out_features])
 
 
 def local_layers(config: PreTrainedConfig, tp: int, shape: ModelShape) -> tuple[list[nn.Module], nn.Module]:
@@ -224,7 +220,13 @@ def _add_pair(projection: nn.Linear, rank: int) -> nn.ParameterList:
     """[rank, in] and [out, rank], whose product a hook adds to what the projection does."""
     out, inner = projection.weight.shape
     pair = nn.ParameterList(projection.weight.new_empty(size) for size in ((rank, inner), (out, rank)))
-    projection.register_forward_hook(lambda _, args, output: output + F.linear(F.linear(args[0], pair[0]), pair[1]))
+
+    def add(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        x = projection.own(args[0]) if isinstance(projection, Split) else args[0]
+        update = F.linear(F.linear(x, pair[0]), pair[1])
+        return output + (projection.whole(update) if isinstance(projection, Gathered) else update)
+
+    projection.register_forward_hook(add)
     return pair
 
 

@@ -25,7 +25,8 @@ from ee_scale.families.registry import decoder_family
 from ee_scale.families.sizes import ModelShape, shape_of
 from ee_scale.grid import Layout
 from ee_scale.modeling.heads import ExitSpec
-from ee_scale.modeling.kinds import LAYER_BACKWARD, LAYER_FORWARD, attention_flops
+from ee_scale.modeling.kinds import LAYER_FORWARD, attention_flops
+from ee_scale.planning.cuts import input_gradients, joined
 from ee_scale.planning.estimates import (
     BF16,
     EMBEDDING_CALL,
@@ -286,23 +287,24 @@ class TunePlan(Plan[TuneConfig]):
     def _stage_traffic(self, stage: int, size: int) -> StageTraffic:
         state, joint = self._state_bytes(size), self.backbone.trains
         first, last = stage == 0, self.stages.is_last(stage)
-        sent = 0
-        if not last:
-            sent += 1  # hidden states, on
-        if joint and not first:
-            sent += 1  # their gradients, back
-        if last and self.teaches and self.stages.launched > 1:
-            sent += 1  # the teacher's states, from the last stage to all
+        sent = (not last) + (joint and not first)  # hidden states, on; their gradients, back
+        sent += last and self.teaches and self.stages.launched > 1  # the teacher's states, from the last stage to all
         # Beside its experts a layer sums what its shared one gives.
         shared = self.shape.experts is not None and self.shape.experts.shared > 0
-        per_layer = LAYER_FORWARD + shared + (LAYER_BACKWARD if joint else 0)
+        modules, _ = local_layers(self.model_config, self.layout.tp, self.shape)
+        back = input_gradients(modules[0], tensor_plan(self.model_config, self.layout.tp))
+        per_layer = LAYER_FORWARD + shared + (back if joint else 0)
         per_exit = self.spec.exit_kind.all_reduces(joint) + HEAD_CALL
         calls = len(self.stages.layers(stage)) * per_layer + len(self.stages.exits(stage)) * per_exit
         if first:
             calls += EMBEDDING_CALL
         if last and joint:
             calls += HEAD_CALL
-        traffic = rank_traffic(self, sent * state, calls, state, self.parameters(stage).trained, size)
+        passes = [(modules[layer], joint) for layer in self.stages.layers(stage)]
+        passes += [(self.spec.exit_kind.body_source(modules, k), True) for k in self.stages.exits(stage)]
+        gathers, width = joined(passes)
+        trained, tokens = self.parameters(stage).trained, state // self.shape.hidden_size  # of a number each, bytes
+        traffic = rank_traffic(self, sent * state, calls, state, trained, size, (gathers, width * tokens))
         copies = output_copies(self.stages, self.spec, self.shape.tied_embeddings) if self.backbone.mode == FULL else ()
         if stage not in copies:
             return traffic

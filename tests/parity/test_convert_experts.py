@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from helpers.convert import convert
 from helpers.experts import expert_config, write_expert_model
 from helpers.models import VOCAB, load_whole
@@ -59,6 +60,35 @@ def test_rank_files_round_trip(models: dict[str, Path], tmp_path: Path, family: 
         there = convert(models[family], out / "there", "megatron_legacy", **grid)
         assert len(list(there.glob("release/mp_rank_*"))) == tp * pp * ep
         same(convert(there, out / "back", "hf"), models[family])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_where_experts_lie(models: dict[str, Path], tmp_path: Path, family: str):
+    """Told by hand, since a round trip forgives what both directions do alike: which expert, gates above ups."""
+    tensors = load_file(models[family] / "model.safetensors")
+    block = GATE[family].partition(".experts.")[0]
+    gate, up, down = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+
+    def matrix(expert: int, name: str) -> torch.Tensor:
+        return tensors[f"{block}.experts.{expert}.{name}.weight"]
+
+    ranks = convert(models[family], tmp_path / "ranks", "megatron_legacy", tp=2, ep=2) / "release"
+    for rank, expert_rank in product((0, 1), (0, 1)):
+        path = ranks / f"mp_rank_{rank:02d}_{expert_rank:03d}" / "model_optim_rng.pt"
+        found = torch.load(path, weights_only=False)["model"]
+        assert torch.equal(found["decoder.layers.1.mlp.router.weight"], tensors[f"{block}.gate.weight"])
+        for place in range(4):
+            number, key = 4 * expert_rank + place, f"decoder.layers.1.mlp.experts.local_experts.{place}.linear_fc"
+            halves = [matrix(number, name).chunk(2)[rank] for name in (gate, up)]
+            assert torch.equal(found[f"{key}1.weight"], torch.cat(halves))
+            assert torch.equal(found[f"{key}2.weight"], matrix(number, down).chunk(2, 1)[rank])
+    key, width = "decoder.layers.mlp.experts.experts.linear_fc", len(matrix(0, gate))
+    state = {f"{key}1.weight": torch.empty(4, 8, 2 * width, 64), f"{key}2.weight": torch.empty(4, 8, 64, width)}
+    dcp.load(state, checkpoint_id=convert(models[family], tmp_path / "core", "megatron_core", tp=2) / "release")
+    for number in range(8):
+        both = torch.cat([matrix(number, name) for name in (gate, up)])
+        assert torch.equal(state[f"{key}1.weight"][1, number], both)
+        assert torch.equal(state[f"{key}2.weight"][1, number], matrix(number, down))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

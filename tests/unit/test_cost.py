@@ -18,6 +18,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, BertConfig
 
+from ee_scale.backbone.parallel import swap_projections
+from ee_scale.backbone.shard import tensor_plan
 from ee_scale.config.compose import compose_config
 from ee_scale.elastic.factors import FactorSet
 from ee_scale.elastic.stage import ElasticStage
@@ -111,11 +113,18 @@ def test_parameters_are_those_of_the_real_stages(groups_without_processes, famil
             assert found.largest == max((p.numel() for p in real.exit_heads.parameters()), default=0)
 
 
-def test_parameters_of_olmo2_without_tensor_parallelism(groups_without_processes) -> None:
-    plan = tune_plan("olmo2", "exits.kind=layer")
-    real = build_stage(plan.model_config, plan.stages, plan.spec, grid_of(plan, 0), torch.float32)
-    found = plan.parameters(0)
-    assert (found.frozen, found.trained) == (numel(real.backbone.parameters()), numel(real.exit_heads.parameters()))
+GATHERING = ("olmo2", "glm4", "phi3")  # attention, the MLP, both
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("family", GATHERING)
+def test_parameters_of_gathered_projections(groups_without_processes, family: str, tp: int) -> None:
+    for kind in ("mlp", "layer"):
+        plan = tune_plan(family, f"exits.kind={kind}", f"parallel.tp={tp}")
+        real = build_stage(plan.model_config, plan.stages, plan.spec, grid_of(plan, 0), torch.float32)
+        found = plan.parameters(0)
+        assert found.frozen == numel(real.backbone.parameters())
+        assert found.trained == numel(real.exit_heads.parameters())
 
 
 @pytest.mark.parametrize("tp", [1, 2])
@@ -416,6 +425,34 @@ def test_traffic_by_hand() -> None:
     trained = plan.parameters(0).trained
     assert (first.reduce, first.gather) == (2 * trained, 2 * trained)
     assert plan.traffic(bf16=True)[0].reduce == 4 * trained
+
+
+@pytest.mark.parametrize("family", ["llama", *GATHERING])
+def test_traffic_of_a_layer_is_what_its_collectives_send(groups_without_processes, family: str) -> None:
+    """One layer of a stage, its collectives replaced by ones that count, against the plan of one layer more."""
+    few, more = (
+        tune_plan(family, "parallel.tp=2", "backbone=full", "exits.layers=[1]", "exits.kind=norm", num_hidden_layers=n)
+        for n in (2, 3)
+    )
+    sent, group = [], Group(2)
+    layer, call = layer_call(local_model(few.model_config, 1, torch.float32, "eager"), ROWS, LENGTH)
+    with torch.device("cpu"):
+        swap_projections(layer, tensor_plan(few.model_config, 2), "", group, torch.float32)
+    layer.to("meta")
+
+    def reduce(tensor: torch.Tensor, **_: Any) -> None:
+        sent.append(tensor.nbytes)
+
+    def gather(parts: list[torch.Tensor], part: torch.Tensor, **_: Any) -> None:
+        sent.append(part.nbytes)
+
+    with mock.patch("torch.distributed.all_reduce", reduce), mock.patch("torch.distributed.all_gather", gather):
+        out = call(torch.empty(ROWS, LENGTH, 64, device="meta", requires_grad=True))
+        out.backward(torch.empty_like(out))
+    (before,), (after,) = few.traffic(bf16=False), more.traffic(bf16=False)
+    count = few.num_micro_batches
+    assert after.tensor_calls - before.tensor_calls == count * len(sent)
+    assert after.tensor - before.tensor == count * sum(sent)  # a ring over two: half, twice; or its half
 
 
 def test_copies_of_the_output_matrix_are_summed_over_their_stages() -> None:
