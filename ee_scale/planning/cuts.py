@@ -49,8 +49,13 @@ def gathers(plan: Mapping[str, str], prefixes: tuple[str, ...]) -> bool:
 
 def cut_gathered(layer: nn.Module, plan: Mapping[str, str], tp: int) -> None:
     """Put this rank's part in the place of each projection that is joined, or reads a joined input."""
-    kinds = {GATHERED: Gathered, SPLIT: Split}
-    swap_linears(layer, plan, "", lambda linear, style: kinds[style](linear, tp) if style in kinds else linear)
+
+    def part(linear: nn.Linear, style: str) -> nn.Module:
+        if style == GATHERED:
+            return Gathered(linear, tp)
+        return Split(linear, tp) if style == SPLIT else linear
+
+    swap_linears(layer, plan, "", part)
 
 
 def input_gradients(layer: nn.Module, plan: Mapping[str, str]) -> int:

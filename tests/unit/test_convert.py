@@ -22,7 +22,7 @@ from transformers import AutoConfig
 
 from ee_scale.backbone.loading import TensorFolder
 from ee_scale.config.convert import ConvertConfig
-from ee_scale.conversion import copying, execute
+from ee_scale.conversion import copying, execute, writing
 from ee_scale.conversion.check.verify import verify
 from ee_scale.conversion.execute import run
 from ee_scale.conversion.plan import make_conversion, open_result
@@ -448,6 +448,15 @@ def test_a_disk_that_fills_up(hf: Path, tmp_path: Path, monkeypatch, name: str, 
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert not (out / "journal.json").exists()
     same(out, hf)
+
+
+def test_a_disk_that_fails_while_blocks_are_under_way(hf: Path, tmp_path: Path, monkeypatch):
+    """It tells that once: whoever asked it to write has to pass it on."""
+    monkeypatch.setattr(writing, "FLUSH", 1)
+    monkeypatch.setattr(os, "fdatasync", full_after(0, os.fdatasync))
+    with pytest.raises(UserError, match=r"cannot write [(]No space left on device[)]"):
+        run(make_conversion(ConvertConfig(src=hf, out=tmp_path / "out", to="hf")), 1, lambda size: None)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("to", ["megatron_core", "megatron_legacy"])

@@ -436,12 +436,12 @@ def test_traffic_of_a_layer_is_what_its_collectives_send(groups_without_processe
     )
     sent, group = [], Group(2)
     layer, call = layer_call(local_model(few.model_config, 1, torch.float32, "eager"), ROWS, LENGTH)
-    with torch.device("cpu"):
+    with torch.device("meta"):
         swap_projections(layer, tensor_plan(few.model_config, 2), "", group, torch.float32)
-    layer.to("meta")
 
-    def reduce(tensor: torch.Tensor, **_: Any) -> None:
+    def reduce(tensor: torch.Tensor, **_: Any) -> mock.Mock:
         sent.append(tensor.nbytes)
+        return mock.Mock()  # with a `wait`
 
     def gather(parts: list[torch.Tensor], part: torch.Tensor, **_: Any) -> None:
         sent.append(part.nbytes)
