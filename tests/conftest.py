@@ -14,6 +14,7 @@ from ee_scale.libraries import prepare_libraries
 pytest_plugins = ["helpers.runs"]
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it when it is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and workers have the cores
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall when tests run beside other work
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
