@@ -1,5 +1,6 @@
 """Environment of every test process, which children of `helpers.spawn` inherit; what holds for all tests."""
 
+import gc
 import os
 from collections.abc import Generator
 from typing import Any
@@ -36,6 +37,12 @@ def _no_launcher_stays() -> Generator[None, None, None]:
     yield
     after = {name: os.environ.get(name) for name in LAUNCHERS}
     assert after == before, "a test of this file left a launcher's variables behind"
+
+
+def pytest_collection_finish() -> None:
+    """What the imports have made stays; no collection looks at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True, trylast=True)  # inside of pytest's own filters for warnings
