@@ -132,7 +132,7 @@ def run_cases(rank: int, layouts: list[Layout], folders: dict[str, Path]) -> dic
 
 
 def ways(layout: Layout) -> list[tuple[int, bool]]:
-    """(parts, masked) of a grid: a mask is shared out among replicas, which other cuts don't see."""
+    """(parts, masked) of a grid: all on one rank, where tensors are cut and where stages are; else the first."""
     return list(product((1, 2), (False, True))) if layout == Layout() or layout.dp > 1 else [(1, False)]
 
 
