@@ -1,5 +1,6 @@
 """Environment of every test process, which children of `helpers.spawn` inherit; what holds for all tests."""
 
+import gc
 import os
 from collections.abc import Generator
 from typing import Any
@@ -14,6 +15,7 @@ from ee_scale.libraries import prepare_libraries
 pytest_plugins = ["helpers.runs"]
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it when it is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and workers have the cores
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall when tests run beside other work
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -35,6 +37,12 @@ def _no_launcher_stays() -> Generator[None, None, None]:
     yield
     after = {name: os.environ.get(name) for name in LAUNCHERS}
     assert after == before, "a test of this file left a launcher's variables behind"
+
+
+def pytest_collection_finish() -> None:
+    """What the imports have made stays; no collection looks at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True, trylast=True)  # inside of pytest's own filters for warnings

@@ -121,18 +121,23 @@ def run_cases(rank: int, layouts: list[Layout], folders: dict[str, Path]) -> dic
             orders = {
                 "measured": measure_order(stage, batches(family), 1),
                 "in two parts": measure_order(stage, batches(family), 2),
-                "other padding": measure_order(stage, batches(family, padding=1), 1),
             }
+            if family == "bert":  # the other has none
+                orders["other padding"] = measure_order(stage, batches(family, padding=1), 1)
             assert count_hooks(stage) == hooks
             found[layout, family] = orders
-        found[layout, "layers"] = run_divergences(load_stage(folders["uneven"], "causal_lm", grid))
+        found[layout, "layers"] = run_divergences(load_stage(folders["uneven"], "causal_lm", grid), ways(layout))
         leave_grid()
     return found
 
 
-def run_divergences(stage: ElasticStage) -> dict[tuple[int, bool], list[int]]:
+def ways(layout: Layout) -> list[tuple[int, bool]]:
+    """(parts, masked) of a grid: all on one rank, where tensors are cut and where stages are; else the first."""
+    return list(product((1, 2), (False, True))) if layout == Layout() or layout.dp > 1 else [(1, False)]
+
+
+def run_divergences(stage: ElasticStage, cases: list[tuple[int, bool]]) -> dict[tuple[int, bool], list[int]]:
     """(parts, masked) -> order of the layers."""
-    cases = product((1, 2), (False, True))
     found = {(parts, masked): divergence_order(stage, texts(masked), parts, LAYERS) for parts, masked in cases}
     assert stage.spec == stage.map.shape.full
     return found
@@ -227,11 +232,11 @@ def test_the_order_is_that_of_the_formulas(
         assert halves == drop_order(worth.layers.tolist(), 2)
 
 
-@pytest.mark.parametrize(("world", "layout", "family"), CASES, ids=str)
-def test_padding_has_no_say(world: int, layout: Layout, family: str, orders: dict) -> None:
+@pytest.mark.parametrize(("world", "layout"), dict.fromkeys(case[:2] for case in CASES), ids=str)
+def test_padding_has_no_say(world: int, layout: Layout, orders: dict) -> None:
     assert not torch.equal(batches("bert")[0]["tokens"], batches("bert", padding=1)[0]["tokens"])
     for result in orders[world]:
-        measured, other = (result[layout, family][name] for name in ("measured", "other padding"))
+        measured, other = (result[layout, "bert"][name] for name in ("measured", "other padding"))
         assert all(torch.equal(getattr(measured, name), getattr(other, name)) for name in FIELDS)
 
 
@@ -282,7 +287,7 @@ def test_the_layers_of_a_decoder_are_dropped_by_divergence(
     assert expected[0] == USELESS_LAYER
     for world, results in orders.items():
         for result in results:
-            for layout in LAYOUTS[world]:
+            for layout in (layout for layout in LAYOUTS[world] if (parts, masked) in ways(layout)):
                 assert result[layout, "layers"][parts, masked] == expected, layout
 
 

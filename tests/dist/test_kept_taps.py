@@ -19,6 +19,8 @@ JOBS = [
     Job("gemma2", "mlp", "low_rank", tied=True, kl_weight=0.7, confidence=True, micro_batches=4),
     Job("qwen3", "norm", "full", exit_layers=(1, 2, 3), kl_weight=0.5, micro_batches=4),
 ]
+# Every job where stages and tensors are cut; each grid with replicas reads what that one has kept.
+CASES = [*((LAYOUTS[0], job.name) for job in JOBS), (LAYOUTS[1], JOBS[0].name), (LAYOUTS[2], JOBS[1].name)]
 STEPS = (0, 1, 0, 1)  # what each step trains on; of a new cache the third one is compared and the fourth is read
 SEQUENCES = BATCH * JOBS[0].micro_batches
 
@@ -35,7 +37,7 @@ def run_cases(rank: int, folder: Path) -> dict[tuple[Layout, str], dict]:
     found = {}
     for layout in LAYOUTS:
         grid = join_grid(layout, torch.device("cpu"))
-        for job in JOBS:
+        for job in (job for job in JOBS if (layout, job.name) in CASES):
             found[layout, job.name] = {
                 "computed": train(job, grid, folder, None),
                 "kept": train(job, grid, folder, folder / f"taps-{job.name}-{layout}"),
@@ -89,9 +91,6 @@ def open_cache(job: Job, grid: Grid, folder: Path) -> TapCache:
         folder.mkdir(exist_ok=True)
         there = torch.stack([kept_sequences(folder, name, shape, 2 * SEQUENCES)[:, 0] >= 0 for name in names]).all(0)
     return TapCache(folder, names, shape, grid.from_rank_0(there), writes=grid.tp_rank == 0)
-
-
-CASES = [(layout, job.name) for layout in LAYOUTS for job in JOBS]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -21,6 +21,7 @@ from helpers.deprecations import forbid_deprecated_calls
 COMMANDS = ("train", "palette", "export", "evaluate", "generate")
 PRELOAD = ["torch", "transformers", "megatron.core", "deepspeed", "ee_scale.engine.frozen"]
 PRELOAD += ["ee_scale.training.tune", "ee_scale.training.supernet", *(f"ee_scale.cli.{name}" for name in COMMANDS)]
+PRELOAD += ["tests.helpers.warm"]  # found where pytest runs in the repository; forks are slower without it, no more
 CHILD_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"}
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

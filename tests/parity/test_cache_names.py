@@ -182,6 +182,7 @@ for options in ({}, {"exit_policy": "lossless"}, never, {"num_beams": 2}):
     model(ids, **own)
 print(json.dumps(texts))
 """
+OPEN = ALONE.partition("names, texts")[0]
 
 
 def _open_alone(folder: Path, tmp_path: Path, script: str, inputs: dict) -> subprocess.CompletedProcess:
@@ -217,7 +218,7 @@ def test_a_folder_says_which_versions_it_knows(pair, tmp_path, oldest, newest, c
     range_of_it = f'OLDEST, NEWEST = "{OLDEST}", "{NEWEST}"'
     assert range_of_it in file.read_text()
     file.write_text(file.read_text().replace(range_of_it, f'OLDEST, NEWEST = "{oldest}", "{newest}"'))
-    answer = _open_alone(tmp_path / "exported", tmp_path, ALONE, prompts(2))
+    answer = _open_alone(tmp_path / "exported", tmp_path, OPEN, prompts(2))
     assert answer.returncode == code, answer.stderr[-3000:]
     said = [line for line in answer.stderr.splitlines() if oldest in line and transformers.__version__ in line]
     assert len(said) == 1, answer.stderr

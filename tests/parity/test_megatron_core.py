@@ -46,7 +46,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 GRIDS = ((1, 1), (2, 1), (1, 2), (2, 2))
 BEYOND = ("llama-two-groups", (4, 1))  # more tensor ranks than key heads: slices go through the middle of groups
-PLACES = [(name, grid) for grid in GRIDS for name in CASES]
 VIRTUAL = ("qwen2-tied in chunks", (1, 2))
 MARKS = {  # a key that only this layout has
     "stacked": "decoder.layers.mlp.linear_fc1.weight",
@@ -54,6 +53,8 @@ MARKS = {  # a key that only this layout has
     "halves": "decoder.layers.3.mlp.linear_fc1.weight_w",
 }
 AGAIN = ("llama", "qwen2-tied", "qwen3")  # saved by Megatron in every layout
+# At every grid; the other cases where nothing is cut and where everything is.
+PLACES = [(name, grid) for grid in GRIDS for name in CASES if name in AGAIN or grid in (GRIDS[0], GRIDS[-1])]
 
 
 @dataclass
@@ -98,7 +99,8 @@ def loaded(written: Written, tmp_path_factory: pytest.TempPathFactory) -> "Resul
     jobs = []
     for key, _ in in_order(written.sharded):
         name, grid = key
-        other = GRIDS[(GRIDS.index(grid) + 1) % len(GRIDS)] if grid in GRIDS else grid
+        grids = [place[1] for place in PLACES if place[0] == name] or [grid]
+        other = grids[(grids.index(grid) + 1) % len(grids)]
         saved = {variant: again(root, key) / variant for variant in VARIANTS} if name in AGAIN else {}
         jobs.append(Sharded(name, grid, written.sharded[name, other] / "release", again=saved))
     name, grid = VIRTUAL

@@ -41,21 +41,14 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     changes = {"hidden_size": 80, "num_hidden_layers": 2, "tie_word_embeddings": True}
     write_model(folder / "decoder", "mistral", **changes)
-    for name in ("tokenizer.json", "LICENSE"):
-        (folder / "decoder" / name).write_text("{}")
     return folder
-
-
-def test_what_is_copied_is_true_in_the_copy(folder, tmp_path):
-    base = clutter(Path(shutil.copytree(folder / "decoder", tmp_path / "base")))
-    export_onnx(base, tmp_path / "out", "causal_lm")
-    check_copy(tmp_path / "out", base, {"model.onnx", "model.onnx.data"})
-    assert AutoConfig.from_pretrained(tmp_path / "out").dtype is torch.float32
 
 
 @pytest.fixture(scope="module")
 def exported(folder):
-    return export_onnx(folder / "decoder", folder / "fp32", "causal_lm")
+    """Of a folder with everything beside the model."""
+    base = clutter(Path(shutil.copytree(folder / "decoder", folder / "base")))
+    return export_onnx(base, folder / "fp32", "causal_lm")
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +66,11 @@ def feed(running, text: torch.Tensor, past: dict | None = None) -> dict[str, np.
     length = values["past_key_values.0.key"].shape[2] + text.shape[1]
     mask = np.ones((len(text), length), np.int64)
     return {"input_ids": text.numpy(), "attention_mask": mask, **values}
+
+
+def test_what_is_copied_is_true_in_the_copy(folder, exported):
+    check_copy(folder / "fp32", folder / "base", {"model.onnx", "model.onnx.data"})
+    assert AutoConfig.from_pretrained(folder / "fp32").dtype is torch.float32
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 30), (4, 11)])
