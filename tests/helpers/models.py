@@ -21,6 +21,11 @@ SLIDING_WINDOW = 8
 SHORTLIST = 37  # so is this one
 
 
+def _rotary_by_type(full: float, sliding: float) -> dict[str, Any]:
+    bases = {"full_attention": full, "sliding_attention": sliding}
+    return {kind: {"rope_type": "default", "rope_theta": base} for kind, base in bases.items()}
+
+
 _WINDOWS = {"sliding_window": SLIDING_WINDOW}
 _NARROW = {"head_dim": 8}  # heads that fill the width
 MORE_SETTINGS: dict[str, dict[str, Any]] = {
@@ -35,7 +40,7 @@ MORE_SETTINGS: dict[str, dict[str, Any]] = {
         **{"query_pre_attn_scalar": 16, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0},
     },
     "olmo": _NARROW,
-    "olmo3": {**_WINDOWS, **_NARROW},
+    "olmo3": {**_WINDOWS, **_NARROW, "rope_parameters": _rotary_by_type(500_000.0, 50.0)},
     "exaone4": {**_WINDOWS, **_NARROW},
     "granite": {
         **_NARROW,
@@ -45,7 +50,13 @@ MORE_SETTINGS: dict[str, dict[str, Any]] = {
     "cohere2": {**_WINDOWS, **_NARROW, "logit_scale": 0.3},
     "starcoder2": {**_WINDOWS, **_NARROW},
     "ministral": _WINDOWS,
-    "ministral3": _WINDOWS,
+    "ministral3": {
+        **_WINDOWS,
+        "rope_parameters": {
+            **{"rope_type": "yarn", "rope_theta": 100.0, "factor": 8.0, "original_max_position_embeddings": 8},
+            "llama_4_scaling_beta": 0.5,
+        },
+    },
     "smollm3": {**_WINDOWS, **_NARROW, "use_sliding_window": True},
     "helium": _NARROW,
     "cwm": _WINDOWS,
@@ -54,16 +65,28 @@ MORE_SETTINGS: dict[str, dict[str, Any]] = {
     "qwen2_moe": {
         **_NARROW,
         **{"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "mlp_only_layers": [1]},
-        "shared_expert_intermediate_size": 48,
+        **{"shared_expert_intermediate_size": 48, "use_sliding_window": True},
+        **_WINDOWS,
     },
-    "qwen3_moe": {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True},
+    "qwen3_moe": {
+        **{"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True},
+        **{**_WINDOWS, "use_sliding_window": True},
+    },
     "olmoe": {**_NARROW, "num_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 32},
+    "qwen2-windows": {**_WINDOWS, "use_sliding_window": True, "max_window_layers": 2},
+    "qwen3-windows": {**_WINDOWS, "use_sliding_window": True, "max_window_layers": 2},
 }
+# Families whose models mostly go without a setting that some of them have.
+VARIANTS = tuple(name for name in MORE_SETTINGS if "-" in name)
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
 
 
 def tiny_config(family: str, **changes: Any) -> Any:
-    """Five layers, eight query heads over four key/value heads, head_dim that is not hidden / heads where allowed."""
+    """Five layers, eight query heads over four key/value heads, head_dim that is not hidden / heads where allowed.
+
+    `family`: its name, or one of VARIANTS.
+    """
+    model_type = family.partition("-")[0]
     values: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": 64,
@@ -84,10 +107,10 @@ def tiny_config(family: str, **changes: Any) -> Any:
         # Caps that are low enough to bend these models' logits.
         values |= {"sliding_window": SLIDING_WINDOW, "query_pre_attn_scalar": 16}
         values |= {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0}
-    if family in ("qwen2", "olmo2"):
+    if model_type in ("qwen2", "olmo2"):
         del values["head_dim"]
     values |= MORE_SETTINGS.get(family, {})
-    return CONFIG_MAPPING[family](**(values | changes))
+    return CONFIG_MAPPING[model_type](**(values | changes))
 
 
 def some_tokens(count: int = SHORTLIST, vocab_size: int = VOCAB) -> list[int]:
@@ -110,7 +133,8 @@ def write_model(folder: Path, family: str, seed: int = 0, **changes: Any) -> Pat
             if parameter.ndim > 1:
                 parameter.mul_(3)
             else:
-                nn.init.normal_(parameter, 0.0 if name.endswith(".bias") else NEUTRAL[family], 0.2)
+                neutral = NEUTRAL[model.config.model_type]
+                nn.init.normal_(parameter, 0.0 if name.endswith(".bias") else neutral, 0.2)
     model.save_pretrained(folder)
     return folder
 
