@@ -30,6 +30,7 @@ from ee_scale.backbone.proof_checks import (
 )
 from ee_scale.errors import UserError, one_line
 from ee_scale.families.registry import decoder_family
+from ee_scale.families.sizes import unknown_lists
 from ee_scale.families.small import small_config
 from ee_scale.files import cache_folder, write_text
 from ee_scale.reading import read_object
@@ -67,6 +68,9 @@ class Proof:
 def prove(config: PreTrainedConfig) -> Proof:
     """Raises `UserError`, in one line with the check that failed, for a model that cannot be cut or tapped."""
     decoder_family(config)
+    for name in unknown_lists(config):
+        reason = f"its config says '{name}' of each layer, which is not known here"
+        raise UserError(f"model.path: architecture '{config.model_type}' is not supported: {reason}")
     try:
         small = small_config(config)
         said = {name: value for name, value in small.to_dict().items() if name not in SAID_BY}

@@ -6,7 +6,7 @@ Tensors: B texts, S positions, D hidden size, V words.
 
 import copy
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -60,6 +60,7 @@ class Whole:
         self.states: list[torch.Tensor] = []
         handles = [self.layers[0].register_forward_pre_hook(self._enters, with_kwargs=True)]
         handles += [layer.register_forward_hook(self._leaves) for layer in self.layers]
+        handles += [layer.get_submodule("mlp").register_forward_hook(self._adds) for layer in self.layers]
         handles += [
             self.base.get_submodule("norm").register_forward_hook(lambda module, args, output: self._normed(output))
         ]
@@ -75,9 +76,15 @@ class Whole:
         self.states.append(args[0] if args else kwargs["hidden_states"])
 
     def _leaves(self, layer: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        self.states.append(self._states(output, "layer"))
+
+    def _adds(self, mlp: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        self._states(output, "the MLP of layer")
+
+    def _states(self, output: object, place: str) -> torch.Tensor:
         if not isinstance(output, torch.Tensor):
-            raise CheckError(f"layer {len(self.states)} returns a {type(output).__name__}, not hidden states")
-        self.states.append(output)
+            raise CheckError(f"{place} {len(self.states)} returns a {type(output).__name__}, not hidden states")
+        return output
 
     def _normed(self, output: torch.Tensor) -> None:
         self.hidden = output
@@ -132,6 +139,10 @@ def _check_parts(model: PreTrainedModel) -> None:
         raise CheckError(f"{type(model).__name__} is not 'model' and 'lm_head'")
     if head.bias is not None:
         raise CheckError("its output matrix has a bias")
+    stored = model.state_dict()
+    for name, _ in model.named_buffers():
+        if name in stored:
+            raise CheckError(f"'{name}' is stored in files but is no weight, and is not read here")
 
 
 def _randomise(model: PreTrainedModel) -> None:
@@ -262,12 +273,24 @@ def check_tensor(whole: Whole) -> None:
         raise CheckError(f"its plan asks for '{style}' on {name}, which is not known here")
     model = copy.deepcopy(whole.model)
     layers, states = layers_of(model.base_model), list[torch.Tensor]()
+    inside = {name.removeprefix("layers.*."): plan[name] for name in plan}
     for layer in layers:
         layer.register_forward_hook(lambda module, args, output: states.append(output))
-    stack_ranks(layers, {name.removeprefix("layers.*."): plan[name] for name in plan}, TP)
+        for name, module in layer.named_modules():
+            planned = any(f"{name}.".startswith(f"{place}.") for place in inside)
+            if not planned and next(module.parameters(recurse=False), None) is not None:
+                module.register_forward_pre_hook(partial(_reads_the_same, name))
+    stack_ranks(layers, inside, TP)
     model(whole.ids.repeat(TP, 1), use_cache=False)
     for rank in range(TP):
         _compare_states([state.chunk(TP)[rank] for state in states], whole)
+
+
+def _reads_the_same(name: str, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    """Weights that each rank has whole are trained by each alone."""
+    first, *others = args[0].chunk(TP) if args else (torch.empty(0),)
+    if any(_differs(other, first) for other in others):
+        raise CheckError(f"the weights of {name} are whole on every rank, and see a part there")
 
 
 def check_decoding(whole: Whole) -> None:

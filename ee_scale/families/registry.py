@@ -12,9 +12,9 @@ from ee_scale.families.experts import ExpertNames
 from ee_scale.families.family import Family
 from ee_scale.modeling.wrapped import language_config
 
-STAGES = {"embed_tokens", "layers", "norm"}
+STAGES = ("embed_tokens", "layers", "norm")
 # Models that read images too whose language model alone, on text, computes what they do.
-WRAPPERS = ("gemma3", "internvl", "llava", "mistral3")
+WRAPPERS = ("aya_vision", "gemma3", "internvl", "llava", "mistral3")
 FAMILIES = {family.name: family for family in (*DECODERS, *ENCODERS)}
 
 
@@ -25,7 +25,7 @@ def find_family(config: PreTrainedConfig) -> Family | None:
     family = FAMILIES.get(config.model_type)
     if family is None and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         stages = config.base_model_pp_plan or {}
-        return Family(config.model_type) if stages.keys() >= STAGES and config.base_model_tp_plan else None
+        return Family(config.model_type) if stages.keys() >= {*STAGES} and config.base_model_tp_plan else None
     return family
 
 
@@ -39,6 +39,9 @@ def decoder_family(config: PreTrainedConfig) -> Family:
     family, latent = find_family(config), getattr(config, "kv_lora_rank", None)
     if family is None or not family.is_decoder or latent:
         reason = "transformers has no plan that cuts it into embedding, decoder layers and norm"
+        stages = config.base_model_pp_plan or {}
+        if stages and not stages.keys() >= {*STAGES}:
+            reason = f"transformers' plan cuts it into {', '.join(stages)}, not into {', '.join(STAGES)}"
         if latent:
             reason = f"its attention keeps keys and values in one latent vector (kv_lora_rank={latent})"
         raise UserError(f"model.path: architecture '{config.model_type}' is not supported: {reason}")

@@ -218,6 +218,17 @@ PER_LAYER = ("layer_types", "no_rope_layers")
 DENSE_LAYERS, SPARSE_STEP = "mlp_only_layers", "decoder_sparse_step"
 
 
+def unknown_lists(config: PreTrainedConfig) -> list[str]:
+    """Settings that seem to tell layers apart, and that nobody here would cut with the layers."""
+    lists = {name: value for name, value in vars(config).items() if isinstance(value, list | tuple)}
+    return [
+        name
+        for name, value in lists.items()
+        if len(value) == config.num_hidden_layers and len(set(map(str, value))) > 1
+        if name not in (*PER_LAYER, DENSE_LAYERS) and not name.endswith(("token_id", "token_ids"))
+    ]
+
+
 def layer_kinds(config: PreTrainedConfig) -> list[tuple[object, ...]]:
     """What a config says of each layer."""
     lists = [values for name in PER_LAYER if (values := getattr(config, name, None)) is not None]

@@ -1,5 +1,6 @@
 """Tiny random models of every family, written as Hugging Face folders; and specs of exits on them."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,8 @@ SHORTLIST = 37  # so is this one
 
 _WINDOWS = {"sliding_window": SLIDING_WINDOW}
 _NARROW = {"head_dim": 8}  # heads that fill the width
+_BASES = {"full_attention": 500_000.0, "sliding_attention": 50.0}
+_TABLES = {kind: {"rope_type": "default", "rope_theta": base} for kind, base in _BASES.items()}
 MORE_SETTINGS: dict[str, dict[str, Any]] = {
     "gemma3_text": {
         **_WINDOWS,
@@ -35,7 +38,7 @@ MORE_SETTINGS: dict[str, dict[str, Any]] = {
         **{"query_pre_attn_scalar": 16, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0},
     },
     "olmo": _NARROW,
-    "olmo3": {**_WINDOWS, **_NARROW},
+    "olmo3": {**_WINDOWS, **_NARROW, "rope_parameters": _TABLES},
     "exaone4": {**_WINDOWS, **_NARROW},
     "granite": {
         **_NARROW,
@@ -45,7 +48,13 @@ MORE_SETTINGS: dict[str, dict[str, Any]] = {
     "cohere2": {**_WINDOWS, **_NARROW, "logit_scale": 0.3},
     "starcoder2": {**_WINDOWS, **_NARROW},
     "ministral": _WINDOWS,
-    "ministral3": _WINDOWS,
+    "ministral3": {
+        **_WINDOWS,
+        "rope_parameters": {
+            **{"rope_type": "yarn", "rope_theta": 100.0, "factor": 8.0, "original_max_position_embeddings": 8},
+            "llama_4_scaling_beta": 0.5,
+        },
+    },
     "smollm3": {**_WINDOWS, **_NARROW, "use_sliding_window": True},
     "helium": _NARROW,
     "cwm": _WINDOWS,
@@ -59,11 +68,20 @@ MORE_SETTINGS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True},
     "olmoe": {**_NARROW, "num_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 32},
 }
+# Families whose models mostly go without a setting that some of them have.
+_SOME_WINDOWS = {**_WINDOWS, "use_sliding_window": True, "max_window_layers": 2}
+_WINDOWED = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
+MORE_SETTINGS |= {f"{name}-windows": MORE_SETTINGS.get(name, {}) | _SOME_WINDOWS for name in _WINDOWED}
+VARIANTS = tuple(f"{name}-windows" for name in _WINDOWED)
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
 
 
 def tiny_config(family: str, **changes: Any) -> Any:
-    """Five layers, eight query heads over four key/value heads, head_dim that is not hidden / heads where allowed."""
+    """Five layers, eight query heads over four key/value heads, head_dim that is not hidden / heads where allowed.
+
+    `family`: its name, or one of VARIANTS.
+    """
+    model_type = family.partition("-")[0]
     values: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": 64,
@@ -84,10 +102,10 @@ def tiny_config(family: str, **changes: Any) -> Any:
         # Caps that are low enough to bend these models' logits.
         values |= {"sliding_window": SLIDING_WINDOW, "query_pre_attn_scalar": 16}
         values |= {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0}
-    if family in ("qwen2", "olmo2"):
+    if model_type in ("qwen2", "olmo2"):
         del values["head_dim"]
-    values |= MORE_SETTINGS.get(family, {})
-    return CONFIG_MAPPING[family](**(values | changes))
+    values |= copy.deepcopy(MORE_SETTINGS.get(family, {}))
+    return CONFIG_MAPPING[model_type](**(values | changes))
 
 
 def some_tokens(count: int = SHORTLIST, vocab_size: int = VOCAB) -> list[int]:
@@ -110,7 +128,8 @@ def write_model(folder: Path, family: str, seed: int = 0, **changes: Any) -> Pat
             if parameter.ndim > 1:
                 parameter.mul_(3)
             else:
-                nn.init.normal_(parameter, 0.0 if name.endswith(".bias") else NEUTRAL[family], 0.2)
+                neutral = NEUTRAL[model.config.model_type]
+                nn.init.normal_(parameter, 0.0 if name.endswith(".bias") else neutral, 0.2)
     model.save_pretrained(folder)
     return folder
 

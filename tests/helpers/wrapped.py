@@ -15,7 +15,10 @@ WRAPPED = {
     "mistral3": ("mistral", "pixtral"),
     "llava": ("llama", "clip_vision_model"),
     "internvl": ("qwen2", "internvl_vision"),
+    "aya_vision": ("cohere2", "siglip_vision_model"),
 }
+# What the wrappers leave out of their language models.
+NEUTRAL = {"gemma3_text": {"final_logit_softcapping": None}, "cohere2": {"logit_scale": 1.0}}
 EYES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
@@ -25,9 +28,8 @@ def write_wrapped(folder: Path, name: str, *, tied: bool = False, **changes: Any
     square = [16, 16] if eyes == "internvl_vision" else 16
     patch = [8, 8] if eyes == "internvl_vision" else 8
     vision = CONFIG_MAPPING[eyes](**EYES, image_size=square, patch_size=patch)
-    caps = {"final_logit_softcapping": None} if text == "gemma3_text" else {}
     config = CONFIG_MAPPING[name](
-        text_config=tiny_config(text, tie_word_embeddings=tied, **caps, **changes),
+        text_config=tiny_config(text, tie_word_embeddings=tied, **NEUTRAL.get(text, {}), **changes),
         vision_config=vision,
         tie_word_embeddings=tied,
     )

@@ -1,22 +1,23 @@
-"""Decoding of families that are not tested at length elsewhere: lossless, threshold, off, against no cache at all."""
+"""Decoding of every family: lossless, threshold, off, against no cache at all."""
 
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.decoding import make_pair, one_row, prompts, row_text, score_rule, slow_exits
-from helpers.models import MORE_FAMILIES
+from helpers.models import FAMILIES as WITH_AXES
+from helpers.models import MORE_FAMILIES, VARIANTS
 
 from ee_scale.families.registry import FAMILIES
 
-DECODED = (*MORE_FAMILIES, "olmo2")
+DECODED = (*WITH_AXES, *MORE_FAMILIES, *VARIANTS)
 EXITS = (1, 3)
 NEW = 8  # behind prompts of up to 9 tokens: longer than a window
 
 
 @pytest.mark.parametrize("family", DECODED)
 def test_equals_decoding_without_a_cache(tmp_path: Path, family: str) -> None:
-    kind = "norm" if FAMILIES[family].parallel else "mlp"
+    kind = "norm" if FAMILIES[family.partition("-")[0]].parallel else "mlp"
     pair, inputs = make_pair(tmp_path, family, kind, "full", EXITS, calm=0.5), prompts(3)
     rows = [one_row(inputs, row)["input_ids"] for row in range(3)]
     texts = [slow_exits(pair.model, prompt, lambda exits: None, NEW)[0] for prompt in rows]

@@ -36,16 +36,17 @@ JOBS = {
         JointJob("llama", "norm", "tied", "low_rank", tied=True, targets=("attention",)),
         JointJob("gemma2", "layer", "full", "low_rank", targets=("mlp",)),
         JointJob("llama", "norm", "shortlist", "full", exit_layers=(1, 2, 5)),
-        # Adapters beside projections whose parts are joined behind each.
+        # Adapters beside projections whose parts are joined behind each: all, those of either half of a layer.
         JointJob("olmo2", "norm", "tied", "low_rank"),
         JointJob("phi3", "norm", "tied", "low_rank"),
+        JointJob("glm4", "norm", "tied", "low_rank"),
     )
 }
 GRIDS = {
     (1, 1, 1): tuple(JOBS),
     (2, 1, 1): (
         *("llama-mlp-low_rank-full", "qwen3-mlp-low_rank-low_rank-checkpointing"),
-        *("olmo2-norm-tied-low_rank", "phi3-norm-tied-low_rank"),
+        *("olmo2-norm-tied-low_rank", "phi3-norm-tied-low_rank", "glm4-norm-tied-low_rank"),
     ),
     (1, 2, 1): ("qwen2-layer-full-full-tied", "llama-norm-tied-low_rank-tied"),
     (1, 1, 2): ("qwen3-norm-tied-full-tied", "gemma2-layer-full-low_rank"),

@@ -83,9 +83,15 @@ def test_odd_sizes_inside_are_refused(folders: dict[str, Path], tmp_path: Path) 
         read_config(tmp_path)
 
 
-def test_what_its_own_code_leaves_out_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    values = json.loads((folders["gemma3"] / "config.json").read_text())
-    values["text_config"]["final_logit_softcapping"] = 4.0
+@pytest.mark.parametrize(
+    ("name", "setting"), [("gemma3", {"final_logit_softcapping": 4.0}), ("aya_vision", {"logit_scale": 0.25})]
+)
+def test_what_its_own_code_leaves_out_is_refused(
+    name: str, setting: dict[str, float], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    values = json.loads((folders[name] / "config.json").read_text())
+    values["text_config"] |= setting
     (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(UserError, match=r"final_logit_softcapping=4\.0: 'gemma3' does not apply it to its logits"):
+    ((said, value),) = setting.items()
+    with pytest.raises(UserError, match=f"text_config: {said}={value}: '{name}' does not apply it to its logits"):
         read_config(tmp_path)

@@ -113,7 +113,7 @@ def test_an_exit_that_is_nearly_the_lens_is_noticed(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"self_attn__o_proj": None}, "RuntimeError"),
+        ({"self_attn__o_proj": None}, "the weights of self_attn.o_proj are whole on every rank, and see a part there"),
         ({"self_attn__v_proj": None}, "behind layer 1 of 2: off by"),
         ({"mlp__down_proj": "colwise"}, "Error"),
         ({"mlp__gate_proj": None, "mlp__up_proj": None, "mlp__down_proj": None}, ""),
@@ -131,6 +131,11 @@ def test_a_wrong_plan_is_noticed(changes: dict, told: str) -> None:
             UserError, match=r"^parallel.tp=2: 'llama': tensor-parallel slices == the whole: .*; use tp=1$"
         ):
             check_tensor_proof(config, 2)
+
+
+def test_weights_that_would_learn_from_a_part_are_noticed() -> None:
+    found = prove(with_plan(tiny_config("qwen3"), self_attn__q_norm=None)).tensor
+    assert "the weights of self_attn.q_norm are whole on every rank, and see a part there" in found
 
 
 def test_slices_that_are_not_summed_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
