@@ -544,16 +544,39 @@ def test_what_cannot_be_served(server, model, capsys):
         (["model=nowhere"], "model=nowhere: no such folder"),
         (["log=nowhere/x.jsonl", "policy=off"], "log=nowhere/x.jsonl: no such folder"),
         (["policies=[of]"], "policies=['of']: a list of off, threshold"),
+        (["audit=0.1", "follow=0.98"], "follow=0.98: policy=off has no limits that could follow; use threshold, en"),
+        (["policies=[margin]", "follow=0.98"], "follow=0.98: nothing is compared with the full model; give audit, t"),
+        (["policies=[margin]", "audit=1", "follow=1"], "follow=1.0: must be between 0 and 1"),
+        (["levels=x.json"], "levels=x.json: there are none without follow; give follow, or leave it out"),
+        (
+            ["policies=[margin]", "audit=1", "follow=0.9", "levels=nowhere/x.json"],
+            "levels=nowhere/x.json: no such folder",
+        ),
     ):
         assert main(["serve", f"model={model}", "device=cpu", *settings]) == 2
         assert message in capsys.readouterr().err
 
 
 def test_a_model_without_exits(model, tmp_path, loaded):
-    with serving(model.parent / "base", tmp_path, "policy=lossless") as server:
+    """And a second signal, which ends a server at once."""
+    with serving(model.parent / "base", tmp_path, "policy=lossless", inject=hold_steps) as server:
         client = server.client()
         (card,) = client.models.list().data
         assert card.model_extra["exit_layers"] == []
         for policy in ("off", "lossless"):
             answer = complete(client, PROMPTS[1], model="base", extra_body={"exit_policy": policy})
             assert answer.choices[0].text == said(loaded, ids_of(loaded, PROMPTS[1]))[0]
+        (tmp_path / "hold").touch()
+        with server.raw() as raw, ThreadPoolExecutor() as pool:
+            answer = pool.submit(raw.post, "/v1/completions", json={**GOOD, "model": "base"})
+            while not server.metric("num_requests_running"):
+                pass
+            os.kill(server.process.pid, signal.SIGTERM)
+            while "stopping" not in server.output:
+                pass
+            os.kill(server.process.pid, signal.SIGTERM)
+            server.process.join()  # though the step that is under way never ends
+            with pytest.raises(httpx.HTTPError):
+                answer.result()
+        assert server.process.exitcode == 0
+        assert "Traceback" not in server.output
