@@ -112,6 +112,5 @@ class Following(Collector):
         if len(kept) > MOST_TAGS + 1 or len({one.tag for one in kept}) < len(kept):
             raise UserError(f"levels={path}: {len(kept)} tags, some of them twice, or more than {MOST_TAGS}")
         for one in kept:
-            values = asdict(one)
-            self.limits.tags[values.pop("tag")] = Followed(**values)
+            self.limits.tags[one.tag] = Followed(one.level, one.state, one.audited, one.agreed)
         log.info(f"levels of {len(kept)} tags are those of {path}")
