@@ -90,9 +90,11 @@ class Engine(threading.Thread):
             self._changed.notify()
 
     def close(self) -> None:
-        """Stop, whatever is under way."""
+        """Stop, whatever is under way; who waits for it is told."""
         with self._changed:
             self.closed = True
+            for call in (*self._calls, *self._inbox):
+                call.tell(ApiError(503, "the server was stopped"))
             self._changed.notify()
 
     def _cache_share(self) -> float:

@@ -80,9 +80,10 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal lets what is under way end; the second, and one while the model loads, does not."""
         if self.engine.draining or not self.engine.ready:
-            self.force_exit = True
-            self._stop()
             self.engine.close()
+            self.force_exit = self.should_exit
+            self.config.timeout_graceful_shutdown = 1  # seconds in which clients have to read that
+            self._stop()
         else:
             log.info("stopping: what is under way is answered to its end")
             self.engine.drain()
