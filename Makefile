@@ -1,5 +1,6 @@
 # make demo: from nothing to early exits of a real language model (93 MB) in a few minutes.
 # make test: the whole suite.   make lint: ruff, mypy.
+# make fuzz: random requests for a server of a tiny model, for two minutes.
 # make docs: README's pages and the API reference as a site in build/docs.
 # make lock: write the newest versions that pyproject.toml allows into constraints.txt; `make install` installs those.
 # make test-newest, make test-oldest: numbers, decoding and exports with the newest and the oldest that it allows. The
@@ -17,7 +18,7 @@ BOUNDS := tests/parity tests/e2e/test_export.py tests/e2e/test_generate.py
 RESOLUTION_newest := highest
 RESOLUTION_oldest := lowest-direct
 
-.PHONY: install demo test test-newest test-oldest lint docs lock clean
+.PHONY: install demo test fuzz test-newest test-oldest lint docs lock clean
 
 install: $(STAMP)
 
@@ -42,6 +43,9 @@ $(VENV)/.installed-demo: pyproject.toml $(LOCK)
 
 test: install
 	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+
+fuzz: install
+	PYTHONPATH=tests $(BIN)/python scripts/fuzz_tiny.py --seconds 120
 
 test-newest test-oldest: test-%: $(UV)
 	$(PYTHON) -m venv .venv-$*

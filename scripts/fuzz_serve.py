@@ -100,6 +100,16 @@ def fuzz(client: httpx.Client, model: str, examples: int, *, repeats: bool = Tru
     one()
 
 
+def fuzz_for(url: str, model: str, seconds: float) -> int:
+    """Other bodies every time, until the time is over; how many there were."""
+    end, bodies = time.monotonic() + seconds, 0
+    with httpx.Client(base_url=url, timeout=None) as client:
+        while time.monotonic() < end:
+            fuzz(client, model, 100, repeats=False)
+            bodies += 100
+    return bodies
+
+
 def main() -> int:
     """Until the time is over."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -107,12 +117,8 @@ def main() -> int:
     parser.add_argument("--model", required=True, help="the name that the server gives it")
     parser.add_argument("--seconds", type=float, default=120)
     arguments = parser.parse_args()
-    end, rounds = time.monotonic() + arguments.seconds, 0
-    with httpx.Client(base_url=arguments.url, timeout=None) as client:
-        while time.monotonic() < end:
-            fuzz(client, arguments.model, 100, repeats=False)
-            rounds += 1
-    sys.stdout.write(f"{100 * rounds} bodies, each answered or refused\n")
+    bodies = fuzz_for(arguments.url, arguments.model, arguments.seconds)
+    sys.stdout.write(f"{bodies} bodies, each answered or refused\n")
     return 0
 
 

@@ -79,6 +79,16 @@ def setting(default: T, text: str, **metadata: object) -> T:
     return field(default=default, metadata=metadata)
 
 
+def followed_share() -> float | None:
+    """The setting `follow` of what decodes."""
+    return setting(
+        None,
+        "smallest share of tokens that are the full model's: audited tokens raise the limits of their tag where exits "
+        "no longer agree, down to no exit at all (needs audit; threshold, entropy, margin); null: limits stay",
+        rule=SHARE,
+    )
+
+
 def number_type() -> str:
     """The setting `dtype` of what decodes."""
     return setting(

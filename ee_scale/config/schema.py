@@ -20,6 +20,7 @@ from ee_scale.config.groups import (
     Choices,
     Rule,
     at_least,
+    followed_share,
     number_type,
     one_of,
     setting,
@@ -267,6 +268,7 @@ class GenerateConfig:
         "share of early tokens that are compared with the full model, in the log",
         rule=PART,
     )
+    follow: float | None = followed_share()
     parallel: DecodeParallelConfig = field(default_factory=DecodeParallelConfig)
     device: str = setting("auto", "where to run", rule=one_of("auto", "cpu", "cuda"))
     dtype: str = number_type()

@@ -5,7 +5,18 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from ee_scale.config.groups import AMOUNT, PART, Choices, Rule, above, at_least, number_type, one_of, setting
+from ee_scale.config.groups import (
+    AMOUNT,
+    PART,
+    Choices,
+    Rule,
+    above,
+    at_least,
+    followed_share,
+    number_type,
+    one_of,
+    setting,
+)
 from ee_scale.modeling.policy_names import DRAFT_WEIGHTS, POLICIES
 
 POLICY_NAMES = Rule(
@@ -64,6 +75,10 @@ class ServeConfig:
         0.0,
         "share of early tokens that are compared with the full model, for the log and for exit_agreement in /metrics",
         rule=PART,
+    )
+    follow: float | None = followed_share()
+    levels: str | None = setting(
+        None, "file (.json) in which the levels of `follow` survive a restart; null: they begin anew"
     )
     device: str = setting("auto", "where to run", rule=one_of("auto", "cpu", "cuda"))
     dtype: str = number_type()

@@ -1,7 +1,7 @@
 """A `generate` command, checked: everything that can be wrong is said here, before anything heavy starts."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,10 @@ from ee_scale.inference.pipeline import check_pipeline
 from ee_scale.inference.pipeline_model import plan_decoding
 from ee_scale.inference.prompts import encode_prompts, read_prompts
 from ee_scale.inference.settings import check_settings
+from ee_scale.log import log
+from ee_scale.modeling.following import Followed, FollowedLimits, change_words, check_following
 from ee_scale.modeling.policies import ExitPolicy, resolve_policy
+from ee_scale.modeling.policy_names import SCORED
 
 OPTIONS = (
     "threshold",
@@ -112,6 +115,7 @@ def check_config(config: GenerateConfig) -> None:
         raise UserError(f"graphs=true: needs one device, not tp={parallel.tp} x pp={parallel.pp}")
     if config.audit is not None and parallel.tp * parallel.pp > 1:
         raise UserError(f"audit={config.audit}: needs one device, not tp={parallel.tp} x pp={parallel.pp}")
+    followed_limits(config, [config.policy])
 
 
 def check_model(config: GenerateConfig) -> ModelFolder:
@@ -174,6 +178,24 @@ def policy_options(config: GenerateConfig | ServeConfig) -> dict[str, Any]:
     """The policy's settings that were given."""
     given = {name: getattr(config, name) for name in OPTIONS}
     return {name: value for name, value in given.items() if value is not None}
+
+
+def tell_change(tag: str | None, known: Followed) -> None:
+    """The state of a tag, in the log."""
+    log.warning(f"follow: {change_words(tag, known)}")
+
+
+def followed_limits(config: GenerateConfig | ServeConfig, policies: Sequence[str]) -> FollowedLimits | None:
+    """What `follow` asks for; None: limits stay. Raises `UserError` where no policy's limits could follow."""
+    if config.follow is None:
+        return None
+    follow = FollowedLimits(config.follow, tell=tell_change)
+    try:
+        check_following(follow, next((name for name in policies if name in SCORED), policies[0]), config.audit or 0.0)
+    except ValueError as error:
+        why = str(error).removeprefix("exit_follow").replace("exit_", "")
+        raise UserError(f"follow={config.follow}{why}") from error
+    return follow
 
 
 @contextmanager

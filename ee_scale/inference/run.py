@@ -22,7 +22,7 @@ from ee_scale.inference.number_type import fastest_dtype
 from ee_scale.inference.pipeline import PipelineDecoder
 from ee_scale.inference.pipeline_model import load_decoding_stage, plan_decoding
 from ee_scale.inference.pipeline_rows import row_seed
-from ee_scale.inference.request import Request, plain_words, policy_options
+from ee_scale.inference.request import Request, followed_limits, plain_words, policy_options
 from ee_scale.inference.settings import end_marks, new_lengths, stop_criterion
 from ee_scale.modeling.decision_log import DecisionLog
 from ee_scale.modeling.decode import check_request
@@ -100,6 +100,8 @@ def decode_here(
         options |= {"exit_policy": config.policy} | ({"exit_graphs": True} if config.graphs else {})
     if config.audit is not None:
         options["exit_audit"] = config.audit
+    if (follow := followed_limits(config, [config.policy])) is not None:
+        options["exit_follow"] = follow
     log = DecisionLog(Path(config.log).expanduser()) if config.log else None
     if log is not None:
         options["exit_log"] = log

@@ -19,6 +19,7 @@ from .policy_names import SCORED
 
 AIM = 0.5  # of the disagreement that is allowed: where levels settle, so that the bound is kept and not just met
 RAISED, OFF = 0.25, 1.0  # levels at which something is told
+STATES = ("usual", "raised", "off")
 MOST_NATS = 16.0  # no entropy is larger: a limit above it is as good
 FINE = 1000  # limits that lag behind a level that comes down are stricter than they have to be, and need no transfer
 MOST_TAGS = 1000  # with a level of their own; requests may name any number, and the others share one
@@ -31,7 +32,7 @@ class Followed:
 
     Attributes:
         level: 0: limits as they are; 1 and above: no exit is taken.
-        state: what was told last: `usual`, `raised` or `off`.
+        state: what was told last, of STATES.
         audited, agreed: early tokens that were compared with the full model, and those that were the same.
     """
 
@@ -41,7 +42,8 @@ class Followed:
     agreed: int = 0
 
 
-def _log(tag: str | None, known: Followed) -> None:
+def change_words(tag: str | None, known: Followed) -> str:
+    """The state of a tag, in one line."""
     where = "" if tag is None else f" of tag {tag!r}"
     words = {
         "usual": "are as they were given again",
@@ -49,7 +51,11 @@ def _log(tag: str | None, known: Followed) -> None:
         "off": "take no exit any more: raising them did not help",
     }
     rate = f"{known.agreed} of {known.audited} compared tokens agreed so far"
-    logger.warning(f"exit_follow: limits{where} {words[known.state]} (level {known.level:.2f}; {rate})")
+    return f"limits{where} {words[known.state]} (level {known.level:.2f}; {rate})"
+
+
+def _log(tag: str | None, known: Followed) -> None:
+    logger.warning(f"exit_follow: {change_words(tag, known)}")
 
 
 class FollowedLimits:

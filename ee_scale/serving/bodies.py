@@ -88,7 +88,7 @@ class Body(Strict):
     exit_min_layer: int | None = Field(None, ge=1, description="a layer")
     exit_patience: int | None = Field(None, ge=1, description="a whole number from 1 on")
     exit_draft_length: int | None = Field(None, ge=0, le=MAX_DRAFT, description=f"a whole number from 0 to {MAX_DRAFT}")
-    exit_tag: str | None = Field(None, max_length=128, description="text of at most 128 characters")
+    exit_tag: Text | None = Field(None, max_length=128, description="text of 1 to 128 characters")
     # These change no answer.
     user: str | None = Field(None, description="text")
     metadata: dict[str, JsonValue] | None = Field(None, description="an object")

@@ -17,6 +17,7 @@ from ee_scale.modeling.packing import packed_linears
 from ee_scale.modeling.row_queue import QueuedRow, RowQueue
 from ee_scale.serving.call import STOP, Call, Row
 from ee_scale.serving.errors import ApiError
+from ee_scale.serving.following import watched
 from ee_scale.serving.metrics import Metrics
 
 MOST_QUEUES = 4  # with caches, at the same time
@@ -38,7 +39,7 @@ class Engine(threading.Thread):
         logged: dict[str, object],
         metrics: Metrics,
     ):
-        """longest: tokens of a text; settings: of all rows; logged: `exit_log` and `exit_audit`."""
+        """longest: tokens of a text; settings: of all rows; logged: `exit_log`, `exit_audit` and `exit_follow`."""
         super().__init__(name="decoding", daemon=True)
         self.config, self.opens, self.longest, self.settings = config, opens, longest, settings
         self.logged, self.metrics = logged, metrics
@@ -89,9 +90,11 @@ class Engine(threading.Thread):
             self._changed.notify()
 
     def close(self) -> None:
-        """Stop, whatever is under way."""
+        """Stop, whatever is under way; who waits for it is told."""
         with self._changed:
             self.closed = True
+            for call in (*self._calls, *self._inbox):
+                call.tell(ApiError(503, "the server was stopped"))
             self._changed.notify()
 
     def _cache_share(self) -> float:
@@ -165,7 +168,7 @@ class Engine(threading.Thread):
                 if idle is None:
                     return None
                 self._forget(self._queues[idle])
-            options = call.options | (self.logged if call.options["exit_policy"] != "off" else {})
+            options = call.options | watched(str(call.options["exit_policy"]), self.logged)
             queue = RowQueue(self.model, options, self.config.rows, self.longest, self.settings).__enter__()
         self._queues[call.kind] = queue
         return queue

@@ -115,6 +115,7 @@ class Served:
             "exit_policy": self.config.policy,
             "exit_policies": list(self.policies),
             "calibration": self._evidence(),
+            "follow": self.config.follow,
         }
 
     def _evidence(self) -> dict[str, object] | None:

@@ -16,6 +16,7 @@ from ee_scale.log import log
 from ee_scale.modeling.decision_log import DecisionLog
 from ee_scale.serving.app import make_app
 from ee_scale.serving.engine import Engine
+from ee_scale.serving.following import Following
 from ee_scale.serving.metrics import Metrics
 from ee_scale.serving.served import Served
 
@@ -27,6 +28,7 @@ def serve(config: ServeConfig, device: torch.device) -> None:
     served = Served.find(config)
     if config.log is not None and not Path(config.log).expanduser().parent.is_dir():
         raise UserError(f"log={config.log}: no such folder")
+    following = Following.find(config, served.policies, served.name)
     listener = listen(config.host, config.port)
     address = f"http://{f'[{config.host}]' if ':' in config.host else config.host}:{listener.getsockname()[1]}"
     api_key = config.api_key or os.environ.get(API_KEY) or None
@@ -35,6 +37,9 @@ def serve(config: ServeConfig, device: torch.device) -> None:
     metrics = Metrics(served.name)
     decisions = DecisionLog(Path(config.log).expanduser()) if config.log is not None else None
     logged: dict[str, object] = {"exit_audit": config.audit or None, "exit_log": decisions}
+    if following is not None:
+        logged["exit_follow"] = following.limits
+        metrics.registry.register(following)
     longest = min(served.context, (config.max_prompt_tokens or served.context) + config.max_new_tokens)
     engine = Engine(config, partial(served.open, device), longest, served.settings, logged, metrics)
     app = make_app(served, engine, metrics, api_key)
@@ -49,6 +54,8 @@ def serve(config: ServeConfig, device: torch.device) -> None:
         engine.close()
         if decisions is not None:
             decisions.close()
+        if following is not None:
+            following.save()
     if engine.failure is not None:
         raise engine.failure
 
@@ -73,9 +80,10 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal lets what is under way end; the second, and one while the model loads, does not."""
         if self.engine.draining or not self.engine.ready:
-            self.force_exit = True
-            self._stop()
             self.engine.close()
+            self.force_exit = self.should_exit
+            self.config.timeout_graceful_shutdown = 1  # seconds in which clients have to read that
+            self._stop()
         else:
             log.info("stopping: what is under way is answered to its end")
             self.engine.drain()

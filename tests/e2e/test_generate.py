@@ -147,6 +147,18 @@ def test_the_decision_log(given, capsys):
     assert {line["tag"] for line in lines} == {"sql"}
 
 
+def test_limits_follow(given, capsys):
+    """Exits that are always taken, and nearly always wrong, until their tag's limits take none."""
+    settings = ["policy=threshold", "threshold=0", "audit=1", "follow=0.98", "log=log.jsonl"]
+    tags = ["wrong"] * 4 + ["new"]
+    prompts = json.dumps([f"{PROMPT} {word}" for word in ("the", "a", "of", "and", "is")])
+    said([*given, *settings, f"prompt={prompts}", f"tag=[{','.join(tags)}]", "max_new_tokens=30"], capsys)
+    lines = [json.loads(line) for line in Path("log.jsonl").read_text().splitlines()]
+    layers = {tag: [one["layer"] for one in lines if one.get("tag") == tag and one["position"] > 15] for tag in tags}
+    assert set(layers["wrong"]) == {4}
+    assert 1 in layers["new"]
+
+
 def test_audits_of_one_seed_fall_anywhere(given, capsys, monkeypatch):
     """One prompt over and over, each command as if in a process of its own."""
     for _ in range(12):
@@ -248,6 +260,19 @@ def test_it_starts_its_own_ranks(given, capfd, monkeypatch):
         (["log=x.jsonl"], "log=x.jsonl: policy=off makes no decisions; choose a policy"),
         (["policy=lossless", "log=nowhere/x.jsonl"], "log=nowhere/x.jsonl: no such folder"),
         (["policy=lossless", "audit=2"], "audit=2.0: give a share between 0 and 1"),
+        (
+            ["policy=lossless", "audit=1", "follow=0.9"],
+            "follow=0.9: policy=lossless has no limits that could follow",
+        ),
+        (
+            ["policy=patience", "audit=1", "follow=0.9"],
+            "follow=0.9: policy=patience has no limits that could follow",
+        ),
+        (
+            ["policy=threshold", "threshold=0.5", "follow=0.9"],
+            "follow=0.9: nothing is compared with the full model; give audit, the share that is",
+        ),
+        (["policy=threshold", "threshold=0.5", "audit=1", "follow=0"], "follow=0.0: must be between 0 and 1"),
         (["policy=lossless", "tag=[a,b]"], "tag=['a', 'b']: 2 tags for 1 prompts"),
         (["prompt=[a,b]", "show_exits=true"], "show_exits=true: colours one answer on the terminal, not 2 prompts"),
         (["chat=true"], "chat=true: the tokenizer of"),

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from ee_scale.cli.main import main
 from ee_scale.inference.model import EarlyExitForCausalLM
+from ee_scale.serving.bodies import ChatBody, CompletionBody
 
 PROMPTS = ("the layer reads", "hidden state of the token and", "user", "the token asks for more and the user reads it")
 MESSAGES = [{"role": "system", "content": "the layer"}, {"role": "user", "content": "reads the hidden state äh 🙂"}]
@@ -356,6 +357,18 @@ BAD = [
     {**GOOD, "x" * 5000: 1},
     {**GOOD, "a\nb\x1b[31m": 1},
 ]
+WRONG = ("../../x", -1, 1e300, [[["/etc/passwd"]]], {"../x": {"url": "file:///x"}})  # of every field
+FREE = (
+    "prompt",
+    "stop",
+    "seed",
+    "exit_tag",
+    "user",
+    "metadata",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+)
 USER = {"role": "user", "content": "the"}
 CHAT = {"model": "tiny", "messages": [USER], "max_tokens": 2}
 BAD_CHATS = [
@@ -414,6 +427,12 @@ def test_bad_requests_get_one_line_and_change_nothing(server, client):
         headers = {"content-type": "application/json"}
         for content in RAW:
             check_refusal(raw.post("/v1/completions", content=content, headers=headers))
+        for body, path, other in ((GOOD, "completions", CHAT), (CHAT, "chat/completions", GOOD)):
+            for field in {**CompletionBody.model_fields, **ChatBody.model_fields, **other}:
+                for value in WRONG:
+                    answer = raw.post(f"/v1/{path}", json={**body, field: value})
+                    if answer.status_code != 200 or field not in FREE:
+                        check_refusal(answer)
         large = json.dumps({**GOOD, "prompt": "x" * 10_000_000}).encode()
         for content in (large, iter([large])):  # with its length told, and in chunks without
             answer = raw.post("/v1/completions", content=content, headers=headers)
@@ -544,16 +563,39 @@ def test_what_cannot_be_served(server, model, capsys):
         (["model=nowhere"], "model=nowhere: no such folder"),
         (["log=nowhere/x.jsonl", "policy=off"], "log=nowhere/x.jsonl: no such folder"),
         (["policies=[of]"], "policies=['of']: a list of off, threshold"),
+        (["audit=0.1", "follow=0.98"], "follow=0.98: policy=off has no limits that could follow; use threshold, en"),
+        (["policies=[margin]", "follow=0.98"], "follow=0.98: nothing is compared with the full model; give audit, t"),
+        (["policies=[margin]", "audit=1", "follow=1"], "follow=1.0: must be between 0 and 1"),
+        (["levels=x.json"], "levels=x.json: there are none without follow; give follow, or leave it out"),
+        (
+            ["policies=[margin]", "audit=1", "follow=0.9", "levels=nowhere/x.json"],
+            "levels=nowhere/x.json: no such folder",
+        ),
     ):
         assert main(["serve", f"model={model}", "device=cpu", *settings]) == 2
         assert message in capsys.readouterr().err
 
 
 def test_a_model_without_exits(model, tmp_path, loaded):
-    with serving(model.parent / "base", tmp_path, "policy=lossless") as server:
+    """And a second signal, which ends a server at once."""
+    with serving(model.parent / "base", tmp_path, "policy=lossless", inject=hold_steps) as server:
         client = server.client()
         (card,) = client.models.list().data
         assert card.model_extra["exit_layers"] == []
         for policy in ("off", "lossless"):
             answer = complete(client, PROMPTS[1], model="base", extra_body={"exit_policy": policy})
             assert answer.choices[0].text == said(loaded, ids_of(loaded, PROMPTS[1]))[0]
+        (tmp_path / "hold").touch()
+        with server.raw() as raw, ThreadPoolExecutor() as pool:
+            answer = pool.submit(raw.post, "/v1/completions", json={**GOOD, "model": "base"})
+            while not server.metric("num_requests_running"):
+                pass
+            os.kill(server.process.pid, signal.SIGTERM)
+            while "stopping" not in server.output:
+                pass
+            os.kill(server.process.pid, signal.SIGTERM)
+            server.process.join()  # though the step that is under way never ends
+            assert answer.result().json()["error"]["message"] == "the server was stopped"
+            assert answer.result().status_code == 503
+        assert server.process.exitcode == 0
+        assert "Traceback" not in server.output

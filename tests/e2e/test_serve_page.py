@@ -27,7 +27,7 @@ def browser():
 @pytest.fixture(scope="module")
 def server(browser, tmp_path_factory):
     model = write_served_model(tmp_path_factory.mktemp("served"))
-    settings = ["name=tiny", "policies=[threshold,fixed]", "audit=1"]
+    settings = ["name=tiny", "policies=[threshold,fixed]", "audit=1", "follow=0.9"]
     with serving(model, tmp_path_factory.mktemp("server"), *settings) as found:
         yield found
 
@@ -90,4 +90,17 @@ def test_a_chat_in_a_browser(server, browser):
     while server.metric("num_requests_running"):
         pass
     assert server.metric("request_success_total", finished_reason="abort") == 1
+    assert not page.locator("#levels tr").count()  # a fixed exit has no limit that could follow
+    page.select_option("#policy", "threshold")
+    page.fill("#threshold", "0")
+    page.fill("#tokens", "40")
+    page.click("#clear")
+    send("follow")
+    until("abort === null && document.querySelectorAll('#levels tr').length === 1")
+    known = {name: server.metric(f"exit_follow_{name}", tag="") for name in ("audited_tokens_total", "level", "state")}
+    assert known["audited_tokens_total"] > 9
+    compared = f"of {known['audited_tokens_total']:.0f}"
+    until(f"document.querySelector('#levels').rows[0].cells[3].textContent.endsWith({compared!r})")
+    state = ("usual", "raised", "off")[int(known["state"])]
+    assert page.locator("#levels td").all_text_contents()[:3] == ["(none)", state, f"{known['level']:.2f}"]
     assert all(url.startswith(server.url) for url in asked)

@@ -21,6 +21,7 @@ from helpers.chats import chat_tokenizer
 from helpers.cli import running_cli
 
 EXITS, LAYERS, CONTEXT = (1, 3), 4, 512
+EASY, HARD = 20, 200  # tokens of the two kinds of text that a drifting model writes
 
 
 def write_served_model(folder: Path) -> Path:
@@ -41,6 +42,38 @@ def write_served_model(folder: Path) -> Path:
         folder / "base", exit_spec(AutoConfig.from_pretrained(folder / "base"), EXITS, "mlp", "full", 4)
     )
     found.save_pretrained(folder / "model")
+    for name in ("base", "model"):
+        tokenizer.save_pretrained(folder / name)
+    return folder / "model"
+
+
+def write_drifting_model(folder: Path) -> Path:
+    """A model of 2 layers, each token of which names the next, and its exit at 1, which is always sure. Behind an EASY
+    token both say the same for ever; behind a HARD one the last layer says the token HARD, and the exit another one.
+    """
+    tokenizer = chat_tokenizer()
+    config = llama_config(tokenizer, layers=2, hidden=64, max_positions=CONTEXT)
+    config.vocab_size, config.tie_word_embeddings = len(tokenizer), False
+    torch.manual_seed(0)
+    model, easy, hard = LlamaForCausalLM(config), torch.arange(10, 150), torch.arange(150, 290)
+    words = torch.nn.functional.normalize(torch.randn(config.vocab_size, 64), dim=1)
+    words[:, :2] = 0  # of the stream: what marks a hard token, and what the last layer makes of the mark
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        last, head = model.model.layers[1].mlp, model.lm_head.weight.zero_()
+        model.model.embed_tokens.weight.copy_(words)
+        for group in (easy, hard):
+            head[group.roll(-1)] = 4 * words[group]
+        model.model.embed_tokens.weight[hard, 0] = 1
+        for projection in (last.gate_proj, last.up_proj):
+            projection.weight[0] = torch.eye(64)[0]
+        last.down_proj.weight[1, 0] = 0.1
+        head[HARD, 1] = 4
+    model.save_pretrained(folder / "base")
+    spec = exit_spec(AutoConfig.from_pretrained(folder / "base"), (1,), "norm", "full", 4)
+    untrained_exits(folder / "base", spec).save_pretrained(folder / "model")
     for name in ("base", "model"):
         tokenizer.save_pretrained(folder / name)
     return folder / "model"

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -18,11 +19,13 @@ from ee_scale.cli.main import main
 from ee_scale.config.compose import compose_config
 from ee_scale.errors import UserError
 from ee_scale.modeling.row_queue import RowQueue
+from ee_scale.reading import write_json
 from ee_scale.serving.app import Guard, make_app
 from ee_scale.serving.bodies import ChatBody, CompletionBody
 from ee_scale.serving.call import Call, Piece, Row
 from ee_scale.serving.engine import MOST_QUEUES, Engine
 from ee_scale.serving.errors import ApiError
+from ee_scale.serving.following import MOST_SHOWN, Following
 from ee_scale.serving.metrics import Metrics
 from ee_scale.serving.served import Served
 
@@ -275,11 +278,135 @@ def post(served: Served, news: list, **fields: object) -> httpx.Response:
     async def ask() -> httpx.Response:
         transport = httpx.ASGITransport(app=app)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
-            return await client.post("/v1/completions", json={"model": "m", "prompt": "the", **fields})
+            answer = await client.post("/v1/completions", json={"model": "m", "prompt": "the", **fields})
+        await asyncio.sleep(0)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        return answer
 
     answer = asyncio.run(ask())
     assert len(engine.gone) == 1
     return answer
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_leaves_nothing(served, stream):
+    """Before the first piece, behind it, or not at all: the engine is told, and no task goes on."""
+    body = json.dumps({"model": "m", "prompt": "the", "stream": stream}).encode()
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b""}
+    scope |= {"asgi": {"version": "3.0", "spec_version": "2.3"}}
+    for news in ([], [[Piece(0, "a", [5], [4])]], [[Piece(0, "a", [5], [4], finish="stop")]]):
+        engine = SimpleNamespace(check_open=lambda: None, gone=[])
+        engine.leave = engine.gone.append
+
+        async def ask(engine: Any = engine, news: list = news) -> None:
+            app, messages = make_app(served, engine, Metrics("m"), None), asyncio.Queue()
+            messages.put_nowait({"type": "http.request", "body": body, "more_body": False})
+
+            def submit(call: Call) -> None:
+                for item in news:
+                    call.tell(item)
+                if not (news and news[-1][-1].finish):
+                    asyncio.get_running_loop().call_later(0.05, messages.put_nowait, {"type": "http.disconnect"})
+
+            async def send(message: dict) -> None:
+                pass
+
+            engine.submit = submit
+            await app(dict(scope), messages.get, send)
+            for _ in range(3):
+                await asyncio.sleep(0)
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+
+        asyncio.run(ask())
+        assert len(engine.gone) == 1
+
+
+# -- limits that follow ------------------------------------------------------------------------------------------------
+
+
+def following(served: Served, *settings: str) -> Following:
+    """That of a server with these settings."""
+    given = [f"model={served.config.model}", "policies=[threshold,patience]", "audit=1", "follow=0.9", *settings]
+    return Following.find(compose_config("serve", given), ("off", "threshold", "patience"), "m")
+
+
+def test_levels_survive_a_restart(served, tmp_path):
+    setting = f"levels={tmp_path / 'levels.json'}"
+    first = following(served, setting)
+    for _ in range(9):
+        first.limits.saw("sql", agrees=False)
+    first.limits.saw(None, agrees=True)
+    kept = json.loads((tmp_path / "levels.json").read_text())  # written when the state changed
+    assert [(one["tag"], one["state"]) for one in kept["tags"]] == [("sql", "raised")]
+    first.save()
+    again = following(served, setting)
+    assert again.limits.tags == first.limits.tags
+    assert again.limits.limits("threshold", [0.5], "sql") == first.limits.limits("threshold", [0.5], "sql") != (0.5,)
+    assert [path.name for path in tmp_path.iterdir()] == ["levels.json"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "other"}, "of model 'other', not 'm'; give another file"),
+        ({"model": 5}, "model=5: "),
+        ({"tags": None}, "tags=None: "),
+        ({"tags": [{"tag": "a", "level": float("nan"), "state": "off", "audited": 1, "agreed": 1}]}, "tags: 0.level="),
+        ({"tags": [{"tag": "a", "level": -1.0, "state": "off", "audited": 1, "agreed": 1}]}, "tags: 0.level=-1.0: "),
+        ({"tags": [{"tag": "a", "level": 0.0, "state": "on", "audited": 1, "agreed": 1}]}, "tags: 0.state='on': "),
+        ({"tags": [{"tag": "a", "level": 0.0, "state": "off", "audited": 1}]}, "tags: 0.agreed: "),
+        ({"tags": [{"tag": "a", "level": 0.0, "state": "off", "audited": 1, "agreed": 1}] * 2}, "some of them twice"),
+    ],
+)
+def test_levels_that_are_none(served, tmp_path, change, message):
+    write_json(path := tmp_path / "levels.json", {"model": "m", "tags": [], **change})
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=re.escape(message)):
+        following(served, f"levels={path}")
+    path.write_text("a letter to somebody")
+    with pytest.raises(UserError, match="not a whole file of ours"):
+        following(served, f"levels={path}")
+    assert before
+    assert path.read_text() == "a letter to somebody"
+
+
+def test_levels_that_cannot_be_written(served, tmp_path, caplog, monkeypatch):
+    """One line in the log; whoever decodes goes on."""
+    found = following(served, f"levels={tmp_path / 'levels.json'}")
+    found.path = tmp_path / "gone" / "levels.json"
+    monkeypatch.setattr("ee_scale.log.log.propagate", True)
+    found.save()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"levels={found.path}: cannot write (No such file or directory)"
+    ]
+
+
+def test_what_metrics_tell_of_tags(served):
+    """Of a bounded number, those of the highest levels; whatever the tags are, each line is one."""
+    found, metrics = following(served), Metrics("m")
+    metrics.registry.register(found)
+    for number in range(2 * MOST_SHOWN):
+        found.limits.saw(f"tag {number}", agrees=number % 2 == 0)
+    for _ in range(30):
+        found.limits.saw('a"b\n\n# c', agrees=False)
+    lines = [line for line in metrics.text().decode().splitlines() if line.startswith("ee_scale:exit_follow_")]
+    assert len(lines) == 4 * MOST_SHOWN
+    tag = 'tag="a\\"b\\n\\n# c"'
+    assert f'ee_scale:exit_follow_state{{model_name="m",{tag}}} 2.0' in lines
+    assert f'ee_scale:exit_follow_audited_tokens_total{{model_name="m",{tag}}} 30.0' in lines
+    assert sum(line.endswith(" 0.0") and "level" in line for line in lines) == 0
+
+
+def test_policies_without_limits_do_not_follow(served, engine):
+    """Their requests are answered; what is audited of them moves no level."""
+    found = following(served)
+    engine.logged = {"exit_audit": 1.0, "exit_follow": found.limits}
+    alone(served, engine, exit_policy="patience", exit_patience=2)
+    alone(served, engine, exit_policy="off")
+    assert not found.limits.tags
+    alone(served, engine, exit_policy="threshold", exit_threshold=0.0, exit_tag="sql")
+    assert found.limits.tags["sql"].audited == 19  # all but the first, which the prompt's pass gives
 
 
 def test_an_error_in_the_middle_of_a_stream(served):
