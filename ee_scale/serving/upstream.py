@@ -114,7 +114,7 @@ class Upstream:
         except TimeoutError as error:
             self.back_off.failed(began)
             raise UpstreamError("timeout", f"no answer within {seconds:.3g} seconds") from error
-        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+        except Exception as error:  # of the network, or what a library makes of whatever comes
             self.back_off.failed(began)
             raise UpstreamError("connection", f"no answer ({type(error).__name__})") from error
         finally:
