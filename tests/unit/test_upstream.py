@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -369,19 +371,29 @@ def test_what_two_models_cannot_answer_alike(served, rule):
 # -- scores and settings -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ended", [False, True])
-def test_the_engine_scores_as_defer_does(served, ended, monkeypatch):
-    """Every score, also of an answer that ends by itself."""
-    prompts = ("the layer reads", "hidden state of the token and")
+def test_the_engine_scores_as_defer_does(served, tmp_path):
+    """Every score, and of an answer that ends by itself."""
+    lengths, tokens = check_scores(served, SEQUENCE_SCORES)
+    assert lengths == {6}
+    shutil.copytree(served.folder.path, tmp_path / "ends")
+    settings = tmp_path / "ends" / "generation_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"eos_token_id": tokens[2]}))
+    ends = Served.find(compose_config("serve", [f"model={tmp_path / 'ends'}", "device=cpu", "dtype=fp32", "name=m"]))
+    assert min(check_scores(ends, ["margin"])[0]) <= 3
+
+
+def check_scores(served: Served, names: Sequence[str]) -> tuple[set[int], list[int]]:
+    """The engine's are those of `ee-scale defer`; returns the lengths of the answers and the tokens of one."""
+    prompts, lengths = ("hidden state of the token and", "the layer reads"), set()
     model = served.open(torch.device("cpu"))
     engine = Engine(served.config, lambda: model, 200, served.settings, {}, Metrics("m"))
     engine.model, engine.ready = model, True
-    lengths = set()
-    for name in SEQUENCE_SCORES:
+    for name in names:
         config = DeferConfig(
             small=served.config.model, data="", out="", score=name, max_new_tokens=6, device="cpu", dtype="fp32"
         )
         expected = answer(config, "small", [Case(prompt, None, (), "", None) for prompt in prompts], scored=True)
+        assert expected.dtype == "float32"
         for prompt, score in zip(prompts, expected.scores, strict=True):
             call = served.call(CompletionBody(model="m", prompt=prompt, max_tokens=6, temperature=0.0))
             call.tell, call.scored = lambda news: None, name
@@ -391,7 +403,7 @@ def test_the_engine_scores_as_defer_does(served, ended, monkeypatch):
                 engine._turn()
             assert call.rows[0].score == pytest.approx(score, abs=1e-6)
             lengths.add(call.rows[0].count)
-    assert lengths == {6}
+    return lengths, call.rows[0].queued.tokens
 
 
 def test_a_score_that_fails_is_none(served, rule, monkeypatch):
