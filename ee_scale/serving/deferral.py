@@ -99,6 +99,7 @@ class Deferral:
         """Begin to count and to log, and say what leaves the machine."""
         self.metrics, self.decisions = DeferralMetrics(metrics), decisions
         limit = "every prompt" if self.rule.limit is None else f"prompts whose answer scores below {self.rule.limit:g}"
+        limit += ", or below the limit of their tag" if self.rule.tags else ""
         others = f", a share of {self.config.audit:g} of the others for audit" if self.config.audit else ""
         hook = f" as {self.config.redact} returns them" if self.redact else ""
         log.info(

@@ -24,9 +24,10 @@ from ee_scale.modeling.decision_log import DecisionLog
 from ee_scale.serving import upstream as upstreams
 from ee_scale.serving.app import make_app
 from ee_scale.serving.bodies import CompletionBody
-from ee_scale.serving.call import Piece
-from ee_scale.serving.deferral import Deferral
+from ee_scale.serving.call import Call, Piece
+from ee_scale.serving.deferral import Deferral, unless_left
 from ee_scale.serving.engine import Engine
+from ee_scale.serving.errors import ApiError
 from ee_scale.serving.metrics import Metrics
 from ee_scale.serving.served import Served
 from ee_scale.serving.upstream import BackOff, Upstream, UpstreamError
@@ -288,6 +289,28 @@ def test_no_more_requests_than_allowed_are_under_way():
         return [one.reason if isinstance(one, UpstreamError) else one.text for one in found]
 
     assert asyncio.run(run()) == ["large", "large", "busy"]
+
+
+def test_who_leaves_is_not_answered():
+    """What was under way upstream ends."""
+    ended = []
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            ended.append(True)
+            raise
+
+    async def run() -> None:
+        call = Call([], {}, "", 0, 0.0)
+        call.listen()
+        asyncio.get_running_loop().call_later(0, call.tell, None)
+        await unless_left(call, work())
+
+    with pytest.raises(ApiError, match="the client has left"):
+        asyncio.run(run())
+    assert ended == [True]
 
 
 def test_what_the_hook_says_leaves(served, rule, tmp_path):
