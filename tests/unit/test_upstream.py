@@ -193,7 +193,10 @@ FAILURES = [
     (lambda _: reply({"error": {"message": "the prompt is"}}, 401), "status_4xx"),
     (lambda _: reply(GOOD, 307, location="http://elsewhere/v1/completions"), "status_3xx"),
     (lambda _: reply(GOOD, 302, location="/v1/completions"), "status_3xx"),
-    (lambda _: httpx.Response(200, content=parts(b"\x1f\x8b"), headers={"content-encoding": "gzip"}), "invalid"),
+    (
+        lambda _: httpx.Response(200, content=parts(json.dumps(GOOD).encode()), headers={"content-encoding": "gzip"}),
+        "invalid",
+    ),
     *(
         (lambda _, content=content: httpx.Response(200, content=content), "invalid")
         for content in (b"", b"{", b"\xff", b"[]", b"5", b'{"choices": []}', b"[" * 9000, b'{"choices": 5}')
