@@ -115,13 +115,13 @@ class Served:
             "object": "model",
             "created": self.started,
             "owned_by": "ee-scale",
+            "deferral": None if self.deferral is None else self.deferral.card(),
             "max_model_len": self.context,
             "num_layers": self.folder.config.num_hidden_layers,
             "exit_layers": list(self.spec.layers),
             "exit_policy": self.config.policy,
             "exit_policies": list(self.policies),
             "calibration": self._evidence(),
-            "deferral": None if self.deferral is None else self.deferral.card(),
         }
 
     def _evidence(self) -> dict[str, object] | None:
