@@ -14,7 +14,8 @@ from helpers import redaction
 from helpers.server import write_served_model
 
 from ee_scale.backbone.model_folder import ModelFolder
-from ee_scale.config.compose import compose_config
+from ee_scale.cli.main import main
+from ee_scale.config.compose import compose_config, to_yaml
 from ee_scale.config.defer import SEQUENCE_SCORES, DeferConfig
 from ee_scale.errors import UserError
 from ee_scale.evaluation.answering import Case, answer
@@ -488,6 +489,13 @@ def test_settings(find, served, rule, tmp_path):
     assert find(*alone) is None
     with pytest.raises(UserError, match=r"defer\.audit=0\.1: goes with deferral, upstream and upstream_model"):
         find(*alone, "defer.audit=0.1")
+
+
+def test_no_file_names_code(served, tmp_path, capsys):
+    config = compose_config("serve", [f"model={served.config.model}", "defer.redact=helpers.redaction:hide"])
+    (tmp_path / "serve.yaml").write_text(to_yaml(config))
+    assert main(["serve", "--config", str(tmp_path / "serve.yaml")]) == 2
+    assert "defer.redact=helpers.redaction:hide: names code to run; give it on the command" in capsys.readouterr().err
 
 
 def test_rules_name_the_model_its_exits_and_its_numbers(served, rule):
