@@ -63,6 +63,7 @@ EXAMPLES = {
     "serve": (
         "ee-scale serve model=my-model policy=lossless",
         "EE_SCALE_API_KEY=... ee-scale serve model=my-model policy=threshold policies=[threshold] host=0.0.0.0",
+        "ee-scale serve model=my-model deferral=deferral/deferral.json upstream=http://gpu:8000/v1 upstream_model=big",
     ),
     "demo": ("ee-scale demo",),
 }

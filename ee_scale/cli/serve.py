@@ -18,5 +18,7 @@ def run(config: ServeConfig, overrides: Sequence[str]) -> int:
     configure_logging()
     if launch_info() is not None:
         raise UserError("serve runs in one process: start it without torchrun")
+    if (hook := config.defer.redact) is not None and overrides[0] == "--config":
+        raise UserError(f"defer.redact={hook}: names code to run; give it on the command line, in no file")
     serve(config, pick_device(config.device))
     return 0

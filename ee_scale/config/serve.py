@@ -1,6 +1,6 @@
 """Settings of `ee-scale serve`: what it answers with, and the bounds that its operator sets to requests."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
@@ -23,6 +23,20 @@ POLICY_NAMES = Rule(
     f"a list of {', '.join(POLICIES)}", lambda names: isinstance(names, list | tuple) and set(names) <= set(POLICIES)
 )
 PORT = Rule("must be 0 to 65535", lambda port: 0 <= port <= 65535)
+
+
+@dataclass
+class AskingConfig:
+    seconds: float = setting(
+        30.0, "most seconds that an answer waits for the upstream; then the small one is given", rule=above(0)
+    )
+    audit: float = setting(
+        0.0, "share of the kept greedy answers whose prompt is sent upstream too, to be compared", rule=PART
+    )
+    redact: str | None = setting(
+        None, "package.module:function that gets the messages of a request and returns those that may leave; null: all"
+    )
+    log_text: bool = setting(False, "put prompts and answers into the decision log")
 
 
 @dataclass
@@ -70,6 +84,16 @@ class ServeConfig:
     draft_sources: Any = setting(
         None, "lossless: what drafts: exits, prompt (the text itself), or a list; null: both that the model has"
     )
+    deferral: str | None = setting(
+        None, "deferral.json that `ee-scale defer` wrote for this model: below its limit the upstream is asked"
+    )
+    upstream: str | None = setting(
+        None,
+        "server with OpenAI's API that is asked then (http://host:port/v1); its key is that of the variable "
+        "EE_SCALE_UPSTREAM_KEY and no setting, so that nothing shows it",
+    )
+    upstream_model: str | None = setting(None, "what the upstream calls its model")
+    defer: AskingConfig = field(default_factory=AskingConfig)
     log: str | None = setting(None, "decision log to append to (.jsonl), for `ee-scale report`")
     audit: float = setting(
         0.0,

@@ -22,7 +22,7 @@ from ee_scale.families.build import AUTO_CLASS
 from ee_scale.families.sizes import max_length
 from ee_scale.files import is_file
 from ee_scale.grid import pick_device
-from ee_scale.inference.deferral import answer_score, score_of
+from ee_scale.inference.deferral import answer_score, plain, score_of, type_name
 from ee_scale.inference.request import checked_request
 from ee_scale.inference.run import DTYPES, answer_rows, decode_here, open_decoder
 from ee_scale.progress import tracked
@@ -43,11 +43,15 @@ class Case:
 
 @dataclass(frozen=True)
 class Answered:
-    """Texts [n] (or names of classes), their scores [n] where they were wanted, and milliseconds of each on average."""
+    """Texts [n] (or names of classes), their scores [n] where they were wanted, and milliseconds of each on average.
+
+    dtype: number type that was computed in, by torch's name.
+    """
 
     texts: list[str]
     scores: list[float] = field(default_factory=list)
     ms: float = 0.0
+    dtype: str = ""
 
 
 def read_cases(config: DeferConfig) -> list[Case]:
@@ -90,13 +94,9 @@ def qualities(kind: str, cases: Sequence[Case], texts: Sequence[str], large: Seq
     good = []
     for case, text, other in zip(cases, texts, large, strict=True):
         wanted = [other] if kind == "agreement" else case.references
-        said = _plain(text)
-        good.append(any(_plain(item) in said if kind == "contains" else _plain(item) == said for item in wanted))
+        said = plain(text)
+        good.append(any(plain(item) in said if kind == "contains" else plain(item) == said for item in wanted))
     return np.array(good, dtype=float)
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())
 
 
 def answer(config: DeferConfig, setting: str, cases: Sequence[Case], *, scored: bool = False) -> Answered:
@@ -124,7 +124,7 @@ def _generate(config: DeferConfig, setting: str, cases: Sequence[Case], scored: 
     said = list(zip(request.prompts, answers.tokens, strict=True)) if scored else []
     scores = [answer_score(model, config.score, *ids) for ids in tracked(said, "scoring answers")]
     texts = [row["text"] for row in answer_rows(request, answers)]
-    return Answered(texts, scores, 1000 * answers.seconds / len(cases))
+    return Answered(texts, scores, 1000 * answers.seconds / len(cases), type_name(model))
 
 
 @torch.inference_mode()
@@ -148,7 +148,8 @@ def _classify(config: DeferConfig, setting: str, cases: Sequence[Case], scored: 
         logits = model(**{key: value.to(model.device) for key, value in inputs.items()}).logits.float()
         for number, row in zip(batch["sample"].tolist(), logits, strict=True):
             texts[number], scores[number] = labels[int(row.argmax())], score_of(config.score, row[None])
-    return Answered(texts, scores if scored else [], 1000 * (time.perf_counter() - started) / len(cases))
+    ms = 1000 * (time.perf_counter() - started) / len(cases)
+    return Answered(texts, scores if scored else [], ms, type_name(model))
 
 
 def _open_classifier(config: DeferConfig, setting: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ee_scale.backbone.fingerprint import fingerprint
 from ee_scale.backbone.model_folder import ModelFolder
 from ee_scale.config.defer import AGREEMENT, DeferConfig
 from ee_scale.errors import UserError
@@ -16,7 +15,7 @@ from ee_scale.evaluation.deferral import Deferral, Group, Pairs, Point, check_si
 from ee_scale.evaluation.deferral_report import plot_deferral
 from ee_scale.evaluation.reliability import ErrorMap
 from ee_scale.files import file_digest, new_folder
-from ee_scale.inference.deferral import VERSION, DeferralRule
+from ee_scale.inference.deferral import VERSION, DeferralRule, fingerprint_of
 
 RULE_FILE, PLOT_FILE = "deferral.json", "deferral.png"
 
@@ -41,7 +40,7 @@ def _asked(config: DeferConfig, small: ModelFolder, cases: Sequence[Case]) -> De
     pairs = Pairs(np.array(first.scores), own, other, [case.tag for case in cases])
     error_map, found, by_tag, checked = find_groups(pairs, config.loss, config.confidence, config.seed)
     return Deferral(
-        _rule(config, small, error_map, found, by_tag),
+        _rule(config, small, error_map, found, by_tag, first.dtype),
         error_map,
         len(cases),
         found,
@@ -74,7 +73,7 @@ def _checked(config: DeferConfig) -> ModelFolder:
 
 
 def _rule(
-    config: DeferConfig, small: ModelFolder, error_map: ErrorMap, found: Group, by_tag: dict[str, Group]
+    config: DeferConfig, small: ModelFolder, error_map: ErrorMap, found: Group, by_tag: dict[str, Group], dtype: str
 ) -> DeferralRule:
     check, verdict = found.check, found.verdict
     assert verdict is not None  # of all records there are enough
@@ -86,7 +85,7 @@ def _rule(
         tags={tag: group.limit for tag, group in by_tag.items() if group.own},
         map_scores=error_map.scores.tolist(),
         map_errors=error_map.errors.tolist(),
-        small=fingerprint(small.base),
+        small=fingerprint_of(small, config.score),
         quality=config.quality,
         loss=config.loss,
         confidence=config.confidence,
@@ -98,6 +97,7 @@ def _rule(
             "small_quality": found.small,
             "large_quality": found.large,
             "auroc": found.auroc,
+            "dtype": dtype,
             "data_sha256": file_digest(Path(config.data).expanduser()),
             "ee_scale": version("ee-scale"),
         },

@@ -175,10 +175,11 @@ def _records(path: Path, result: LogSummary) -> Iterator[dict[str, Any]]:
     try:
         with path.open("rb") as file:
             while line := file.readline(LONGEST_LINE):
-                if (record := _record(line)) is not None:
-                    yield record
-                else:
+                record = _record(line)
+                if record is None:
                     result.skipped += 1
+                elif "deferred" not in record:  # else of a whole answer, not of a token
+                    yield record
     except OSError as error:
         raise UserError(f"log={path}: cannot read ({error.strerror})") from error
 
@@ -191,6 +192,8 @@ def _record(line: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(record, dict):
         return None
+    if isinstance(record.get("deferred"), bool):
+        return record
     if "num_layers" in record:
         return record if _is_number(record["num_layers"], int, 1, MOST_LAYERS) else None
     tag, agrees, score = record.get("tag"), record.get("agrees"), record.get("confidence")

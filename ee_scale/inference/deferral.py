@@ -9,12 +9,16 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedModel
 
+from ee_scale.backbone.fingerprint import fingerprint, is_model
+from ee_scale.backbone.model_folder import SIDECAR_WEIGHTS, ModelFolder
 from ee_scale.config.defer import AGREEMENT, SEQUENCE_SCORES
 from ee_scale.errors import UserError
+from ee_scale.files import file_digest
 from ee_scale.modeling.policies import SCORES
 from ee_scale.reading import checked, read_json, whole, write_json
 
 VERSION = 1
+EXITS = "+exits:"  # in a fingerprint, before that of a sidecar's exits
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -39,7 +43,7 @@ class DeferralRule:
     Attributes:
         limit: None: the large model is always asked. tags: own limits of groups.
         map_scores, map_errors: [k]: where the small model's chance of an error is known; straight lines between.
-        small: fingerprint of the model that the limits belong to.
+        small: fingerprint of the model that the limits belong to, see `fingerprint_of`.
         quality, loss, confidence, evidence: what was shown, and on what.
     """
 
@@ -58,8 +62,18 @@ class DeferralRule:
 
     def keeps(self, score: float, tag: str | None = None) -> bool:
         """Whether the small model's answer stands."""
-        limit = self.limit if tag is None else self.tags.get(tag, self.limit)
+        limit = self.limit_of(tag)
         return limit is not None and score >= limit
+
+    def limit_of(self, tag: str | None) -> float | None:
+        """The limit that holds for a tag; one without limits of its own has that of all."""
+        return self.limit if tag is None else self.tags.get(tag, self.limit)
+
+    def check_model(self, folder: ModelFolder, here: str) -> None:
+        """Raise `UserError`, which begins with `here`, unless the rule was made for this model."""
+        base, _, exits = self.small.partition(EXITS)
+        if not is_model(folder.base, base) or exits != _exits_digest(folder, self.score):
+            raise UserError(f"{here}: the rule of another small model than {folder.path}; run ee-scale defer with it")
 
     def write(self, path: Path) -> None:
         """As `read_rule` reads it."""
@@ -82,6 +96,16 @@ def read_rule(path: Path) -> DeferralRule:
     return rule
 
 
+def fingerprint_of(folder: ModelFolder, score: str) -> str:
+    """Of the small model of a rule: its base, and a sidecar's exits where the score comes from them."""
+    digest = _exits_digest(folder, score)
+    return fingerprint(folder.base) + (EXITS + digest if digest else "")
+
+
+def _exits_digest(folder: ModelFolder, score: str) -> str:
+    return file_digest(folder.path / SIDECAR_WEIGHTS) if score == AGREEMENT and folder.sidecar is not None else ""
+
+
 def score_of(name: str, logits: torch.Tensor, exits: Sequence[torch.Tensor] = ()) -> float:
     """Logits [n, V] -> the score `name`; `exits`: what each exit says there [n, V].
 
@@ -91,6 +115,16 @@ def score_of(name: str, logits: torch.Tensor, exits: Sequence[torch.Tensor] = ()
         return _SCORES[name](logits)
     said = torch.stack([own.float().argmax(-1) for own in exits])
     return float((said == logits.float().argmax(-1)).double().mean())
+
+
+def type_name(model: PreTrainedModel) -> str:
+    """The number type that scores are computed in, as a rule says it."""
+    return str(model.dtype).removeprefix("torch.")
+
+
+def plain(text: str) -> str:
+    """What counts where answers are compared: case and white space do not."""
+    return " ".join(text.casefold().split())
 
 
 @torch.inference_mode()

@@ -4,6 +4,7 @@ One JSON object per line. A header names the model that the lines after it come 
 {"num_layers": 12, "layers": [3, 6, 9], "policy": "threshold"}
 {"time": 1767225600.123, "request": "a7", "position": 64, "layer": 6, "confidence": 0.93, "tag": "sql", "agrees": null}
 A token that was drafted and accepted (`lossless`) names its source: "source": "exit 3", "source": "prompt".
+Lines with "deferred" are about whole answers (`ee-scale serve upstream=...`).
 """
 
 import atexit
@@ -75,6 +76,14 @@ class DecisionLog:
             f'"position": {position}, "layer": {layer}, "confidence": {score}, '
             f'"tag": {"null" if tag is None else self._text(tag)}, "agrees": {AGREES[agrees]}{drafted}}}\n'
         )
+        self._put(line, now)
+
+    def note(self, values: dict[str, object]) -> None:
+        """A line of its own, with the time. Raises ValueError after `close`."""
+        now = time.time()
+        self._put(json.dumps({"time": round(now, 3), **values}) + "\n", now)
+
+    def _put(self, line: str, now: float) -> None:
         with self._lock:
             if self._file is None:
                 raise ValueError(f"{self.path}: the log is closed")

@@ -5,8 +5,9 @@ import base64
 import hashlib
 import hmac
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import aclosing, suppress
+from functools import partial
 from pathlib import Path
 
 from fastapi import FastAPI, Request
@@ -17,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ee_scale.serving.bodies import ChatBody, CompletionBody, error_of
 from ee_scale.serving.call import Call, Piece
+from ee_scale.serving.deferral import unless_left
 from ee_scale.serving.engine import Engine
 from ee_scale.serving.errors import ApiError
 from ee_scale.serving.forms import event, form_of
@@ -27,6 +29,7 @@ OPEN_PATHS = ("/", "/health")  # without a key
 LOCAL = ("127.0.0.1", "::1", "localhost")
 LOCAL_NAME = re.compile(rb"(127\.0\.0\.1|localhost|\[::1\])(:[0-9]+)?")
 BODY_SECONDS = 30.0  # in which all of a body has to come
+Settle = Callable[[list[Piece]], Coroutine[None, None, list[Piece]]]
 
 
 def make_app(served: Served, engine: Engine, metrics: Metrics, api_key: str | None) -> FastAPI:
@@ -86,10 +89,14 @@ def read_page() -> tuple[str, str]:
 
 async def _answer(served: Served, engine: Engine, body: CompletionBody | ChatBody, request: Request) -> Response:
     engine.check_open()
+    if (deferral := served.deferral) is not None:
+        deferral.check(body)
     call = await asyncio.to_thread(served.call, body)
     call.listen()
     engine.submit(call)
-    form, stream = form_of(body, call, served.tokenizer), _pieces(engine, call, request)
+    form = form_of(body, call, served.tokenizer)
+    settle = None if deferral is None else partial(deferral.settle, body, call, form)
+    stream = _pieces(engine, call, request, settle)
     if not body.stream:
         async with aclosing(stream):
             return JSONResponse(form.whole([piece async for piece in stream]))
@@ -110,15 +117,18 @@ async def _answer(served: Served, engine: Engine, body: CompletionBody | ChatBod
     return StreamingResponse(events(), media_type="text/event-stream", headers=headers)
 
 
-async def _pieces(engine: Engine, call: Call, request: Request) -> AsyncGenerator[Piece]:
-    """All pieces of a call; when the client leaves, or whoever reads them stops, its rows are freed."""
+async def _pieces(engine: Engine, call: Call, request: Request, settle: Settle | None = None) -> AsyncGenerator[Piece]:
+    """All pieces of a call; when the client leaves, or whoever reads them stops, its rows are freed.
+
+    settle: gets them when all are there, and says which are given.
+    """
 
     async def watch() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
         call.tell(None)
 
-    gone, left = asyncio.create_task(watch()), len(call.rows)
+    gone, left, held = asyncio.create_task(watch()), len(call.rows), []
     try:
         while left:
             news = await call.hear()
@@ -126,6 +136,12 @@ async def _pieces(engine: Engine, call: Call, request: Request) -> AsyncGenerato
                 raise ApiError(499, "the client has left")
             for piece in news:
                 left -= piece.finish is not None
+                if settle is None:
+                    yield piece
+                else:
+                    held.append(piece)
+        if settle is not None:
+            for piece in await unless_left(call, settle(held)):
                 yield piece
     finally:
         gone.cancel()

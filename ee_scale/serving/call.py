@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from math import nan
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -44,6 +45,7 @@ class Row(PieceStreamer):
         count: tokens so far.
         stopped: whether a stop text has come: nothing behind it counts.
         told: when its newest tokens were told (monotonic), None before the first.
+        score: how sure the model is of the whole answer, 0 to 1; nan as long as that is not known.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Row(PieceStreamer):
         self.queued = QueuedRow(prompt, settings, streamer=self)
         self.count, self.stopped = 0, False
         self.told: float | None = None
+        self.score = nan
         self._held = ""
         self._news: list[Piece] = []
         self._open = Piece(index, "")
@@ -131,6 +134,7 @@ class Call:
         options: `exit_*` options of the queue that decodes its rows; `kind`: the same for equal ones.
         prompt_tokens: of all prompts.
         deadline: by `time.monotonic`.
+        scored: name of the score that rows get when they are done (`inference.deferral`); None: none.
         left: whether nobody waits any more.
     """
 
@@ -140,6 +144,7 @@ class Call:
     prompt_tokens: int
     deadline: float
     started: float = field(default_factory=time.monotonic)
+    scored: str | None = None
     left: bool = False
     open: set[Row] = field(default_factory=set)
 

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 
 from ee_scale.config.serve import ServeConfig
 from ee_scale.errors import one_line
+from ee_scale.inference.deferral import answer_score
 from ee_scale.log import log
 from ee_scale.modeling.heads import ModelWithExits
 from ee_scale.modeling.packing import packed_linears
@@ -206,7 +207,16 @@ class Engine(threading.Thread):
         if not call.open:
             self._calls.remove(call)
             self.metrics.ended(call, reason)
+        if call.scored is not None:
+            self._score(call.scored, row)
         self._tell(call, row, reason)
+
+    def _score(self, name: str, row: Row) -> None:
+        """As `ee-scale defer` does: by one pass over the whole text, for which the other rows wait."""
+        try:
+            row.score = answer_score(self.model, name, row.queued.prompt, row.queued.tokens[: row.count])  # type: ignore[arg-type]
+        except Exception:  # of memory: an answer without a score is not kept
+            log.exception("the score of an answer could not be computed")
 
     def _tell(self, call: Call, row: Row, reason: str | None) -> None:
         if pieces := row.take(reason):

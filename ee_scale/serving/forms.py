@@ -26,6 +26,8 @@ class Form:
         self.counts_usage = body.stream_options is not None and body.stream_options.include_usage
         self.head: Json = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
         self.offsets = [0] * len(call.rows)
+        self.elsewhere = False
+        self.their_usage: Json | None = None
 
     def whole(self, pieces: Sequence[Piece]) -> Json:
         """The response that is not streamed, of all pieces."""
@@ -46,8 +48,14 @@ class Form:
             return done
         return event({**self.head, "object": self.chunk_kind, "choices": [], "usage": self.usage()}) + done
 
-    def usage(self) -> Json:
-        """Tokens that were read and written."""
+    def hand_over(self, model: str, usage: Json | None) -> None:
+        """The answer is another model's, of which no layer is known; usage: what that says of it, if anything."""
+        self.head["model"], self.shows_layers, self.elsewhere, self.their_usage = model, False, True, usage
+
+    def usage(self) -> Json | None:
+        """Tokens that were read and written, by the model that answers; None: it does not say."""
+        if self.elsewhere:
+            return self.their_usage
         prompt, new = self.call.prompt_tokens, sum(row.count for row in self.call.rows)
         return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 

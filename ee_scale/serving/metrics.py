@@ -117,3 +117,42 @@ class Metrics:
 
     def _seconds(self, name: str, text: str) -> Histogram:
         return Histogram(PREFIX + name, text, ["model_name"], registry=self.registry, buckets=SECONDS)
+
+
+class DeferralMetrics:
+    """What /metrics tells of deferral; the event loop alone counts."""
+
+    def __init__(self, metrics: Metrics):
+        self.model = metrics.model
+        self.decisions = metrics._counter("deferral_decisions", "answers, by what the upstream did", "upstream")
+        self.failures = metrics._counter("upstream_failures", "requests that the upstream did not answer", "reason")
+        self.latency = metrics._seconds("upstream_latency_seconds", "of the upstream's answers")
+        self.audited = metrics._counter("upstream_audited", "kept answers compared with the upstream's")
+        self.agreed = metrics._counter("upstream_agreed", "those that said the same")
+        self.share = metrics._gauge("deferral_share", f"share below the limit among the last {WINDOW} answers")
+        self.agreement = metrics._gauge("upstream_agreement", f"share that said the same in the last {WINDOW} audits")
+        for gauge in (self.share, self.agreement):
+            gauge.labels(self.model).set(float("nan"))
+        self._below: deque[bool] = deque(maxlen=WINDOW)
+        self._agrees: deque[bool] = deque(maxlen=WINDOW)
+
+    def decided(self, word: str, *, below: bool) -> None:
+        """An answer is given; word: what the upstream did."""
+        self.decisions.labels(self.model, word).inc()
+        self._below.append(below)
+        self.share.labels(self.model).set(sum(self._below) / len(self._below))
+
+    def answered(self, seconds: float) -> None:
+        """By the upstream."""
+        self.latency.labels(self.model).observe(seconds)
+
+    def failed(self, reason: str) -> None:
+        """The upstream did not answer."""
+        self.failures.labels(self.model, reason).inc()
+
+    def compared(self, agrees: bool) -> None:
+        """A kept answer with the upstream's."""
+        self.audited.labels(self.model).inc()
+        self.agreed.labels(self.model).inc(agrees)
+        self._agrees.append(agrees)
+        self.agreement.labels(self.model).set(sum(self._agrees) / len(self._agrees))

@@ -27,6 +27,7 @@ from ee_scale.modeling.policies import NEVER, SCORES, ExitPolicy, resolve_policy
 from ee_scale.modeling.policy_names import SCORED
 from ee_scale.serving.bodies import COLDEST, Body, ChatBody, CompletionBody
 from ee_scale.serving.call import Call, Row
+from ee_scale.serving.deferral import Deferral
 from ee_scale.serving.errors import ApiError
 
 SAME_TEXT = ("off", "lossless")  # policies that change no token
@@ -42,6 +43,7 @@ class Served:
     Attributes:
         spec: its exits; of a model without any, of no layers.
         ends: tokens that end a text.
+        deferral: what settles answers, where a larger model may be asked.
     """
 
     config: ServeConfig
@@ -53,6 +55,7 @@ class Served:
     ends: frozenset[int]
     name: str
     started: int
+    deferral: Deferral | None = None
 
     @classmethod
     def find(cls, config: ServeConfig) -> "Served":
@@ -67,6 +70,7 @@ class Served:
         found = cls(config, folder, tokenizer, spec, settings, folder.calibration(), ends, name, int(time.time()))
         with plain_words():
             found.policy(config.policy, found.operator_options(config.policy), None)
+        found.deferral = Deferral.find(config, folder)
         return found
 
     def open(self, device: torch.device) -> ModelWithExits:
@@ -80,6 +84,8 @@ class Served:
         model = model.to(device).eval()
         with plain_words():
             check_model(model)
+        if self.deferral is not None:
+            self.deferral.check_dtype(model)
         return model
 
     @property
@@ -109,6 +115,7 @@ class Served:
             "object": "model",
             "created": self.started,
             "owned_by": "ee-scale",
+            "deferral": None if self.deferral is None else self.deferral.card(),
             "max_model_len": self.context,
             "num_layers": self.folder.config.num_hidden_layers,
             "exit_layers": list(self.spec.layers),
@@ -152,7 +159,9 @@ class Served:
                 rows.append(row)
         # Lossless rows of one queue are all sampled, or none is.
         kind = f"{options} {samples if options['exit_policy'] == 'lossless' else ''}"
-        return Call(rows, options, kind, sum(map(len, prompts)), time.monotonic() + self.config.max_seconds)
+        call = Call(rows, options, kind, sum(map(len, prompts)), time.monotonic() + self.config.max_seconds)
+        call.scored = None if self.deferral is None else self.deferral.rule.score
+        return call
 
     def _sampling(self, body: Body) -> dict[str, object]:
         """Settings of `generate`. What the request leaves out is as the model's generation config says; where that is

@@ -36,6 +36,8 @@ def serve(config: ServeConfig, device: torch.device) -> None:
         log.warning(f"host={config.host} without a key: whoever reaches {address} may ask (api_key, {API_KEY})")
     metrics = Metrics(served.name)
     decisions = DecisionLog(Path(config.log).expanduser()) if config.log is not None else None
+    if served.deferral is not None:
+        served.deferral.open(metrics, decisions)
     logged: dict[str, object] = {"exit_audit": config.audit or None, "exit_log": decisions}
     if following is not None:
         logged["exit_follow"] = following.limits
