@@ -116,6 +116,7 @@ class _Digest:
 
     def _read(self, end: int) -> None:
         while self.at < end:
-            data = os.pread(self._file, min(1 << 20, end - self.at), self.at)
+            if not (data := os.pread(self._file, min(1 << 20, end - self.at), self.at)):
+                raise OSError(f"the file ends at byte {self.at} of {end}")
             self._hash.update(data)
             self.at += len(data)
