@@ -219,11 +219,12 @@ DENSE_LAYERS, SPARSE_STEP = "mlp_only_layers", "decoder_sparse_step"
 
 
 def unknown_lists(config: PreTrainedConfig) -> list[str]:
-    """Settings that seem to say something of each layer, and that nobody here would cut with the layers."""
+    """Settings that seem to tell layers apart, and that nobody here would cut with the layers."""
+    lists = {name: value for name, value in vars(config).items() if isinstance(value, list | tuple)}
     return [
         name
-        for name, value in vars(config).items()
-        if isinstance(value, list | tuple) and len(value) == config.num_hidden_layers
+        for name, value in lists.items()
+        if len(value) == config.num_hidden_layers and len(set(map(str, value))) > 1
         if name not in (*PER_LAYER, DENSE_LAYERS) and not name.endswith(("token_id", "token_ids"))
     ]
 

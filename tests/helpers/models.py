@@ -1,5 +1,6 @@
 """Tiny random models of every family, written as Hugging Face folders; and specs of exits on them."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,13 +22,10 @@ SLIDING_WINDOW = 8
 SHORTLIST = 37  # so is this one
 
 
-def _rotary_by_type(full: float, sliding: float) -> dict[str, Any]:
-    bases = {"full_attention": full, "sliding_attention": sliding}
-    return {kind: {"rope_type": "default", "rope_theta": base} for kind, base in bases.items()}
-
-
 _WINDOWS = {"sliding_window": SLIDING_WINDOW}
 _NARROW = {"head_dim": 8}  # heads that fill the width
+_BASES = {"full_attention": 500_000.0, "sliding_attention": 50.0}
+_TABLES = {kind: {"rope_type": "default", "rope_theta": base} for kind, base in _BASES.items()}
 MORE_SETTINGS: dict[str, dict[str, Any]] = {
     "gemma3_text": {
         **_WINDOWS,
@@ -40,7 +38,7 @@ MORE_SETTINGS: dict[str, dict[str, Any]] = {
         **{"query_pre_attn_scalar": 16, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0},
     },
     "olmo": _NARROW,
-    "olmo3": {**_WINDOWS, **_NARROW, "rope_parameters": _rotary_by_type(500_000.0, 50.0)},
+    "olmo3": {**_WINDOWS, **_NARROW, "rope_parameters": _TABLES},
     "exaone4": {**_WINDOWS, **_NARROW},
     "granite": {
         **_NARROW,
@@ -65,19 +63,16 @@ MORE_SETTINGS: dict[str, dict[str, Any]] = {
     "qwen2_moe": {
         **_NARROW,
         **{"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "mlp_only_layers": [1]},
-        **{"shared_expert_intermediate_size": 48, "use_sliding_window": True},
-        **_WINDOWS,
+        "shared_expert_intermediate_size": 48,
     },
-    "qwen3_moe": {
-        **{"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True},
-        **{**_WINDOWS, "use_sliding_window": True},
-    },
+    "qwen3_moe": {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True},
     "olmoe": {**_NARROW, "num_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 32},
-    "qwen2-windows": {**_WINDOWS, "use_sliding_window": True, "max_window_layers": 2},
-    "qwen3-windows": {**_WINDOWS, "use_sliding_window": True, "max_window_layers": 2},
 }
 # Families whose models mostly go without a setting that some of them have.
-VARIANTS = tuple(name for name in MORE_SETTINGS if "-" in name)
+_SOME_WINDOWS = {**_WINDOWS, "use_sliding_window": True, "max_window_layers": 2}
+_WINDOWED = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
+MORE_SETTINGS |= {f"{name}-windows": MORE_SETTINGS.get(name, {}) | _SOME_WINDOWS for name in _WINDOWED}
+VARIANTS = tuple(f"{name}-windows" for name in _WINDOWED)
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
 
 
@@ -109,7 +104,7 @@ def tiny_config(family: str, **changes: Any) -> Any:
         values |= {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0}
     if model_type in ("qwen2", "olmo2"):
         del values["head_dim"]
-    values |= MORE_SETTINGS.get(family, {})
+    values |= copy.deepcopy(MORE_SETTINGS.get(family, {}))
     return CONFIG_MAPPING[model_type](**(values | changes))
 
 

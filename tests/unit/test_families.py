@@ -7,15 +7,17 @@ import pytest
 import torch
 from helpers.models import tiny_config
 from helpers.supernet import OF_ENCODERS, encoder_config
+from transformers import CONFIG_MAPPING
 
 import ee_scale
+from ee_scale.backbone.proof import prove
 from ee_scale.errors import UserError
 from ee_scale.families.build import meta_model
 from ee_scale.families.decoders import DECODERS
 from ee_scale.families.family import Family
 from ee_scale.families.megatron import LACKING, MEGATRON
 from ee_scale.families.registry import FAMILIES, megatron_family
-from ee_scale.families.sizes import shape_of, with_layers
+from ee_scale.families.sizes import PER_LAYER, shape_of, with_layers
 
 ROOT = Path(ee_scale.__file__).parents[1]
 
@@ -48,8 +50,9 @@ def test_a_config_with_fewer_layers_builds_those(name: str) -> None:
     config, family = config_of(name), FAMILIES[name]
     small = with_layers(config, (1, 3))
     assert config.num_hidden_layers == 4
-    if types := getattr(config, "layer_types", None):
-        assert small.layer_types == [types[1], types[3]]
+    for setting in PER_LAYER:
+        if values := getattr(config, setting, None):
+            assert getattr(small, setting) == [values[1], values[3]]
     model = meta_model(small, torch.float32, task=family.task)
     assert len(model.base_model.get_submodule(family.layers)) == 2
 
@@ -70,3 +73,30 @@ def test_what_megatron_lacks_is_named(name: str) -> None:
     with pytest.raises(UserError, match=f"config.model_type={name}: Megatron-Core's GPT model lacks .*; known: llama"):
         megatron_family(tiny_config(name))
     assert not LACKING.keys() & MEGATRON.keys()
+
+
+REFUSED = {
+    "phi": "into embed_tokens, embed_dropout, layers, final_layernorm, not into embed_tokens, layers, norm",
+    "apertus": "'model.layers.0.mlp.act_fn.beta' is stored in files but is no weight, and is not read here",
+    "granite_swa": "'rotary_embs.0.inv_freq' is computed when the model is built, not loaded",
+    "gpt_oss": "the MLP of layer 1 returns a tuple, not hidden states",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_families_that_lack_something_are_told_what(name: str) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
+    with pytest.raises(UserError, match=f"^model.path: architecture '{name}' is not supported: ") as caught:
+        prove(CONFIG_MAPPING[name](**sizes, vocab_size=131))
+    assert str(caught.value).endswith(REFUSED[name])
+
+
+def test_lists_that_nobody_cuts_with_the_layers_are_refused() -> None:
+    with pytest.raises(UserError, match="not supported: its config says 'bases' of each layer, which is not known"):
+        prove(tiny_config("llama", bases=[1e4, 1e4, 1e4, 1e4, 1e2]))
+    prove(tiny_config("llama", eos_token_id=[1, 2, 3, 4, 5]))
+
+
+def test_what_they_lack_is_in_the_docs() -> None:
+    table = (ROOT / "docs" / "extend.md").read_text().split("| refused |")[1].split("\n\n")[0]
+    assert re.findall(r"^\| (\w+) \|", table, flags=re.M) == [*REFUSED, "aya_vision"]  # tests/parity/test_wrapped.py

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.models import MIXTURES, tiny_config, write_model
-from transformers import CONFIG_MAPPING, GPT2Config, PreTrainedConfig
+from transformers import GPT2Config, PreTrainedConfig
 from transformers.models.llama import modeling_llama
 
 from ee_scale.backbone import proof, proof_checks, shard, stacked
@@ -134,12 +134,8 @@ def test_a_wrong_plan_is_noticed(changes: dict, told: str) -> None:
 
 
 def test_weights_that_would_learn_from_a_part_are_noticed() -> None:
-    """Each rank computes what it should, and none would learn what the whole does."""
-    config = with_plan(tiny_config("qwen3"), self_attn__q_norm=None)
-    assert prove(config).tensor == (
-        "tensor-parallel slices == the whole: the weights of self_attn.q_norm are whole on every rank, and see a part "
-        "there"
-    )
+    found = prove(with_plan(tiny_config("qwen3"), self_attn__q_norm=None)).tensor
+    assert "the weights of self_attn.q_norm are whole on every rank, and see a part there" in found
 
 
 def test_slices_that_are_not_summed_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,30 +261,6 @@ def patched_layer(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], Any])
 def test_a_layer_that_returns_a_tuple_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     patched_layer(monkeypatch, lambda hidden: (hidden,))
     assert refusal(tiny_config("llama")).endswith("is not supported: layer 1 returns a tuple, not hidden states")
-
-
-def test_lists_that_nobody_cuts_with_the_layers_are_refused() -> None:
-    config = tiny_config("llama", eos_token_id=[1, 2, 3, 4, 5], bases=[1e4, 1e4, 1e4, 1e4, 1e2])
-    assert refusal(config).endswith("is not supported: its config says 'bases' of each layer, which is not known here")
-    assert prove(tiny_config("llama", eos_token_id=[1, 2, 3, 4, 5])).layers == 2
-
-
-@pytest.mark.parametrize(
-    ("name", "told"),
-    [
-        (
-            "phi",
-            "plan cuts it into embed_tokens, embed_dropout, layers, final_layernorm, not into embed_tokens, layers,",
-        ),
-        ("apertus", "'model.layers.0.mlp.act_fn.beta' is stored in files but is no weight, and is not read here"),
-        ("granite_swa", "its config says 'layer_rope_theta' of each layer, which is not known here"),
-        ("gpt_oss", "the MLP of layer 1 returns a tuple, not hidden states"),
-    ],
-)
-def test_families_that_lack_something_are_told_what(name: str, told: str) -> None:
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
-    assert f"'{name}' is not supported: " in (found := refusal(CONFIG_MAPPING[name](**sizes, vocab_size=131)))
-    assert told in found
 
 
 def test_a_layer_that_multiplies_its_sum_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
