@@ -147,18 +147,6 @@ def test_the_decision_log(given, capsys):
     assert {line["tag"] for line in lines} == {"sql"}
 
 
-def test_limits_follow(given, capsys):
-    """Exits that are always taken, and nearly always wrong, until their tag's limits take none."""
-    settings = ["policy=threshold", "threshold=0", "audit=1", "follow=0.98", "log=log.jsonl"]
-    tags = ["wrong"] * 4 + ["new"]
-    prompts = json.dumps([f"{PROMPT} {word}" for word in ("the", "a", "of", "and", "is")])
-    said([*given, *settings, f"prompt={prompts}", f"tag=[{','.join(tags)}]", "max_new_tokens=30"], capsys)
-    lines = [json.loads(line) for line in Path("log.jsonl").read_text().splitlines()]
-    layers = {tag: [one["layer"] for one in lines if one.get("tag") == tag and one["position"] > 15] for tag in tags}
-    assert set(layers["wrong"]) == {4}
-    assert 1 in layers["new"]
-
-
 def test_audits_of_one_seed_fall_anywhere(given, capsys, monkeypatch):
     """One prompt over and over, each command as if in a process of its own."""
     for _ in range(12):
