@@ -300,9 +300,9 @@ class TunePlan(Plan[TuneConfig]):
             calls += EMBEDDING_CALL
         if last and joint:
             calls += HEAD_CALL
-        passes = [(modules[layer], joint) for layer in self.stages.layers(stage)]
-        passes += [(self.spec.exit_kind.body_source(modules, k), True) for k in self.stages.exits(stage)]
-        gathers, width = joined(passes)
+        layers = [(modules[layer], joint) for layer in self.stages.layers(stage)]
+        exits = [(self.spec.exit_kind.body_source(modules, k), True) for k in self.stages.exits(stage)]
+        gathers, width = joined([*layers, *exits])
         trained, tokens = self.parameters(stage).trained, state // self.shape.hidden_size  # of a number each, bytes
         traffic = rank_traffic(self, sent * state, calls, state, trained, size, (gathers, width * tokens))
         copies = output_copies(self.stages, self.spec, self.shape.tied_embeddings) if self.backbone.mode == FULL else ()

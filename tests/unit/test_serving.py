@@ -375,6 +375,7 @@ def test_levels_that_cannot_be_written(served, tmp_path, caplog, monkeypatch):
     """One line in the log; whoever decodes goes on."""
     found = following(served, f"levels={tmp_path / 'levels.json'}")
     found.path = tmp_path / "gone" / "levels.json"
+    monkeypatch.setattr("ee_scale.log.log.handlers", [])  # of a command that ran in this process before
     monkeypatch.setattr("ee_scale.log.log.propagate", True)
     found.save()
     assert [record.getMessage() for record in caplog.records] == [
