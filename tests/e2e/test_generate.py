@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.cli import run_cli
+from helpers.server import HARD, write_drifting_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ee_scale.cli.main import main
@@ -145,6 +146,20 @@ def test_the_decision_log(given, capsys):
     assert header["num_layers"] == 4
     assert [line["layer"] for line in lines] == [4] + [1] * (NEW - 1)
     assert {line["tag"] for line in lines} == {"sql"}
+
+
+def test_limits_follow_exits_that_are_wrong(tmp_path, capsys):
+    """They are raised until no exit is taken, which is told once each."""
+    model = write_drifting_model(tmp_path)
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": AutoTokenizer.from_pretrained(model).decode([HARD])}))
+    settings = [f"prompts={tmp_path / 'p.jsonl'}", f"out={tmp_path / 'out.jsonl'}", "max_new_tokens=60", "device=cpu"]
+    _, told = said(
+        ["generate", f"model={model}", *settings, "policy=threshold", "threshold=0.5", "audit=1", "follow=0.8"], capsys
+    )
+    layers = json.loads((tmp_path / "out.jsonl").read_text())["exit_layers"]
+    assert 1 in layers[:30]
+    assert set(layers[-20:]) == {2}
+    assert [told.count(words) for words in ("were raised", "take no exit any more")] == [1, 1]
 
 
 def test_audits_of_one_seed_fall_anywhere(given, capsys, monkeypatch):
