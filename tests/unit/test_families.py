@@ -78,6 +78,8 @@ REFUSED = {
     "phi": "into embed_tokens, embed_dropout, layers, final_layernorm, not into embed_tokens, layers, norm",
     "apertus": "'model.layers.0.mlp.act_fn.beta' is stored in files but is no weight, and is not read here",
     "granite_swa": "'rotary_embs.0.inv_freq' is computed when the model is built, not loaded",
+    "deepseek_v2": "its attention keeps keys and values in one latent vector (kv_lora_rank=512)",
+    "deepseek_v3": "its attention keeps keys and values in one latent vector (kv_lora_rank=512)",
     "gpt_oss": "the MLP of layer 1 returns a tuple, not hidden states",
 }
 
