@@ -133,14 +133,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     engines[f"n-grams, {most}"] = LlamaCpp(given.model, None, most, ngrams=True, **settings)
     engines[f"n-grams, then drafter, {most}"] = LlamaCpp(given.model, given.drafter, most, ngrams=True, **settings)
     rows = measure(engines, prompts, given.new_tokens, given.rounds)
-    show(rows, "llama.cpp, greedy, batch 1")
+    show(rows)
     if given.json:
         facts = {name: str(value) for name, value in vars(given).items()} | {"xllamacpp": version("xllamacpp")}
         given.json.write_text(json.dumps({"settings": facts, "rows": rows}, indent=2) + "\n", encoding="utf-8")
 
 
-def show(rows: list[dict[str, Any]], title: str) -> None:
-    table = Table(title=title, title_justify="left")
+def show(rows: list[dict[str, Any]]) -> None:
+    table = Table(title="llama.cpp, greedy, batch 1", title_justify="left")
     for column in ("way", "speed", "from", "to", "tokens/s", "accepted", "same tokens"):
         table.add_column(column, justify="left" if column == "way" else "right")
     for row in rows:
