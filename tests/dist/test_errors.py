@@ -10,7 +10,6 @@ from threading import Lock, Thread
 
 import pytest
 import torch
-from helpers import hangs
 from helpers.hangs import HangError, HangWatch, wait_asleep, wait_for
 from helpers.models import tiny_config, write_model
 from helpers.spawn import RankError, spawn
@@ -146,12 +145,10 @@ def test_a_test_that_hangs_by_itself_is_ended() -> None:
         lock.acquire()
 
 
-def test_work_is_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_is_no_hang() -> None:
     """Neither is waiting for a child process that works; too much of it is."""
     spin = [sys.executable, "-ISc", "import time\nwhile time.process_time() < 3: pass"]
-    monkeypatch.setattr(hangs, "LEAST", 0.02)  # a fiftieth of a core is work, on a busy machine
-    with HangWatch(quiet=1.0):
+    with HangWatch(quiet=1.0, least=0.02):  # a fiftieth of a core is work, on a busy machine
         assert subprocess.run(spin, check=False).returncode == 0
-    monkeypatch.setattr(hangs, "MOST", 1.0)
-    with HangWatch(quiet=1.0):
+    with HangWatch(quiet=1.0, least=0.02, most=1.0):
         assert subprocess.run(spin, check=False).returncode == -signal.SIGABRT

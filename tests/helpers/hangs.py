@@ -32,9 +32,10 @@ class HangWatch(threading.Thread):
     last the process leaves.
     """
 
-    def __init__(self, quiet: float = QUIET):
+    def __init__(self, quiet: float = QUIET, least: float = LEAST, most: float = MOST):
         super().__init__(name="hang watch", daemon=True)
         self._every, self._over = quiet / CHECKS, threading.Event()
+        self._least, self._most = least, most
 
     def __enter__(self) -> "HangWatch":
         self._before = signal.signal(signal.SIGALRM, _raise)
@@ -56,11 +57,11 @@ class HangWatch(threading.Thread):
         quiet = 0  # checks, not seconds: this process may be the one that waits for its turn
         while not self._over.wait(self._every):
             now = cpu_seconds()
-            if abs(now - used) > LEAST:
+            if abs(now - used) > self._least:
                 used, quiet = now, 0
             else:
                 quiet += 1
-            if quiet >= CHECKS or now - begun > MOST:
+            if quiet >= CHECKS or now - begun > self._most:
                 begun, quiet = now, 0
                 while not next(steps)():
                     pass
