@@ -3,9 +3,10 @@
     python scripts/bench_convert.py --gigabytes 2 --folder /scratch
 
 A random Llama of the given size in bf16 is written once. Copy and conversion alternate, each in a fresh process whose
-start and imports are not counted; the best of each counts. Both read files that lie in the page cache and sync what
-they wrote. The copy is shutil's, inside the kernel, one file after another; a conversion also looks for infinities and
-takes the SHA-256 of every byte, which `sha256` alone bounds for a single file. CPU s are per GB.
+start and imports are not counted, though what a first conversion loads later is; the best of each counts. Both read
+files that lie in the page cache and sync what they wrote. The copy is shutil's, inside the kernel, one file after
+another; a conversion also looks for infinities and takes the SHA-256 of every byte, which `sha256` alone bounds for a
+single file. CPU s are per GB.
 `peak` is the largest resident memory of the process, `over idle` what it has beyond everything imported and nothing
 converted.
 """
@@ -37,8 +38,8 @@ def write_source(folder: str, gigabytes: float) -> None:
 
     torch.manual_seed(0)
     per_layer = 2 * (2048 * 2048 * 2 + 2048 * 512 * 2 + 3 * 2048 * 5632)
-    layers = max(1, round((gigabytes * 1e9 - 4 * WORDS * 2048) / per_layer))
-    config = LlamaConfig(**LAYER, vocab_size=WORDS, num_hidden_layers=layers // 4 * 4, tie_word_embeddings=False)
+    layers = max(4, round((gigabytes * 1e9 - 4 * WORDS * 2048) / per_layer) // 4 * 4)
+    config = LlamaConfig(**LAYER, vocab_size=WORDS, num_hidden_layers=layers, tie_word_embeddings=False)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder, max_shard_size=f"{int(gigabytes * 250)}MB")
 

@@ -9,10 +9,16 @@ import os
 import shutil
 from pathlib import Path
 
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Browser, Playwright, sync_playwright
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 ARGUMENTS = ["--no-sandbox", "--single-process", "--no-zygote", "--disable-gpu", "--in-process-gpu"]
+
+
+def open_browser(started: Playwright) -> Browser:
+    """The Chromium that CHROMIUM names, that lies on the path, or playwright's own."""
+    program = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    return started.chromium.launch(executable_path=program, args=ARGUMENTS)
 
 
 def main() -> None:
@@ -23,9 +29,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=120)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    program = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
     with sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=program, args=ARGUMENTS)
+        browser = open_browser(started)
         page = browser.new_page(viewport={"width": 1180, "height": 760}, color_scheme="light")
         page.set_default_timeout(0)
         page.goto(arguments.url)

@@ -1,23 +1,18 @@
 """The page of `ee-scale serve`, in a headless Chromium where there is one (CHROMIUM names it, or playwright has it)."""
 
-import os
-import shutil
-
 import httpx
 import pytest
 from helpers.server import EXITS, LAYERS, serving, write_served_model
-
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-ARGUMENTS = ["--no-sandbox", "--single-process", "--no-zygote", "--disable-gpu", "--in-process-gpu"]
 
 
 @pytest.fixture(scope="module")
 def browser():
     playwright = pytest.importorskip("playwright.sync_api")
-    program = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    from draw_page import open_browser
+
     with playwright.sync_playwright() as started:
         try:
-            found = started.chromium.launch(executable_path=program, args=ARGUMENTS)
+            found = open_browser(started)
         except playwright.Error as error:
             pytest.skip(f"no Chromium ({str(error).splitlines()[0]})")
         yield found

@@ -181,6 +181,11 @@ def test_commands_of_the_wheel_need_no_checkout(wheel: Path, tmp_path: Path):
     assert "launch/torchrun.sh" in done.stdout
 
 
+def test_nothing_that_git_ignores_is_tracked():
+    listed = subprocess.run(["git", "ls-files", "-ci", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    assert (listed.returncode, listed.stdout) == (0, ""), listed.stderr
+
+
 def test_nothing_is_named_like_the_builtin():
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
