@@ -182,7 +182,10 @@ def test_commands_of_the_wheel_need_no_checkout(wheel: Path, tmp_path: Path):
 
 
 def test_nothing_that_git_ignores_is_tracked():
-    listed = subprocess.run(["git", "ls-files", "-ci", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    if not (ROOT / ".git").exists():
+        pytest.skip("no checkout of git")
+    command = ["git", "-c", "safe.directory=*", "ls-files", "-ci", "--exclude-standard"]  # whoever owns the checkout
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (listed.returncode, listed.stdout) == (0, ""), listed.stderr
 
 
